@@ -1,0 +1,210 @@
+"""The values that travel between the rooms: frozen, without behaviour, without I/O."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
+
+import attrs
+
+from .errors import ConfigurationError
+from .secret import Secret, as_secret
+
+__all__ = [
+    "BeaconStatus",
+    "Command",
+    "Completion",
+    "Connected",
+    "Failure",
+    "Grant",
+    "HeartbeatReply",
+    "RuntimeCredentials",
+    "Task",
+    "WorkerReport",
+    "WorkerStats",
+]
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Task:
+    """One unit of work as the platform sent it (protocol.md, "Tasks"); ``timeout`` in seconds."""
+
+    task_id: str
+    capability: str
+    input: Any = None
+    attempt: int = 1
+    tool: Optional[str] = None
+    workspace_id: Optional[str] = None
+    requester_id: Optional[str] = None
+    parent_task_id: Optional[str] = None
+    workflow_id: Optional[str] = None
+    trace_id: Optional[str] = None
+    timeout: Optional[float] = None
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Command:
+    """An order of the platform: ``type`` is ``"pause"``, ``"resume"`` or ``"terminate"``; times in seconds."""
+
+    type: str
+    reason: Optional[str] = None
+    command_id: Optional[str] = None
+    shutdown_timeout: Optional[float] = None
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Connected:
+    """The stream's first event; ``heartbeat_interval`` in seconds."""
+
+    installation_id: Optional[str] = None
+    heartbeat_interval: Optional[float] = None
+    desired_state: Optional[str] = None
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Failure:
+    """Why a task failed: a code of protocol.md (or the handler's own), a message, and advice to the requester."""
+
+    code: str
+    message: str = ""
+    retryable: bool = False
+    details: Optional[Mapping[str, Any]] = None
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Completion:
+    """The one result of a task: an ``output``, or a ``failure`` where that is not None."""
+
+    task_id: str
+    attempt: int
+    output: Any = None
+    failure: Optional[Failure] = None
+    execution_time_ms: int = 0
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class WorkerReport:
+    """What one worker says of itself in a heartbeat."""
+
+    worker_id: str
+    status: str
+    active_tasks: int
+    capabilities: Tuple[str, ...] = ()
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class HeartbeatReply:
+    """The platform's answer to a heartbeat; every field optional, lifetimes and intervals in seconds."""
+
+    lease_expires_at: Optional[dt.datetime] = None
+    lease_lifetime: Optional[float] = None
+    heartbeat_interval: Optional[float] = None
+    refreshed_token: Optional[Secret] = None
+    refreshed_token_expires_at: Optional[dt.datetime] = None
+    refreshed_token_lifetime: Optional[float] = None
+    active_policy_hash: Optional[str] = None
+    revoked: bool = False
+    reason: Optional[str] = None
+    shutdown_timeout: Optional[float] = None
+    desired_state: Optional[str] = None
+    #: The decoded JSON as it came, for a policy gateway of the user's own.
+    raw: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
+
+
+def _secret_field(name: str) -> Any:
+    def convert(value: Union[str, Secret, None]) -> Optional[Secret]:
+        return None if value is None else as_secret(value, name)
+
+    return attrs.field(default=None, converter=convert)
+
+
+def _aware(value: Optional[dt.datetime]) -> Optional[dt.datetime]:
+    if value is None:
+        return None
+    if not isinstance(value, dt.datetime) or value.tzinfo is None:
+        raise ConfigurationError("must be an aware datetime, such as datetime.now(timezone.utc)", "expires_at")
+    return value.astimezone(dt.timezone.utc)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class RuntimeCredentials:
+    """What an installation holds: its id, its runtime token and what renews that token.
+
+    Tokens given as str become :class:`~sekuire.secret.Secret`; ``expires_at`` is the runtime token's end, an aware
+    datetime, or None where it is unknown.
+
+    :raises ConfigurationError: a token is not visible ASCII, or ``expires_at`` is naive.
+    """
+
+    installation_id: Optional[str] = attrs.field(default=None)
+    runtime_token: Optional[Secret] = _secret_field("runtime_token")
+    refresh_token: Optional[Secret] = _secret_field("refresh_token")
+    expires_at: Optional[dt.datetime] = attrs.field(default=None, converter=_aware)
+    workspace_id: Optional[str] = None
+
+    @installation_id.validator
+    def _check_installation_id(self, attribute: Any, value: Optional[str]) -> None:
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigurationError("must be a non-empty str", "installation_id")
+
+    def to_env(self) -> Dict[str, str]:
+        """The ``SEKUIRE_...`` variables as plain strings, for a user who keeps them; absent values are left out."""
+        values = {
+            "SEKUIRE_INSTALLATION_ID": self.installation_id,
+            "SEKUIRE_RUNTIME_TOKEN": self.runtime_token.reveal() if self.runtime_token else None,
+            "SEKUIRE_REFRESH_TOKEN": self.refresh_token.reveal() if self.refresh_token else None,
+            "SEKUIRE_WORKSPACE_ID": self.workspace_id,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Grant:
+    """The answer of bootstrap, recover or refresh; lifetimes in seconds, None where unknown."""
+
+    credentials: RuntimeCredentials
+    lifetime: Optional[float] = None
+    lease_lifetime: Optional[float] = None
+    lease_expires_at: Optional[dt.datetime] = None
+    heartbeat_interval: Optional[float] = None
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class WorkerStats:
+    """Counts of one worker since its start, and where its lease stands.
+
+    ``received`` counts task events; ``waiting`` and ``running`` are now; ``rejected`` counts tasks answered without
+    running (paused, terminated, unknown capability, invalid, denied); ``released`` tasks given back unbegun;
+    ``duplicates`` deliveries of a task already known; ``dropped`` events or results that could not be used or were no
+    longer wanted; ``undelivered`` results still to be accepted; ``stragglers`` handlers past their end that still run.
+    """
+
+    received: int = 0
+    waiting: int = 0
+    running: int = 0
+    completed: int = 0
+    failed: int = 0
+    rejected: int = 0
+    released: int = 0
+    duplicates: int = 0
+    dropped: int = 0
+    undelivered: int = 0
+    stragglers: int = 0
+    reconnects: int = 0
+    last_heartbeat_at: Optional[dt.datetime] = None
+    lease_expires_at: Optional[dt.datetime] = None
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class BeaconStatus:
+    """Where a Beacon stands.
+
+    ``state`` is ``"new"``, ``"connecting"``, ``"connected"``, ``"degraded"`` (the platform cannot be reached or
+    refuses; the agent runs on), ``"revoked"`` or ``"stopped"``; ``error`` the text of the last problem, or None.
+    """
+
+    state: str = "new"
+    installation_id: Optional[str] = None
+    last_heartbeat_at: Optional[dt.datetime] = None
+    lease_expires_at: Optional[dt.datetime] = None
+    error: Optional[str] = None

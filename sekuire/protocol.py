@@ -1,0 +1,726 @@
+"""The wire contract: paths, event names, bodies and answers. Pure; no I/O, no clock of its own.
+
+docs/protocol.md tells which items the Sekuire documentation states and which are this project's decision; all of
+the latter are in this module, so that one file changes when the platform's answer becomes known.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import math
+import re
+import string
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from urllib.parse import quote
+
+from .errors import APIError, ConfigurationError, PlanLimitError
+from .models import (
+    Command,
+    Completion,
+    Connected,
+    Failure,
+    Grant,
+    HeartbeatReply,
+    RuntimeCredentials,
+    Task,
+    WorkerReport,
+)
+from .secret import Secret
+from .version import __version__
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
+
+DEFAULT_API_BASE_URL = "https://api.sekuire.ai"
+API_PREFIX = "/api/v1"
+SDK_INFO = {"name": "sekuire-python", "version": __version__}
+USER_AGENT = f"sekuire-python/{__version__}"
+
+JSON_TYPE = "application/json"
+STREAM_TYPE = "text/event-stream"
+
+EVENT_TASK = "task"
+EVENT_COMMAND = "command"
+EVENT_CONNECTED = "connected"
+EVENT_PING = "ping"
+EVENT_MESSAGE = "message"
+
+COMMANDS = ("pause", "resume", "terminate")
+
+CODE_REVOKED = "INSTALLATION_REVOKED"
+
+#: Failure codes of the library's own, each with the ``retryable`` it is sent with.
+RETRYABLE = {
+    "handler_error": False,
+    "unknown_capability": False,
+    "invalid_task": False,
+    "worker_paused": True,
+    "worker_terminated": True,
+    "worker_shutdown": True,
+    "policy_denied": False,
+    "policy_unavailable": True,
+    "rate_limited": True,
+    "timeout": True,
+    "cancelled": False,
+    "result_not_serializable": False,
+    "result_too_large": False,
+    "result_rejected": False,
+}
+
+#: Longest lifetime (seconds) a platform can mean; beyond it the value is taken for unknown.
+MAX_LIFETIME = 30 * 24 * 3600.0
+#: Longest ``Retry-After`` (seconds) that is honoured.
+MAX_RETRY_AFTER = 300.0
+#: Longest id, in bytes of UTF-8.
+MAX_ID_BYTES = 256
+#: How much of an error body that is not JSON is kept, in characters.
+MAX_ERROR_TEXT = 500
+
+
+class Malformed(ValueError):
+    """An answer or event is not what the contract says; the text names the field and never quotes a token."""
+
+
+class MalformedTask(Malformed):
+    """A task that cannot run; where ``task_id`` is not None it can still be answered ``invalid_task``."""
+
+    def __init__(self, reason: str, task_id: Optional[str] = None, attempt: int = 1) -> None:
+        super().__init__(reason)
+        self.task_id = task_id
+        self.attempt = attempt
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+_PATHS: Dict[str, str] = {
+    "bootstrap": "/installations/bootstrap",
+    "recover": "/installations/recover",
+    "refresh": "/installations/{installation_id}/refresh",
+    "heartbeat": "/installations/{installation_id}/heartbeat",
+    "revoke": "/installations/{installation_id}/revoke",
+    "commands": "/installations/{installation_id}/commands",
+    "installations": "/installations",
+    "install_tokens": "/install-tokens",
+    "tasks": "/tasks",
+    "task": "/tasks/{task_id}",
+    "task_stream": "/tasks/stream",
+    "complete": "/tasks/{task_id}/complete",
+    "release": "/tasks/{task_id}/release",
+    "progress": "/tasks/{task_id}/progress",
+    "policy": "/workspaces/{workspace_id}/policy",
+    "logs": "/logs",
+}
+
+#: Every path of the contract by its name, each appended to ``api_base_url``.
+DEFAULT_ENDPOINTS: Mapping[str, str] = {name: API_PREFIX + path for name, path in _PATHS.items()}
+
+_PATH_PATTERN = re.compile(r"/(?!/)[\x21-\x7e]*\Z")
+
+
+class Endpoints:
+    """The contract's paths, with a user's overrides.
+
+    :param overrides: endpoint name → path appended to ``api_base_url``; it begins with one ``/`` and keeps the
+        placeholders of the path it replaces, for example ``{"refresh": "/v2/{installation_id}/renew"}``.
+    :raises ConfigurationError: an unknown name, a path with a host, a query or ``..``, or a wrong placeholder.
+    """
+
+    __slots__ = ("_paths",)
+
+    def __init__(self, overrides: Optional[Mapping[str, str]] = None) -> None:
+        self._paths = dict(DEFAULT_ENDPOINTS)
+        for name, path in (overrides or {}).items():
+            self._check(name, path)
+            self._paths[name] = path
+
+    def path(self, name: str, **ids: str) -> str:
+        """The path of endpoint ``name`` with ``ids`` percent-encoded into it.
+
+        :raises Malformed: an id that cannot stand in a path.
+        """
+        template = self._paths[name]
+        if not ids:
+            return template
+        return template.format_map({key: encode_id(value) for key, value in ids.items()})
+
+    @staticmethod
+    def _check(name: str, path: str) -> None:
+        option = f"endpoints[{name!r}]"
+        default = DEFAULT_ENDPOINTS.get(name)
+        if default is None:
+            raise ConfigurationError(f"no such endpoint; known are {', '.join(sorted(DEFAULT_ENDPOINTS))}", option)
+        if not isinstance(path, str) or not _PATH_PATTERN.match(path) or set("?#\\") & set(path):
+            raise ConfigurationError(
+                f"must be a path that begins with one '/', without host, query or spaces, such as {default!r}", option
+            )
+        if any(segment in (".", "..") for segment in path.split("/")):
+            raise ConfigurationError("must not hold '.' or '..' segments", option)
+        if _placeholders(path, option) != _placeholders(default, option):
+            wanted = ", ".join(f"{{{key}}}" for key in _placeholders(default, option)) or "none"
+            raise ConfigurationError(f"must hold exactly these placeholders: {wanted}", option)
+
+
+def _placeholders(template: str, option: str) -> List[str]:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError:
+        parts = [("", "{", "", None)]
+    names = [field for _, field, _, _ in parts if field is not None]
+    plain = all(not spec and conversion is None for _, field, spec, conversion in parts if field is not None)
+    if not plain or any(not name.isidentifier() for name in names):
+        raise ConfigurationError("braces must hold a plain placeholder such as {installation_id}", option)
+    return sorted(names)
+
+
+def is_id(value: object) -> TypeGuard[str]:
+    """Whether ``value`` can serve as an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``."""
+    if not isinstance(value, str) or not value or value in (".", ".."):
+        return False
+    if value.isascii():
+        return len(value) <= MAX_ID_BYTES and value.isprintable()
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        return False
+    return len(value.encode()) <= MAX_ID_BYTES
+
+
+def encode_id(value: str) -> str:
+    """``value`` percent-encoded for a path segment or a header.
+
+    :raises Malformed: it is no id.
+    """
+    if not is_id(value):
+        raise Malformed("an id is empty, too long, '.' or '..', or holds control characters")
+    return quote(value, safe="")
+
+
+def stream_query(
+    agent_id: str, installation_id: Optional[str], worker_id: str, max_in_flight: int, capabilities: Sequence[str]
+) -> str:
+    """The query string of the task stream; ``capabilities`` empty means any (a catch-all handler)."""
+    pairs = [("agent_id", agent_id)]
+    if installation_id:
+        pairs.append(("installation_id", installation_id))
+    pairs += [("worker_id", worker_id), ("max_in_flight", str(max_in_flight))]
+    query = "&".join(f"{key}={quote(value, safe='')}" for key, value in pairs)
+    if capabilities:
+        query += "&capabilities=" + ",".join(quote(name, safe="") for name in capabilities)
+    return query
+
+
+# -- headers ----------------------------------------------------------------------------------------------------------
+
+
+def bearer(token: Secret) -> Tuple[str, str]:
+    """The header of a runtime token. The result is plain text: build it only where the request is sent."""
+    return "Authorization", f"Bearer {token.reveal()}"
+
+
+def api_key_header(key: Secret) -> Tuple[str, str]:
+    """The header of an API key. The result is plain text: build it only where the request is sent."""
+    return "X-API-Key", key.reveal()
+
+
+def idempotency_key(endpoint: str, credential: Secret, agent_id: str) -> str:
+    """The ``Idempotency-Key`` of bootstrap, recover and refresh: the same for the same wish, whoever repeats it."""
+    return hashlib.sha256("\n".join((endpoint, credential.reveal(), agent_id)).encode()).hexdigest()
+
+
+def completion_key(task_id: str, attempt: int, substituted: bool = False) -> str:
+    """The ``Idempotency-Key`` of a completion: ``{task_id}:{attempt}``, ``:2`` for a substituted one."""
+    return f"{encode_id(task_id)}:{attempt}" + (":2" if substituted else "")
+
+
+def retry_after(header: Optional[str], now: dt.datetime) -> Optional[float]:
+    """Seconds that ``Retry-After`` asks for, in either of its forms (RFC 9110, section 10.2.3).
+
+    Negative or unreadable values are None; longer than five minutes is cut to that.
+    """
+    if not header:
+        return None
+    text = header.strip()
+    if text.isascii() and text.isdigit():
+        seconds = float(text[:9])
+    else:
+        instant = parse_http_date(text)
+        if instant is None:
+            return None
+        seconds = (instant - now).total_seconds()
+    return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else None
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+_RFC3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:([Zz])|([+-]\d\d:\d\d))\Z", re.ASCII
+)
+
+
+def parse_time(value: object) -> Optional[dt.datetime]:
+    """An RFC 3339 instant as an aware UTC datetime; None where it is no such thing."""
+    match = _RFC3339.match(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    date, clock, fraction, _, offset = match.groups()
+    try:
+        instant = dt.datetime.fromisoformat(f"{date}T{clock}.{(fraction or '0').ljust(6, '0')}{offset or '+00:00'}")
+        return instant.astimezone(dt.timezone.utc)
+    except (ValueError, OverflowError):
+        return None
+
+
+def format_time(instant: dt.datetime) -> str:
+    """An aware datetime as RFC 3339 in UTC, with microseconds."""
+    return instant.astimezone(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def parse_http_date(value: Optional[str]) -> Optional[dt.datetime]:
+    """A ``Date`` header as an aware UTC datetime; None where it is absent or unreadable."""
+    if not value:
+        return None
+    try:
+        instant = parsedate_to_datetime(value)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    if instant.tzinfo is None:
+        instant = instant.replace(tzinfo=dt.timezone.utc)
+    return instant.astimezone(dt.timezone.utc)
+
+
+def lifetime(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> Optional[float]:
+    """Seconds from the answer to ``end``, by the platform's clock (its ``Date`` header) or, without one, by ours.
+
+    None means unknown: no end given, already past, or further than 30 days away.
+    """
+    if end is None:
+        return None
+    seconds = (end - (parse_http_date(date) or now)).total_seconds()
+    return seconds if 0 < seconds <= MAX_LIFETIME else None
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise Malformed(f"{name} is not JSON")
+
+
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+_ENCODE: Callable[[Any], str] = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=True
+).encode
+
+
+def decode_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    :raises Malformed: it is no JSON, holds NaN or Infinity, or is nested too deep.
+    """
+    problem = "is not valid JSON"
+    try:
+        return _STRICT.decode(text)
+    except Malformed as error:
+        problem = str(error)
+    except RecursionError:
+        problem = "is nested too deep"
+    except ValueError:
+        pass
+    raise Malformed(problem)
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON.
+
+    :raises ValueError, TypeError, RecursionError, OverflowError: the value has no JSON form (NaN and lone surrogates
+        included).
+    """
+    return _ENCODE(value).encode()
+
+
+def decode_body(body: bytes) -> Any:
+    """The JSON value of an answer's body.
+
+    :raises Malformed: as :func:`decode_json`, or the body is not UTF-8.
+    """
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = ""
+    return decode_json(text)
+
+
+# -- bodies -----------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_body(
+    install_token: Secret, agent_id: str, capabilities: Sequence[str], runtime_info: Mapping[str, Any]
+) -> bytes:
+    return encode_json(
+        {
+            "install_token": install_token.reveal(),
+            "agent_id": agent_id,
+            "capabilities": list(capabilities),
+            "runtime_info": dict(runtime_info, sdk=SDK_INFO),
+        }
+    )
+
+
+def recover_body(agent_id: str, workspace_id: Optional[str], runtime_info: Mapping[str, Any]) -> bytes:
+    return encode_json(
+        {"agent_id": agent_id, "workspace_id": workspace_id, "runtime_info": dict(runtime_info, sdk=SDK_INFO)}
+    )
+
+
+def refresh_body(refresh_token: Secret) -> bytes:
+    return encode_json({"refresh_token": refresh_token.reveal()})
+
+
+def heartbeat_body(
+    status: str,
+    uptime_seconds: float,
+    platform: Mapping[str, Any],
+    capabilities: Sequence[str],
+    workers: Sequence[WorkerReport],
+    policy_hash: Optional[str] = None,
+) -> bytes:
+    body: Dict[str, Any] = {
+        "status": status,
+        "uptime_seconds": int(uptime_seconds),
+        "platform": dict(platform),
+        "capabilities": list(capabilities),
+        "workers": [
+            {
+                "worker_id": worker.worker_id,
+                "status": worker.status,
+                "active_tasks": worker.active_tasks,
+                "capabilities": list(worker.capabilities),
+            }
+            for worker in workers
+        ],
+        "sdk": SDK_INFO,
+    }
+    if policy_hash:
+        body["policy_hash"] = policy_hash
+    return encode_json(body)
+
+
+def completion_body(completion: Completion, worker_id: str) -> bytes:
+    """The body of a completion.
+
+    :raises ValueError, TypeError, RecursionError, OverflowError: the output or the details have no JSON form.
+    """
+    body: Dict[str, Any] = {"task_id": completion.task_id}
+    failure = completion.failure
+    if failure is None:
+        body["status"] = "completed"
+        body["output"] = completion.output
+    else:
+        error: Dict[str, Any] = {
+            "code": failure.code,
+            "message": failure.message,
+            "retryable": failure.retryable,
+        }
+        if failure.details is not None:
+            error["details"] = dict(failure.details)
+        body["status"] = "failed"
+        body["error"] = error
+    body["execution_time_ms"] = completion.execution_time_ms
+    body["attempt"] = completion.attempt
+    body["worker_id"] = worker_id
+    return encode_json(body)
+
+
+def release_body(attempt: int, worker_id: str) -> bytes:
+    return encode_json({"attempt": attempt, "worker_id": worker_id})
+
+
+def progress_body(fraction: float, message: Optional[str]) -> bytes:
+    body: Dict[str, Any] = {"progress": fraction}
+    if message is not None:
+        body["message"] = message
+    return encode_json(body)
+
+
+def submit_body(capability: str, input: Any, agent_id: str, fields: Mapping[str, Any]) -> bytes:
+    """The body that submits a task, with an API key; ``fields`` as protocol.md lists them."""
+    return encode_json({"agent_id": agent_id, "capability": capability, "input": input, **fields})
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] = None) -> APIError:
+    """The error that an answer with a status other than 2xx means; 402 is a :class:`PlanLimitError`."""
+    code: Optional[str] = None
+    message = ""
+    details: Optional[Mapping[str, Any]] = None
+    try:
+        payload = decode_body(body)
+    except Malformed:
+        payload = None
+    if isinstance(payload, dict):
+        details = payload
+        code = _str(payload.get("code")) or _str(payload.get("error"))
+        message = _str(payload.get("message")) or _str(payload.get("error")) or ""
+    else:
+        message = one_line(body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace"))
+    error = PlanLimitError if status == 402 else APIError
+    return error(status, code, one_line(message)[:MAX_ERROR_TEXT], retry_after_seconds, details)
+
+
+def one_line(text: str) -> str:
+    """``text`` fit for one log line: control characters, which could forge a line, become spaces."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def is_revoked(error: APIError) -> bool:
+    """Whether this error is the kill switch (the code is read before the status)."""
+    return error.code == CODE_REVOKED
+
+
+def is_transient(status: int) -> bool:
+    """Whether the same request may succeed later: 408, 425, 429 and 5xx."""
+    return status in (408, 425, 429) or 500 <= status <= 599
+
+
+def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: Optional[RuntimeCredentials]) -> Grant:
+    """The answer of bootstrap, recover or refresh.
+
+    :param date: the answer's ``Date`` header.
+    :param now: our clock when the request was sent.
+    :param previous: what a refresh started from; it fills in what the answer leaves out.
+    :raises Malformed: no usable runtime token, or no installation id.
+    """
+    if not isinstance(payload, dict):
+        raise Malformed("the answer is not a JSON object")
+    base = previous or RuntimeCredentials()
+    token = _token(payload, "runtime_token")
+    if token is None:
+        raise Malformed("the answer has no runtime_token")
+    installation_id = payload.get("installation_id", base.installation_id)
+    if not is_id(installation_id):
+        raise Malformed("the answer has no usable installation_id")
+    expires_at = parse_time(payload.get("expires_at"))
+    lease_end = parse_time(payload.get("lease_expires_at"))
+    return Grant(
+        credentials=RuntimeCredentials(
+            installation_id=installation_id,
+            runtime_token=token,
+            refresh_token=_token(payload, "refresh_token") or base.refresh_token,
+            expires_at=expires_at,
+            workspace_id=_str(payload.get("workspace_id")) or base.workspace_id,
+        ),
+        lifetime=lifetime(expires_at, date, now),
+        lease_lifetime=lifetime(lease_end, date, now),
+        lease_expires_at=lease_end,
+        heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
+    )
+
+
+def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> HeartbeatReply:
+    """The answer to a heartbeat. Every field is optional; one of a wrong type counts as absent."""
+    if not isinstance(payload, dict):
+        return HeartbeatReply()
+    lease_end = parse_time(payload.get("lease_expires_at"))
+    token_end = parse_time(payload.get("refreshed_token_expires_at"))
+    try:
+        token = _token(payload, "refreshed_token")
+    except Malformed:
+        token = None
+    desired = payload.get("desired_state")
+    return HeartbeatReply(
+        lease_expires_at=lease_end,
+        lease_lifetime=lifetime(lease_end, date, now),
+        heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
+        refreshed_token=token,
+        refreshed_token_expires_at=token_end,
+        refreshed_token_lifetime=lifetime(token_end, date, now),
+        active_policy_hash=_str(payload.get("active_policy_hash")),
+        revoked=payload.get("revoked") is True,
+        reason=_reason(payload.get("reason")),
+        shutdown_timeout=_milliseconds(payload.get("shutdown_timeout_ms")),
+        desired_state=desired if desired in ("running", "paused", "terminated") else None,
+        raw=payload,
+    )
+
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+def decode_task(text: str) -> Task:
+    """A task from an event's data.
+
+    :raises MalformedTask: with the task's id where one could be read.
+    """
+    try:
+        payload = decode_json(text)
+    except Malformed as error:
+        raise _unreadable_task(text, str(error)) from None
+    return _build_task(payload)
+
+
+def is_untyped_task(text: str) -> Optional[Task]:
+    """The task in an untyped ``message`` event, or None where its JSON is not one.
+
+    :raises MalformedTask: it is meant as a task (an id and an ``input``) but cannot run.
+    """
+    try:
+        payload = decode_json(text)
+    except Malformed:
+        return None
+    if isinstance(payload, dict) and "input" in payload and ("task_id" in payload or "id" in payload):
+        return _build_task(payload)
+    return None
+
+
+def _unreadable_task(text: str, problem: str) -> MalformedTask:
+    # Python's JSON reads NaN and Infinity: enough to find the id and answer the task instead of leaving it unanswered.
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError):
+        payload = None
+    task_id = _first(payload, "task_id", "id") if isinstance(payload, dict) else None
+    attempt = payload.get("attempt") if isinstance(payload, dict) else None
+    return MalformedTask(
+        f"the task {problem}", task_id if is_id(task_id) else None, attempt if _is_attempt(attempt) else 1
+    )
+
+
+def _build_task(payload: Any) -> Task:
+    if not isinstance(payload, dict):
+        raise MalformedTask("the task is not a JSON object")
+    get = payload.get
+    task_id = get("task_id")
+    if task_id is None:
+        task_id = get("id")
+    if not is_id(task_id):
+        raise MalformedTask("the task has no usable task_id")
+    attempt = get("attempt", 1)
+    if not _is_attempt(attempt):
+        raise MalformedTask("attempt must be an integer from 1", task_id)
+    capability = _first(payload, "capability", "target_capability")
+    if not isinstance(capability, str) or not capability:
+        raise MalformedTask("capability must be a non-empty string", task_id, attempt)
+    timeout = get("timeout_ms")
+    if timeout is not None:
+        timeout = _milliseconds(timeout)
+        if not timeout:
+            raise MalformedTask("timeout_ms must be a positive number", task_id, attempt)
+    texts = (
+        _first(payload, "tool", "target_tool"),
+        get("workspace_id"),
+        _first(payload, "requester_agent_id", "requester_id"),
+        get("parent_task_id"),
+        get("workflow_id"),
+        get("trace_id"),
+    )
+    for name, value in zip(_TEXT_FIELDS, texts):
+        if value is not None and not isinstance(value, str):
+            raise MalformedTask(f"{name} must be a string", task_id, attempt)
+    tool, workspace_id, requester_id, parent_task_id, workflow_id, trace_id = texts
+    return Task(
+        task_id=task_id,
+        capability=capability,
+        input=get("input", {}),
+        attempt=attempt,
+        tool=tool,
+        workspace_id=workspace_id,
+        requester_id=requester_id,
+        parent_task_id=parent_task_id,
+        workflow_id=workflow_id,
+        trace_id=trace_id,
+        timeout=timeout,
+    )
+
+
+_TEXT_FIELDS = ("tool", "workspace_id", "requester_agent_id", "parent_task_id", "workflow_id", "trace_id")
+
+
+def decode_command(text: str) -> Command:
+    """A command from an event's data.
+
+    :raises Malformed: it is not JSON or its type is unknown.
+    """
+    payload = decode_json(text)
+    kind = payload.get("type") if isinstance(payload, dict) else None
+    if kind not in COMMANDS:
+        raise Malformed(f"the command's type is not one of {', '.join(COMMANDS)}")
+    command_id = payload.get("command_id")
+    return Command(
+        type=kind,
+        reason=_reason(payload.get("reason")),
+        command_id=command_id if is_id(command_id) else None,
+        shutdown_timeout=_milliseconds(payload.get("shutdown_timeout_ms")),
+    )
+
+
+def decode_connected(text: str) -> Connected:
+    """The stream's ``connected`` event; tolerant, because every field is optional."""
+    try:
+        payload = decode_json(text)
+    except Malformed:
+        payload = None
+    if not isinstance(payload, dict):
+        return Connected()
+    installation_id = payload.get("installation_id")
+    desired = payload.get("desired_state")
+    return Connected(
+        installation_id=installation_id if is_id(installation_id) else None,
+        heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
+        desired_state=desired if desired in ("running", "paused", "terminated") else None,
+    )
+
+
+def failure(code: str, message: str, details: Optional[Mapping[str, Any]] = None) -> Failure:
+    """A failure with one of the library's own codes and its ``retryable``."""
+    return Failure(code=code, message=message, retryable=RETRYABLE[code], details=details)
+
+
+# -- reading single fields --------------------------------------------------------------------------------------------
+
+
+def _first(payload: Mapping[str, Any], name: str, alias: str) -> Any:
+    value = payload.get(name)
+    return payload.get(alias) if value is None else value
+
+
+def _str(value: Any) -> Optional[str]:
+    return value if isinstance(value, str) and value else None
+
+
+def _reason(value: Any) -> Optional[str]:
+    return one_line(value)[:MAX_ERROR_TEXT] if isinstance(value, str) else None
+
+
+def _is_attempt(value: object) -> TypeGuard[int]:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _number(value: Any, highest: float) -> Optional[float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 <= value <= highest or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _milliseconds(value: Any) -> Optional[float]:
+    number = _number(value, MAX_LIFETIME * 1000)
+    return None if number is None else number / 1000.0
+
+
+def _interval(value: Any) -> Optional[float]:
+    return _number(value, 24 * 3600.0) or None
+
+
+def _token(payload: Mapping[str, Any], name: str) -> Optional[Secret]:
+    value = payload.get(name)
+    if value is None:
+        return None
+    try:
+        return Secret(value)
+    except ConfigurationError:
+        pass
+    raise Malformed(f"{name} is not a token (visible ASCII, no whitespace)")

@@ -1,0 +1,94 @@
+"""A value that must not be seen: tokens and keys on their way from the user to a header."""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any, NoReturn, Union
+
+from .errors import ConfigurationError
+
+__all__ = ["Secret", "as_secret"]
+
+_MASK = "Secret('***')"
+
+
+class Secret:
+    """A token or key whose text is given only by :meth:`reveal`.
+
+    It is not a str: ``repr``, ``str`` and ``format`` show a mask, pickling and JSON refuse it, and ``==`` takes the
+    same time whatever differs. The text is checked on entry (visible ASCII, no whitespace), because HTTP libraries
+    quote a header they refuse in the error they raise.
+
+    :raises ConfigurationError: the text is empty or holds anything but visible ASCII.
+    """
+
+    __slots__ = ("__text",)
+
+    def __init__(self, text: str) -> None:
+        problem = _problem(text)
+        if problem:
+            raise ConfigurationError(problem)
+        object.__setattr__(self, "_Secret__text", text)
+
+    def reveal(self) -> str:
+        """The text itself. Call it only where a header or a body is built."""
+        return self.__text  # type: ignore[attr-defined, no-any-return]
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError("a Secret cannot be changed")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a Secret cannot be changed")
+
+    def __init_subclass__(cls, **kwargs: Any) -> NoReturn:
+        raise TypeError("Secret cannot be subclassed")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(self.reveal().encode(), other.reveal().encode())
+
+    def __hash__(self) -> int:
+        return hash(("Secret", self.reveal()))
+
+    def __repr__(self) -> str:
+        return _MASK
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return _MASK
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a Secret cannot be pickled; persist credentials with a RuntimeCredentialsStore(path=...)")
+
+
+def as_secret(value: Union[str, Secret], option: str) -> Secret:
+    """``value`` as a :class:`Secret`.
+
+    :raises ConfigurationError: naming ``option``, never quoting the value.
+    """
+    if isinstance(value, Secret):
+        return value
+    problem = _problem(value)
+    if problem:
+        raise ConfigurationError(problem, option)
+    return Secret(value)
+
+
+def _problem(text: object) -> str:
+    if not isinstance(text, str):
+        return f"must be a str, got {type(text).__name__}"
+    if not text:
+        return "is empty"
+    if text != text.strip():
+        return "begins or ends with whitespace (a newline read from a file?); strip it"
+    if not all("!" <= character <= "~" for character in text):
+        return "holds whitespace or characters outside visible ASCII; check that it was copied whole"
+    return ""

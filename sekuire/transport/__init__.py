@@ -1,0 +1,1 @@
+"""HTTP as this library needs it: bounded, without surprises, and wakeable."""
