@@ -1,0 +1,207 @@
+"""Where the microseconds of a task go: each stage alone, in CPU time, in a loop that does nothing else.
+
+A stage whose code does not exist, or is called otherwise by now, is left out, and named. Lines marked as references
+measure no code of the library; they say what the interpreter or a dependency costs for the same step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import threading
+import time
+import timeit
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+from . import payloads
+from .process import Message, hear, say
+
+#: Things done per call of a stage, where one alone cannot be measured.
+_MANY = 200
+
+
+class Stage(NamedTuple):
+    """``run`` does ``times`` times what is measured; only stages ``in_task`` are part of a task's cost."""
+
+    name: str
+    run: Callable[[], Any]
+    times: int = 1
+    in_task: bool = True
+
+
+Maker = Callable[[int], Stage]
+
+
+def _chunks() -> Iterator[bytes]:
+    for number in range(_MANY):
+        yield payloads.task_event(number)
+
+
+def _events_of(client: Callable[[Iterator[bytes]], Any]) -> Callable[[], None]:
+    chunks = list(_chunks())
+
+    def run() -> None:
+        seen = 0
+        for _ in client(chunk for chunk in chunks).events():
+            seen += 1
+        if seen != _MANY:
+            raise RuntimeError(f"{seen} events came out of {_MANY}")
+
+    return run
+
+
+def _sse(port: int) -> Stage:
+    stream = importlib.import_module("sekuire.transport.sse").EventStream
+    return Stage("SSE: one event of 1 KB", _events_of(stream), _MANY)
+
+
+def _sse_reference(port: int) -> Stage:
+    client = importlib.import_module("sseclient").SSEClient
+    return Stage("  reference: sseclient-py alone", _events_of(client), _MANY, in_task=False)
+
+
+def _json_reference(port: int) -> Stage:
+    text = payloads.task_text()
+    return Stage("  reference: json.loads alone", lambda: json.loads(text), in_task=False)
+
+
+def _decode_task(port: int) -> Stage:
+    decode = importlib.import_module("sekuire.protocol").decode_task
+    text = payloads.task_text()
+    return Stage("JSON and protocol.decode_task", lambda: decode(text))
+
+
+def _completion_body(port: int) -> Stage:
+    protocol = importlib.import_module("sekuire.protocol")
+    head, tail = protocol.completion_head, protocol.completion_tail
+    made = importlib.import_module("sekuire.models").Completion
+    task_id, output = payloads.task_id(1), payloads.result()
+    worker_id = payloads.completion()["worker_id"]
+    return Stage(
+        "Completion and its body (protocol.completion_head, _tail)",
+        lambda: head(made(task_id=task_id, attempt=1, output=output)) + tail(1, worker_id),
+    )
+
+
+def _completion_reference(port: int) -> Stage:
+    body = payloads.completion()
+    encode = json.JSONEncoder(separators=(",", ":")).encode
+    return Stage("  reference: JSONEncoder.encode alone", lambda: encode(body), in_task=False)
+
+
+def _completion_target(port: int) -> Stage:
+    protocol = importlib.import_module("sekuire.protocol")
+    path = protocol.Endpoints().path
+    key = protocol.completion_key
+    task_id = payloads.task_id(1)
+    return Stage("its path and Idempotency-Key", lambda: (path("complete", task_id=task_id), key(task_id, 1)))
+
+
+def _post(port: int) -> Stage:
+    http = importlib.import_module("sekuire.transport.http")
+    config = importlib.import_module("sekuire.config").ConnectionConfig(api_base_url=f"http://127.0.0.1:{port}")
+    protocol = importlib.import_module("sekuire.protocol")
+    token = importlib.import_module("sekuire.secret").Secret(payloads.RUNTIME_TOKEN)
+    request = http.HttpClient(config).request
+    body = payloads.compact(payloads.completion()).encode()
+    key = f"{payloads.task_id(1)}:1"
+
+    def run() -> None:
+        request("POST", "/echo", body=body, credential=lambda: protocol.bearer(token), idempotency_key=key).check()
+
+    return Stage("HttpClient.request: the POST, one thread", run)
+
+
+def _executor_reference(port: int) -> Stage:
+    executor = ThreadPoolExecutor(1)
+
+    def run() -> None:
+        last = None
+        for _ in range(_MANY):
+            last = executor.submit(_nothing)
+        if last is not None:
+            last.result()
+
+    return Stage("reference: ThreadPoolExecutor.submit, queue never empty", run, _MANY, in_task=False)
+
+
+def _wake_reference(port: int) -> Stage:
+    there: "SimpleQueue[None]" = SimpleQueue()
+    back: "SimpleQueue[None]" = SimpleQueue()
+
+    def mirror() -> None:
+        while True:
+            back.put(there.get())
+
+    threading.Thread(target=mirror, daemon=True).start()
+
+    def run() -> None:
+        for _ in range(_MANY):
+            there.put(None)
+            back.get()
+
+    # A round trip is two hand-overs.
+    return Stage("reference: waking another thread (SimpleQueue)", run, 2 * _MANY, in_task=False)
+
+
+def _nothing() -> None:
+    pass
+
+
+_MAKERS: Dict[str, Maker] = {
+    "sse": _sse,
+    "sse-reference": _sse_reference,
+    "decode": _decode_task,
+    "decode-reference": _json_reference,
+    "encode": _completion_body,
+    "encode-reference": _completion_reference,
+    "target": _completion_target,
+    "post": _post,
+    "executor-reference": _executor_reference,
+    "wake-reference": _wake_reference,
+}
+
+
+def measure(stage: Stage, seconds: float, repeats: int = 5) -> Message:
+    """CPU µs of one of what ``stage`` does: the median of ``repeats`` loops, with the lowest and the highest."""
+    timer = timeit.Timer(stage.run, timer=time.process_time)
+    once = max(timer.timeit(3) / 3, 1e-7)
+    number = max(1, int(seconds / repeats / once))
+    each = [took * 1e6 / number / stage.times for took in timer.repeat(repeats, number)]
+    return {
+        "name": stage.name,
+        "in_task": stage.in_task,
+        "cpu_us": statistics.median(each),
+        "lowest_us": min(each),
+        "highest_us": max(each),
+    }
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    """Measure every stage that exists once, then end."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--port", type=int, required=True, help="of the platform")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for each stage")
+    options = parser.parse_args(arguments)
+    say({"ready": True})
+    if hear() is None:
+        return
+    found: List[Message] = []
+    left_out: List[str] = []
+    for key, make in _MAKERS.items():
+        try:
+            stage = make(options.port)
+            stage.run()
+        except (ImportError, AttributeError, TypeError) as error:
+            left_out.append(f"{key} ({error})")
+            continue
+        found.append({"key": key, **measure(stage, options.seconds)})
+    say({"stages": found, "left_out": left_out})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The library's worker with a handler that does nothing, in a process of its own, so that its cost is its own.
+
+It says when it is connected; ``usage`` reports what the process has used so far, ``latencies`` the times from the
+platform's send to the handler's first line since it was last asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+from . import payloads
+from .process import hear, say, usage
+
+
+def _find_create_worker() -> Optional[Callable[..., Any]]:
+    """``sekuire.create_worker``, or None in a checkout that has none yet."""
+    found: Optional[Callable[..., Any]] = getattr(importlib.import_module("sekuire"), "create_worker", None)
+    return found
+
+
+def is_available() -> bool:
+    """Whether there is a worker to measure."""
+    return _find_create_worker() is not None
+
+
+def _stats(worker: Any) -> Dict[str, int]:
+    stats = worker.stats()
+    names = ("received", "completed", "failed", "rejected", "duplicates", "dropped", "undelivered", "reconnects")
+    return {name: getattr(stats, name) for name in names}
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    """Run a worker until the parent has no more questions."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="more options of create_worker")
+    options = parser.parse_args(arguments)
+
+    # As in a service that has set up its logging: warnings are shown, and what is below is not formatted.
+    logging.basicConfig(level=logging.WARNING)
+    create_worker = _find_create_worker()
+    if create_worker is None:
+        say({"error": "sekuire.create_worker does not exist"})
+        return
+    worker = create_worker(
+        **{
+            "api_base_url": f"http://127.0.0.1:{options.port}",
+            "agent_id": payloads.AGENT_ID,
+            "runtime_token": payloads.RUNTIME_TOKEN,
+            "installation_id": payloads.INSTALLATION_ID,
+            "capabilities": [payloads.CAPABILITY],
+            "max_workers": options.threads,
+            **options.options,
+        }
+    )
+    clock = time.monotonic_ns
+    latencies: List[int] = []
+    timed = False
+    result = payloads.result()
+
+    def handle(context: Any, document: Dict[str, Any]) -> Dict[str, Any]:
+        if timed:
+            latencies.append(clock() - document["sent_ns"])
+        return result
+
+    worker.on_task(payloads.CAPABILITY, handle)
+    worker.start(block=False)
+    try:
+        if not worker.wait_until_connected(15.0):
+            say({"error": "the worker did not connect within 15 s"})
+            return
+        say({"ready": True})
+        while True:
+            order = hear()
+            if order is None:
+                return
+            if order["op"] == "usage":
+                say({**usage(), **_stats(worker)})
+            elif order["op"] == "time":
+                timed = True
+                latencies.clear()
+                say({})
+            elif order["op"] == "latencies":
+                timed = False
+                say({"latencies_ns": latencies})
+            else:
+                say({"error": f"no such order: {order['op']}"})
+    finally:
+        worker.stop(timeout=5.0)
+
+
+if __name__ == "__main__":
+    main()
