@@ -1,4 +1,4 @@
-"""The wire contract: paths, event names, bodies and answers. Pure; no I/O, no clock of its own.
+"""The wire contract: paths, event names, bodies and answers. Pure; no I/O.
 
 docs/protocol.md tells which items the Sekuire documentation states and which are this project's decision; all of
 the latter are in this module, so that one file changes when the platform's answer becomes known.
@@ -132,6 +132,8 @@ class Endpoints:
 
     def __init__(self, overrides: Optional[Mapping[str, str]] = None) -> None:
         self._paths = dict(DEFAULT_ENDPOINTS)
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise ConfigurationError("must map endpoint names to paths", "endpoints")
         for name, path in (overrides or {}).items():
             self._check(name, path)
             self._paths[name] = path
@@ -256,6 +258,11 @@ def retry_after(header: Optional[str], now: dt.datetime) -> Optional[float]:
 _RFC3339 = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:([Zz])|([+-]\d\d:\d\d))\Z", re.ASCII
 )
+
+
+def utc_now() -> dt.datetime:
+    """Our clock, as an aware UTC datetime."""
+    return dt.datetime.now(dt.timezone.utc)
 
 
 def parse_time(value: object) -> Optional[dt.datetime]:
@@ -406,8 +413,10 @@ def heartbeat_body(
     return encode_json(body)
 
 
-def completion_body(completion: Completion, worker_id: str) -> bytes:
-    """The body of a completion.
+def completion_head(completion: Completion) -> bytes:
+    """All of a completion's body but its end, which :func:`completion_tail` gives.
+
+    The end tells the attempt, which may rise while the result waits to be delivered; the head never changes.
 
     :raises ValueError, TypeError, RecursionError, OverflowError: the output or the details have no JSON form.
     """
@@ -427,9 +436,12 @@ def completion_body(completion: Completion, worker_id: str) -> bytes:
         body["status"] = "failed"
         body["error"] = error
     body["execution_time_ms"] = completion.execution_time_ms
-    body["attempt"] = completion.attempt
-    body["worker_id"] = worker_id
-    return encode_json(body)
+    return encode_json(body)[:-1]
+
+
+def completion_tail(attempt: int, worker_id: str) -> bytes:
+    """The end of a completion's body; head and tail together are the JSON object."""
+    return f',"attempt":{attempt},"worker_id":"{worker_id}"}}'.encode()
 
 
 def release_body(attempt: int, worker_id: str) -> bytes:
@@ -540,7 +552,7 @@ def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> Hea
         active_policy_hash=_str(payload.get("active_policy_hash")),
         revoked=payload.get("revoked") is True,
         reason=_reason(payload.get("reason")),
-        shutdown_timeout=_milliseconds(payload.get("shutdown_timeout_ms")),
+        shutdown_timeout=milliseconds(payload.get("shutdown_timeout_ms")),
         desired_state=desired if desired in ("running", "paused", "terminated") else None,
         raw=payload,
     )
@@ -561,7 +573,7 @@ def decode_task(text: str) -> Task:
     return _build_task(payload)
 
 
-def is_untyped_task(text: str) -> Optional[Task]:
+def decode_untyped_task(text: str) -> Optional[Task]:
     """The task in an untyped ``message`` event, or None where its JSON is not one.
 
     :raises MalformedTask: it is meant as a task (an id and an ``input``) but cannot run.
@@ -605,7 +617,7 @@ def _build_task(payload: Any) -> Task:
         raise MalformedTask("capability must be a non-empty string", task_id, attempt)
     timeout = get("timeout_ms")
     if timeout is not None:
-        timeout = _milliseconds(timeout)
+        timeout = milliseconds(timeout)
         if not timeout:
             raise MalformedTask("timeout_ms must be a positive number", task_id, attempt)
     texts = (
@@ -652,7 +664,7 @@ def decode_command(text: str) -> Command:
         type=kind,
         reason=_reason(payload.get("reason")),
         command_id=command_id if is_id(command_id) else None,
-        shutdown_timeout=_milliseconds(payload.get("shutdown_timeout_ms")),
+        shutdown_timeout=milliseconds(payload.get("shutdown_timeout_ms")),
     )
 
 
@@ -706,7 +718,8 @@ def _number(value: Any, highest: float) -> Optional[float]:
     return float(value)
 
 
-def _milliseconds(value: Any) -> Optional[float]:
+def milliseconds(value: Any) -> Optional[float]:
+    """A wire duration in milliseconds as seconds; None where it is no usable number."""
     number = _number(value, MAX_LIFETIME * 1000)
     return None if number is None else number / 1000.0
 

@@ -1,0 +1,254 @@
+"""The Beacon: keeps one installation's lease alive and says where it stands."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from types import TracebackType
+from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Type, Union
+
+import attrs
+
+from . import protocol
+from .config import BeaconConfig, from_options
+from .credentials import RuntimeCredentialsStore
+from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
+from .installation import Installation
+from .lifecycle import CallbackThread, Deadline, at_exit, check_process, forget_exit, is_owned_by
+from .models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
+from .secret import Secret
+from .transport.retry import Backoff
+
+log = logging.getLogger("sekuire.beacon")
+
+#: Seconds :meth:`Beacon.start` waits for the first verdict, and :meth:`Beacon.stop` for the end.
+START_TIMEOUT = 10.0
+STOP_TIMEOUT = 5.0
+#: Seconds the last heartbeat of an ending process may take.
+LAST_BEAT = 2.0
+
+
+class Beacon:
+    """Logs an installation in and beats for it until it is stopped.
+
+    It tries, in this order: the runtime token and ``installation_id`` at hand, which the first heartbeat proves;
+    ``refresh_token``; ``install_token``; recovery with ``api_key``. While the platform cannot be reached it is
+    *degraded*: the agent runs on, and the Beacon comes back by itself.
+
+    Any thread may call its methods. ``sekuire-heartbeat`` logs in, beats and changes the status; ``sekuire-callback``
+    runs ``on_status_change``. ``_lock`` guards the status and the life's state and is not held over either.
+
+    :param agent_id: who the agent is.
+    :param heartbeat_interval: seconds between beats, at most; the platform may ask for less.
+    :param on_status_change: called with the new :class:`BeaconStatus` after each change of state.
+    :param credentials_store: shared with a :class:`~sekuire.Worker` to keep both in step.
+    :raises ConfigurationError: a wrong option, or nothing to authenticate with.
+    """
+
+    def __init__(
+        self,
+        agent_id: str,
+        *,
+        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
+        install_token: Union[str, Secret, None] = None,
+        runtime_token: Union[str, Secret, None] = None,
+        installation_id: Optional[str] = None,
+        refresh_token: Union[str, Secret, None] = None,
+        api_key: Union[str, Secret, None] = None,
+        workspace_id: Optional[str] = None,
+        credentials_store: Optional[RuntimeCredentialsStore] = None,
+        heartbeat_interval: float = 60.0,
+        capabilities: Sequence[str] = (),
+        on_status_change: Optional[Callable[[BeaconStatus], object]] = None,
+        policy_gateway: Any = None,
+        connect_timeout: float = 3.0,
+        read_timeout: float = 10.0,
+        verify: Union[bool, str] = True,
+        client_cert: Union[str, Tuple[str, str], None] = None,
+        proxies: Optional[Mapping[str, str]] = None,
+        allow_insecure_http: bool = False,
+        endpoints: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._set_up(from_options(BeaconConfig, options))
+
+    @classmethod
+    def _from_config(cls, config: BeaconConfig, pool_size: int) -> Beacon:
+        """A Beacon with a room for the Workers of an SDK in its connection pool."""
+        beacon = cls.__new__(cls)
+        beacon._set_up(config, pool_size)
+        return beacon
+
+    def _set_up(self, config: BeaconConfig, pool_size: int = 2) -> None:
+        self.pid = os.getpid()
+        self._config = config
+        self._on_status_change = config.on_status_change
+        self._installation = Installation(
+            config,
+            pool_size=pool_size,
+            api_key=config.api_key,
+            workspace_id=config.workspace_id,
+            owner=self,
+        )
+        self._lock = threading.Lock()
+        self._status = BeaconStatus()
+        self._backoff = Backoff(0.5, config.heartbeat_interval)
+        self._pause = 0.5
+        self._verdict = threading.Event()
+        self._refusal: Optional[SekuireError] = None
+        self._is_started = False
+        self._is_stopped = False
+        self._callbacks = CallbackThread(owner=self)
+
+    # -- life --
+
+    def start(self) -> None:
+        """Log in and begin to beat. Waits up to 10 s for the platform's first verdict; without one it goes on alone.
+
+        :raises AuthenticationError: the platform refused every way of authenticating.
+        :raises RevokedError: the installation is revoked.
+        :raises ConfigurationError: it was started or stopped before.
+        """
+        check_process(self.pid, "Beacon")
+        with self._lock:
+            if self._is_started or self._is_stopped:
+                raise ConfigurationError("a Beacon starts once; make a new one", "Beacon.start")
+            self._is_started = True
+        self._change("connecting", None)
+        at_exit(self)
+        self._installation.heartbeat.attach(self)
+        self._installation.heartbeat.start()
+        try:
+            self._verdict.wait(START_TIMEOUT)
+        except BaseException:
+            self.stop(0)
+            raise
+        refusal = self._refusal
+        if refusal is not None:
+            self.stop(STOP_TIMEOUT)
+            raise refusal
+
+    def stop(self, timeout: Optional[float] = None) -> None:
+        """Send the last heartbeat (``stopped``) and end the threads, within ``timeout`` seconds (default 5).
+
+        Idempotent; from a callback of this Beacon it does not wait for that callback.
+        """
+        check_process(self.pid, "Beacon")
+        with self._lock:
+            was_running = self._is_started and not self._is_stopped
+            self._is_stopped = True
+        deadline = Deadline(STOP_TIMEOUT if timeout is None else timeout)
+        installation = self._installation
+        if was_running:
+            installation.stop.set()
+            installation.heartbeat.detach(self)
+            if not is_owned_by(self):
+                installation.heartbeat.stop(deadline.earlier(min(LAST_BEAT, deadline.remaining() / 2)))
+            else:
+                installation.heartbeat.end()
+            if self._status.state in ("connected", "degraded") and self._status.last_heartbeat_at is not None:
+                installation.heartbeat.beat_now("stopped", max(min(LAST_BEAT, deadline.remaining()), 0.25))
+        if self._status.state != "revoked":
+            self._change("stopped", self._status.error)
+        self._verdict.set()
+        self._callbacks.close()
+        self._callbacks.join(deadline)
+        installation.close()
+        forget_exit(self)
+
+    def leave(self) -> None:
+        """The interpreter ends while this runs: one last heartbeat, on the calling thread."""
+        if self._is_started and not self._is_stopped and self._status.last_heartbeat_at is not None:
+            self._is_stopped = True
+            self._installation.stop.set()
+            self._installation.heartbeat.end()
+            self._installation.heartbeat.beat_now("stopped", LAST_BEAT)
+
+    def __enter__(self) -> Beacon:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.stop()
+
+    # -- where it stands --
+
+    @property
+    def status(self) -> BeaconStatus:
+        return self._status
+
+    @property
+    def installation_credentials(self) -> RuntimeCredentials:
+        """The credentials now; ``to_env()`` gives them as environment variables."""
+        return self._installation.store.current
+
+    def is_connected(self) -> bool:
+        """Whether the last heartbeat was taken."""
+        return self._status.state == "connected"
+
+    def __repr__(self) -> str:
+        return f"<Beacon {self._config.agent_id} {self._status.state}>"
+
+    # -- the heartbeat's thread --
+
+    def heartbeat_status(self) -> str:
+        return "healthy"
+
+    def heartbeat_report(self) -> Optional[WorkerReport]:
+        return None
+
+    def heartbeat_interval(self) -> float:
+        """The wanted interval; while there is no connection, a backoff that ends at it."""
+        if self._status.state == "connected":
+            return self._config.heartbeat_interval
+        return min(self._pause, self._config.heartbeat_interval)
+
+    def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
+        if reply.revoked:
+            error = RevokedError(reply.reason, reply.shutdown_timeout)
+            if self._status.state == "connecting":
+                self._refusal = error
+            if self._status.state != "revoked":
+                log.error("%s", error)
+            self._change("revoked", str(error))
+            if self._installation.heartbeat.detach(self):
+                self._installation.heartbeat.end()
+        else:
+            self._backoff.reset()
+            self._change("connected", None)
+        self._verdict.set()
+
+    def on_heartbeat_problem(self, error: SekuireError) -> None:
+        self._pause = max(0.1, self._backoff.next())
+        is_final = isinstance(error, (AuthenticationError, PlanLimitError, ConfigurationError))
+        if is_final and self._status.last_heartbeat_at is None:
+            self._refusal = error
+            self._verdict.set()
+        if self._status.state not in ("degraded", "revoked", "stopped"):
+            log.warning("the platform does not take heartbeats, the agent runs on: %s", error)
+        self._change("degraded", str(error))
+
+    def _change(self, state: str, error: Optional[str]) -> None:
+        heartbeat = self._installation.heartbeat
+        with self._lock:
+            old = self._status
+            if old.state in ("revoked", "stopped") and state not in ("revoked", "stopped"):
+                return
+            self._status = attrs.evolve(
+                old,
+                state=state,
+                error=error,
+                installation_id=self._installation.store.current.installation_id,
+                last_heartbeat_at=heartbeat.last_at,
+                lease_expires_at=heartbeat.lease.expires_at,
+            )
+            status = self._status
+            callback = self._on_status_change if status.state != old.state else None
+        if callback is not None:
+            self._callbacks.post(callback, status)

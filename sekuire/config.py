@@ -1,0 +1,399 @@
+"""Every setting: frozen, keyword-only, checked when it is given. Nothing is read from the environment at import."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import difflib
+import ipaddress
+import math
+import os
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
+from urllib.parse import urlsplit
+
+import attrs
+
+from . import protocol
+from .errors import ConfigurationError
+from .secret import Secret, as_secret
+
+__all__ = ["AgentConfig", "BeaconConfig", "ConnectionConfig", "SDKConfig", "WorkerConfig", "from_options"]
+
+_Config = TypeVar("_Config")
+
+MIB = 1024 * 1024
+_LONGEST = 366 * 24 * 3600.0
+
+
+def from_options(
+    cls: Type[_Config], options: Mapping[str, Any], sources: Optional[Mapping[str, str]] = None
+) -> _Config:
+    """``cls(**options)``, with an error that names a misspelt option or the environment variable a value came from.
+
+    :param sources: option name → where its value came from, for the error's text.
+    :raises ConfigurationError: an unknown option or a wrong value.
+    """
+    known = [field.alias for field in attrs.fields(cls)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
+            raise ConfigurationError(f"is no option of {cls.__name__}; {hint}", name)
+    if "agent_id" in known and "agent_id" not in options:
+        raise ConfigurationError("is required", "agent_id")
+    try:
+        return cls(**options)
+    except ConfigurationError as error:
+        found = error
+    source = (sources or {}).get(found.option or "")
+    raise ConfigurationError(found.problem, found.option, found.source or source)
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _fail(attribute: Any, problem: str) -> None:
+    raise ConfigurationError(problem, attribute.name)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _seconds(instance: object, attribute: Any, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= _LONGEST:
+        _fail(attribute, f"must be a number of seconds above 0, got {value!r}")
+
+
+def _seconds_or_zero(instance: object, attribute: Any, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value <= _LONGEST:
+        _fail(attribute, f"must be a number of seconds, 0 or more, got {value!r}")
+
+
+def _optional_seconds(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None:
+        _seconds(instance, attribute, value)
+
+
+def _count(instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        _fail(attribute, f"must be a whole number, 1 or more, got {value!r}")
+
+
+def _optional_count(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        _fail(attribute, f"must be a whole number, 0 or more, or None, got {value!r}")
+
+
+def _flag(instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, bool):
+        _fail(attribute, f"must be True or False, got {value!r}")
+
+
+def _optional_callable(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and not callable(value):
+        _fail(attribute, f"must be callable, got {type(value).__name__}")
+
+
+def _identifier(instance: object, attribute: Any, value: Any) -> None:
+    if not protocol.is_id(value):
+        hint = "; is the environment variable set?" if value in (None, "") else ""
+        _fail(
+            attribute, f"must be a non-empty str of at most 256 bytes without control characters, got {value!r}{hint}"
+        )
+
+
+def _optional_identifier(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None:
+        _identifier(instance, attribute, value)
+
+
+def _text(instance: object, attribute: Any, value: Any) -> None:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        _fail(attribute, f"must be a non-empty str of printable characters, got {value!r}")
+
+
+def _optional_text(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None:
+        _text(instance, attribute, value)
+
+
+def _offers(*names: str) -> Callable[[object, Any, object], None]:
+    def check(instance: object, attribute: Any, value: Any) -> None:
+        missing = [name for name in names if value is not None and not hasattr(value, name)]
+        if missing:
+            _fail(attribute, f"must offer {', '.join(missing)}; {type(value).__name__} does not")
+
+    return check
+
+
+def _executor(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and not isinstance(value, concurrent.futures.Executor):
+        _fail(attribute, f"must be a concurrent.futures.Executor, got {type(value).__name__}")
+    if isinstance(value, concurrent.futures.ProcessPoolExecutor):
+        _fail(attribute, "must run handlers in threads of this process; a process pool cannot take a TaskContext")
+
+
+def _secret(option: str) -> Any:
+    def convert(value: Union[str, Secret, None]) -> Optional[Secret]:
+        return None if value is None else as_secret(value, option)
+
+    return attrs.field(default=None, converter=convert)
+
+
+def check_capability(name: object, option: str) -> str:
+    """``name`` if it can name a capability.
+
+    :raises ConfigurationError: it is no str, is empty, or holds a comma or a control character.
+    """
+    if not isinstance(name, str):
+        raise ConfigurationError(f"a capability's name must be a str, got {type(name).__name__}", option)
+    if not protocol.is_id(name) or "," in name or name != name.strip():
+        raise ConfigurationError(
+            f"{name!r} cannot name a capability: 1 to 256 bytes, no comma, control character or space at an end", option
+        )
+    return name
+
+
+def _capabilities(value: Any) -> Tuple[str, ...]:
+    if isinstance(value, (str, bytes)):
+        raise ConfigurationError(f"must be a list of names, such as [{value!r}], not a single str", "capabilities")
+    try:
+        names = list(value)
+    except TypeError:
+        names = None
+    if names is None:
+        raise ConfigurationError(f"must be a list of names, got {type(value).__name__}", "capabilities")
+    return tuple(dict.fromkeys(check_capability(name, "capabilities") for name in names))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is this machine: ``localhost`` or an address of the loopback range."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _base_url(value: object) -> str:
+    option = "api_base_url"
+    if not isinstance(value, str):
+        raise ConfigurationError(f"must be a str such as 'https://api.sekuire.ai', got {type(value).__name__}", option)
+    problem = _url_problem(value)
+    if problem:
+        raise ConfigurationError(problem, option)
+    url = value.rstrip("/")
+    if url.endswith(protocol.API_PREFIX):
+        raise ConfigurationError(f"must not end with {protocol.API_PREFIX}; the library adds it", option)
+    return url
+
+
+def _url_problem(value: str) -> str:
+    if not value.isascii() or not value.isprintable() or " " in value or "\\" in value:
+        return "holds spaces, control characters, backslashes or characters outside ASCII"
+    try:
+        parts = urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "is not a URL (a wrong port or address?)"
+    if parts.scheme not in ("http", "https") or not host:
+        shown = f", got {value!r}" if "@" not in value else ""
+        return f"must begin with https:// (or http:// for a local platform) and name a host{shown}"
+    if "@" in parts.netloc:
+        return "must not hold a user name or password; give credentials by their own options"
+    if parts.query or parts.fragment or "?" in value or "#" in value:
+        return "must not hold a query or a fragment"
+    if any(segment in (".", "..") for segment in parts.path.split("/")):
+        return "must not hold '.' or '..' segments"
+    return ""
+
+
+def _endpoints(value: Union[protocol.Endpoints, Mapping[str, str], None]) -> protocol.Endpoints:
+    return value if isinstance(value, protocol.Endpoints) else protocol.Endpoints(value)
+
+
+def _file(option: str, value: object) -> None:
+    if not isinstance(value, (str, os.PathLike)) or not os.path.exists(value):
+        raise ConfigurationError(f"no such file: {value!r}", option)
+
+
+# -- the settings -----------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class ConnectionConfig:
+    """How to reach the platform. Times in seconds.
+
+    ``verify`` is True, False or the path of a CA bundle; ``client_cert`` a path or a pair (certificate, key);
+    ``proxies`` a mapping scheme → URL (None: from the environment, ``{}``: none); ``allow_insecure_http`` permits
+    ``http://`` to a host that is not this machine; ``endpoints`` overrides paths (:class:`sekuire.protocol.Endpoints`).
+    """
+
+    api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url)
+    connect_timeout: float = attrs.field(default=3.0, validator=_seconds)
+    read_timeout: float = attrs.field(default=10.0, validator=_seconds)
+    verify: Union[bool, str] = attrs.field(default=True)
+    client_cert: Union[str, Tuple[str, str], None] = attrs.field(default=None)
+    proxies: Optional[Mapping[str, str]] = attrs.field(default=None, repr=False)
+    allow_insecure_http: bool = attrs.field(default=False, validator=_flag)
+    endpoints: protocol.Endpoints = attrs.field(default=None, converter=_endpoints, repr=False)
+
+    @verify.validator
+    def _check_verify(self, attribute: Any, value: Any) -> None:
+        if not isinstance(value, bool):
+            _file("verify", value)
+
+    @client_cert.validator
+    def _check_client_cert(self, attribute: Any, value: Any) -> None:
+        if value is None:
+            return
+        for path in value if isinstance(value, tuple) else (value,):
+            _file("client_cert", path)
+        if isinstance(value, tuple) and len(value) != 2:
+            _fail(attribute, "must be a path or a pair (certificate, key)")
+
+    @proxies.validator
+    def _check_proxies(self, attribute: Any, value: Any) -> None:
+        if value is None:
+            return
+        if not isinstance(value, Mapping) or not all(
+            isinstance(key, str) and isinstance(url, str) and "://" in url for key, url in value.items()
+        ):
+            _fail(attribute, "must map 'http' and 'https' to URLs such as 'http://proxy.example:3128'")
+
+    @allow_insecure_http.validator
+    def _check_scheme(self, attribute: Any, value: bool) -> None:
+        parts = urlsplit(self.api_base_url)
+        if parts.scheme == "http" and not value and not is_loopback(parts.hostname or ""):
+            raise ConfigurationError(
+                "is http:// to another machine, so tokens would travel unencrypted; use https://, or pass "
+                "allow_insecure_http=True where the network itself is trusted",
+                "api_base_url",
+            )
+
+
+@attrs.frozen(kw_only=True)
+class AgentConfig(ConnectionConfig):
+    """What a Beacon and a Worker have in common: who the agent is and how it authenticates."""
+
+    agent_id: str = attrs.field(validator=_identifier)
+    install_token: Optional[Secret] = _secret("install_token")
+    runtime_token: Optional[Secret] = _secret("runtime_token")
+    installation_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier)
+    refresh_token: Optional[Secret] = _secret("refresh_token")
+    credentials_store: Any = attrs.field(default=None, validator=_offers("current", "generation", "update"), repr=False)
+    capabilities: Tuple[str, ...] = attrs.field(default=(), converter=_capabilities)
+    policy_gateway: Any = attrs.field(
+        default=None, validator=_offers("check_request", "check_capability", "on_heartbeat_response"), repr=False
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.refresh_token is not None and self.installation_id is None and self.credentials_store is None:
+            raise ConfigurationError("is needed with refresh_token: it says whose token it is", "installation_id")
+
+
+@attrs.frozen(kw_only=True)
+class BeaconConfig(AgentConfig):
+    """The settings of a :class:`sekuire.Beacon`. Times in seconds."""
+
+    api_key: Optional[Secret] = _secret("api_key")
+    workspace_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier)
+    heartbeat_interval: float = attrs.field(default=60.0, validator=_seconds)
+    on_status_change: Optional[Callable[[Any], object]] = attrs.field(
+        default=None, validator=_optional_callable, repr=False
+    )
+
+    def __attrs_post_init__(self) -> None:
+        AgentConfig.__attrs_post_init__(self)
+        if self.runtime_token is not None and self.installation_id is None and self.credentials_store is None:
+            raise ConfigurationError(
+                "is needed with runtime_token: heartbeats carry it in their path", "installation_id"
+            )
+
+
+@attrs.frozen(kw_only=True)
+class SDKConfig(BeaconConfig):
+    """The settings of a :class:`sekuire.SekuireSDK`. Times in seconds."""
+
+    agent_name: Optional[str] = attrs.field(default=None, validator=_optional_text)
+    auto_heartbeat: bool = attrs.field(default=True, validator=_flag)
+    environment: str = attrs.field(default="production", validator=_text)
+    logging_enabled: bool = attrs.field(default=True, validator=_flag)
+
+
+@attrs.frozen(kw_only=True)
+class WorkerConfig(AgentConfig):
+    """The settings of a :class:`sekuire.Worker`. Times in seconds, sizes in bytes.
+
+    :param max_workers: handlers that run at once.
+    :param max_queued: accepted tasks that wait for a thread (None: as many as ``max_workers``).
+    :param task_timeout: longest run of a handler, or None for no limit.
+    :param start_timeout: how long :meth:`~sekuire.Worker.start` waits for the login's first verdict.
+    :param shutdown_timeout: how long a stop lets running handlers go on, reports included.
+    :param stream_idle_timeout: a stream on which nothing came for this long is opened anew.
+    :param expose_errors: whether the message of an unexpected exception goes to the platform, or only its type.
+    :raises ConfigurationError: a wrong value, naming its option.
+    """
+
+    token_provider: Optional[Callable[[], str]] = attrs.field(default=None, validator=_optional_callable, repr=False)
+    policy_required: bool = attrs.field(default=False, validator=_flag)
+    heartbeat_interval: float = attrs.field(default=10.0, validator=_seconds)
+    max_workers: int = attrs.field(default=8, validator=_count)
+    max_queued: Optional[int] = attrs.field(default=None, validator=_optional_count)
+    executor: Optional[concurrent.futures.Executor] = attrs.field(default=None, validator=_executor, repr=False)
+    task_timeout: Optional[float] = attrs.field(default=None, validator=_optional_seconds)
+    start_timeout: float = attrs.field(default=10.0, validator=_seconds_or_zero)
+    shutdown_timeout: float = attrs.field(default=30.0, validator=_seconds_or_zero)
+    stream_idle_timeout: float = attrs.field(default=45.0, validator=_seconds)
+    reconnect_min: float = attrs.field(default=0.5, validator=_seconds)
+    reconnect_max: float = attrs.field(default=30.0, validator=_seconds)
+    max_event_bytes: int = attrs.field(default=16 * MIB, validator=_count)
+    max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count)
+    expose_errors: bool = attrs.field(default=True, validator=_flag)
+
+    def __attrs_post_init__(self) -> None:
+        AgentConfig.__attrs_post_init__(self)
+        if self.reconnect_min > self.reconnect_max:
+            raise ConfigurationError(
+                f"must be at least reconnect_min ({self.reconnect_min}), got {self.reconnect_max}", "reconnect_max"
+            )
+
+    @property
+    def queue_size(self) -> int:
+        """Accepted tasks that may wait for a thread."""
+        return self.max_workers if self.max_queued is None else self.max_queued
+
+
+# -- the environment --------------------------------------------------------------------------------------------------
+
+#: Option → environment variable (protocol.md, "Environment variables").
+ENVIRONMENT: Mapping[str, str] = {
+    "api_base_url": "SEKUIRE_API_URL",
+    "agent_id": "SEKUIRE_AGENT_ID",
+    "install_token": "SEKUIRE_INSTALL_TOKEN",
+    "runtime_token": "SEKUIRE_RUNTIME_TOKEN",
+    "installation_id": "SEKUIRE_INSTALLATION_ID",
+    "refresh_token": "SEKUIRE_REFRESH_TOKEN",
+    "api_key": "SEKUIRE_API_KEY",
+    "workspace_id": "SEKUIRE_WORKSPACE_ID",
+    "environment": "SEKUIRE_ENVIRONMENT",
+}
+
+CREDENTIALS_FILE_VARIABLE = "SEKUIRE_CREDENTIALS_FILE"
+
+
+def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:
+    """Options from the environment, ``overrides`` before it, and for each taken from there its source.
+
+    A variable that is set but empty counts as not set.
+    """
+    options = dict(overrides)
+    sources: Dict[str, str] = {}
+    for name in names:
+        variable = ENVIRONMENT[name]
+        value = os.environ.get(variable)
+        if name not in options and value:
+            options[name] = value
+            sources[name] = f"environment variable {variable}"
+    return options, sources

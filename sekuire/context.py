@@ -1,0 +1,176 @@
+"""What a handler knows of its task: identity, time left, cancellation, progress, a logger."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import math
+import threading
+import time
+from typing import Any, Callable, MutableMapping, Optional, Tuple
+
+from .errors import TaskCancelled
+from .models import Task
+
+__all__ = ["TaskContext"]
+
+_log = logging.getLogger("sekuire.task")
+# Events are made only for handlers that wait; one lock for all of them is never contended enough to matter.
+_event_lock = threading.Lock()
+
+ProgressSink = Callable[["TaskContext", float, Optional[str]], None]
+
+
+class TaskContext:
+    """Given to a handler with its task's input.
+
+    The handler's thread (and any it starts) reads it; the library's threads call ``_cancel``. The reason is written
+    once, before the flag that readers look at, so no lock is needed to read; ``_event_lock`` guards the making of the
+    event that :meth:`wait_cancelled` waits on.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_attempt",
+        "_deadline",
+        "_event",
+        "_logger",
+        "_progress",
+        "_reason",
+        "_task",
+    )
+
+    def __init__(
+        self, task: Task, *, deadline: Optional[float] = None, progress: Optional[ProgressSink] = None
+    ) -> None:
+        self._task = task
+        self._attempt = task.attempt
+        self._deadline = deadline
+        self._progress = progress
+        self._reason: Optional[str] = None
+        self._event: Optional[threading.Event] = None
+        self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
+
+    # -- identity --
+
+    @property
+    def task_id(self) -> str:
+        return self._task.task_id
+
+    @property
+    def capability(self) -> str:
+        return self._task.capability
+
+    @property
+    def tool(self) -> Optional[str]:
+        return self._task.tool
+
+    @property
+    def workspace_id(self) -> Optional[str]:
+        return self._task.workspace_id
+
+    @property
+    def requester_id(self) -> Optional[str]:
+        return self._task.requester_id
+
+    @property
+    def parent_task_id(self) -> Optional[str]:
+        return self._task.parent_task_id
+
+    @property
+    def workflow_id(self) -> Optional[str]:
+        return self._task.workflow_id
+
+    @property
+    def trace_id(self) -> Optional[str]:
+        return self._task.trace_id
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, from 1. It can rise while the handler runs (protocol.md, "Tasks")."""
+        return self._attempt
+
+    # -- time --
+
+    @property
+    def deadline(self) -> Optional[dt.datetime]:
+        """When the task's time ends, as an aware UTC datetime; None without a limit."""
+        left = self.remaining()
+        if left is None:
+            return None
+        return dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=left)
+
+    def remaining(self) -> Optional[float]:
+        """Seconds left, 0.0 when the time has passed, None without a limit."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    # -- cancellation --
+
+    def is_cancelled(self) -> bool:
+        return self._reason is not None
+
+    @property
+    def cancel_reason(self) -> Optional[str]:
+        """Why: such as ``"timeout"``, ``"terminated"``, ``"shutdown"``, ``"lease lost"``; None while it is not."""
+        return self._reason
+
+    def raise_if_cancelled(self) -> None:
+        """:raises TaskCancelled: the task was cancelled. A handler that lets it pass ends its task ``cancelled``."""
+        if self._reason is not None:
+            raise TaskCancelled(self._reason)
+
+    def wait_cancelled(self, timeout: Optional[float] = None) -> bool:
+        """Wait up to ``timeout`` seconds for a cancellation: a sleep that ends when the task should."""
+        event = self._event
+        if event is None:
+            with _event_lock:
+                event = self._event
+                if event is None:
+                    event = self._event = threading.Event()
+                    if self._reason is not None:
+                        event.set()
+        return event.wait(timeout)
+
+    def _cancel(self, reason: str) -> bool:
+        """Cancel with ``reason``; whether this call was the first."""
+        with _event_lock:
+            if self._reason is not None:
+                return False
+            self._reason = reason
+            event = self._event
+        if event is not None:
+            event.set()
+        return True
+
+    # -- telling --
+
+    def report_progress(self, fraction: float, message: Optional[str] = None) -> None:
+        """Tell the platform how far the task is, best effort: the newest value, at most once a second. Never blocks.
+
+        :param fraction: 0 to 1.
+        :raises ValueError: ``fraction`` is no number from 0 to 1, or ``message`` no str.
+        """
+        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not math.isfinite(fraction):
+            raise ValueError(f"fraction must be a number from 0 to 1, got {fraction!r}")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction must be a number from 0 to 1, got {fraction!r}")
+        if message is not None and not isinstance(message, str):
+            raise ValueError(f"message must be a str, got {type(message).__name__}")
+        if self._progress is not None:
+            self._progress(self, float(fraction), message)
+
+    @property
+    def logger(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger (``sekuire.task``) whose records begin with the task's id and carry it as ``task_id``."""
+        if self._logger is None:
+            self._logger = _TaskLogger(_log, {"task_id": self.task_id, "capability": self.capability})
+        return self._logger
+
+    def __repr__(self) -> str:
+        return f"<TaskContext {self.task_id} {self.capability} attempt {self._attempt}>"
+
+
+class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subscriptable at run time before 3.11.
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> Tuple[Any, MutableMapping[str, Any]]:
+        kwargs["extra"] = {**(self.extra or {}), **kwargs.get("extra", {})}
+        return f"[{self.extra['task_id'] if self.extra else '?'}] {msg}", kwargs

@@ -1,0 +1,191 @@
+"""What the platform orders and what follows: commands, desired state, lease, revocation. No threads of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from typing import Callable, List, Optional
+
+from . import protocol
+from .config import WorkerConfig
+from .dispatch import Dispatcher
+from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from .installation import Installation
+from .lifecycle import CallbackThread, Timer
+from .models import Command, Connected, HeartbeatReply, Task, WorkerReport
+
+log = logging.getLogger("sekuire.worker")
+
+#: Command ids remembered, so that a replayed command is carried out once.
+_COMMANDS_SEEN = 1000
+
+
+class Control:
+    """Listens to one worker's stream and heartbeat, and acts on its dispatcher.
+
+    The stream's thread and the heartbeat's thread call it; ``_lock`` orders the two where they change the same state
+    (the pause that a command and the desired state both speak of) and is not held over a callback.
+
+    :param set_connected: told of the stream's state and whether this is the login's first verdict.
+    :param terminate: begins a stop with a timeout in seconds (None: the worker's own) and a reason.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        installation: Installation,
+        dispatcher: Dispatcher,
+        timer: Timer,
+        callbacks: CallbackThread,
+        *,
+        report: Callable[[], WorkerReport],
+        set_connected: Callable[[bool, bool], None],
+        terminate: Callable[[Optional[float], str], None],
+        revoke: Callable[[RevokedError], None],
+        fail: Callable[[SekuireError], None],
+    ) -> None:
+        self.command_callbacks: List[Callable[[Command], object]] = []
+        self.was_connected = False
+        self.unusable = 0
+        self._config = config
+        self._store = installation.store
+        self._heartbeat = installation.heartbeat
+        self._dispatcher = dispatcher
+        self._timer = timer
+        self._callbacks = callbacks
+        self._report = report
+        self._set_connected = set_connected
+        self._terminate = terminate
+        self._revoke = revoke
+        self._fail = fail
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        self._last_command_at = 0.0
+        self._lease_timer: Optional[int] = None
+        self._warned_policy = False
+
+    # -- the stream's thread --
+
+    def on_login(self) -> None:
+        self._heartbeat.attach(self)
+        self._heartbeat.start()
+        self._watch_lease()
+
+    def on_open(self) -> None:
+        log.info("the task stream is open")
+        self.was_connected = True
+        self._set_connected(True, True)
+
+    def on_lost(self, error: Optional[SekuireError]) -> None:
+        # An answer is a verdict, even a bad one; silence is not.
+        self._set_connected(False, error is not None and not isinstance(error, TransportError))
+
+    def on_connected(self, connected: Connected) -> None:
+        if connected.installation_id and self._store.current.installation_id is None:
+            self._store.adopt_installation(connected.installation_id)
+            self._heartbeat.nudge()
+        self._heartbeat.note_interval(connected.heartbeat_interval)
+        self._apply_desired(connected.desired_state, None, time.monotonic())
+
+    def on_task(self, task: Task) -> None:
+        self._dispatcher.submit(task)
+
+    def on_malformed_task(self, error: protocol.MalformedTask) -> None:
+        self._dispatcher.answer_malformed(error)
+
+    def on_unusable_event(self) -> None:
+        self.unusable += 1
+
+    def on_command(self, command: Command) -> None:
+        with self._lock:
+            if command.command_id is not None:
+                if command.command_id in self._seen:
+                    return
+                self._seen[command.command_id] = None
+                if len(self._seen) > _COMMANDS_SEEN:
+                    self._seen.popitem(last=False)
+            self._last_command_at = time.monotonic()
+        log.info("command %s%s", command.type, f": {command.reason}" if command.reason else "")
+        if command.type == "pause":
+            self._dispatcher.pause("command", command.reason)
+        elif command.type == "resume":
+            self._dispatcher.resume("command", "desired_state")
+        else:
+            self._terminate(command.shutdown_timeout, "terminated" + (f": {command.reason}" if command.reason else ""))
+        self._tell(command)
+        self._heartbeat.nudge()
+
+    # -- the heartbeat's thread --
+
+    def heartbeat_status(self) -> str:
+        return self._report().status
+
+    def heartbeat_report(self) -> Optional[WorkerReport]:
+        return self._report()
+
+    def heartbeat_interval(self) -> float:
+        return self._config.heartbeat_interval
+
+    def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
+        if reply.revoked:
+            self._revoke(RevokedError(reply.reason, reply.shutdown_timeout))
+            return
+        self._watch_lease()
+        self._apply_desired(reply.desired_state, reply.shutdown_timeout, sent_at)
+        if reply.active_policy_hash and self._config.policy_gateway is None:
+            self._miss_policy()
+
+    def on_heartbeat_problem(self, error: SekuireError) -> None:
+        """A missed beat shows in the lease; nothing else follows from it."""
+
+    # -- inside --
+
+    def _apply_desired(self, desired: Optional[str], timeout: Optional[float], as_of: float) -> None:
+        """Make good what a lost command left: the level behind the commands' edges."""
+        with self._lock:
+            if desired is None or as_of < self._last_command_at:
+                # Said before the newest command was given; the next one will know of it.
+                return
+        reason = "the platform's desired state"
+        if desired == "paused":
+            if not self._dispatcher.is_paused_by("command") and self._dispatcher.pause("desired_state", reason):
+                self._tell(Command(type="pause", reason=reason))
+        elif desired == "running":
+            if self._dispatcher.resume("command", "desired_state"):
+                self._tell(Command(type="resume", reason=reason))
+        else:
+            self._terminate(timeout, "terminated: " + reason)
+            self._tell(Command(type="terminate", reason=reason, shutdown_timeout=timeout))
+
+    def _tell(self, command: Command) -> None:
+        for callback in self.command_callbacks:
+            self._callbacks.post(callback, command)
+
+    def _watch_lease(self) -> None:
+        """Have the timer look at the lease when it ends."""
+        limit = self._heartbeat.lease.limit
+        with self._lock:
+            old, self._lease_timer = self._lease_timer, None
+            if limit < float("inf"):
+                self._lease_timer = self._timer.call_at(limit, self._lease_ended)
+        if old is not None:
+            self._timer.cancel(old)
+
+    def _lease_ended(self) -> None:
+        if not self._heartbeat.lease.is_held():
+            log.error("the lease has ended without a heartbeat; no task begins and running ones are cancelled until "
+                      "the platform renews it")  # fmt: skip
+            self._dispatcher.cancel_running("lease lost")
+
+    def _miss_policy(self) -> None:
+        problem = (
+            "the platform names an active policy, but this worker has no policy_gateway, so nothing enforces it; "
+            "give policy_gateway=PolicyGateway(...)"
+        )
+        if self._config.policy_required:
+            self._fail(ConfigurationError(problem, "policy_required"))
+        elif not self._warned_policy:
+            log.error("%s", problem)
+        self._warned_policy = True

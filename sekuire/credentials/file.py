@@ -1,0 +1,291 @@
+"""Credentials on disk: one JSON file, private, replaced whole, under a lock that other processes honour."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import errno
+import json
+import logging
+import os
+import stat
+import tempfile
+import time
+from typing import Any, Dict, Iterator, Optional, Union
+
+import attrs
+
+from ..errors import ConfigurationError, TransportError
+from ..lifecycle import Deadline
+from ..models import RuntimeCredentials
+from ..protocol import format_time, parse_time
+
+log = logging.getLogger("sekuire.credentials")
+
+_FORMAT = 1
+_POLL = 0.02
+_POSIX = os.name == "posix"
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Stored:
+    """What the file holds.
+
+    ``revision`` counts writes; ``ends_at`` is the runtime token's end by this machine's clock (``time.time()``), which
+    is what a skewed clock needs; ``seed`` is the hash of the credentials it began with.
+    """
+
+    credentials: RuntimeCredentials
+    revision: int
+    ends_at: Optional[float] = None
+    seed: Optional[str] = None
+
+
+class CredentialsFile:
+    """Reads and writes one file. Any thread; every write happens between :meth:`lock`'s enter and exit.
+
+    :raises ConfigurationError: the directory is missing, or the file is not private to this user.
+    """
+
+    def __init__(self, path: Union[str, os.PathLike[str]]) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ConfigurationError(f"must be a path, got {path!r}", "path")
+        self.path = os.path.abspath(os.fspath(path))
+        self._lock_path = self.path + ".lock"
+        self._warned_write = False
+        self._warned_lock = False
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "path")
+        if os.path.isdir(self.path):
+            raise ConfigurationError(f"{self.path!r} is a directory; name a file in it", "path")
+        self.read_only = self._is_read_only()
+        if self.read_only:
+            log.warning(
+                "credentials file %s cannot be written: it is read once, and rotated tokens cannot be kept", self.path
+            )
+        self._check_private()
+
+    def load(self) -> Optional[Stored]:
+        """What is in the file; None where there is none, or an empty one.
+
+        :raises ConfigurationError: it cannot be read, or is not a credentials file.
+        """
+        self._check_private()
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                text = file.read()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            problem = f"cannot read {self.path!r}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+        else:
+            if not text.strip():
+                return None
+            stored = _decode(text)
+            if stored is not None:
+                return stored
+            problem = f"{self.path!r} is not a credentials file of this library; move it away or name another path"
+        raise ConfigurationError(problem, "path")
+
+    def save(self, stored: Stored) -> bool:
+        """Replace the file's content so that it is either the old or the new one, also after a crash.
+
+        :returns: whether it is on disk. Where it is not (disk full, read-only), one warning is logged and the
+            credentials live on in memory.
+        """
+        if self.read_only:
+            return False
+        try:
+            self._replace(_encode(stored).encode())
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        else:
+            self._warned_write = False
+            return True
+        if not self._warned_write:
+            self._warned_write = True
+            log.warning(
+                "cannot write the credentials file %s (%s): rotated tokens are kept in memory only, and a restart "
+                "will need an install token; the next change is tried again",
+                self.path,
+                problem,
+            )
+        return False
+
+    @contextlib.contextmanager
+    def lock(self, deadline: Deadline) -> Iterator[None]:
+        """Keep other processes (and other stores of this one) from writing.
+
+        :raises TransportError: another holds it for longer than ``deadline``.
+        """
+        if self.read_only:
+            yield
+            return
+        descriptor = self._open_lock()
+        try:
+            locked = descriptor is not None and self._acquire(descriptor, deadline)
+            try:
+                yield
+            finally:
+                if locked and descriptor is not None:
+                    _unlock(descriptor)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _open_lock(self) -> Optional[int]:
+        try:
+            return os.open(self._lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:
+            self._warn_unlocked(error)
+            return None
+
+    def _acquire(self, descriptor: int, deadline: Deadline) -> bool:
+        while True:
+            try:
+                if _try_lock(descriptor):
+                    return True
+            except OSError as error:
+                self._warn_unlocked(error)
+                return False
+            if deadline.is_expired():
+                break
+            time.sleep(min(_POLL, deadline.remaining()))
+        raise TransportError(f"another process holds the lock of the credentials file ({self._lock_path})")
+
+    def _warn_unlocked(self, error: OSError) -> None:
+        if not self._warned_lock:
+            self._warned_lock = True
+            log.warning("cannot lock %s (%s): do not share it between processes", self._lock_path, error.strerror)
+
+    def _replace(self, data: bytes) -> None:
+        target = os.path.realpath(self.path)
+        directory = os.path.dirname(target)
+        # mkstemp makes it 0600 whatever the umask, so the tokens are never readable by others, not for a moment.
+        descriptor, temporary = tempfile.mkstemp(prefix=".sekuire-", suffix=".tmp", dir=directory)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_directory(directory)
+
+    def _is_read_only(self) -> bool:
+        directory = os.path.dirname(os.path.realpath(self.path))
+        if not os.path.exists(self.path):
+            if not os.access(directory, os.W_OK):
+                raise ConfigurationError(f"{directory!r} cannot be written, and {self.path!r} does not exist", "path")
+            return False
+        if not os.access(self.path, os.W_OK) or not os.access(directory, os.W_OK):
+            return True
+        # A mounted Kubernetes secret: a symlink owned by root, which the kubelet swaps; never write through it.
+        return _POSIX and os.path.islink(self.path) and os.lstat(self.path).st_uid != os.geteuid()
+
+    def _check_private(self) -> None:
+        if not _POSIX or self.read_only:
+            return
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return
+        if status.st_uid != os.geteuid():
+            raise ConfigurationError(
+                f"{self.path!r} belongs to another user; chown it to the one that runs this", "path"
+            )
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            raise ConfigurationError(f"{self.path!r} can be read by others; run: chmod 600 {self.path}", "path")
+
+
+def _encode(stored: Stored) -> str:
+    credentials = stored.credentials
+    return json.dumps(
+        {
+            "format": _FORMAT,
+            "revision": stored.revision,
+            "seed": stored.seed,
+            "installation_id": credentials.installation_id,
+            "workspace_id": credentials.workspace_id,
+            "runtime_token": credentials.runtime_token.reveal() if credentials.runtime_token else None,
+            "refresh_token": credentials.refresh_token.reveal() if credentials.refresh_token else None,
+            "expires_at": format_time(credentials.expires_at) if credentials.expires_at else None,
+            "ends_at": format_time(dt.datetime.fromtimestamp(stored.ends_at, dt.timezone.utc))
+            if stored.ends_at
+            else None,
+        },
+        indent=1,
+    )
+
+
+def _decode(text: str) -> Optional[Stored]:
+    try:
+        payload: Dict[str, Any] = json.loads(text)
+        if payload["format"] != _FORMAT:
+            return None
+        ends_at = parse_time(payload.get("ends_at"))
+        return Stored(
+            credentials=RuntimeCredentials(
+                installation_id=payload.get("installation_id"),
+                workspace_id=payload.get("workspace_id"),
+                runtime_token=payload.get("runtime_token"),
+                refresh_token=payload.get("refresh_token"),
+                expires_at=parse_time(payload.get("expires_at")),
+            ),
+            revision=int(payload["revision"]),
+            ends_at=ends_at.timestamp() if ends_at else None,
+            seed=payload.get("seed"),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError, ConfigurationError):
+        return None
+
+
+if _POSIX:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        # flock, not lockf: the latter does not exclude two users within one process.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+                return False
+            raise
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _sync_directory(directory: str) -> None:
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            # Some network file systems refuse to sync a directory; the replace itself has happened.
+            pass
+        finally:
+            os.close(descriptor)
+
+else:  # pragma: no cover  # Windows
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EDEADLK, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+
+    def _sync_directory(directory: str) -> None:
+        """Windows has no such thing; the replace is as durable as it gets."""

@@ -1,0 +1,442 @@
+"""The ways of authenticating, in their order, and keeping the token fresh: one renewal for all who need it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import threading
+import time
+from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
+
+import attrs
+
+from .. import protocol
+from ..config import AgentConfig
+from ..errors import (
+    APIError,
+    AuthenticationError,
+    ConfigurationError,
+    PlanLimitError,
+    RevokedError,
+    SekuireError,
+    TransportError,
+)
+from ..lifecycle import Deadline
+from ..models import Grant, HeartbeatReply, RuntimeCredentials
+from ..secret import Secret, as_secret
+from ..transport.http import Credential, HttpClient, Reply
+from ..transport.retry import call
+from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
+
+log = logging.getLogger("sekuire.credentials")
+
+#: Seconds a call of ``token_provider`` may take.
+PROVIDER_TIMEOUT = 10.0
+#: Seconds a renewal may take, all its retries together.
+RENEWAL_TIMEOUT = 30.0
+#: Seconds after a failed early renewal before the next, plus up to a fifth of it.
+RENEWAL_PAUSE = 30.0
+
+_EARLY_SHARE, _EARLY_MOST = 0.2, 300.0
+_LATE_SHARE, _LATE_MOST = 0.1, 60.0
+
+#: What an answer of a refresh or a bootstrap means: these never get better by repeating.
+_DEAD = (400, 401, 403, 404, 409, 410)
+
+
+class _Refused(Exception):
+    """One way of authenticating is closed for good; the next is tried."""
+
+    def __init__(self, message: str, status: Optional[int] = None, code: Optional[str] = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+
+
+class Authenticator:
+    """Gets, renews and hands out the runtime token of one agent. Shared by all its threads.
+
+    Any thread may call anything. State that threads share lives in the store; ``_lock`` guards the few flags here and
+    is never held over I/O. Background renewals run on ``sekuire-refresh``, a daemon thread that ends with the renewal
+    (at most 30 s); a ``token_provider`` runs on ``sekuire-token-provider``, which ends when the provider returns.
+
+    The order is: a runtime token (given, from ``token_provider``, or in the store); ``installation_id`` and
+    ``refresh_token``; the install token; and, where an ``api_key`` was given, recovery with it.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        http: HttpClient,
+        store: RuntimeCredentialsStore,
+        *,
+        stop: threading.Event,
+        runtime_info: Mapping[str, Any],
+        token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
+        api_key: Optional[Secret] = None,
+        workspace_id: Optional[str] = None,
+    ) -> None:
+        self.store = store
+        self._http = http
+        self._stop = stop
+        self._agent_id = config.agent_id
+        self._capabilities: Sequence[str] = config.capabilities
+        self._install_token = config.install_token
+        self._runtime_info = runtime_info
+        self._provider = token_provider
+        self._api_key = api_key
+        self._workspace_id = workspace_id
+        self._lock = threading.Lock()
+        self._refreshing = False
+        self._next_try = 0.0
+        self._dead: List[str] = []
+        self._provider_call: Optional[_ProviderCall] = None
+        #: Told of every grant and when its request was sent (monotonic); called by the renewing thread.
+        self.on_grant: Callable[[Grant, float], None] = lambda grant, sent_at: None
+        store.seed(
+            RuntimeCredentials(
+                installation_id=config.installation_id,
+                runtime_token=config.runtime_token,
+                refresh_token=config.refresh_token,
+                workspace_id=workspace_id,
+            ),
+            fingerprint(config.install_token.reveal()) if config.install_token else None,
+        )
+
+    def require_a_way(self) -> None:
+        """:raises ConfigurationError: nothing is configured that could authenticate."""
+        current = self.store.current
+        recoverable = current.installation_id is not None and current.refresh_token is not None
+        if not (current.runtime_token or recoverable or self._install_token or self._provider or self._api_key):
+            raise ConfigurationError(
+                "no credentials: give install_token (SEKUIRE_INSTALL_TOKEN), runtime_token (SEKUIRE_RUNTIME_TOKEN), "
+                "installation_id with refresh_token (SEKUIRE_INSTALLATION_ID, SEKUIRE_REFRESH_TOKEN), token_provider, "
+                "or a credentials_store that holds some"
+            )
+
+    def declare(self, capabilities: Sequence[str]) -> None:
+        """What a bootstrap says the agent can do."""
+        self._capabilities = tuple(capabilities)
+
+    # -- handing out --
+
+    def snapshot(self, deadline: Deadline) -> Snapshot:
+        """Credentials with a runtime token that is not known to have expired, renewed where that is due.
+
+        :raises AuthenticationError: no way of authenticating is left.
+        :raises TransportError: the platform could not be reached in time, and there is no live token.
+        :raises RevokedError: the installation was revoked.
+        """
+        snapshot = self.store.snapshot
+        left = snapshot.time_left()
+        if snapshot.credentials.runtime_token is not None:
+            if left is None or self._is_fresh(snapshot, left):
+                return snapshot
+            if left > 0:
+                return self._renew_early(snapshot, left, deadline)
+        return self._renew(snapshot.generation, deadline)
+
+    def rejected(self, generation: int, deadline: Deadline) -> Snapshot:
+        """Credentials to use instead of those of ``generation``, which the platform answered with 401.
+
+        Threads that were refused together cause one renewal. Errors as :meth:`snapshot`.
+        """
+        return self._renew(generation, deadline)
+
+    def request(
+        self,
+        method: str,
+        path: Callable[[Snapshot], str],
+        *,
+        body: Union[bytes, None] = None,
+        idempotency_key: Optional[str] = None,
+        deadline: Deadline,
+    ) -> Tuple[Reply, Snapshot]:
+        """One call with the runtime token; a 401 is answered by one renewal and one replay.
+
+        :returns: the reply, whatever its status, and the credentials it was made with.
+        :raises RevokedError: the answer carries the kill switch.
+        """
+        snapshot = self.snapshot(deadline)
+        reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
+        if reply.status == 401 and not _is_revocation(reply):
+            snapshot = self.rejected(snapshot.generation, deadline)
+            reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
+        if not reply.is_success and _is_revocation(reply):
+            raise _revoked(reply)
+        return reply, snapshot
+
+    def accept_heartbeat(self, reply: HeartbeatReply, used: int, sent_at: float, sent_wall: float) -> None:
+        """Take the fresh token that a heartbeat's answer may carry."""
+        if reply.refreshed_token is None:
+            return
+        credentials = RuntimeCredentials(
+            runtime_token=reply.refreshed_token, expires_at=reply.refreshed_token_expires_at
+        )
+        grant = Grant(credentials=credentials, lifetime=reply.refreshed_token_lifetime)
+        if self.store.offer(used, Renewed(grant=grant, sent_at=sent_at, sent_wall=sent_wall)):
+            log.debug("the heartbeat brought a fresh runtime token")
+
+    # -- renewing --
+
+    def _send(
+        self,
+        method: str,
+        path: Callable[[Snapshot], str],
+        body: Optional[bytes],
+        idempotency_key: Optional[str],
+        deadline: Deadline,
+        snapshot: Snapshot,
+    ) -> Reply:
+        return self._http.request(
+            method,
+            path(snapshot),
+            body=body,
+            credential=bearer_of(snapshot),
+            idempotency_key=idempotency_key,
+            timeout=max(deadline.remaining(), 0.001),
+        )
+
+    def _is_fresh(self, snapshot: Snapshot, left: float) -> bool:
+        lifetime = snapshot.lifetime or 0.0
+        return left > min(lifetime * _EARLY_SHARE, _EARLY_MOST) * (1.0 - snapshot.jitter)
+
+    def _renew_early(self, snapshot: Snapshot, left: float, deadline: Deadline) -> Snapshot:
+        credentials = snapshot.credentials
+        can = self._provider or (credentials.installation_id and credentials.refresh_token)
+        if not can or time.monotonic() < self._next_try:
+            return snapshot
+        if left > min((snapshot.lifetime or 0.0) * _LATE_SHARE, _LATE_MOST):
+            self._renew_in_background(snapshot.generation)
+            return snapshot
+        try:
+            return self.store.renew(snapshot.generation, self._renew_gently, deadline)
+        except SekuireError as error:
+            # A live token is served even so; only an expired one is never handed out.
+            self._postpone(error)
+        return self.store.snapshot
+
+    def _renew_in_background(self, generation: int) -> None:
+        with self._lock:
+            if self._refreshing:
+                return
+            self._refreshing = True
+        try:
+            threading.Thread(target=self._background, args=(generation,), name="sekuire-refresh", daemon=True).start()
+        except RuntimeError:
+            # No thread can be started any more (the interpreter is ending); the token still lives.
+            self._refreshing = False
+
+    def _background(self, generation: int) -> None:
+        try:
+            self.store.renew(generation, self._renew_gently, Deadline(RENEWAL_TIMEOUT))
+        except SekuireError as error:
+            self._postpone(error)
+        except Exception:
+            self._postpone(None)
+            log.exception("renewing the runtime token failed")
+        finally:
+            self._refreshing = False
+
+    def _postpone(self, error: Optional[SekuireError]) -> None:
+        self._next_try = time.monotonic() + RENEWAL_PAUSE * random.uniform(1.0, 1.2)
+        if error is not None:
+            log.warning("renewing the runtime token failed, the present one still works: %s", error)
+
+    def _renew(self, generation: int, deadline: Deadline) -> Snapshot:
+        return self.store.renew(generation, lambda snapshot: self._try_all(snapshot, deadline), deadline)
+
+    def _renew_gently(self, snapshot: Snapshot) -> Renewed:
+        """Renewal of a token that still works: only what costs nothing that could not be had again."""
+        deadline = Deadline(RENEWAL_TIMEOUT)
+        problem: Optional[AuthenticationError] = None
+        try:
+            return self._provide(snapshot) if self._provider else self._refresh(snapshot, deadline)
+        except _Refused as refusal:
+            problem = AuthenticationError(refusal.message, refusal.status, refusal.code)
+        raise problem
+
+    def _try_all(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
+        refusals: List[_Refused] = []
+        for way in self._ways(snapshot, deadline):
+            try:
+                return way()
+            except _Refused as refusal:
+                log.warning("%s", refusal.message)
+                refusals.append(refusal)
+        if not refusals:
+            message = "the platform refused the runtime token, and nothing else was given to authenticate with"
+            if snapshot.credentials.runtime_token is None:
+                self.require_a_way()
+                message = "every way of authenticating has been refused before"
+            raise AuthenticationError(message, 401)
+        last = refusals[-1]
+        raise AuthenticationError("; ".join(refusal.message for refusal in refusals), last.status, last.code)
+
+    def _ways(self, snapshot: Snapshot, deadline: Deadline) -> List[Callable[[], Renewed]]:
+        ways: List[Callable[[], Renewed]] = []
+        credentials = snapshot.credentials
+        if self._provider is not None:
+            ways.append(lambda: self._provide(snapshot))
+        if credentials.installation_id and credentials.refresh_token and not self._is_dead(credentials.refresh_token):
+            ways.append(lambda: self._refresh(snapshot, deadline))
+        if self._install_token is not None and not self._is_dead(self._install_token):
+            ways.append(lambda: self._bootstrap(deadline))
+        if self._api_key is not None and not self._is_dead(self._api_key):
+            ways.append(lambda: self._recover(snapshot, deadline))
+        return ways
+
+    def _is_dead(self, secret: Secret) -> bool:
+        return fingerprint(secret.reveal()) in self._dead
+
+    def _bury(self, secret: Secret) -> None:
+        self._dead = [*self._dead[-7:], fingerprint(secret.reveal())]
+
+    # -- the ways --
+
+    def _provide(self, snapshot: Snapshot) -> Renewed:
+        token = self._ask_provider()
+        previous = snapshot.credentials
+        if previous.runtime_token == token:
+            raise _Refused("token_provider gave the same token that the platform refused")
+        credentials = attrs.evolve(previous, runtime_token=token, expires_at=None)
+        return Renewed(grant=Grant(credentials=credentials), sent_at=time.monotonic(), sent_wall=time.time())
+
+    def _ask_provider(self) -> Secret:
+        assert self._provider is not None
+        with self._lock:
+            running = self._provider_call
+            if running is None or running.done.is_set():
+                running = self._provider_call = _ProviderCall(self._provider)
+                running.start()
+        if not running.done.wait(PROVIDER_TIMEOUT):
+            raise TransportError(f"token_provider did not return within {PROVIDER_TIMEOUT:g} s")
+        with self._lock:
+            if self._provider_call is running:
+                self._provider_call = None
+        if running.token is None:
+            raise TransportError(f"token_provider failed: {running.problem}")
+        return running.token
+
+    def _refresh(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
+        credentials = snapshot.credentials
+        assert credentials.installation_id is not None
+        assert credentials.refresh_token is not None
+        path = self._http.endpoints.path("refresh", installation_id=credentials.installation_id)
+        secret = credentials.refresh_token
+        body = functools.partial(protocol.refresh_body, secret)
+        return self._post("refresh", "the refresh token", path, secret, body, credentials, deadline)
+
+    def _bootstrap(self, deadline: Deadline) -> Renewed:
+        secret = self._install_token
+        assert secret is not None
+        body = functools.partial(
+            protocol.bootstrap_body, secret, self._agent_id, self._capabilities, self._runtime_info
+        )
+        path = self._http.endpoints.path("bootstrap")
+        return self._post("bootstrap", "the install token", path, secret, body, None, deadline)
+
+    def _recover(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
+        secret = self._api_key
+        assert secret is not None
+        workspace_id = self._workspace_id or snapshot.credentials.workspace_id
+        body = functools.partial(protocol.recover_body, self._agent_id, workspace_id, self._runtime_info)
+        path = self._http.endpoints.path("recover")
+        header = functools.partial(protocol.api_key_header, secret)
+        return self._post("recover", "the API key", path, secret, body, None, deadline, header)
+
+    def _post(
+        self,
+        endpoint: str,
+        what: str,
+        path: str,
+        secret: Secret,
+        body: Callable[[], bytes],
+        previous: Optional[RuntimeCredentials],
+        deadline: Deadline,
+        credential: Optional[Credential] = None,
+    ) -> Renewed:
+        key = protocol.idempotency_key(endpoint, secret, self._agent_id)
+
+        def attempt() -> Reply:
+            timeout = max(deadline.remaining(), 0.001)
+            # The same key at every try: a lost answer is repeated, not spent.
+            return self._http.request(
+                "POST", path, body=body, credential=credential, idempotency_key=key, timeout=timeout
+            ).check()
+
+        refusal: Optional[Exception] = None
+        try:
+            reply = call(attempt, stop=self._stop, deadline=deadline)
+            grant = protocol.decode_grant(reply.json(), reply.date, reply.now, previous)
+        except PlanLimitError:
+            raise
+        except APIError as error:
+            refusal = self._read_refusal(what, secret, error)
+        except protocol.Malformed as error:
+            refusal = _Refused(f"{path} did not answer as the contract says ({error}); is api_base_url right?")
+        if refusal is not None:
+            raise refusal
+        log.info("authenticated with %s as installation %s", what, grant.credentials.installation_id)
+        self.on_grant(grant, reply.sent_at)
+        return Renewed(grant=grant, sent_at=reply.sent_at, sent_wall=reply.sent_wall)
+
+    def _read_refusal(self, what: str, secret: Secret, error: APIError) -> Exception:
+        if protocol.is_revoked(error):
+            return RevokedError(error.message or None)
+        if protocol.is_transient(error.status):
+            return TransportError(f"authenticating with {what} failed for now: {error}")
+        if error.status in _DEAD:
+            self._bury(secret)
+        hint = ""
+        if what == "the install token" and error.status in (401, 409, 410):
+            hint = (
+                "; an install token works once: set SEKUIRE_CREDENTIALS_FILE so that a restart needs none, use one "
+                "token per replica, or make it with max_uses"
+            )
+        elif error.status == 404:
+            hint = "; is api_base_url right, or is an endpoints= override needed?"
+        return _Refused(f"the platform refused {what}: {error}{hint}", error.status, error.code)
+
+
+class _ProviderCall:
+    """One call of a user's ``token_provider`` on a thread of its own, because it may hang."""
+
+    def __init__(self, provider: Callable[[], Union[str, Secret]]) -> None:
+        self._provider = provider
+        self.done = threading.Event()
+        self.token: Optional[Secret] = None
+        self.problem = ""
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="sekuire-token-provider", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.token = as_secret(self._provider(), "token_provider")
+        except ConfigurationError as error:
+            self.problem = f"its result {error.problem}"
+        except BaseException as error:  # noqa: BLE001
+            # Only the type: a user's exception may quote the token.
+            self.problem = type(error).__name__
+            log.warning("token_provider raised %s", self.problem)
+        finally:
+            self.done.set()
+
+
+def bearer_of(snapshot: Snapshot) -> Optional[Credential]:
+    """The header of a snapshot's runtime token, built when the request is."""
+    token = snapshot.credentials.runtime_token
+    return None if token is None else functools.partial(protocol.bearer, token)
+
+
+def _is_revocation(reply: Reply) -> bool:
+    return protocol.is_revoked(protocol.decode_error(reply.status, reply.body))
+
+
+def _revoked(reply: Reply) -> RevokedError:
+    error = protocol.decode_error(reply.status, reply.body)
+    timeout = (error.details or {}).get("shutdown_timeout_ms")
+    return RevokedError(error.message or None, protocol.milliseconds(timeout))

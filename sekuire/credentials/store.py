@@ -1,0 +1,380 @@
+"""The lock-guarded credential store: immutable snapshots, a generation counter, one renewal in flight."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from typing import Callable, Optional, Union
+
+import attrs
+
+from ..errors import ConfigurationError, SekuireError, TransportError
+from ..lifecycle import Deadline
+from ..models import Grant, RuntimeCredentials
+from .file import CredentialsFile, Stored
+
+log = logging.getLogger("sekuire.credentials")
+
+_LOCK_TIMEOUT = 10.0
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Snapshot:
+    """The credentials at one moment.
+
+    ``generation`` rises with every change. ``ends_at`` (monotonic) and ``ends_at_wall`` (``time.time()``) are the
+    runtime token's end where it is known: the earlier of the two counts, because the one stands still during a
+    suspend and the other jumps when the clock is set. ``lifetime`` is what it had when it was obtained, in seconds.
+    """
+
+    generation: int
+    credentials: RuntimeCredentials
+    lifetime: Optional[float] = None
+    ends_at: Optional[float] = None
+    ends_at_wall: Optional[float] = None
+    #: Part of the lifetime, 0 to 0.2, by which an early refresh comes sooner, so that a fleet does not refresh at once.
+    jitter: float = attrs.field(factory=lambda: random.uniform(0.0, 0.2))
+
+    def time_left(self) -> Optional[float]:
+        """Seconds the runtime token has left (0 when none), or None where its end is unknown."""
+        if self.ends_at is None or self.ends_at_wall is None:
+            return None
+        return max(0.0, min(self.ends_at - time.monotonic(), self.ends_at_wall - time.time()))
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Renewed:
+    """What a renewal brought: a grant and when its request was sent (monotonic and wall clock)."""
+
+    grant: Grant
+    sent_at: float
+    sent_wall: float
+
+
+class _Flight:
+    """A renewal in progress: the others wait for ``done`` and share ``error``."""
+
+    __slots__ = ("done", "error", "thread")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: Optional[BaseException] = None
+        self.thread = threading.get_ident()
+
+
+class RuntimeCredentialsStore:
+    """Runtime credentials shared by all objects it is given to, such as a Beacon and a Worker.
+
+    Any thread may call anything. ``_lock`` guards the snapshot, the flight and the seed, and is never held over I/O;
+    ``_write_lock`` orders writers (a renewal, a heartbeat's token, the user's :meth:`update`) and is held while the
+    file is written, because a rotated refresh token must be on disk before anyone uses it.
+
+    :param credentials: what to begin with.
+    :param path: a file that makes it last. It must be private to this user (mode 0600; it is made so), in a directory
+        that exists. Processes that share it keep each other in step. What the file holds wins over ``credentials``
+        unless those are new.
+    :raises ConfigurationError: a wrong argument, or a file that is not private or not ours.
+    """
+
+    def __init__(
+        self,
+        credentials: Optional[RuntimeCredentials] = None,
+        *,
+        path: Union[str, os.PathLike[str], None] = None,
+    ) -> None:
+        if credentials is not None and not isinstance(credentials, RuntimeCredentials):
+            raise ConfigurationError(f"must be RuntimeCredentials, got {type(credentials).__name__}", "credentials")
+        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._flight: Optional[_Flight] = None
+        self._seed: Optional[str] = None
+        self._revision = 0
+        self._is_from_file = False
+        self._file = CredentialsFile(path) if path is not None else None
+        self._snapshot = Snapshot(generation=0, credentials=RuntimeCredentials())
+        stored = self._file.load() if self._file is not None else None
+        if stored is not None:
+            self._adopt(stored)
+        if credentials is not None:
+            self.seed(credentials, None)
+        _forkable(self)
+
+    # -- what a user sees --
+
+    @property
+    def current(self) -> RuntimeCredentials:
+        """The credentials now; all fields None where there are none."""
+        return self._snapshot.credentials
+
+    @property
+    def generation(self) -> int:
+        """Rises with every change."""
+        return self._snapshot.generation
+
+    def update(self, credentials: RuntimeCredentials) -> None:
+        """Replace the credentials; written to the file, if there is one, before anyone sees them.
+
+        :raises TransportError: another process or thread holds the file for more than 10 s.
+        """
+        if not isinstance(credentials, RuntimeCredentials):
+            raise ConfigurationError(f"must be RuntimeCredentials, got {type(credentials).__name__}", "credentials")
+        deadline = Deadline(_LOCK_TIMEOUT)
+        with self._writing(deadline):
+            self._store(credentials, _lifetime_of(credentials), time.monotonic(), time.time())
+
+    def clear(self) -> None:
+        """Forget the credentials, also on disk."""
+        self.update(RuntimeCredentials())
+
+    def __repr__(self) -> str:
+        where = f" path={self._file.path!r}" if self._file is not None else ""
+        return f"<RuntimeCredentialsStore generation={self.generation}{where}>"
+
+    # -- what the library uses --
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    def seed(self, credentials: RuntimeCredentials, install_token_hash: Optional[str]) -> None:
+        """Begin with what the user's settings give, unless this store already grew from the same settings.
+
+        Rotation makes a store's content newer than the settings it began with: the same settings at a restart must
+        not bring a consumed token back, and new settings must win.
+
+        :param install_token_hash: a hash of the install token given, so that a new one counts as new settings.
+        """
+        mark = _seed_of(credentials, install_token_hash)
+        if mark is None:
+            return
+        with self._writing(Deadline(_LOCK_TIMEOUT)):
+            if self._file is not None:
+                self._catch_up()
+            with self._lock:
+                known, self._seed = self._seed, mark
+            is_stale = self._is_from_file and self._snapshot.credentials != RuntimeCredentials()
+            # A new install token alone replaces what an older one left in the file, not what this process was given.
+            if known != mark and (credentials != RuntimeCredentials() or is_stale):
+                self._store(credentials, _lifetime_of(credentials), time.monotonic(), time.time())
+
+    def renew(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
+        """The credentials that replace generation ``used``: those that are there already, or those ``action`` gets.
+
+        One thread runs ``action``; the others wait for it, each until its own ``deadline``, and share its success or
+        failure. With a file, what another process has written meanwhile is taken before ``action`` is tried.
+
+        :raises SekuireError: what ``action`` raised; each waiter gets a copy of its own.
+        :raises TransportError: ``deadline`` passed first.
+        """
+        with self._lock:
+            if self._snapshot.generation != used:
+                return self._snapshot
+            flight = self._flight
+            if flight is None:
+                mine = self._flight = _Flight()
+        if flight is not None:
+            return self._wait(flight, used, deadline)
+        try:
+            return self._lead(used, action, deadline)
+        except BaseException as error:
+            mine.error = error
+            raise
+        finally:
+            with self._lock:
+                self._flight = None
+            mine.done.set()
+
+    def offer(self, used: int, renewed: Renewed) -> bool:
+        """Take a runtime token that came unasked with a heartbeat sent with generation ``used``; whether it was taken.
+
+        It is not, where the credentials have changed since: an older token never replaces a newer one.
+        """
+        credentials = renewed.grant.credentials
+        with self._writing(Deadline(_LOCK_TIMEOUT)):
+            snapshot = self._snapshot
+            if snapshot.generation != used:
+                return False
+            merged = attrs.evolve(
+                snapshot.credentials, runtime_token=credentials.runtime_token, expires_at=credentials.expires_at
+            )
+            self._store(merged, renewed.grant.lifetime, renewed.sent_at, renewed.sent_wall)
+            return True
+
+    def adopt_installation(self, installation_id: str) -> None:
+        """Complete credentials that had only a runtime token with the id the platform told."""
+        with self._writing(Deadline(_LOCK_TIMEOUT)):
+            snapshot = self._snapshot
+            if snapshot.credentials.installation_id is None:
+                self._publish(attrs.evolve(snapshot.credentials, installation_id=installation_id), keep=snapshot)
+
+    def reload(self) -> bool:
+        """Take from the file what another process has written; whether there was anything new."""
+        if self._file is None:
+            return False
+        before = self._snapshot.generation
+        with self._writing(Deadline(_LOCK_TIMEOUT)):
+            self._catch_up()
+        return self._snapshot.generation != before
+
+    # -- inside --
+
+    def _wait(self, flight: _Flight, used: int, deadline: Deadline) -> Snapshot:
+        if flight.thread == threading.get_ident():
+            raise SekuireError("a token_provider must not use the credentials that it provides")
+        if not flight.done.wait(deadline.remaining()):
+            raise TransportError("waiting for another thread's renewal of the credentials took too long")
+        if flight.error is not None:
+            raise _own_copy(flight.error)
+        return self._snapshot
+
+    def _lead(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
+        with self._writing(deadline):
+            if self._file is not None:
+                self._catch_up()
+            snapshot = self._snapshot
+            if snapshot.generation != used:
+                return snapshot
+            renewed = action(snapshot)
+            self._store(renewed.grant.credentials, renewed.grant.lifetime, renewed.sent_at, renewed.sent_wall)
+            return self._snapshot
+
+    def _writing(self, deadline: Deadline) -> _Writing:
+        return _Writing(self._write_lock, self._file, deadline)
+
+    def _catch_up(self) -> None:
+        """Adopt what another process has written. Needs the write lock."""
+        assert self._file is not None
+        try:
+            stored = self._file.load()
+        except ConfigurationError as error:
+            log.warning("%s", error)
+            return
+        if stored is not None and stored.revision > self._revision:
+            self._adopt(stored)
+
+    def _adopt(self, stored: Stored) -> None:
+        self._revision = stored.revision
+        left = None if stored.ends_at is None else stored.ends_at - time.time()
+        with self._lock:
+            self._seed = stored.seed
+        self._publish(stored.credentials, left if left is None else max(left, 0.0), time.monotonic(), time.time())
+        self._is_from_file = True
+
+    def _store(
+        self, credentials: RuntimeCredentials, lifetime: Optional[float], sent_at: float, sent_wall: float
+    ) -> None:
+        """Write, then publish. Needs the write lock."""
+        if self._file is not None:
+            revision = self._revision + 1
+            ends_at = None if lifetime is None else sent_wall + lifetime
+            self._file.save(Stored(credentials=credentials, revision=revision, ends_at=ends_at, seed=self._seed))
+            self._revision = revision
+        self._is_from_file = False
+        self._publish(credentials, lifetime, sent_at, sent_wall)
+
+    def _publish(
+        self,
+        credentials: RuntimeCredentials,
+        lifetime: Optional[float] = None,
+        sent_at: float = 0.0,
+        sent_wall: float = 0.0,
+        keep: Optional[Snapshot] = None,
+    ) -> None:
+        with self._lock:
+            generation = self._snapshot.generation + 1
+            if keep is not None:
+                self._snapshot = attrs.evolve(keep, generation=generation, credentials=credentials)
+            else:
+                self._snapshot = Snapshot(
+                    generation=generation,
+                    credentials=credentials,
+                    lifetime=lifetime,
+                    ends_at=None if lifetime is None else sent_at + lifetime,
+                    ends_at_wall=None if lifetime is None else sent_wall + lifetime,
+                )
+
+
+class _Writing:
+    """The write lock and, below it, the file's, by one deadline."""
+
+    __slots__ = ("_deadline", "_file", "_file_lock", "_lock")
+
+    def __init__(self, lock: threading.Lock, file: Optional[CredentialsFile], deadline: Deadline) -> None:
+        self._lock = lock
+        self._file = file
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._deadline.remaining()):
+            raise TransportError("another thread is writing the credentials and takes too long")
+        if self._file is None:
+            return
+        self._file_lock = self._file.lock(self._deadline)
+        try:
+            self._file_lock.__enter__()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *args: object) -> None:
+        try:
+            if self._file is not None:
+                self._file_lock.__exit__(None, None, None)
+        finally:
+            self._lock.release()
+
+
+def fingerprint(text: str) -> str:
+    """A hash by which a secret can be recognised but not recovered."""
+    return hashlib.sha256(b"sekuire seed\n" + text.encode()).hexdigest()
+
+
+def _seed_of(credentials: RuntimeCredentials, install_token_hash: Optional[str]) -> Optional[str]:
+    parts = [
+        install_token_hash or "",
+        credentials.runtime_token.reveal() if credentials.runtime_token else "",
+        credentials.installation_id or "",
+        credentials.refresh_token.reveal() if credentials.refresh_token else "",
+    ]
+    return fingerprint("\n".join(parts)) if any(parts) else None
+
+
+def _lifetime_of(credentials: RuntimeCredentials) -> Optional[float]:
+    if credentials.expires_at is None:
+        return None
+    return max(0.0, credentials.expires_at.timestamp() - time.time())
+
+
+def _own_copy(error: BaseException) -> BaseException:
+    """One exception raised in many threads would collect all their tracebacks; each gets its own."""
+    try:
+        twin = copy.copy(error)
+    except Exception:  # noqa: BLE001
+        return error
+    twin.__traceback__ = twin.__cause__ = twin.__context__ = None
+    return twin
+
+
+_stores: weakref.WeakSet[RuntimeCredentialsStore] = weakref.WeakSet()
+
+
+def _forkable(store: RuntimeCredentialsStore) -> None:
+    _stores.add(store)
+
+
+def _after_fork() -> None:
+    # A lock held by a thread of the parent at the moment of the fork would never be released in the child.
+    for store in list(_stores):
+        store._lock = threading.Lock()
+        store._write_lock = threading.Lock()
+        store._flight = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,540 @@
+"""From a task's arrival to its handler's end: dedupe, pause, queue, threads, gate, deadlines, drain."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set
+
+from . import handlers, protocol
+from .config import WorkerConfig
+from .context import TaskContext
+from .errors import PolicyUnavailableError, PolicyViolationError
+from .handlers import HandlerEntry, Registry
+from .lifecycle import Deadline, Timer, owned_by
+from .models import Completion, Failure, Task
+
+log = logging.getLogger("sekuire.dispatch")
+
+#: Longest wait for room between two looks at the lease and the report backlog, in seconds.
+_LOOK_AGAIN = 0.25
+
+# States of a record. What follows a claim (delivered, dropped) is the reporter's.
+_WAITING, _RUNNING, _CLAIMED = "waiting", "running", "claimed"
+
+
+class ResultSink(Protocol):
+    """Where results go; :class:`sekuire.report.Reporter` is one."""
+
+    def accept(self, completion: Completion) -> Optional[Any]: ...
+
+    def post(self, report: Any) -> None: ...
+
+    def enqueue(self, report: Any) -> None: ...
+
+    def recall(self, task_id: str, attempt: int) -> bool: ...
+
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None: ...
+
+    def has_room(self) -> bool: ...
+
+    def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None: ...
+
+
+class _Record:
+    """One task between its arrival and its result. The dispatcher's lock guards every field."""
+
+    __slots__ = ("attempt", "context", "entry", "holds_permit", "state", "task", "timer")
+
+    def __init__(self, task: Task, entry: HandlerEntry) -> None:
+        self.task = task
+        self.entry = entry
+        self.attempt = task.attempt
+        self.state = _WAITING
+        self.context: Optional[TaskContext] = None
+        self.timer: Optional[int] = None
+        self.holds_permit = False
+
+
+class Counts:
+    """Totals since the start, and what is now; changed under the dispatcher's lock."""
+
+    __slots__ = ("completed", "dropped", "duplicates", "failed", "received", "rejected", "released")
+
+    def __init__(self) -> None:
+        self.received = self.completed = self.failed = self.rejected = 0
+        self.released = self.duplicates = self.dropped = 0
+
+
+class Dispatcher:
+    """Decides what happens to each task and runs its handler.
+
+    The stream's thread calls :meth:`submit`, which blocks while there is no room; the pool's threads run
+    :meth:`_work`; the timer's thread ends tasks whose time is over; any thread may pause, cancel, close and drain.
+    ``_condition`` guards the records, the queue, the permits and the flags. It is never held over a handler, a policy
+    check or I/O: what must be called or answered is taken out under it and done after.
+
+    The pool has room for twice ``max_workers`` threads, because a thread cannot be taken from a handler that does not
+    return: permits (``max_workers`` of them) bound what runs, and a straggler hands its permit on.
+
+    :param lease_held: whether the lease allows work now; one comparison, called at intake and before each handler.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        registry: Registry,
+        sink: ResultSink,
+        *,
+        timer: Timer,
+        lease_held: Callable[[], bool],
+        scrub: Callable[[str], str],
+        owner: object = None,
+    ) -> None:
+        self.counts = Counts()
+        self._registry = registry
+        self._sink = sink
+        self._timer = timer
+        self._lease_held = lease_held
+        self._scrub = scrub
+        self._owner = owner
+        self._expose_errors = config.expose_errors
+        self._gateway = config.policy_gateway
+        self._task_timeout = config.task_timeout
+        self._queue_size = config.queue_size
+        self._max_workers = config.max_workers
+        self._permits = config.max_workers
+        self._condition = threading.Condition()
+        self._records: Dict[str, _Record] = {}
+        self._queue: Deque[_Record] = deque()
+        self._waiting = 0
+        self._running = 0
+        self._busy = 0
+        self._stragglers: Set[_Record] = set()
+        self._pauses: Dict[str, Optional[str]] = {}
+        self._closed: Optional[str] = None
+        self._foreign = config.executor
+        self._pool: Optional[Executor] = config.executor
+
+    # -- what is now --
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    def straggler_names(self) -> List[str]:
+        """Tasks whose handler still runs although they have been answered."""
+        with self._condition:
+            return [f"{record.task.capability} {record.task.task_id}" for record in self._stragglers]
+
+    def is_paused(self) -> bool:
+        return bool(self._pauses)
+
+    def is_paused_by(self, source: str) -> bool:
+        return source in self._pauses
+
+    # -- intake (the stream's thread) --
+
+    def submit(self, task: Task) -> None:
+        """Take a task: run it, queue it, or answer it. Blocks while neither a thread nor the queue has room."""
+        entry = self._registry.find(task.capability)
+        refusal: Optional[Failure] = None
+        begin: Optional[_Record] = None
+        counted = False
+        with self._condition:
+            self.counts.received += 1
+            while True:
+                if self._is_known(task):
+                    self.counts.duplicates += 1
+                    return
+                refusal = self._refusal(task, entry)
+                if refusal is not None or self._closed is not None:
+                    break
+                assert entry is not None
+                if self._lease_held() and self._sink.has_room():
+                    record = _Record(task, entry)
+                    if self._permits and entry.has_room():
+                        self._records[task.task_id] = record
+                        self._permits -= 1
+                        begin = self._begin(record)
+                        break
+                    if self._waiting < self._queue_size:
+                        self._records[task.task_id] = record
+                        (self._queue if entry.has_room() else entry.parked).append(record)
+                        self._waiting += 1
+                        return
+                if not counted:
+                    counted = True
+                    log.debug("no room for task %s: the stream is not read on until there is", task.task_id)
+                self._condition.wait(_LOOK_AGAIN)
+        if begin is not None:
+            self._hand_over(begin)
+        elif refusal is not None:
+            self._reject(task, task.attempt, refusal)
+        else:
+            self._give_back(task, task.attempt)
+
+    def answer_malformed(self, error: protocol.MalformedTask) -> None:
+        """Answer a task that cannot run; without an id it can only be counted."""
+        with self._condition:
+            self.counts.received += 1
+            self.counts.dropped += error.task_id is None
+        if error.task_id is None:
+            log.error("the platform sent a task that cannot be read and has no id to answer: %s", error)
+            return
+        log.error("[%s] the platform sent a malformed task: %s", error.task_id, error)
+        task = Task(task_id=error.task_id, capability="?", attempt=error.attempt)
+        if not self._sink.recall(task.task_id, task.attempt):
+            self._reject(task, task.attempt, protocol.failure("invalid_task", str(error)))
+
+    def _is_known(self, task: Task) -> bool:
+        record = self._records.get(task.task_id)
+        if record is not None:
+            self._raise_attempt(record, task.attempt)
+            return True
+        return self._sink.recall(task.task_id, task.attempt)
+
+    def _raise_attempt(self, record: _Record, attempt: int) -> None:
+        # The platform gave the task to another worker and then to us again: its new number is what it will accept.
+        record.attempt = max(record.attempt, attempt)
+        if record.context is not None:
+            record.context._attempt = record.attempt
+        if record.state == _CLAIMED:
+            self._sink.recall(record.task.task_id, record.attempt)
+
+    def _refusal(self, task: Task, entry: Optional[HandlerEntry]) -> Optional[Failure]:
+        if self._closed == "terminated":
+            return protocol.failure("worker_terminated", "the worker was terminated")
+        if self._closed is not None:
+            return None
+        if self._pauses:
+            return protocol.failure("worker_paused", self._pause_message())
+        if entry is None:
+            return protocol.failure("unknown_capability", f"no handler for {task.capability[:200]!r}")
+        return None
+
+    def _pause_message(self) -> str:
+        reason = next((reason for reason in self._pauses.values() if reason), None)
+        return "the worker is paused" + (f": {reason}" if reason else "")
+
+    # -- pause, cancel, close (any thread) --
+
+    def pause(self, source: str, reason: Optional[str] = None) -> bool:
+        """Set one pause flag; waiting tasks are answered ``worker_paused``. Whether it was not set before."""
+        with self._condition:
+            if self._closed is not None:
+                return False
+            new = source not in self._pauses
+            self._pauses[source] = reason
+            failure = protocol.failure("worker_paused", self._pause_message())
+            taken = self._take_waiting()
+            self._condition.notify_all()
+        for record in taken:
+            self._reject(record.task, record.attempt, failure)
+        return new
+
+    def resume(self, *sources: str) -> bool:
+        """Clear pause flags; whether one of them was set."""
+        with self._condition:
+            cleared = [source for source in sources if source in self._pauses]
+            for source in cleared:
+                del self._pauses[source]
+            self._condition.notify_all()
+        return bool(cleared)
+
+    def close(self, terminated: bool) -> None:
+        """Begin nothing any more. Waiting tasks are answered ``worker_terminated``, or given back (a plain stop)."""
+        with self._condition:
+            if self._closed is None or terminated:
+                self._closed = "terminated" if terminated else "stopped"
+            taken = self._take_waiting()
+            self._condition.notify_all()
+        failure = protocol.failure("worker_terminated", "the worker was terminated before this task began")
+        for record in taken:
+            if terminated:
+                self._reject(record.task, record.attempt, failure)
+            else:
+                self._give_back(record.task, record.attempt)
+
+    def cancel_running(self, reason: str) -> None:
+        """Cancel the context of every handler that runs."""
+        with self._condition:
+            contexts = [record.context for record in self._records.values() if record.context is not None]
+            contexts += [record.context for record in self._stragglers if record.context is not None]
+        for context in contexts:
+            context._cancel(reason)
+
+    def wake(self) -> None:
+        """Have every wait look at its deadline again."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def drain(self, deadline: Deadline) -> bool:
+        """Wait until nothing runs; whether that came before ``deadline``."""
+        with self._condition:
+            while self._running or self._waiting:
+                if deadline.is_expired():
+                    return False
+                self._condition.wait(min(deadline.remaining(), 0.5))
+            return True
+
+    def abandon(self, reason: str) -> List[str]:
+        """Answer ``worker_shutdown`` for every handler that still runs, and cancel it; their names."""
+        with self._condition:
+            records = [record for record in self._records.values() if record.state == _RUNNING]
+            for record in records:
+                record.state = _CLAIMED
+        failure = protocol.failure("worker_shutdown", "the worker stopped before the task ended")
+        for record in records:
+            if record.context is not None:
+                record.context._cancel(reason)
+            self._finish_early(record, failure)
+        return [f"{record.task.capability} {record.task.task_id}" for record in records]
+
+    def end_pool(self, deadline: Deadline) -> None:
+        """End the pool's threads; a foreign executor is its owner's to end."""
+        if self._foreign is not None or not isinstance(self._pool, ThreadPoolExecutor):
+            return
+        with self._condition:
+            # A thread that has told its result may still be in its last report.
+            while self._busy and not self._stragglers and not deadline.is_expired():
+                self._condition.wait(min(deadline.remaining(), 0.1))
+            is_idle = not self._busy
+        self._pool.shutdown(wait=is_idle)
+
+    # -- running (the pool's threads) --
+
+    def _begin(self, record: _Record) -> _Record:
+        """Move a record that has a permit to running. Needs the lock."""
+        record.state = _RUNNING
+        record.holds_permit = True
+        record.entry.running += 1
+        self._running += 1
+        self._busy += 1
+        return record
+
+    def _hand_over(self, record: _Record) -> None:
+        """Give a begun record to a thread."""
+        pool = self._pool
+        if pool is None:
+            pool = self._pool = ThreadPoolExecutor(2 * self._max_workers, thread_name_prefix="sekuire-task")
+        try:
+            pool.submit(self._work, record)
+        except RuntimeError as error:
+            problem = str(error)
+        else:
+            return
+        log.error("the executor takes no more work (%s)", problem)
+        with self._condition:
+            self._busy -= 1
+            record.state = _CLAIMED
+        self._finish_early(record, protocol.failure("worker_shutdown", "the worker's executor takes no more work"))
+        with self._condition:
+            record.holds_permit = False
+            self._permits += 1
+
+    def _work(self, record: Optional[_Record]) -> None:
+        """Run records until none waits; with a foreign executor one, so that its other users get their turn."""
+        with owned_by(self._owner):
+            while record is not None:
+                self._run(record)
+                record = self._next_for(record)
+                if record is not None and self._foreign is not None:
+                    self._hand_over(record)
+                    return
+
+    def _next_for(self, done: _Record) -> Optional[_Record]:
+        with self._condition:
+            self._busy -= 1
+            self._condition.notify_all()
+            if not done.holds_permit:
+                return None
+            done.holds_permit = False
+            following = self._pick()
+            if following is None:
+                self._permits += 1
+            return following
+
+    def _pick(self) -> Optional[_Record]:
+        """The next record that may begin, begun; its caller has the permit. Needs the lock."""
+        while self._queue:
+            record = self._queue.popleft()
+            if not record.entry.has_room():
+                record.entry.parked.append(record)
+                continue
+            self._waiting -= 1
+            return self._begin(record)
+        return None
+
+    def _take_waiting(self) -> List[_Record]:
+        """All records that wait, out of the queue. Needs the lock."""
+        taken = [record for record in self._records.values() if record.state == _WAITING]
+        self._queue.clear()
+        for record in taken:
+            record.entry.parked.clear()
+            record.state = _CLAIMED
+            del self._records[record.task.task_id]
+        self._waiting = 0
+        return taken
+
+    def _run(self, record: _Record) -> None:
+        task = record.task
+        context = TaskContext(task, progress=self._sink.progress)
+        with self._condition:
+            if record.state != _RUNNING:
+                return
+            context._attempt = record.attempt
+            record.context = context
+        if not self._lease_held():
+            if self._claim(record):
+                self._unbegun(record)
+                self._give_back(task, record.attempt)
+            return
+        denial = self._ask_gateway(task, context)
+        if denial is not None:
+            completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=denial)
+        else:
+            self._start_clock(record, context)
+            completion = handlers.run(
+                record.entry, context, task.input, expose_errors=self._expose_errors, scrub=self._scrub
+            )
+            if record.timer is not None:
+                self._timer.cancel(record.timer)
+        if not self._claim(record):
+            self._forget_straggler(record)
+            return
+        self._finish(record, completion, rejected=denial is not None)
+
+    def _start_clock(self, record: _Record, context: TaskContext) -> None:
+        limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
+        if limits:
+            end = context._deadline = time.monotonic() + min(limits)
+            record.timer = self._timer.call_at(end, functools.partial(self._expire, record))
+
+    def _ask_gateway(self, task: Task, context: TaskContext) -> Optional[Failure]:
+        gateway = self._gateway
+        if gateway is None:
+            return None
+        try:
+            gateway.check_request()
+            gateway.check_capability(task.capability)
+        except (PolicyViolationError, PolicyUnavailableError) as error:
+            return handlers.failure_of(error, context, self._expose_errors, self._scrub)
+        except Exception as error:
+            log.exception("[%s] the policy gateway failed; the task is denied", task.task_id)
+            return protocol.failure("policy_unavailable", f"the policy gateway failed ({type(error).__name__})")
+        return None
+
+    # -- ends of a task --
+
+    def _claim(self, record: _Record) -> bool:
+        """Become the one that answers this task; whether nobody was before."""
+        with self._condition:
+            if record.state != _RUNNING:
+                return False
+            record.state = _CLAIMED
+            return True
+
+    def _finish(self, record: _Record, completion: Completion, rejected: bool) -> None:
+        # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
+        report = self._sink.accept(completion)
+        with self._condition:
+            if record.attempt > completion.attempt:
+                self._sink.recall(record.task.task_id, record.attempt)
+            self._forget(record)
+            if rejected:
+                self.counts.rejected += 1
+            elif completion.failure is None:
+                self.counts.completed += 1
+            else:
+                self.counts.failed += 1
+        if report is None:
+            return
+        if self._foreign is not None:
+            self._sink.enqueue(report)
+        else:
+            self._sink.post(report)
+
+    def _finish_early(self, record: _Record, failure: Failure) -> None:
+        """Answer a claimed record whose handler still runs (or never began)."""
+        report = self._sink.accept(Completion(task_id=record.task.task_id, attempt=record.attempt, failure=failure))
+        with self._condition:
+            self._forget(record)
+            self.counts.failed += 1
+            if record.context is not None:
+                self._stragglers.add(record)
+        if report is not None:
+            self._sink.enqueue(report)
+
+    def _forget(self, record: _Record) -> None:
+        """Take a claimed record out; a parked one of the same handler gets its turn. Needs the lock."""
+        self._records.pop(record.task.task_id, None)
+        self._running -= 1
+        entry = record.entry
+        entry.running -= 1
+        if entry.parked and entry.has_room():
+            self._queue.append(entry.parked.popleft())
+        self._condition.notify_all()
+
+    def _unbegun(self, record: _Record) -> None:
+        with self._condition:
+            self._forget(record)
+
+    def _expire(self, record: _Record) -> None:
+        """The timer's thread: a task's time is over."""
+        if not self._claim(record):
+            return
+        if record.context is not None:
+            record.context._cancel("timeout")
+        self._finish_early(record, protocol.failure("timeout", "the task's time was over before its handler ended"))
+        with self._condition:
+            count = len(self._stragglers)
+            replaced = record in self._stragglers and count <= self._max_workers and record.holds_permit
+            if replaced:
+                record.holds_permit = False
+                self._permits += 1
+                self._condition.notify_all()
+            following = None
+            if self._permits:
+                following = self._pick()
+                self._permits -= following is not None
+        log.warning(
+            "[%s] the handler of %r has not ended in its time; the task is answered 'timeout'%s (%d such handlers run)",
+            record.task.task_id, record.task.capability,
+            "" if replaced else ", and its thread cannot be replaced", count,
+        )  # fmt: skip
+        if following is not None:
+            self._hand_over(following)
+
+    def _forget_straggler(self, record: _Record) -> None:
+        with self._condition:
+            self._stragglers.discard(record)
+        log.info("[%s] the handler ended after its task was answered; its result is discarded", record.task.task_id)
+
+    def _reject(self, task: Task, attempt: int, failure: Failure) -> None:
+        with self._condition:
+            self.counts.rejected += 1
+        log.info("[%s] %s is answered %s: %s", task.task_id, task.capability, failure.code, failure.message)
+        report = self._sink.accept(Completion(task_id=task.task_id, attempt=attempt, failure=failure))
+        if report is not None:
+            self._sink.enqueue(report)
+
+    def _give_back(self, task: Task, attempt: int) -> None:
+        with self._condition:
+            self.counts.released += 1
+        log.info("[%s] %s is given back unbegun", task.task_id, task.capability)
+
+        def answer() -> None:
+            with self._condition:
+                self.counts.released -= 1
+            self._reject(task, attempt, protocol.failure("worker_shutdown", "the worker stops; the task was not begun"))
+
+        self._sink.release(task, attempt, answer)

@@ -1,0 +1,86 @@
+"""What a Beacon and its Workers share of one installation: HTTP, credentials, heartbeat."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable, Optional, Tuple, Union
+
+from . import platforms
+from .config import AgentConfig
+from .credentials import Authenticator, RuntimeCredentialsStore
+from .errors import ConfigurationError
+from .heartbeat import Heartbeat
+from .secret import Secret
+from .transport.http import HttpClient
+
+
+class Installation:
+    """One agent's way to the platform. Made by a Beacon, or by a Worker that runs without one.
+
+    It owns no thread but the heartbeat's. ``stop`` ends every wait of a login; it is set by whoever made this.
+
+    :param pool_size: connections kept open: the threads that call.
+    :raises ConfigurationError: a wrong store, or nothing to authenticate with.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        pool_size: int,
+        token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
+        api_key: Optional[Secret] = None,
+        workspace_id: Optional[str] = None,
+        owner: object = None,
+    ) -> None:
+        store = config.credentials_store
+        if store is None:
+            store = RuntimeCredentialsStore()
+        elif not isinstance(store, RuntimeCredentialsStore):
+            raise ConfigurationError(
+                f"must be a RuntimeCredentialsStore, got {type(store).__name__}", "credentials_store"
+            )
+        self.config = config
+        self.store = store
+        self.stop = threading.Event()
+        self.http = HttpClient(config, pool_size=pool_size)
+        self._names: Tuple[str, ...] = config.capabilities
+        info = platforms.runtime_info()
+        self.auth = Authenticator(
+            config,
+            self.http,
+            store,
+            stop=self.stop,
+            runtime_info=info,
+            token_provider=token_provider,
+            api_key=api_key,
+            workspace_id=workspace_id,
+        )
+        self.heartbeat = Heartbeat(
+            self.http,
+            self.auth,
+            platform=info["platform"],
+            capabilities=lambda: self._names,
+            policy_gateway=config.policy_gateway,
+            owner=owner,
+        )
+        self._secrets = (config.install_token, api_key)
+        self.auth.require_a_way()
+
+    def declare(self, *names: str) -> None:
+        """Add capabilities to those that bootstrap and heartbeats name."""
+        self._names = tuple(dict.fromkeys((*self._names, *names)))
+        self.auth.declare(self._names)
+
+    def scrub(self, text: str) -> str:
+        """``text`` without the tokens that are live now."""
+        current = self.store.current
+        secrets: Tuple[Any, ...] = (current.runtime_token, current.refresh_token, *self._secrets)
+        for secret in secrets:
+            if secret is not None:
+                text = text.replace(secret.reveal(), "***")
+        return text
+
+    def close(self) -> None:
+        self.stop.set()
+        self.http.close()

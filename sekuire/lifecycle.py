@@ -1,0 +1,335 @@
+"""How threads live here: shared deadlines, periodic and timer threads, ordered callbacks, exit and fork."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
+
+from .errors import SekuireError
+
+log = logging.getLogger("sekuire.lifecycle")
+
+#: Longest single wait in seconds; a wait for "ever" is a loop of these, so that platforms with small limits accept it.
+LONG_WAIT = 3600.0
+
+
+class Deadline:
+    """A moment on the monotonic clock, shared by all steps of one stop; it may be brought forward, never put off.
+
+    Any thread may call anything; the one field is replaced whole, so no lock is needed.
+    """
+
+    __slots__ = ("_end",)
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, 0 when it has passed."""
+        return max(0.0, self._end - time.monotonic())
+
+    def is_expired(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def shorten(self, seconds: float) -> None:
+        """End in ``seconds`` from now, unless it ends sooner already."""
+        self._end = min(self._end, time.monotonic() + seconds)
+
+    def earlier(self, seconds: float) -> Deadline:
+        """A view of this deadline that lies ``seconds`` before it, and moves with it."""
+        return _Earlier(self, seconds)
+
+
+class _Earlier(Deadline):
+    __slots__ = ("_lead", "_whole")
+
+    def __init__(self, whole: Deadline, lead: float) -> None:
+        super().__init__(whole.remaining())
+        self._whole = whole
+        self._lead = lead
+
+    def remaining(self) -> float:
+        return max(0.0, min(self._whole.remaining() - self._lead, super().remaining()))
+
+    def is_expired(self) -> bool:
+        return self.remaining() <= 0.0
+
+
+def join_all(threads: Iterable[threading.Thread], deadline: Deadline) -> List[str]:
+    """Join every thread by one deadline; the names of those that still run."""
+    for thread in threads:
+        if thread is not threading.current_thread() and thread.ident is not None:
+            thread.join(deadline.remaining())
+    return [thread.name for thread in threads if thread.is_alive() and thread is not threading.current_thread()]
+
+
+# -- who owns the current thread --------------------------------------------------------------------------------------
+
+_current = threading.local()
+
+
+@contextlib.contextmanager
+def owned_by(owner: object) -> Iterator[None]:
+    """Mark the current thread as working for ``owner``, so that a stop asked for from it does not wait for itself."""
+    stack: List[object] = _current.__dict__.setdefault("owners", [])
+    stack.append(owner)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def is_owned_by(owner: object) -> bool:
+    """Whether the current thread works for ``owner``."""
+    return any(one is owner for one in _current.__dict__.get("owners", ()))
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+class PeriodicThread:
+    """Calls ``beat`` at once and then at every interval, on a daemon thread of its own.
+
+    ``start``, ``nudge``, ``stop`` and ``join`` may be called from any thread; ``beat`` and ``interval`` run on this
+    one. The wake event is the timer: :meth:`nudge` brings the next beat forward, :meth:`stop` ends the thread after
+    the current beat. An exception of ``beat`` is logged and does not end it.
+    """
+
+    def __init__(
+        self, name: str, beat: Callable[[], None], interval: Callable[[], float], owner: object = None
+    ) -> None:
+        self._beat = beat
+        self._interval = interval
+        self._owner = owner
+        self._wake = threading.Event()
+        self._stopping = False
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def nudge(self) -> None:
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the thread's end; whether it came."""
+        return not join_all([self.thread], deadline)
+
+    def _run(self) -> None:
+        with owned_by(self._owner):
+            while not self._stopping:
+                self._wake.clear()
+                started = time.monotonic()
+                try:
+                    self._beat()
+                except Exception:
+                    log.exception("%s: one round failed; the next comes at its time", self.thread.name)
+                while not self._stopping:
+                    delay = started + self._interval() - time.monotonic()
+                    if delay <= 0 or self._wake.wait(min(delay, LONG_WAIT)):
+                        break
+
+
+class Timer:
+    """Calls functions at moments of the monotonic clock, on one daemon thread made with the first of them.
+
+    Any thread may call :meth:`call_at`, :meth:`cancel` and :meth:`close`. ``_condition`` guards the heap; the
+    functions are called outside it. They must be quick and must not block: they share the thread.
+    """
+
+    def __init__(self, name: str = "sekuire-timer", owner: object = None) -> None:
+        self._name = name
+        self._owner = owner
+        self._condition = threading.Condition()
+        self._heap: List[Tuple[float, int]] = []
+        self._functions: Dict[int, Callable[[], None]] = {}
+        self._numbers = itertools.count()
+        self._thread: Optional[threading.Thread] = None
+        self._closed = False
+
+    def call_at(self, when: float, function: Callable[[], None]) -> int:
+        """Call ``function`` at ``when`` (``time.monotonic()``); the number is for :meth:`cancel`."""
+        with self._condition:
+            number = next(self._numbers)
+            if self._closed:
+                return number
+            self._functions[number] = function
+            heapq.heappush(self._heap, (when, number))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            elif self._heap[0][1] == number:
+                self._condition.notify()
+            return number
+
+    def cancel(self, number: int) -> None:
+        """Forget a call that has not been made; harmless afterwards."""
+        with self._condition:
+            self._functions.pop(number, None)
+            # Without this, tasks that end long before their deadline would pile up here.
+            if len(self._heap) > 64 and len(self._heap) > 2 * len(self._functions):
+                self._heap = [entry for entry in self._heap if entry[1] in self._functions]
+                heapq.heapify(self._heap)
+
+    def close(self) -> None:
+        """Forget all calls and let the thread end."""
+        with self._condition:
+            self._closed = True
+            self._functions.clear()
+            self._heap.clear()
+            self._condition.notify()
+
+    def join(self, deadline: Deadline) -> bool:
+        thread = self._thread
+        return thread is None or not join_all([thread], deadline)
+
+    def _run(self) -> None:
+        with owned_by(self._owner):
+            while True:
+                function = self._next()
+                if function is None:
+                    return
+                try:
+                    function()
+                except Exception:
+                    log.exception("%s: a timed call failed", self._name)
+
+    def _next(self) -> Optional[Callable[[], None]]:
+        with self._condition:
+            while not self._closed:
+                if not self._heap:
+                    self._condition.wait(LONG_WAIT)
+                    continue
+                when, number = self._heap[0]
+                delay = when - time.monotonic()
+                if number in self._functions and delay > 0:
+                    self._condition.wait(min(delay, LONG_WAIT))
+                    continue
+                heapq.heappop(self._heap)
+                function = self._functions.pop(number, None)
+                if function is not None:
+                    return function
+            return None
+
+
+class CallbackThread:
+    """Runs users' callbacks one after the other, in order, on one daemon thread made with the first of them.
+
+    Any thread may call :meth:`post` and :meth:`close`. ``_condition`` guards the queue; callbacks run outside it. One
+    that raises is logged; one that hangs delays only callbacks, of which at most ``limit`` wait.
+    """
+
+    def __init__(self, name: str = "sekuire-callback", owner: object = None, limit: int = 1000) -> None:
+        self._name = name
+        self._owner = owner
+        self._limit = limit
+        self._condition = threading.Condition()
+        self._queue: Deque[Tuple[Callable[..., object], Tuple[Any, ...]]] = deque()
+        self._thread: Optional[threading.Thread] = None
+        self._closed = False
+        self._full = False
+
+    def post(self, callback: Callable[..., object], *args: Any) -> None:
+        """Call ``callback(*args)`` soon. After :meth:`close`, or with ``limit`` waiting, it is left out."""
+        with self._condition:
+            if self._closed:
+                return
+            full = len(self._queue) >= self._limit
+            warn = full and not self._full
+            self._full = full
+            if not full:
+                self._queue.append((callback, args))
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    self._thread.start()
+                self._condition.notify()
+        if warn:
+            log.warning("%s: %d callbacks wait behind one that does not return; further ones are left out",
+                        self._name, self._limit)  # fmt: skip
+
+    def close(self) -> None:
+        """Take no more; those waiting still run, then the thread ends."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+    def join(self, deadline: Deadline) -> bool:
+        thread = self._thread
+        return thread is None or not join_all([thread], deadline)
+
+    def _run(self) -> None:
+        with owned_by(self._owner):
+            while True:
+                with self._condition:
+                    while not self._queue and not self._closed:
+                        self._condition.wait(LONG_WAIT)
+                    if not self._queue:
+                        return
+                    callback, args = self._queue.popleft()
+                try:
+                    callback(*args)
+                except Exception:
+                    log.exception("a callback failed: %r", callback)
+                except BaseException as error:  # noqa: BLE001  # sys.exit() must not end the thread of all callbacks.
+                    log.error("a callback raised %s; ignored", type(error).__name__)
+
+
+# -- the process: exit and fork ---------------------------------------------------------------------------------------
+
+_leavers: weakref.WeakSet[Any] = weakref.WeakSet()
+_leave_lock = threading.Lock()
+_hooked = False
+
+
+def at_exit(leaver: Any) -> None:
+    """Have ``leaver.leave()`` called when the interpreter ends, before it joins executors' threads.
+
+    It is called in the process that registered it only, and must start no thread.
+    """
+    global _hooked
+    with _leave_lock:
+        _leavers.add(leaver)
+        if not _hooked:
+            _hooked = True
+            # concurrent.futures joins its threads in such a hook too, and hooks run last in, first out: a plain atexit
+            # function would only run after every handler had returned.
+            register = getattr(threading, "_register_atexit", atexit.register)
+            register(_leave)
+
+
+def forget_exit(leaver: Any) -> None:
+    """Undo :func:`at_exit`."""
+    with _leave_lock:
+        _leavers.discard(leaver)
+
+
+def _leave() -> None:
+    for leaver in list(_leavers):
+        if leaver.pid == os.getpid():
+            with contextlib.suppress(Exception):
+                leaver.leave()
+
+
+def check_process(pid: int, what: str) -> None:
+    """Refuse to use an object that was started before a fork.
+
+    :raises SekuireError: this process is not ``pid``.
+    """
+    if os.getpid() != pid:
+        raise SekuireError(
+            f"this {what} was started in process {pid}, and its threads and sockets stayed there; "
+            f"after fork() make a new {what} in the child (in gunicorn: in post_fork, not before preload)"
+        )

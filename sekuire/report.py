@@ -1,0 +1,421 @@
+"""Results on their way to the platform: encoded once, sent until accepted, remembered for repeated deliveries."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from typing import Callable, Dict, List, Optional, Tuple
+
+from . import protocol
+from .config import WorkerConfig
+from .context import TaskContext
+from .credentials import Authenticator, Snapshot
+from .errors import RevokedError, SekuireError, TransportError
+from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
+from .models import Completion, Task
+from .transport.http import Reply
+from .transport.retry import full_jitter
+
+log = logging.getLogger("sekuire.report")
+
+#: First and longest delay between tries of one report, in seconds.
+RETRY_MIN, RETRY_MAX = 0.1, 60.0
+#: Delay after an answer that repeating is unlikely to change, in seconds.
+STUBBORN = 60.0
+#: Threads that send what was not sent by a handler's own thread.
+MAX_THREADS = 4
+#: Undelivered results at which intake pauses: their number and their bytes.
+BACKLOG = 1000
+BACKLOG_BYTES = 64 * 1024 * 1024
+#: Delivered results remembered: tasks, and bytes of the results kept to answer a repeated delivery.
+MEMORY = 10_000
+MEMORY_BYTES = 16 * 1024 * 1024
+MEMORY_ENTRY_BYTES = 64 * 1024
+#: Seconds between two progress reports of one task.
+PROGRESS_PAUSE = 1.0
+
+_NOT_SUPPORTED = (404, 405, 501)
+
+
+class Report:
+    """One result. ``head`` is its encoded body without the end; the fields change under the reporter's lock."""
+
+    __slots__ = ("attempt", "head", "stubborn", "substituted", "task_id", "tries")
+
+    def __init__(self, task_id: str, attempt: int, head: bytes) -> None:
+        self.task_id = task_id
+        self.attempt = attempt
+        self.head = head
+        self.tries = 0
+        self.substituted = False
+        self.stubborn = False
+
+
+class Reporter:
+    """Delivers results, releases and progress of one worker.
+
+    Any thread may call anything. A handler's thread sends its own first report (:meth:`accept`, then :meth:`post`);
+    everything else, retries included, is sent by ``sekuire-report-N`` (at most four, made on need, ended by
+    :meth:`close`). ``_condition`` guards all state and is never held over I/O or a callback.
+
+    :param on_revoked: called, without a lock, when an answer carries the kill switch.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        auth: Authenticator,
+        worker_id: str,
+        *,
+        on_revoked: Callable[[RevokedError], None],
+        owner: object = None,
+    ) -> None:
+        self.dropped = 0
+        self._auth = auth
+        self._worker_id = worker_id
+        self._on_revoked = on_revoked
+        self._owner = owner
+        self._max_bytes = config.max_result_bytes
+        self._endpoints = config.endpoints
+        self._call_timeout = config.connect_timeout + config.read_timeout
+        self._condition = threading.Condition()
+        self._held: Dict[str, Report] = {}
+        self._held_bytes = 0
+        self._remembered: OrderedDict[str, Optional[Report]] = OrderedDict()
+        self._remembered_bytes = 0
+        self._queue: List[Tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._pending = 0
+        self._idle = 0
+        self._threads: List[threading.Thread] = []
+        self._closed = False
+        self._progress: Dict[str, Tuple[float, Optional[str]]] = {}
+        self._progress_at: Dict[str, float] = {}
+        self._progress_off = False
+        self._release_off = False
+
+    # -- results --
+
+    def accept(self, completion: Completion) -> Optional[Report]:
+        """Take a result: from now on it is the task's only one. None where the task has one already."""
+        head = self._encode(completion)
+        with self._condition:
+            if completion.task_id in self._held or completion.task_id in self._remembered:
+                return None
+            report = Report(completion.task_id, completion.attempt, head)
+            self._held[report.task_id] = report
+            self._held_bytes += len(head)
+            self._progress.pop(report.task_id, None)
+            self._progress_at.pop(report.task_id, None)
+            return report
+
+    def enqueue(self, report: Report) -> None:
+        """Have a report sent by the pool, at once."""
+        self._schedule(0.0, lambda: self.post(report))
+
+    def recall(self, task_id: str, attempt: int) -> bool:
+        """Whether this task has a result already; a delivery with a higher ``attempt`` gets it under that number."""
+        with self._condition:
+            report = self._held.get(task_id)
+            if report is not None:
+                report.attempt = max(report.attempt, attempt)
+                return True
+            if task_id not in self._remembered:
+                return False
+            report = self._remembered[task_id]
+            if report is not None:
+                # The platform asks again, so it does not have what it once accepted: give it once more.
+                self._remembered[task_id] = None
+                self._remembered_bytes -= len(report.head)
+                report.attempt = max(report.attempt, attempt)
+                self._held[task_id] = report
+                self._held_bytes += len(report.head)
+        if report is not None:
+            self.enqueue(report)
+        return True
+
+    def post(self, report: Report) -> None:
+        """Send a report once; where it is not settled then, it is sent again by the pool, later."""
+        with self._condition:
+            if self._held.get(report.task_id) is not report:
+                return
+            attempt, body, substituted = report.attempt, report.head, report.substituted
+        key = protocol.completion_key(report.task_id, attempt, substituted)
+        path = self._endpoints.path("complete", task_id=report.task_id)
+        data = body + protocol.completion_tail(attempt, self._worker_id)
+        reply, problem = self._send(path, data, key)
+        if reply is None:
+            self._retry(report, problem, passing=isinstance(problem, TransportError) and problem.retryable)
+        elif reply.is_success or reply.status == 409:
+            self._settle(report)
+        elif reply.status in (404, 410):
+            log.warning("[%s] the platform no longer knows this task (%d); its result is dropped",
+                        report.task_id, reply.status)  # fmt: skip
+            self._settle(report, dropped=True)
+        elif reply.status in (400, 413, 422) and not substituted:
+            self._substitute(report, reply)
+        elif protocol.is_transient(reply.status):
+            self._retry(report, f"HTTP {reply.status}", reply.retry_after() or 0.0)
+        else:
+            self._keep(report, reply)
+
+    def undelivered(self) -> List[str]:
+        """Ids of tasks whose result the platform has not accepted."""
+        with self._condition:
+            return list(self._held)
+
+    @property
+    def backlog(self) -> int:
+        return len(self._held)
+
+    def has_room(self) -> bool:
+        """Whether results may still pile up, or intake should pause until some are delivered."""
+        return len(self._held) < BACKLOG and self._held_bytes < BACKLOG_BYTES
+
+    # -- release and progress --
+
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None:
+        """Give a task that was not begun back; ``otherwise`` is called where the platform does not offer that."""
+        if self._release_off:
+            otherwise()
+            return
+        self._schedule(0.0, lambda: self._release(task.task_id, attempt, otherwise, 0))
+
+    def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
+        """Remember the newest progress of a task and send it soon. Never blocks."""
+        task_id = context.task_id
+        with self._condition:
+            if self._progress_off or self._closed or task_id in self._held or task_id in self._remembered:
+                return
+            waiting = task_id in self._progress
+            self._progress[task_id] = (fraction, message)
+            due = self._progress_at.get(task_id, 0.0) - time.monotonic()
+        if not waiting:
+            self._schedule(max(due, 0.0), lambda: self._send_progress(task_id), counts=False)
+
+    # -- ending --
+
+    def flush(self, deadline: Deadline) -> bool:
+        """Send at once what waits for its next try, and wait until all is settled; whether it is."""
+        with self._condition:
+            self._queue = [(0.0, number, action) for _, number, action in self._queue]
+            heapq.heapify(self._queue)
+            self._condition.notify_all()
+            while self._held or self._pending:
+                if deadline.is_expired():
+                    return False
+                self._condition.wait(min(deadline.remaining(), 0.5))
+            return True
+
+    def close(self, deadline: Deadline) -> List[str]:
+        """End the pool's threads; the names of those still sending at ``deadline``."""
+        with self._condition:
+            self._closed = True
+            self._queue.clear()
+            self._condition.notify_all()
+            threads = list(self._threads)
+        return join_all(threads, deadline)
+
+    # -- inside: one result --
+
+    def _encode(self, completion: Completion) -> bytes:
+        problem = ""
+        head = b""
+        try:
+            head = protocol.completion_head(completion)
+        except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
+            problem = type(error).__name__
+        if problem:
+            log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
+            return self._substitute_head(
+                completion, "result_not_serializable", f"the handler's result has no JSON form: {problem}"[:1000]
+            )
+        if len(head) > self._max_bytes:
+            message = f"the result has {len(head)} bytes of JSON; max_result_bytes is {self._max_bytes}"
+            log.error("[%s] %s", completion.task_id, message)
+            return self._substitute_head(completion, "result_too_large", message)
+        return head
+
+    @staticmethod
+    def _substitute_head(completion: Completion, code: str, message: str) -> bytes:
+        text = message.encode("utf-8", "replace").decode()
+        failed = Completion(
+            task_id=completion.task_id,
+            attempt=completion.attempt,
+            failure=protocol.failure(code, text),
+            execution_time_ms=completion.execution_time_ms,
+        )
+        return protocol.completion_head(failed)
+
+    def _send(self, path: str, body: bytes, key: Optional[str] = None) -> Tuple[Optional[Reply], SekuireError]:
+        """A reply of any status, or why there is none."""
+        problem: SekuireError = TransportError("not sent")
+        revoked: Optional[RevokedError] = None
+
+        def path_of(snapshot: Snapshot) -> str:
+            return path
+
+        try:
+            reply, _ = self._auth.request(
+                "POST", path_of, body=body, idempotency_key=key, deadline=Deadline(self._call_timeout)
+            )
+            return reply, problem
+        except RevokedError as error:
+            problem = revoked = error
+        except SekuireError as error:
+            problem = error
+        if revoked is not None:
+            self._on_revoked(revoked)
+        return None, problem
+
+    def _settle(self, report: Report, dropped: bool = False) -> None:
+        with self._condition:
+            if self._held.pop(report.task_id, None) is None:
+                return
+            self._held_bytes -= len(report.head)
+            self.dropped += dropped
+            self._remember(report)
+            self._condition.notify_all()
+
+    def _remember(self, report: Report) -> None:
+        keep = len(report.head) <= MEMORY_ENTRY_BYTES
+        self._remembered[report.task_id] = report if keep else None
+        self._remembered_bytes += len(report.head) if keep else 0
+        while len(self._remembered) > MEMORY:
+            _, oldest = self._remembered.popitem(last=False)
+            if oldest is not None:
+                self._remembered_bytes -= len(oldest.head)
+        if self._remembered_bytes > MEMORY_BYTES:
+            for task_id, oldest in self._remembered.items():
+                if oldest is not None:
+                    self._remembered[task_id] = None
+                    self._remembered_bytes -= len(oldest.head)
+                    if self._remembered_bytes <= MEMORY_BYTES:
+                        break
+
+    def _substitute(self, report: Report, reply: Reply) -> None:
+        error = protocol.decode_error(reply.status, reply.body)
+        code = "result_too_large" if reply.status == 413 else "result_rejected"
+        log.error("[%s] the platform refused the result (%s); it is told %s instead", report.task_id, error, code)
+        substitute = Completion(
+            task_id=report.task_id,
+            attempt=report.attempt,
+            failure=protocol.failure(code, f"the platform refused the result: {error}"),
+        )
+        head = protocol.completion_head(substitute)
+        with self._condition:
+            self._held_bytes += len(head) - len(report.head)
+            report.head = head
+            report.substituted = True
+            report.tries = 0
+        self.enqueue(report)
+
+    def _retry(self, report: Report, why: object, at_least: float = 0.0, passing: bool = True) -> None:
+        """Send again after a backoff, or, where the problem is not ``passing``, slowly."""
+        delay = max(full_jitter(report.tries, RETRY_MIN, RETRY_MAX), at_least) if passing else STUBBORN
+        log.log(
+            logging.DEBUG if report.tries else logging.WARNING,
+            "[%s] the result was not delivered (%s); it is kept and sent again in %.1f s",
+            report.task_id,
+            why,
+            delay,
+        )
+        report.tries += 1
+        self._schedule(delay, lambda: self.post(report))
+
+    def _keep(self, report: Report, reply: Reply) -> None:
+        if not report.stubborn:
+            report.stubborn = True
+            error = protocol.decode_error(reply.status, reply.body)
+            log.error("[%s] the platform does not take the result (%s); it is kept and tried every %g s",
+                      report.task_id, error, STUBBORN)  # fmt: skip
+        self._schedule(STUBBORN, lambda: self.post(report))
+
+    # -- inside: release and progress --
+
+    def _release(self, task_id: str, attempt: int, otherwise: Callable[[], None], tries: int) -> None:
+        path = self._endpoints.path("release", task_id=task_id)
+        reply, problem = self._send(path, protocol.release_body(attempt, self._worker_id))
+        if reply is not None and reply.status in _NOT_SUPPORTED:
+            # 404 is also an unknown task; answering that one is harmless.
+            self._release_off = reply.status != 404
+            otherwise()
+        elif reply is None or protocol.is_transient(reply.status):
+            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
+            log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
+            self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, tries + 1))
+        elif not reply.is_success:
+            log.warning("[%s] the platform did not take the task back (HTTP %d)", task_id, reply.status)
+
+    def _send_progress(self, task_id: str) -> None:
+        with self._condition:
+            newest = self._progress.pop(task_id, None)
+            if newest is None or self._progress_off:
+                return
+            self._progress_at[task_id] = time.monotonic() + PROGRESS_PAUSE
+        path = self._endpoints.path("progress", task_id=task_id)
+        reply, problem = self._send(path, protocol.progress_body(*newest))
+        if reply is not None and reply.status in _NOT_SUPPORTED:
+            with self._condition:
+                warn, self._progress_off = not self._progress_off, True
+                self._progress.clear()
+            if warn:
+                log.warning("the platform takes no progress reports (HTTP %d); none are sent any more", reply.status)
+        elif reply is None or not reply.is_success:
+            log.debug("[%s] progress was not taken (%s)", task_id, reply.status if reply else problem)
+
+    # -- inside: the pool --
+
+    def _schedule(self, delay: float, action: Callable[[], None], counts: bool = True) -> None:
+        """Have the pool do ``action`` in ``delay`` seconds; one that ``counts`` is waited for by :meth:`flush`."""
+
+        def counted() -> None:
+            try:
+                action()
+            finally:
+                with self._condition:
+                    self._pending -= 1
+                    self._condition.notify_all()
+
+        with self._condition:
+            if self._closed:
+                return
+            self._pending += counts
+            heapq.heappush(self._queue, (time.monotonic() + delay, next(self._numbers), counted if counts else action))
+            if self._idle == 0 and len(self._threads) < MAX_THREADS:
+                name = f"sekuire-report-{len(self._threads) + 1}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            else:
+                self._condition.notify_all()
+
+    def _work(self) -> None:
+        with owned_by(self._owner):
+            while True:
+                action = self._next()
+                if action is None:
+                    return
+                try:
+                    action()
+                except Exception:
+                    log.exception("sending a report failed in an unforeseen way")
+
+    def _next(self) -> Optional[Callable[[], None]]:
+        with self._condition:
+            self._idle += 1
+            try:
+                while not self._closed:
+                    delay = self._queue[0][0] - time.monotonic() if self._queue else LONG_WAIT
+                    if delay <= 0:
+                        return heapq.heappop(self._queue)[2]
+                    self._condition.wait(min(delay, LONG_WAIT))
+                return None
+            finally:
+                self._idle -= 1

@@ -1,0 +1,225 @@
+"""The SDK: one agent's credentials, heartbeat and connections, shared by any number of Workers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from types import TracebackType
+from typing import Any, List, Mapping, Optional, Sequence, Tuple, Type, Union
+
+import attrs
+
+from . import protocol
+from .beacon import STOP_TIMEOUT, Beacon
+from .config import (
+    CREDENTIALS_FILE_VARIABLE,
+    ENVIRONMENT,
+    ConnectionConfig,
+    SDKConfig,
+    WorkerConfig,
+    from_options,
+    read_environment,
+)
+from .credentials import RuntimeCredentialsStore
+from .errors import ConfigurationError
+from .lifecycle import check_process, is_owned_by
+from .models import BeaconStatus, RuntimeCredentials
+from .secret import Secret
+from .worker import Worker
+
+log = logging.getLogger("sekuire.sdk")
+
+#: Connections kept open beside those of a Beacon: the default Worker's threads and its reports.
+_POOL_SIZE = 32
+
+_OWN = ("agent_id", "api_base_url", "install_token", "runtime_token", "installation_id", "refresh_token")
+_FORBIDDEN = (*_OWN, "credentials_store", "token_provider", "policy_gateway")
+
+
+class SekuireSDK:
+    """An agent under Sekuire's governance: logs in, keeps the lease, and makes Workers that share both.
+
+    Any thread may call its methods; ``_lock`` guards the list of Workers. Its threads are its Beacon's and its
+    Workers'.
+
+    :param agent_id: who the agent is.
+    :param auto_heartbeat: beat from :meth:`start` on; False: only while a Worker runs.
+    :param heartbeat_interval: seconds between beats, at most; a Worker that asks for less gets it while it runs.
+    :param environment: such as ``"production"``; part of audit events.
+    :raises ConfigurationError: a wrong option, or nothing to authenticate with.
+    """
+
+    def __init__(
+        self,
+        agent_id: str,
+        *,
+        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
+        agent_name: Optional[str] = None,
+        workspace_id: Optional[str] = None,
+        api_key: Union[str, Secret, None] = None,
+        install_token: Union[str, Secret, None] = None,
+        runtime_token: Union[str, Secret, None] = None,
+        installation_id: Optional[str] = None,
+        refresh_token: Union[str, Secret, None] = None,
+        credentials_store: Optional[RuntimeCredentialsStore] = None,
+        policy_gateway: Any = None,
+        capabilities: Sequence[str] = (),
+        heartbeat_interval: float = 60.0,
+        auto_heartbeat: bool = True,
+        environment: str = "production",
+        logging_enabled: bool = True,
+        connect_timeout: float = 3.0,
+        read_timeout: float = 10.0,
+        verify: Union[bool, str] = True,
+        client_cert: Union[str, Tuple[str, str], None] = None,
+        proxies: Optional[Mapping[str, str]] = None,
+        allow_insecure_http: bool = False,
+        endpoints: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._set_up(from_options(SDKConfig, options))
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> SekuireSDK:
+        """An SDK with its options from the ``SEKUIRE_...`` variables, read now; ``overrides`` win over them.
+
+        ``SEKUIRE_CREDENTIALS_FILE`` names a file in which the credentials last.
+
+        :raises ConfigurationError: a variable or option is missing or wrong; the text names it.
+        """
+        options, sources = read_environment(overrides, tuple(ENVIRONMENT))
+        path = os.environ.get(CREDENTIALS_FILE_VARIABLE)
+        if path and "credentials_store" not in options:
+            options["credentials_store"] = _store_at(path)
+        if "agent_id" not in options:
+            raise ConfigurationError("is required; set SEKUIRE_AGENT_ID or pass agent_id=...", "agent_id")
+        config = from_options(SDKConfig, options, sources)
+        sdk = cls.__new__(cls)
+        sdk._set_up(config)
+        return sdk
+
+    def _set_up(self, config: SDKConfig) -> None:
+        self.pid = os.getpid()
+        self._config = config
+        self._lock = threading.Lock()
+        self._workers: List[Worker] = []
+        self._is_started = False
+        self._is_shut_down = False
+        self._beacon = Beacon._from_config(config, _POOL_SIZE)
+
+    # -- life --
+
+    def start(self) -> None:
+        """Log in and keep the lease. Waits up to 10 s for the platform's first verdict; without one it goes on alone.
+
+        :raises AuthenticationError: the platform refused every way of authenticating.
+        :raises RevokedError: the installation is revoked.
+        """
+        check_process(self.pid, "SekuireSDK")
+        with self._lock:
+            if self._is_started or self._is_shut_down:
+                raise ConfigurationError("an SDK starts once; make a new one", "SekuireSDK.start")
+            self._is_started = True
+        if self._config.auto_heartbeat:
+            self._beacon.start()
+
+    def shutdown(self, timeout: Optional[float] = None) -> None:
+        """Stop all Workers side by side, then the heartbeat, within ``timeout`` seconds.
+
+        The default is the longest ``shutdown_timeout`` of the Workers. Idempotent; from a handler or a callback it
+        asks for the stop and returns.
+        """
+        check_process(self.pid, "SekuireSDK")
+        with self._lock:
+            self._is_shut_down = True
+            workers = list(self._workers)
+        if any(is_owned_by(one) for one in (*workers, self._beacon)):
+            threading.Thread(
+                target=self._shut_down, args=(workers, timeout), name="sekuire-shutdown", daemon=True
+            ).start()
+        else:
+            self._shut_down(workers, timeout)
+
+    def _shut_down(self, workers: List[Worker], timeout: Optional[float]) -> None:
+        for worker in workers:
+            worker._request_stop(timeout)
+        for worker in workers:
+            worker.stop(timeout)
+        self._beacon.stop(STOP_TIMEOUT if timeout is None else min(timeout, STOP_TIMEOUT))
+
+    def __enter__(self) -> SekuireSDK:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.shutdown()
+
+    # -- workers --
+
+    def create_task_worker(
+        self, capabilities: Sequence[str] = (), heartbeat_interval: float = 10.0, **options: Any
+    ) -> Worker:
+        """A Worker that shares this SDK's credentials, heartbeat and connections.
+
+        :param capabilities: united with the names given to ``on_task``.
+        :param heartbeat_interval: seconds between beats while it runs.
+        :param options: further options of :class:`~sekuire.WorkerConfig`, but for those that say who the agent is.
+        :raises ConfigurationError: a wrong option, or an SDK that was shut down.
+        """
+        for name in _FORBIDDEN:
+            if name in options:
+                raise ConfigurationError("belongs to SekuireSDK(...), whose credentials its workers share", name)
+        inherited = {
+            field.name: getattr(self._config, field.name)
+            for field in attrs.fields(ConnectionConfig)
+            if field.name not in options
+        }
+        config = from_options(
+            WorkerConfig,
+            {
+                **inherited,
+                **options,
+                "agent_id": self._config.agent_id,
+                "capabilities": capabilities or self._config.capabilities,
+                "heartbeat_interval": heartbeat_interval,
+                "policy_gateway": self._config.policy_gateway,
+            },
+        )
+        worker = Worker(config, _installation=self._beacon._installation)
+        with self._lock:
+            if self._is_shut_down:
+                raise ConfigurationError("this SDK was shut down; make a new one", "SekuireSDK.create_task_worker")
+            self._workers.append(worker)
+        return worker
+
+    # -- where it stands --
+
+    def is_connected(self) -> bool:
+        """Whether the last heartbeat was taken."""
+        return self._beacon.is_connected()
+
+    @property
+    def beacon_status(self) -> BeaconStatus:
+        return self._beacon.status
+
+    @property
+    def installation_credentials(self) -> RuntimeCredentials:
+        """The credentials now; ``to_env()`` gives them as environment variables."""
+        return self._beacon.installation_credentials
+
+    def __repr__(self) -> str:
+        return f"<SekuireSDK {self._config.agent_id} {self._beacon.status.state}>"
+
+
+def _store_at(path: str) -> RuntimeCredentialsStore:
+    try:
+        return RuntimeCredentialsStore(path=path)
+    except ConfigurationError as error:
+        found = error
+    raise ConfigurationError(found.problem, "credentials_store", f"environment variable {CREDENTIALS_FILE_VARIABLE}")

@@ -1,0 +1,264 @@
+"""The task stream of one worker: connect, read, reconnect, and tell a listener what came."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
+
+from sseclient import Event
+
+from . import protocol
+from .config import WorkerConfig
+from .credentials import Authenticator, Snapshot
+from .credentials.login import RENEWAL_TIMEOUT, bearer_of
+from .errors import APIError, RevokedError, SekuireError, StreamError, TransportError
+from .lifecycle import Deadline
+from .models import Command, Connected, Task
+from .transport.live import LiveAnswer, LiveClient
+from .transport.retry import Backoff, Interrupted
+from .transport.sse import EventStream
+
+log = logging.getLogger("sekuire.stream")
+
+#: Bounds of a server's ``retry:``, in seconds.
+_RETRY_LOW, _RETRY_HIGH = 0.1, 60.0
+#: Seconds a stream must have lived for the next backoff to begin anew.
+_HEALTHY = 60.0
+#: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
+_MAX_EVENT_ID = 4096
+
+
+class StreamListener(Protocol):
+    """What a stream tells, on its own thread. Each call may block: nothing is read on meanwhile."""
+
+    def on_login(self) -> None:
+        """There are credentials; the stream is opened next."""
+
+    def on_open(self) -> None:
+        """The stream answered 200."""
+
+    def on_lost(self, error: Optional[SekuireError]) -> None:
+        """No stream: it ended (None), broke, or could not be opened; it is tried again."""
+
+    def on_connected(self, connected: Connected) -> None: ...
+
+    def on_task(self, task: Task) -> None: ...
+
+    def on_malformed_task(self, error: protocol.MalformedTask) -> None: ...
+
+    def on_command(self, command: Command) -> None: ...
+
+    def on_unusable_event(self) -> None:
+        """An event was skipped: too large, or a command that could not be read."""
+
+
+class TaskStream:
+    """Reads the stream until it is told to stop or something fatal happens (protocol.md, ``GET /tasks/stream``).
+
+    :meth:`run` is the stream thread's; :meth:`wake` may be called from any thread after ``stop`` was set and ends a
+    connect, a read or a wait for headers at once. No locks: all state belongs to the stream thread; ``connected`` and
+    ``reconnects`` are single values that others only read.
+    """
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        auth: Authenticator,
+        listener: StreamListener,
+        *,
+        query: Callable[[Optional[str]], str],
+        stop: threading.Event,
+    ) -> None:
+        self.connected = False
+        self.reconnects = 0
+        self._config = config
+        self._auth = auth
+        self._listener = listener
+        self._query = query
+        self._stop = stop
+        self._live = LiveClient(config)
+        self._backoff = Backoff(config.reconnect_min, config.reconnect_max)
+        self._path = config.endpoints.path("task_stream")
+        self._last_event_id = ""
+        self._was_open = False
+        self._refused: Optional[int] = None
+        self._ignored: Set[str] = set()
+
+    def run(self) -> None:
+        """Read until ``stop`` is set.
+
+        :raises AuthenticationError, ConfigurationError: no way of authenticating is left.
+        :raises StreamError, PlanLimitError: the platform's answer says that trying again is of no use.
+        :raises RevokedError: the installation was revoked.
+        """
+        try:
+            while not self._stop.is_set():
+                started = time.monotonic()
+                problem = self._listen()
+                self.connected = False
+                if self._stop.is_set():
+                    return
+                self._listener.on_lost(problem)
+                if time.monotonic() - started >= _HEALTHY:
+                    self._backoff.reset()
+                delay = self._backoff.next(getattr(problem, "retry_after", None))
+                log.log(
+                    logging.INFO if problem is None else logging.WARNING,
+                    "the task stream %s; opening it anew in %.1f s",
+                    f"is not open ({problem})" if problem else "ended",
+                    delay,
+                )
+                self._stop.wait(delay)
+                if not self._stop.is_set() and self._was_open:
+                    self.reconnects += 1
+        finally:
+            self.connected = False
+            self._live.close()
+
+    def wake(self) -> None:
+        """End whatever the stream's thread waits for on the network."""
+        self._live.wake()
+
+    # -- one connection --
+
+    def _listen(self) -> Optional[SekuireError]:
+        """Open the stream and read it to its end; what was wrong, if that may pass."""
+        answer: Optional[LiveAnswer] = None
+        try:
+            snapshot = self._auth.snapshot(Deadline(RENEWAL_TIMEOUT))
+            self._listener.on_login()
+            answer = self._open(snapshot)
+            if answer.status == 401:
+                error = self._error_of(answer)
+                answer.close()
+                return self._renew(snapshot, error)
+            self._check(answer)
+            self._refused = None
+            self._read(answer)
+            return None
+        except Interrupted:
+            return None
+        except (TransportError, APIError) as error:
+            if isinstance(error, APIError) and not protocol.is_transient(error.status) and error.status != 404:
+                raise
+            if isinstance(error, TransportError) and not error.retryable and not self._was_open:
+                fatal = StreamError(str(error))
+            else:
+                return error
+        finally:
+            if answer is not None:
+                answer.close()
+        raise fatal
+
+    def _open(self, snapshot: Snapshot) -> LiveAnswer:
+        headers: Dict[str, Union[str, bytes]] = {}
+        event_id = self._last_event_id.encode()
+        if event_id and len(event_id) <= _MAX_EVENT_ID:
+            # As bytes: http.client would encode a str as Latin-1, and the standard says UTF-8.
+            headers["Last-Event-ID"] = event_id
+        path = f"{self._path}?{self._query(snapshot.credentials.installation_id)}"
+        return self._live.open(path, credential=bearer_of(snapshot), headers=headers)
+
+    def _renew(self, snapshot: Snapshot, error: APIError) -> Optional[SekuireError]:
+        if protocol.is_revoked(error):
+            raise RevokedError(error.message or None)
+        fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT))
+        first = self._refused is None
+        self._refused = fresh.generation
+        # With a fresh token there is nothing to wait for; should that be refused too, the backoff slows this down.
+        return self._listen() if first else error
+
+    def _check(self, answer: LiveAnswer) -> None:
+        """:raises SekuireError: this answer is no stream."""
+        status = answer.status
+        kind = answer.headers.get("Content-Type", "")
+        if status == 200 and kind.partition(";")[0].strip().lower() == protocol.STREAM_TYPE:
+            return
+        url = self._live.route.base + self._path
+        if status == 204:
+            raise StreamError(f"{url} answered 204, which means: do not connect again")
+        if 200 <= status < 400:
+            what = f"{url} answered {status} with content type {protocol.one_line(kind)[:80] or 'none'!r}"
+            hint = "a task stream is 200 and text/event-stream; is api_base_url right, or is endpoints= needed?"
+            if status >= 300:
+                raise StreamError(f"{what}: a redirect, which is not followed; check api_base_url")
+            if not self._was_open:
+                raise StreamError(f"{what}; {hint}")
+            raise TransportError(what)
+        error = self._error_of(answer)
+        if protocol.is_revoked(error):
+            raise RevokedError(error.message or None)
+        if status in (404, 405):
+            what = f"{url} answered {error} (content type {protocol.one_line(kind)[:80] or 'none'!r})"
+            if not self._was_open:
+                raise StreamError(f"{what}; is api_base_url right, or is endpoints= needed?")
+            raise TransportError(what)
+        if status == 402 or protocol.is_transient(status):
+            raise error
+        raise StreamError(f"{url} refused the task stream: {error}")
+
+    def _error_of(self, answer: LiveAnswer) -> APIError:
+        after = protocol.retry_after(answer.headers.get("Retry-After"), protocol.utc_now())
+        return protocol.decode_error(answer.status, answer.error_body(), after)
+
+    def _read(self, answer: LiveAnswer) -> None:
+        events = EventStream(
+            answer.chunks(self._config.stream_idle_timeout),
+            max_event_bytes=self._config.max_event_bytes,
+            last_event_id=self._last_event_id,
+        )
+        self.connected = self._was_open = True
+        self._listener.on_open()
+        oversized = 0
+        handled = True
+        try:
+            for event in events.events():
+                handled = False
+                self._handle(event)
+                handled = True
+                # Only now: an event that was not handled must be asked for again.
+                self._last_event_id = events.last_event_id
+                if events.oversized > oversized:
+                    oversized = self._count_oversized(events, oversized)
+                if self._stop.is_set():
+                    return
+        finally:
+            if handled:
+                self._last_event_id = events.last_event_id
+            self._count_oversized(events, oversized)
+            if events.retry is not None:
+                self._backoff.first = min(max(events.retry / 1000.0, _RETRY_LOW), _RETRY_HIGH)
+
+    def _count_oversized(self, events: EventStream, known: int) -> int:
+        for _ in range(events.oversized - known):
+            self._listener.on_unusable_event()
+        return events.oversized
+
+    def _handle(self, event: Event) -> None:
+        kind = event.event
+        try:
+            if kind == protocol.EVENT_TASK:
+                self._listener.on_task(protocol.decode_task(event.data))
+            elif kind == protocol.EVENT_COMMAND:
+                self._listener.on_command(protocol.decode_command(event.data))
+            elif kind == protocol.EVENT_CONNECTED:
+                self._listener.on_connected(protocol.decode_connected(event.data))
+            elif kind == protocol.EVENT_MESSAGE:
+                task = protocol.decode_untyped_task(event.data)
+                if task is not None:
+                    self._listener.on_task(task)
+            elif kind != protocol.EVENT_PING:
+                self._ignore(kind)
+        except protocol.MalformedTask as error:
+            self._listener.on_malformed_task(error)
+        except protocol.Malformed as error:
+            log.error("the platform sent a command that cannot be read: %s", error)
+            self._listener.on_unusable_event()
+
+    def _ignore(self, kind: Any) -> None:
+        # Bounded, because the names come from outside.
+        if kind not in self._ignored and len(self._ignored) < 100:
+            self._ignored.add(kind)
+            log.debug("events named %r are ignored", kind[:80])

@@ -1,0 +1,204 @@
+"""An answer that is read as it arrives and that another thread can end at once."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import Any, Dict, Iterator, Mapping, Optional, Type, Union
+
+import requests
+import requests.adapters
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from .. import protocol
+from ..config import ConnectionConfig
+from ..errors import TransportError
+from .body import BodyError, arriving, read_body
+from .http import Credential, Route, describe
+
+#: Most bytes read of an answer that is an error, not a stream.
+_MAX_ERROR = 65536
+
+
+class Waker:
+    """Ends a blocked read, handshake or wait for headers from another thread, within milliseconds.
+
+    Closing a response does not wake its reader; shutting the socket down does. A ``dup()`` of the socket, taken when
+    the connection is made, is what any thread may shut down while the reader alone closes the original.
+    ``_lock`` guards the dup and the flag; the shutdown itself does not block.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._dup: Optional[socket.socket] = None
+        self._woken = False
+
+    def attach(self, sock: socket.socket) -> None:
+        """Called by the connecting thread with each new socket; after :meth:`wake` the socket ends at once."""
+        copy: Optional[socket.socket] = sock.dup()
+        with self._lock:
+            old, self._dup = self._dup, copy
+            woken = self._woken
+        if old is not None:
+            old.close()
+        if woken:
+            self.wake()
+
+    def wake(self) -> None:
+        """End the connection, now and for every later one."""
+        with self._lock:
+            self._woken = True
+            dup, self._dup = self._dup, None
+        if dup is not None:
+            with contextlib.suppress(OSError):
+                dup.shutdown(socket.SHUT_RDWR)
+            dup.close()
+
+    def detach(self) -> None:
+        """Called by the reader when it is done with the connection."""
+        with self._lock:
+            dup, self._dup = self._dup, None
+        if dup is not None:
+            dup.close()
+
+
+class LiveAnswer:
+    """The headers of an answer and its bytes as they come. Used by the reading thread only."""
+
+    def __init__(self, response: requests.Response, waker: Waker, host: str) -> None:
+        self._response = response
+        self._waker = waker
+        self._host = host
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+
+    def chunks(self, idle_timeout: float) -> Iterator[bytes]:
+        """Pieces of the body, each as soon as it came.
+
+        :param idle_timeout: seconds without a byte after which the connection counts as dead.
+        :raises TransportError: it broke, was silent for too long, or cannot be decoded.
+        """
+        sock = _socket_of(self._response.raw)
+        if sock is not None:
+            sock.settimeout(idle_timeout)
+        pieces = arriving(self._response.raw)
+        while True:
+            problem: Optional[TransportError] = None
+            piece: Optional[bytes] = None
+            try:
+                piece = next(pieces, None)
+            except BodyError as error:
+                problem = TransportError(f"{self._host}: {error}")
+            except socket.timeout:  # noqa: UP041  # Not TimeoutError before Python 3.10.
+                problem = TransportError(f"{self._host} was silent for {idle_timeout:g} s")
+            except Exception as error:  # noqa: BLE001
+                problem = describe(error, self._host)
+            if problem is not None:
+                raise problem
+            if piece is None:
+                return
+            yield piece
+
+    def error_body(self) -> bytes:
+        """What an answer that is no stream says, at most 64 KiB; empty where it cannot be read."""
+        try:
+            return read_body(self._response.raw, _MAX_ERROR, lambda: False)
+        except Exception:  # noqa: BLE001
+            return b""
+
+    def close(self) -> None:
+        self._response.close()
+        self._waker.detach()
+
+
+class LiveClient:
+    """Opens one stream after the other over a session of its own. Used by the stream's thread; ``wake`` by any."""
+
+    def __init__(self, config: ConnectionConfig) -> None:
+        self.route = Route(config)
+        self.endpoints = config.endpoints
+        self._waker = Waker()
+        self._timeouts = (config.connect_timeout, config.read_timeout)
+        self._session = self.route.session(_WakeableAdapter(self._waker))
+
+    def open(
+        self, path: str, *, credential: Optional[Credential], headers: Mapping[str, Union[str, bytes]]
+    ) -> LiveAnswer:
+        """Ask for the stream and wait for the answer's headers.
+
+        :raises TransportError: no answer came.
+        """
+        outcome = self._open(path, credential, headers)
+        if isinstance(outcome, LiveAnswer):
+            return outcome
+        raise outcome
+
+    def wake(self) -> None:
+        """End what is open and whatever is opened later."""
+        self._waker.wake()
+
+    def close(self) -> None:
+        self._session.close()
+        self._waker.detach()
+
+    def _open(
+        self, path: str, credential: Optional[Credential], extra: Mapping[str, Union[str, bytes]]
+    ) -> Union[LiveAnswer, TransportError]:
+        # Returned, not raised: see HttpClient._exchange.
+        headers: Dict[str, Any] = {
+            "User-Agent": protocol.USER_AGENT,
+            "Accept": protocol.STREAM_TYPE,
+            # A compressing proxy would hold events back until it has a block's worth.
+            "Accept-Encoding": "identity",
+            "Cache-Control": "no-cache",
+            **extra,
+        }
+        if credential is not None:
+            name, value = credential()
+            headers[name] = value
+        try:
+            response = self.route.send(self._session, "GET", path, headers, None, self._timeouts)
+        except Exception as error:  # noqa: BLE001
+            self._waker.detach()
+            return describe(error, self.route.host)
+        return LiveAnswer(response, self._waker, self.route.host)
+
+
+def _socket_of(raw: Any) -> Optional[socket.socket]:
+    """The socket below a response; http.client keeps it there even when the connection object has let it go."""
+    buffered = getattr(getattr(raw, "_fp", None), "fp", None)
+    sock = getattr(getattr(buffered, "raw", None), "_sock", None)
+    return sock if isinstance(sock, socket.socket) else None
+
+
+class _WakeableAdapter(requests.adapters.HTTPAdapter):
+    """An adapter whose connections show each new socket to a waker."""
+
+    def __init__(self, waker: Waker) -> None:
+        self._classes = {
+            "http": _wakeable(HTTPConnectionPool, waker),
+            "https": _wakeable(HTTPSConnectionPool, waker),
+        }
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._classes
+
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = self._classes
+        return manager
+
+
+def _wakeable(pool: Type[HTTPConnectionPool], waker: Waker) -> Type[HTTPConnectionPool]:
+    base: Any = pool.ConnectionCls
+
+    class Connection(base):  # type: ignore[misc]
+        def _new_conn(self) -> socket.socket:
+            sock: socket.socket = super()._new_conn()
+            waker.attach(sock)
+            return sock
+
+    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})

@@ -1,0 +1,82 @@
+"""When to try again: full jitter, ``Retry-After``, tenacity built per call, and a stop that ends every wait."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Callable, Optional, TypeVar
+
+import tenacity
+
+from .. import protocol
+from ..errors import APIError, SekuireError, TransportError
+from ..lifecycle import Deadline
+
+_T = TypeVar("_T")
+
+#: First and longest delay of a call's retries, in seconds.
+RETRY_MIN = 0.1
+RETRY_MAX = 5.0
+
+
+class Interrupted(SekuireError):
+    """A wait ended because its owner is stopping."""
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether the same call may succeed later: no answer (but not TLS), 408, 425, 429 and 5xx."""
+    if isinstance(error, TransportError):
+        return error.retryable
+    return isinstance(error, APIError) and protocol.is_transient(error.status) and not protocol.is_revoked(error)
+
+
+def full_jitter(attempt: int, first: float, longest: float) -> float:
+    """A delay before retry number ``attempt`` (from 0): anything from 0 to the doubled bound, in seconds.
+
+    Clients that lost the same platform at the same moment must not come back at the same moment.
+    """
+    return random.uniform(0.0, min(longest, first * 2.0 ** min(attempt, 60)))
+
+
+class Backoff:
+    """The delays between reconnects of one stream: doubling, full jitter. Used by one thread."""
+
+    def __init__(self, first: float, longest: float) -> None:
+        self.first = first
+        self.longest = longest
+        self._attempt = 0
+
+    def next(self, at_least: Optional[float] = None) -> float:
+        """The next delay in seconds; ``at_least`` bounds it from below (``Retry-After``)."""
+        delay = full_jitter(self._attempt, self.first, max(self.longest, self.first))
+        self._attempt += 1
+        return max(delay, at_least or 0.0)
+
+    def reset(self) -> None:
+        self._attempt = 0
+
+
+def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadline) -> _T:
+    """``function()``, tried again by tenacity while it fails in a way that may pass, until ``deadline``.
+
+    :raises Interrupted: ``stop`` was set during a wait.
+    :raises SekuireError: what ``function`` raised last.
+    """
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome is not None else None
+        delay = full_jitter(state.attempt_number - 1, RETRY_MIN, RETRY_MAX)
+        return max(delay, getattr(error, "retry_after", None) or 0.0)
+
+    def is_over(state: tenacity.RetryCallState) -> bool:
+        return stop.is_set() or state.upcoming_sleep >= deadline.remaining()
+
+    def sleep(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise Interrupted("stopped while waiting to try again")
+
+    # Built per call: a Retrying shared by threads can raise a KeyError of its own (jd/tenacity#701).
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_retryable), wait=wait, stop=is_over, sleep=sleep, reraise=True
+    )
+    return retrying(function)

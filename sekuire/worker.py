@@ -1,0 +1,579 @@
+"""The Worker: wires stream, dispatch, reports and heartbeat together, owns their threads, defines the stop order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import threading
+import uuid
+from types import TracebackType
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union, overload
+
+from . import protocol
+from .config import WorkerConfig, from_options
+from .control import Control
+from .dispatch import Dispatcher
+from .errors import ConfigurationError, RevokedError, SekuireError
+from .handlers import Handler, Registry
+from .installation import Installation
+from .lifecycle import (
+    CallbackThread,
+    Deadline,
+    Timer,
+    at_exit,
+    check_process,
+    forget_exit,
+    is_owned_by,
+    join_all,
+    owned_by,
+)
+from .models import Command, WorkerReport, WorkerStats
+from .report import Reporter
+from .stream import TaskStream
+
+log = logging.getLogger("sekuire.worker")
+
+_H = TypeVar("_H", bound=Handler)
+CommandCallback = Callable[[Command], object]
+_C = TypeVar("_C", bound=CommandCallback)
+
+#: Seconds of a stop kept for the reports after the drain: this share of it, and at most so many.
+_FLUSH_SHARE, _FLUSH_MOST = 0.2, 2.0
+#: Seconds the last heartbeat may take.
+_LAST_BEAT = 2.0
+#: Seconds a stop waits for the stream's thread; one in a DNS look-up or a connect is left to end by itself.
+_STREAM_PATIENCE = 0.5
+#: Seconds between two looks at the signals that came.
+_SIGNAL_SLICE = 0.25
+
+
+class Worker:
+    """Reads an agent's task stream, runs its handlers and reports their results.
+
+    Any thread may call its public methods, a handler's or a callback's too. Threads: ``sekuire-stream`` logs in, reads
+    and decides; ``sekuire-heartbeat`` beats; ``sekuire-task_N`` run handlers and send their first report;
+    ``sekuire-report-N`` send the others; ``sekuire-timer`` ends tasks and watches the lease; ``sekuire-callback`` runs
+    the user's callbacks; ``sekuire-shutdown`` runs the stop. ``_state`` guards the life's state and the connection
+    flag; it is never held over I/O, a callback or another room's lock.
+
+    :param config: the settings; :func:`create_worker` makes them from keyword arguments.
+    :raises ConfigurationError: a wrong setting, or nothing to authenticate with.
+    """
+
+    def __init__(self, config: WorkerConfig, *, _installation: Optional[Installation] = None) -> None:
+        if not isinstance(config, WorkerConfig):
+            raise ConfigurationError(
+                f"must be a WorkerConfig, got {type(config).__name__}; or use create_worker(...)", "config"
+            )
+        self.pid = os.getpid()
+        self.worker_id = uuid.uuid4().hex
+        self._config = config
+        self._owns_installation = _installation is None
+        self._installation = _installation or Installation(
+            config, pool_size=config.max_workers + 6, token_provider=config.token_provider, owner=self
+        )
+        self._auth = self._installation.auth
+        self._heartbeat = self._installation.heartbeat
+        self._registry = Registry()
+        self._stop = threading.Event()
+        self._state = threading.Condition()
+        self._phase = "new"
+        self._connected = False
+        self._verdict = False
+        self._error: Optional[SekuireError] = None
+        self._deadline = Deadline(0)
+        self._is_terminated = False
+        self._stop_reason: Optional[str] = None
+        self._timer = Timer(owner=self)
+        self._callbacks = CallbackThread(owner=self)
+        self._reporter = Reporter(config, self._auth, self.worker_id, on_revoked=self._revoke, owner=self)
+        self._dispatcher = Dispatcher(
+            config,
+            self._registry,
+            self._reporter,
+            timer=self._timer,
+            lease_held=self._heartbeat.lease.is_held,
+            scrub=self._installation.scrub,
+            owner=self,
+        )
+        self._control = Control(
+            config,
+            self._installation,
+            self._dispatcher,
+            self._timer,
+            self._callbacks,
+            report=self._describe,
+            set_connected=self._set_connected,
+            terminate=self._terminate,
+            revoke=self._revoke,
+            fail=self._fail,
+        )
+        self._stream = TaskStream(config, self._auth, self._control, query=self._query, stop=self._stop)
+        self._stream_thread = threading.Thread(target=self._run_stream, name="sekuire-stream", daemon=True)
+
+    # -- registering --
+
+    @overload
+    def on_task(
+        self, name: str, handler: _H, *, timeout: Optional[float] = None, max_concurrency: Optional[int] = None
+    ) -> _H: ...
+
+    @overload
+    def on_task(
+        self, name: str, handler: None = None, *, timeout: Optional[float] = None, max_concurrency: Optional[int] = None
+    ) -> Callable[[_H], _H]: ...
+
+    def on_task(
+        self,
+        name: str,
+        handler: Optional[_H] = None,
+        *,
+        timeout: Optional[float] = None,
+        max_concurrency: Optional[int] = None,
+    ) -> Union[_H, Callable[[_H], _H]]:
+        """Register ``handler(ctx, input)`` for a capability; as ``@worker.on_task("x")`` or ``on_task("x", f)``.
+
+        :param name: the capability, or ``"*"`` for every one without a handler of its own.
+        :param timeout: seconds its run may take.
+        :param max_concurrency: how many of its runs may go on at once.
+        :raises ConfigurationError: a wrong argument, a name taken, or a worker that has started.
+        """
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"needs the capability's name first: @worker.on_task('summarize'), got {type(name).__name__}", "on_task"
+            )
+
+        def register(function: _H) -> _H:
+            self._registry.add(name, function, timeout, max_concurrency)
+            return function
+
+        return register if handler is None else register(handler)
+
+    def on_command(self, callback: _C) -> _C:
+        """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own."""
+        if not callable(callback):
+            raise ConfigurationError(f"must be callable, got {type(callback).__name__}", "on_command")
+        self._control.command_callbacks.append(callback)
+        return callback
+
+    # -- life --
+
+    def start(self, block: bool = False) -> None:
+        """Log in and begin to work.
+
+        Waits for the login's first verdict, at most ``start_timeout`` seconds; a platform that cannot be reached is no
+        error, the login goes on in the background.
+
+        :param block: return only when the worker has stopped: by :meth:`stop`, a ``terminate`` command, a revocation,
+            SIGINT or SIGTERM (in the main thread; a second one stops at once).
+        :raises AuthenticationError: the platform refused every way of authenticating.
+        :raises ConfigurationError: no handler, or a worker that was started or stopped before.
+        :raises SekuireError: with ``block``, the error because of which the worker stopped.
+        """
+        check_process(self.pid, "Worker")
+        signals = _Signals() if block and threading.current_thread() is threading.main_thread() else None
+        try:
+            self._begin()
+            if block:
+                self._wait_for_end(signals)
+            else:
+                self._wait_for_verdict()
+        except BaseException:
+            # KeyboardInterrupt above all: whoever waits here is leaving, so the threads must not stay.
+            self._request_stop(0.0)
+            raise
+        finally:
+            if signals is not None:
+                signals.restore()
+        if self._error is not None:
+            self.wait(self._config.shutdown_timeout)
+            raise self._error
+
+    def stop(self, timeout: Optional[float] = None) -> None:
+        """Stop: give back what has not begun, let running handlers end, send reports, and end every thread.
+
+        Idempotent, from any thread and in any state; from one of the worker's own threads (a handler, a callback) it
+        asks for the stop and returns.
+
+        :param timeout: seconds for all of it (default ``shutdown_timeout``); running handlers are cancelled at its
+            end, and answered ``worker_shutdown``.
+        """
+        check_process(self.pid, "Worker")
+        self._request_stop(timeout)
+        if not is_owned_by(self):
+            # What follows the deadline (the last heartbeat, closing) is bounded by itself.
+            self.wait(self._deadline.remaining() + _LAST_BEAT + 1.0)
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        """Wait until the worker has stopped, at most ``timeout`` seconds; whether it has."""
+        return self._wait_until(lambda: self._phase == "stopped", timeout)
+
+    def wait_until_connected(self, timeout: Optional[float] = None) -> bool:
+        """Wait until the task stream is open, at most ``timeout`` seconds; whether it is."""
+        self._wait_until(lambda: self._connected or self._phase == "stopped", timeout)
+        return self._connected
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.stop()
+
+    def leave(self) -> None:
+        """The interpreter ends while this runs: cancel what runs, say so, beat a last time. Starts no thread."""
+        with self._state:
+            if self._phase != "running":
+                return
+            self._phase = "stopping"
+        log.warning(
+            "the program ends while a Worker runs; its tasks are cancelled. Use start(block=True), or wait(), to keep "
+            "it running, and stop() to end it in order"
+        )
+        self._stop.set()
+        self._installation.stop.set()
+        self._stream.wake()
+        self._dispatcher.close(terminated=False)
+        self._dispatcher.cancel_running("the program ends")
+        if self._owns_installation and self._heartbeat.last_at is not None:
+            self._heartbeat.end()
+            self._heartbeat.beat_now("stopped", _LAST_BEAT)
+
+    # -- state --
+
+    def is_running(self) -> bool:
+        """Whether it was started and has not stopped; true while it drains."""
+        return self._phase in ("running", "stopping")
+
+    def is_connected(self) -> bool:
+        """Whether the task stream is open."""
+        return self._connected
+
+    def is_paused(self) -> bool:
+        """Whether a command, the platform's desired state, or :meth:`pause` holds it."""
+        return self._dispatcher.is_paused()
+
+    @property
+    def stop_reason(self) -> Optional[str]:
+        """Why it stopped or is stopping; None while it does neither."""
+        return self._stop_reason
+
+    @property
+    def capabilities(self) -> Tuple[str, ...]:
+        """The declared capabilities and those with a handler."""
+        return tuple(dict.fromkeys((*self._config.capabilities, *self._registry.names)))
+
+    def pause(self, reason: Optional[str] = None) -> None:
+        """Take no tasks: each is answered ``worker_paused`` (retryable); running ones go on."""
+        if self._dispatcher.pause("local", reason):
+            log.info("paused%s", f": {reason}" if reason else "")
+            self._heartbeat.nudge()
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`; a pause that the platform ordered stays."""
+        if self._dispatcher.resume("local"):
+            log.info("resumed%s", ", but the platform's pause holds" if self.is_paused() else "")
+            self._heartbeat.nudge()
+
+    def stats(self) -> WorkerStats:
+        """Counts since the start and the state of the lease."""
+        counts = self._dispatcher.counts
+        return WorkerStats(
+            received=counts.received,
+            waiting=self._dispatcher.waiting,
+            running=self._dispatcher.running,
+            completed=counts.completed,
+            failed=counts.failed,
+            rejected=counts.rejected,
+            released=counts.released,
+            duplicates=counts.duplicates,
+            dropped=counts.dropped + self._reporter.dropped + self._control.unusable,
+            undelivered=self._reporter.backlog,
+            stragglers=len(self._dispatcher.straggler_names()),
+            reconnects=self._stream.reconnects,
+            last_heartbeat_at=self._heartbeat.last_at,
+            lease_expires_at=self._heartbeat.lease.expires_at,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Worker {self._config.agent_id} {self.worker_id[:8]} {self._phase}>"
+
+    # -- starting --
+
+    def _begin(self) -> None:
+        if self._registry.is_empty():
+            raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
+        with self._state:
+            if self._phase != "new":
+                raise ConfigurationError(
+                    f"this worker is {self._phase}; a worker starts once, make a new one", "Worker.start"
+                )
+            self._phase = "running"
+        self._registry.freeze()
+        if not self._registry.has_catch_all:
+            unhandled = [name for name in self._config.capabilities if self._registry.find(name) is None]
+            if unhandled:
+                log.warning("no handler for %s; their tasks will fail (unknown_capability)", ", ".join(unhandled))
+        self._installation.declare(*self.capabilities)
+        at_exit(self)
+        self._stream_thread.start()
+
+    def _wait_for_verdict(self) -> None:
+        if is_owned_by(self):
+            return
+        self._wait_until(lambda: self._verdict or self._phase == "stopped", self._config.start_timeout)
+
+    def _wait_for_end(self, signals: Optional[_Signals]) -> None:
+        while not self.wait(0 if signals else None):
+            assert signals is not None
+            number = signals.get(_SIGNAL_SLICE)
+            if number is None:
+                if self.wait(0):
+                    return
+                continue
+            if self._phase == "stopping":
+                log.warning("a second signal: stopping at once")
+                self._request_stop(0.0)
+            else:
+                log.info("signal %d: stopping; another one stops at once", number)
+                self._request_stop(None, reason=f"signal {number}")
+
+    def _wait_until(self, is_reached: Callable[[], bool], timeout: Optional[float]) -> bool:
+        deadline = None if timeout is None else Deadline(timeout)
+        with self._state:
+            while not is_reached():
+                if deadline is not None and deadline.is_expired():
+                    return False
+                self._state.wait(0.5 if deadline is None else min(0.5, deadline.remaining()))
+            return True
+
+    # -- the stream's thread --
+
+    def _run_stream(self) -> None:
+        with owned_by(self):
+            error: Optional[SekuireError] = None
+            try:
+                self._stream.run()
+            except RevokedError as revoked:
+                self._revoke(revoked)
+            except SekuireError as fatal:
+                error = fatal
+            except Exception as unforeseen:
+                log.exception("the stream's thread failed")
+                error = SekuireError(f"the stream's thread failed ({type(unforeseen).__name__}); see the log")
+            if error is not None:
+                self._fail(error)
+
+    def _describe(self) -> WorkerReport:
+        """What this worker says of itself in a heartbeat."""
+        phase = self._phase
+        status = "paused" if self.is_paused() else "healthy"
+        if phase in ("stopping", "stopped"):
+            status = phase
+        return WorkerReport(
+            worker_id=self.worker_id,
+            status=status,
+            active_tasks=self._dispatcher.running,
+            capabilities=self.capabilities,
+        )
+
+    def _query(self, installation_id: Optional[str]) -> str:
+        return protocol.stream_query(
+            self._config.agent_id,
+            installation_id,
+            self.worker_id,
+            self._config.max_workers + self._config.queue_size,
+            () if self._registry.has_catch_all else self.capabilities,
+        )
+
+    def _set_connected(self, connected: bool, verdict: bool) -> None:
+        with self._state:
+            self._connected = connected
+            self._verdict = self._verdict or verdict
+            self._state.notify_all()
+
+    # -- stopping --
+
+    def _terminate(self, timeout: Optional[float], reason: str) -> None:
+        self._request_stop(timeout, terminated=True, reason=reason)
+
+    def _fail(self, error: SekuireError) -> None:
+        """Something that trying again would not mend."""
+        with self._state:
+            if self._phase == "running" and self._error is None:
+                self._error = error
+        log.error("the worker stops: %s", error)
+        self._request_stop(None, reason=str(error))
+
+    def _revoke(self, error: RevokedError) -> None:
+        with self._state:
+            if self._phase != "running":
+                return
+            if not self._control.was_connected:
+                # Refused at the door: whoever started it must hear of it.
+                self._error = error
+        log.error("the worker stops: %s", error)
+        self._request_stop(error.shutdown_timeout, terminated=True, reason=str(error))
+
+    def _request_stop(
+        self, timeout: Optional[float], *, terminated: bool = False, reason: Optional[str] = None
+    ) -> None:
+        """Begin the stop, or hurry one that has begun. Returns at once."""
+        seconds = self._config.shutdown_timeout if timeout is None else max(0.0, timeout)
+        with self._state:
+            phase = self._phase
+            if phase == "stopped":
+                return
+            if phase == "new":
+                self._phase = "stopped"
+            elif phase == "running":
+                self._phase = "stopping"
+                self._deadline = Deadline(seconds)
+                self._stop_reason = reason or "stop()"
+            elif timeout is not None:
+                self._deadline.shorten(seconds)
+            self._is_terminated = self._is_terminated or terminated
+            self._state.notify_all()
+        if phase == "new":
+            self._close_unstarted()
+        elif phase == "running":
+            self._start_shutdown()
+        elif terminated:
+            self._close_intake()
+        self._dispatcher.wake()
+
+    def _close_unstarted(self) -> None:
+        self._stop.set()
+        if self._owns_installation:
+            self._installation.close()
+
+    def _start_shutdown(self) -> None:
+        self._stop.set()
+        if self._owns_installation:
+            self._installation.stop.set()
+        self._stream.wake()
+        thread = threading.Thread(target=self._shut_down, name="sekuire-shutdown", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # No new thread any more: the interpreter is ending.
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        """The stop, step by step; one that fails does not keep the next from running.
+
+        The stream goes first, so that nothing new comes; waiting tasks before running ones, so that another worker
+        has them soon; reports after the drain, because the drain makes them; the last heartbeat after the reports,
+        because until then the lease must hold.
+        """
+        with owned_by(self):
+            steps: List[Callable[[], None]] = [
+                self._close_intake,
+                self._end_stream,
+                self._drain,
+                self._flush,
+                self._say_goodbye,
+                self._close,
+            ]
+            for step in steps:
+                try:
+                    step()
+                except Exception:
+                    log.exception("stopping: a step failed (%s); going on", step.__name__)
+        with self._state:
+            self._phase = "stopped"
+            self._connected = False
+            self._state.notify_all()
+        log.info("the worker has stopped (%s)", self._stop_reason)
+
+    def _close_intake(self) -> None:
+        self._dispatcher.close(self._is_terminated)
+        if self._is_terminated:
+            self._dispatcher.cancel_running("terminated")
+
+    def _end_stream(self) -> None:
+        join_all([self._stream_thread], Deadline(min(_STREAM_PATIENCE, self._deadline.remaining() + 0.1)))
+
+    def _drain(self) -> None:
+        reserve = min(_FLUSH_MOST, self._deadline.remaining() * _FLUSH_SHARE)
+        if not self._dispatcher.drain(self._deadline.earlier(reserve)):
+            late = self._dispatcher.abandon("terminated" if self._is_terminated else "shutdown")
+            log.warning("the time to stop is over and these handlers still run: %s", ", ".join(late) or "none")
+
+    def _flush(self) -> None:
+        if not self._reporter.flush(self._deadline):
+            ids = self._reporter.undelivered()
+            if ids:
+                log.error(
+                    "the results of %d tasks were not delivered before the stop: %s%s",
+                    len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "",
+                )  # fmt: skip
+
+    def _say_goodbye(self) -> None:
+        is_last = self._heartbeat.detach(self._control)
+        if not is_last:
+            self._heartbeat.nudge()
+            return
+        self._heartbeat.stop(Deadline(max(0.25, min(_LAST_BEAT, self._deadline.remaining()))))
+        if self._heartbeat.last_at is not None:
+            self._heartbeat.beat_now("stopped", max(0.25, min(_LAST_BEAT, self._deadline.remaining())))
+
+    def _close(self) -> None:
+        patience = Deadline(max(0.25, min(1.0, self._deadline.remaining())))
+        self._timer.close()
+        self._callbacks.close()
+        late = self._reporter.close(patience)
+        self._dispatcher.end_pool(patience)
+        self._timer.join(patience)
+        self._callbacks.join(patience)
+        if self._owns_installation:
+            self._installation.close()
+        forget_exit(self)
+        late += self._dispatcher.straggler_names()
+        if late:
+            log.warning("still running after the stop: %s", ", ".join(late))
+
+
+class _Signals:
+    """SIGINT and SIGTERM as a queue, while it lives. Main thread only.
+
+    The handler takes no lock and does not log: an ``Event.set()`` there can deadlock against the main thread inside
+    ``Event.wait()``.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._previous: Dict[int, Any] = {}
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                self._previous[number] = signal.signal(number, self._note)
+
+    def get(self, timeout: float) -> Optional[int]:
+        try:
+            return self._queue.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            # None: it was not set from Python, so it cannot be put back; the default is the nearest.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._queue.put(number)
+
+
+def create_worker(**options: Any) -> Worker:
+    """A :class:`Worker` from the options of :class:`~sekuire.WorkerConfig`.
+
+    :raises ConfigurationError: an unknown option, or a wrong value, naming it.
+    """
+    return Worker(from_options(WorkerConfig, options))
