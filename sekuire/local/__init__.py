@@ -1,0 +1,17 @@
+"""A Sekuire platform on this machine, for development and tests: ``pip install sekuire[local]``."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from ..errors import ConfigurationError
+
+__all__ = ["LocalPlatform"]
+
+_missing = [name for name in ("flask", "cheroot") if importlib.util.find_spec(name) is None]
+if _missing:
+    raise ConfigurationError(
+        f"the local platform needs {' and '.join(_missing)}, not installed here; run: pip install 'sekuire[local]'"
+    )
+
+from .platform import LocalPlatform  # noqa: E402

@@ -1,0 +1,381 @@
+"""The local platform as a Python object."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from types import TracebackType
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+
+from ..errors import APIError, ConfigurationError
+from ..protocol import COMMANDS
+from .app import Application, Hosts, Server, check_submission, explain_bind, is_loopback
+from .record import Record
+from .store import TASK_TEXTS, Refusal, Settings, Store, check_id
+from .streams import Hub, Watch
+
+__all__ = ["LocalPlatform"]
+
+logger = logging.getLogger("sekuire.local")
+
+_SUBMIT_FIELDS = (*TASK_TEXTS, "timeout_ms", "max_attempts")
+
+
+class LocalPlatform:
+    """A Sekuire platform on this machine, for development and tests: real HTTP, state in SQLite.
+
+        with LocalPlatform() as platform:
+            worker = create_worker(
+                api_base_url=platform.url, agent_id="my-agent", install_token=platform.create_install_token("my-agent")
+            )
+            ...
+            task_id = platform.submit("greet", {"name": "Ada"})
+            print(platform.wait(task_id, timeout=5)["output"])
+
+    It keeps the whole contract of docs/protocol.md, but for signatures of policies. Without the package ``blake3``
+    a policy's ``hash`` is the empty string, and heartbeats carry no ``active_policy_hash``.
+
+    Any thread may call anything. What is refused raises :class:`~sekuire.errors.APIError`, with the status and code
+    an HTTP client would get. ``_lock`` guards starting and stopping only.
+
+    :param path: the database file, made where there is none; None keeps everything in memory, until the object goes.
+        Tasks, tokens and the API key in a file survive a restart, also after a kill. One platform at a time uses it.
+    :param host: the address to listen on. Whoever can reach it and has the API key can give your workers tasks.
+    :param port: 0 takes a free one; a restarted object takes the same again.
+    :param lease_seconds: how long a heartbeat keeps an installation's lease.
+    :param heartbeat_interval: what workers are asked for, in seconds.
+    :param token_lifetime: of runtime tokens, in seconds.
+    :param keepalive_interval: seconds without an event after which a stream gets a comment; at most 15.
+    :param refresh_grace: seconds a replaced refresh token stays valid.
+    :param idempotency_window: seconds in which the same ``Idempotency-Key`` gets the same answer.
+    :param redelivery_delay: seconds a worker may be gone before others get its tasks.
+    :param retry_delay: seconds before the first new try of a task with ``max_attempts``; each further one waits twice
+        as long, up to a minute.
+    :param workspace_id: the workspace of new installations.
+    :param rotate_refresh_tokens: whether a refresh replaces the refresh token.
+    :param heartbeat_refreshes_token: whether heartbeats renew the runtime token when a fifth of its lifetime is left; a
+        number sets that fraction (1.0: every heartbeat).
+    :param max_streams: how many workers may be connected at once; each takes a thread.
+    :param allowed_hosts: further values of the ``Host`` header to answer to, with or without a port, for example
+        ``["host.docker.internal"]``.
+    :raises ConfigurationError: a value is wrong, or the file cannot be used; it says which, why and what to do.
+    """
+
+    def __init__(
+        self,
+        path: Union[str, os.PathLike[str], None] = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        lease_seconds: float = 60.0,
+        heartbeat_interval: float = 10.0,
+        token_lifetime: float = 3600.0,
+        keepalive_interval: float = 15.0,
+        refresh_grace: float = 600.0,
+        idempotency_window: float = 600.0,
+        redelivery_delay: float = 5.0,
+        retry_delay: float = 1.0,
+        workspace_id: str = "ws_local",
+        rotate_refresh_tokens: bool = True,
+        heartbeat_refreshes_token: Union[bool, float] = True,
+        max_streams: int = 1000,
+        allowed_hosts: Sequence[str] = (),
+    ) -> None:
+        if not isinstance(host, str) or not host:
+            raise ConfigurationError("must be a host name or an address such as 127.0.0.1", "host")
+        if not _is_int(port) or not 0 <= port <= 65535:
+            raise ConfigurationError("must be an integer from 0 (any free port) to 65535", "port")
+        if not _is_int(max_streams) or max_streams < 1:
+            raise ConfigurationError("must be an integer from 1", "max_streams")
+        if isinstance(allowed_hosts, str) or not all(isinstance(name, str) for name in allowed_hosts):
+            raise ConfigurationError("must be a list of host names", "allowed_hosts")
+        _check_id(workspace_id, "workspace_id")
+        below = 0.2 if heartbeat_refreshes_token is True else float(heartbeat_refreshes_token)
+        if not 0 <= below <= 1:
+            raise ConfigurationError("must be True, False or a fraction from 0 to 1", "heartbeat_refreshes_token")
+        self._settings = Settings(
+            lease_seconds=_seconds(lease_seconds, "lease_seconds"),
+            heartbeat_interval=_seconds(heartbeat_interval, "heartbeat_interval"),
+            token_lifetime=_seconds(token_lifetime, "token_lifetime"),
+            keepalive_interval=_seconds(keepalive_interval, "keepalive_interval", highest=15.0),
+            refresh_grace=_seconds(refresh_grace, "refresh_grace", zero=True),
+            idempotency_window=_seconds(idempotency_window, "idempotency_window", zero=True),
+            redelivery_delay=_seconds(redelivery_delay, "redelivery_delay", zero=True),
+            retry_delay=_seconds(retry_delay, "retry_delay", zero=True),
+            workspace_id=workspace_id,
+            rotate_refresh_tokens=bool(rotate_refresh_tokens),
+            heartbeat_refresh_below=below,
+        )
+        self._host = host
+        self._port = port
+        self._max_streams = max_streams
+        self._allowed_hosts = tuple(allowed_hosts)
+        self._lock = threading.Lock()
+        self._record = Record()
+        self._running: Optional[Tuple[Server, Watch]] = None
+        self._store = Store(None if path is None else os.fspath(path), self._settings)
+        self._hub = Hub(self._store, self._settings, max_streams)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen and serve. Does nothing while it runs.
+
+        :raises ConfigurationError: the address cannot be bound, or the file is in use.
+        """
+        with self._lock:
+            if self._running is not None:
+                return
+            self._store.open()
+            watch = Watch()
+            application = Application(self._store, self._hub, self._record, self._settings)
+            # Requests come on top of the streams; they are short.
+            server = Server(self._host, self._port, application, self._max_streams + 32)
+            problem: Optional[ConfigurationError] = None
+            try:
+                self._port = server.listen()
+            except OSError as error:
+                problem = explain_bind(error, self._host, self._port)
+            if problem is not None:
+                watch.stop()
+                self._store.close()
+                raise problem
+            application.hosts = Hosts(self._host, self._port, self._allowed_hosts)
+            self._hub.start(watch)
+            watch.start()
+            # Who connected meanwhile was kept waiting by the listening socket.
+            server.run()
+            self._running = server, watch
+        if not is_loopback(self._host):
+            logger.warning(
+                "the local platform listens on %s, which other machines may reach; it is made for development",
+                self._host,
+            )
+
+    def stop(self) -> None:
+        """End every stream, thread and connection, within about two seconds. Does nothing while stopped."""
+        with self._lock:
+            if self._running is None:
+                return
+            server, watch = self._running
+            self._running = None
+            self._hub.close()
+            server.stop()
+            watch.stop()
+            self._store.close()
+
+    def __enter__(self) -> LocalPlatform:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: Optional[Type[BaseException]],
+        exc: Optional[BaseException],
+        tb: Optional[TracebackType],
+    ) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"<LocalPlatform {self.url if self._port else 'not started'}>"
+
+    @property
+    def url(self) -> str:
+        """What clients take as ``api_base_url``.
+
+        :raises ConfigurationError: the port is not known before the first start.
+        """
+        if not self._port:
+            raise ConfigurationError("the port is not known before start()", "url")
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self._port}"
+
+    @property
+    def api_key(self) -> str:
+        """The platform's API key; kept with the database."""
+        return self._store.api_key
+
+    # -- what an administrator does -----------------------------------------------------------------------------------
+
+    def create_install_token(self, agent_id: str, max_uses: int = 1) -> str:
+        """A token with which ``max_uses`` installations of this agent can be made."""
+        _check_id(agent_id, "agent_id")
+        if not _is_int(max_uses) or not 1 <= max_uses <= 1_000_000:
+            raise ConfigurationError("must be an integer from 1 to 1000000", "max_uses")
+        return self._store.create_install_token(agent_id, max_uses)
+
+    def submit(self, capability: str, input: Any, agent_id: Optional[str] = None, **fields: Any) -> str:
+        """Queue a task; its id.
+
+        :param agent_id: whose task it is; None takes the agent of the newest install token or installation.
+        :param fields: ``tool``, ``workspace_id``, ``requester_agent_id``, ``parent_task_id``, ``workflow_id``,
+            ``trace_id``, ``timeout_ms``, ``max_attempts``.
+        :raises ConfigurationError: there is no agent yet, or no such field.
+        :raises APIError: 400, a value is wrong.
+        """
+        unknown = sorted(set(fields) - set(_SUBMIT_FIELDS))
+        if unknown:
+            raise ConfigurationError(f"no such field; known are {', '.join(_SUBMIT_FIELDS)}", unknown[0])
+        if agent_id is None:
+            agent_id = self._store.latest_agent()
+            if agent_id is None:
+                raise ConfigurationError("name the agent, or call create_install_token() first", "agent_id")
+        _check_id(agent_id, "agent_id")
+        try:
+            name, checked, max_attempts = check_submission({"capability": capability, "input": input, **fields})
+            task_id = self._store.submit(agent_id, name, checked, max_attempts)
+        except Refusal as refusal:
+            problem = refusal
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            problem = Refusal(400, "INVALID_REQUEST", f"input is not JSON: {error}")
+        else:
+            self._hub.submitted(agent_id, name)
+            return task_id
+        raise _api_error(problem)
+
+    def task(self, task_id: str) -> Dict[str, Any]:
+        """A task as ``GET /tasks/{id}`` shows it: ``status`` is ``queued``, ``assigned``, ``completed`` or ``failed``;
+        ``attempt`` is 0 until it is given out.
+
+        :raises APIError: 404, no such task.
+        """
+        try:
+            return self._store.task(task_id)
+        except Refusal as refusal:
+            problem = refusal
+        raise _api_error(problem)
+
+    def wait(self, task_id: str, timeout: Optional[float] = None) -> Dict[str, Any]:
+        """The task once it is ``completed`` or ``failed``.
+
+        :raises TimeoutError: it is neither after ``timeout`` seconds.
+        :raises APIError: 404, no such task.
+        """
+        try:
+            return self._hub.wait(task_id, timeout)
+        except Refusal as refusal:
+            problem = refusal
+        raise _api_error(problem)
+
+    def command(
+        self,
+        installation_id: str,
+        type: str,
+        reason: Optional[str] = None,
+        shutdown_timeout: Optional[float] = None,
+    ) -> str:
+        """Send ``pause``, ``resume`` or ``terminate`` to an installation; the command's id.
+
+        A terminated installation stays so, also when its worker is started anew, until a ``resume``.
+
+        :raises APIError: 404 no such installation, 409 it is revoked.
+        """
+        if type not in COMMANDS:
+            raise ConfigurationError(f"must be one of {', '.join(COMMANDS)}", "type")
+        try:
+            data = self._hub.command(installation_id, type, reason, _timeout(shutdown_timeout))
+            return str(data["command_id"])
+        except Refusal as refusal:
+            problem = refusal
+        raise _api_error(problem)
+
+    def revoke(
+        self, installation_id: str, reason: Optional[str] = None, shutdown_timeout: Optional[float] = None
+    ) -> None:
+        """Revoke an installation; its running tasks may be reported for ``shutdown_timeout`` seconds (None: 30).
+
+        :raises APIError: 404, no such installation.
+        """
+        try:
+            return self._hub.revoke(installation_id, reason, _timeout(shutdown_timeout))
+        except Refusal as refusal:
+            problem = refusal
+        raise _api_error(problem)
+
+    def set_policy(self, workspace_id: str, content: Mapping[str, Any]) -> Dict[str, Any]:
+        """Make ``content`` the workspace's policy, as its next version; the policy as workers get it, unsigned."""
+        _check_id(workspace_id, "workspace_id")
+        return self._store.set_policy(workspace_id, content)
+
+    def installations(self) -> List[Dict[str, Any]]:
+        """Every installation, oldest first, with its last heartbeat's ``status`` and ``workers``."""
+        return self._store.installations()
+
+    # -- looking inside, for tests ------------------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> List[Tuple[str, int]]:
+        """Endpoint and status of the last 10,000 requests, oldest first; endpoints as in :mod:`sekuire.protocol`."""
+        return self._record.requests()
+
+    def count(self, endpoint: str, status: Optional[int] = None) -> int:
+        """How many requests this endpoint has answered, in all or with this status: ``count("refresh", 200)``."""
+        return self._record.count(endpoint, status)
+
+    def heartbeats(self, installation_id: str) -> List[Dict[str, Any]]:
+        """The bodies of the last 1,000 heartbeats of an installation."""
+        return self._record.heartbeats_of(installation_id)
+
+    def completions(self, task_id: str) -> List[Tuple[int, Any]]:
+        """Every completion sent for a task, refused ones too: the status it was answered with, and its body."""
+        return self._record.completions_of(task_id)
+
+    def progress(self, task_id: str) -> List[Dict[str, Any]]:
+        """Every progress report of a task."""
+        return self._record.progress_of(task_id)
+
+    def logs(self) -> List[Dict[str, Any]]:
+        """The last 10,000 audit events."""
+        return self._record.logs()
+
+    def streams(self) -> List[Dict[str, Any]]:
+        """The workers connected now: ``worker_id``, ``installation_id``, ``capabilities`` (None: any), ``in_flight``
+        and ``max_in_flight``."""
+        return self._hub.snapshot()
+
+    def expire_tokens(self, installation_id: Optional[str] = None) -> None:
+        """End the runtime tokens that are valid now: the next request with one gets 401."""
+        self._store.expire_tokens(installation_id)
+
+    def drop_streams(self) -> None:
+        """Cut every live stream at its socket, as a failing network would."""
+        self._hub.drop_all()
+
+    @property
+    def hold_commands(self) -> bool:
+        """While true, a command changes the ``desired_state`` but is not sent on streams, now or later: it was lost."""
+        return self._hub.hold_commands
+
+    @hold_commands.setter
+    def hold_commands(self, value: bool) -> None:
+        self._hub.hold_commands = bool(value)
+
+
+def _api_error(refusal: Refusal) -> APIError:
+    return APIError(refusal.status, refusal.code, refusal.message)
+
+
+def _check_id(value: object, option: str) -> None:
+    problem = ""
+    try:
+        check_id(value, option)
+    except Refusal as refusal:
+        problem = refusal.message
+    if problem:
+        raise ConfigurationError(problem.partition(" ")[2], option)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _seconds(value: Any, option: str, highest: float = 30 * 24 * 3600.0, zero: bool = False) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (value >= 0 if zero else value > 0) or value > highest:
+        raise ConfigurationError(f"must be a number of seconds {'from' if zero else 'above'} 0 to {highest:g}", option)
+    return float(value)
+
+
+def _timeout(value: Optional[float]) -> Optional[float]:
+    return None if value is None else _seconds(value, "shutdown_timeout", zero=True)

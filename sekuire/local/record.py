@@ -1,0 +1,79 @@
+"""What the platform remembers of the requests it answered, for tests and for curious eyes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from typing import Any, Deque, Dict, List, Optional, Tuple
+
+__all__ = ["Record"]
+
+#: How much is kept: entries per list, and lists (one per task or installation), the oldest going first.
+MAX_ENTRIES = 10_000
+
+
+class Record:
+    """Bounded lists of what came in.
+
+    Every HTTP thread writes, any thread reads. ``_lock`` guards all of it and is a leaf.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Deque[Tuple[str, int]] = deque(maxlen=MAX_ENTRIES)
+        self._counts: Dict[Tuple[str, int], int] = {}
+        self._heartbeats: OrderedDict[str, Deque[Any]] = OrderedDict()
+        self._completions: OrderedDict[str, Deque[Any]] = OrderedDict()
+        self._progress: OrderedDict[str, Deque[Any]] = OrderedDict()
+        self._logs: Deque[Any] = deque(maxlen=MAX_ENTRIES)
+
+    def request(self, endpoint: str, status: int) -> None:
+        with self._lock:
+            self._requests.append((endpoint, status))
+            self._counts[endpoint, status] = self._counts.get((endpoint, status), 0) + 1
+
+    def heartbeat(self, installation_id: str, body: Any) -> None:
+        self._add(self._heartbeats, installation_id, body)
+
+    def completion(self, task_id: str, status: int, body: Any) -> None:
+        self._add(self._completions, task_id, (status, body))
+
+    def progress(self, task_id: str, body: Any) -> None:
+        self._add(self._progress, task_id, body)
+
+    def log(self, events: List[Any]) -> None:
+        with self._lock:
+            self._logs.extend(events)
+
+    def requests(self) -> List[Tuple[str, int]]:
+        with self._lock:
+            return list(self._requests)
+
+    def count(self, endpoint: str, status: Optional[int] = None) -> int:
+        with self._lock:
+            return sum(n for (name, code), n in self._counts.items() if name == endpoint and status in (None, code))
+
+    def heartbeats_of(self, installation_id: str) -> List[Any]:
+        with self._lock:
+            return list(self._heartbeats.get(installation_id, ()))
+
+    def completions_of(self, task_id: str) -> List[Any]:
+        with self._lock:
+            return list(self._completions.get(task_id, ()))
+
+    def progress_of(self, task_id: str) -> List[Any]:
+        with self._lock:
+            return list(self._progress.get(task_id, ()))
+
+    def logs(self) -> List[Any]:
+        with self._lock:
+            return list(self._logs)
+
+    def _add(self, lists: OrderedDict[str, Deque[Any]], key: str, entry: Any) -> None:
+        with self._lock:
+            entries = lists.get(key)
+            if entries is None:
+                entries = lists[key] = deque(maxlen=1000)
+                if len(lists) > MAX_ENTRIES:
+                    lists.popitem(last=False)
+            entries.append(entry)

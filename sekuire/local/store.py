@@ -1,0 +1,1188 @@
+"""SQLite: the schema, and every change of state of installations, tokens, tasks and policies.
+
+Each public method that changes something is one transaction. Nothing here knows of HTTP connections or of live
+streams; :mod:`sekuire.local.streams` decides who gets a task, this module records it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import hashlib
+import hmac
+import importlib
+import json
+import math
+import os
+import secrets
+import sqlite3
+import stat
+import threading
+import time
+import uuid
+import weakref
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+import attrs
+
+from ..errors import ConfigurationError
+from ..protocol import CODE_REVOKED, encode_json, format_time, is_id
+
+__all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]
+
+#: Marks a database as ours ("Seku"), so that another program's file is refused instead of filled with tables.
+APPLICATION_ID = 0x53656B75
+SCHEMA_VERSION = 1
+
+#: How long work of a revoked installation may still be reported where the revocation names no time (seconds).
+DEFAULT_SHUTDOWN_TIMEOUT = 30.0
+#: Longest pause between two tries of a task that asked for several (seconds).
+MAX_RETRY_DELAY = 60.0
+
+FINAL = ("completed", "failed")
+STATES = {"pause": "paused", "resume": "running", "terminate": "terminated"}
+#: Optional fields of a task that are strings, as a worker receives them.
+TASK_TEXTS = ("tool", "workspace_id", "requester_agent_id", "parent_task_id", "workflow_id", "trace_id")
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE install_tokens (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, hash TEXT NOT NULL UNIQUE, agent_id TEXT NOT NULL,
+    max_uses INTEGER NOT NULL, uses INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL);
+CREATE TABLE installations (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, installation_id TEXT NOT NULL UNIQUE, agent_id TEXT NOT NULL,
+    workspace_id TEXT NOT NULL, capabilities TEXT NOT NULL, runtime_info TEXT NOT NULL, created_at REAL NOT NULL,
+    lease_expires_at REAL NOT NULL, last_heartbeat_at REAL, heartbeat TEXT,
+    desired_state TEXT NOT NULL DEFAULT 'running', reason TEXT, shutdown_timeout REAL,
+    revoked_until REAL);
+CREATE TABLE tokens (
+    hash TEXT PRIMARY KEY, installation_id TEXT NOT NULL, kind TEXT NOT NULL, expires_at REAL) WITHOUT ROWID;
+CREATE INDEX tokens_by_installation ON tokens (installation_id, kind);
+CREATE TABLE replays (
+    key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, answer TEXT NOT NULL, token_expires_at REAL NOT NULL,
+    expires_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE commands (id INTEGER PRIMARY KEY AUTOINCREMENT, installation_id TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE tasks (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, task_id TEXT NOT NULL UNIQUE, agent_id TEXT NOT NULL,
+    capability TEXT NOT NULL, data TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'queued',
+    attempt INTEGER NOT NULL DEFAULT 0, next_attempt INTEGER NOT NULL DEFAULT 1, worker_id TEXT, installation_id TEXT,
+    max_attempts INTEGER NOT NULL, failures INTEGER NOT NULL DEFAULT 0, available_at REAL NOT NULL,
+    created_at REAL NOT NULL, updated_at REAL NOT NULL, result TEXT, progress TEXT);
+CREATE INDEX tasks_queued ON tasks (agent_id, seq) WHERE status = 'queued';
+CREATE INDEX tasks_queued_by_capability ON tasks (agent_id, capability, seq) WHERE status = 'queued';
+CREATE INDEX tasks_assigned ON tasks (installation_id, worker_id) WHERE status = 'assigned';
+CREATE INDEX tasks_by_capability ON tasks (capability, seq);
+CREATE TABLE assignments (
+    task_id TEXT NOT NULL, attempt INTEGER NOT NULL, worker_id TEXT NOT NULL, installation_id TEXT NOT NULL,
+    reported INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (task_id, attempt)) WITHOUT ROWID;
+CREATE TABLE completions (
+    task_id TEXT NOT NULL, key TEXT NOT NULL, answer TEXT NOT NULL, PRIMARY KEY (task_id, key)) WITHOUT ROWID;
+CREATE TABLE policies (
+    workspace_id TEXT PRIMARY KEY, policy_id TEXT NOT NULL, version INTEGER NOT NULL, hash TEXT NOT NULL,
+    content TEXT NOT NULL, activated_at REAL NOT NULL, updated_at REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Settings:
+    """What a :class:`~sekuire.local.LocalPlatform` was given; times in seconds."""
+
+    lease_seconds: float = 60.0
+    heartbeat_interval: float = 10.0
+    token_lifetime: float = 3600.0
+    keepalive_interval: float = 15.0
+    refresh_grace: float = 600.0
+    idempotency_window: float = 600.0
+    redelivery_delay: float = 5.0
+    retry_delay: float = 1.0
+    workspace_id: str = "ws_local"
+    rotate_refresh_tokens: bool = True
+    #: A heartbeat renews the runtime token when less than this fraction of its lifetime is left; 0 never does.
+    heartbeat_refresh_below: float = 0.2
+
+
+class Refusal(Exception):
+    """The platform's "no": an HTTP status, a code for programs, and a sentence for people."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(status, code, message)
+        self.status = status
+        self.code = code
+        self.message = message
+
+
+class Identity(NamedTuple):
+    """Who a runtime token belongs to."""
+
+    installation_id: str
+    agent_id: str
+    workspace_id: str
+    expires_at: float
+    #: Until when a revoked installation may still report, as a Unix time; None where it is not revoked.
+    revoked_until: Optional[float]
+
+
+class Claim(NamedTuple):
+    """One task given to one worker; ``data`` is the JSON text of the ``task`` event."""
+
+    task_id: str
+    attempt: int
+    data: str
+
+
+class Completed(NamedTuple):
+    """What became of a completion: the answer, and whose place it frees."""
+
+    status: int
+    answer: Dict[str, Any]
+    agent_id: str
+    capability: str
+    worker_id: str
+    attempt: int
+    #: The task has its last result now.
+    final: bool = False
+    #: Seconds until the task may be tried again, where it was put back.
+    retry_in: Optional[float] = None
+
+
+class Store:
+    """The platform's memory.
+
+    Called by every HTTP thread, the watch thread and the threads of the Python face. One connection, guarded by
+    ``_lock``: SQLite has one writer anyway, and a transaction here takes some ten microseconds. The lock is a leaf:
+    nothing is called under it but SQLite.
+
+    On disk the journal is a WAL with ``synchronous=NORMAL``: a killed process loses nothing, a power cut may lose the
+    last transactions, which is right for a development tool. The file is locked for this process alone, because two
+    platforms that hand out one file's tasks would hand them out twice.
+
+    Tokens are kept as SHA-256 only. Two things are kept as they are, and therefore the file is readable by its owner
+    only (mode 0600): the API key, which is made for printing, and for ``idempotency_window`` the answers of bootstrap,
+    recover and refresh, because a client that lost one, to a restart of the platform for example, is promised the same
+    again. Expired answers are deleted, and ``secure_delete`` overwrites them.
+
+    :raises ConfigurationError: the path cannot be used; the text says why and what to do.
+    """
+
+    def __init__(self, path: Optional[str], settings: Settings, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._settings = settings
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._db: Optional[sqlite3.Connection] = None
+        self._finalizer: Optional[weakref.finalize] = None  # type: ignore[type-arg]
+        self.api_key = ""
+        self.open()
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Open the database, making it where there is none. Does nothing while it is open."""
+        with self._lock:
+            if self._db is not None:
+                return
+            db = _connect(self._path)
+            try:
+                key = db.execute("SELECT value FROM meta WHERE key = 'api_key'").fetchone()
+                if key is None:
+                    key = ("sk_live_" + secrets.token_urlsafe(32),)
+                    db.execute("INSERT INTO meta VALUES ('api_key', ?)", key)
+            except BaseException:
+                db.close()
+                raise
+            self._db = db
+            self.api_key = key[0]
+            # An owner that forgets to stop() must not leave an open connection behind.
+            self._finalizer = weakref.finalize(self, db.close)
+
+    def close(self) -> None:
+        """Close a database on disk and free its file; one in memory stays, it would be lost."""
+        if self._path is None:
+            return
+        with self._lock:
+            if self._finalizer is not None:
+                self._finalizer()
+            self._db = None
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            db = self._db
+            if db is None:
+                raise ConfigurationError("the local platform is stopped and its database closed; call start() first")
+            db.execute("BEGIN")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+
+    # -- credentials --------------------------------------------------------------------------------------------------
+
+    def is_api_key(self, key: Optional[str]) -> bool:
+        return key is not None and hmac.compare_digest(key.encode("utf-8", "replace"), self.api_key.encode())
+
+    def authenticate(self, token: str) -> Identity:
+        """The installation a runtime token belongs to.
+
+        :raises Refusal: 401, the token is unknown or has expired.
+        """
+        with self._lock:
+            row = (
+                self._connection()
+                .execute(
+                    "SELECT i.installation_id, i.agent_id, i.workspace_id, t.expires_at, i.revoked_until"
+                    " FROM tokens t JOIN installations i USING (installation_id)"
+                    " WHERE t.hash = ? AND t.kind = 'runtime'",
+                    (_hash(token),),
+                )
+                .fetchone()
+            )
+        if row is None:
+            raise Refusal(401, "INVALID_TOKEN", "the runtime token is not known here; refresh it or log in again")
+        identity = Identity(*row)
+        if identity.expires_at <= self._clock():
+            raise Refusal(401, "TOKEN_EXPIRED", "the runtime token has expired; refresh it")
+        return identity
+
+    def is_draining(self, identity: Identity) -> bool:
+        """Whether this installation may report: it is not revoked, or its time to shut down has not ended."""
+        return identity.revoked_until is None or self._clock() < identity.revoked_until
+
+    def create_install_token(self, agent_id: str, max_uses: int = 1) -> str:
+        token = "skt_" + secrets.token_urlsafe(32)
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO install_tokens (hash, agent_id, max_uses, created_at) VALUES (?, ?, ?, ?)",
+                (_hash(token), agent_id, max_uses, self._clock()),
+            )
+        return token
+
+    def bootstrap(
+        self,
+        token: str,
+        agent_id: str,
+        capabilities: Sequence[str],
+        runtime_info: Mapping[str, Any],
+        key: Optional[str],
+    ) -> Dict[str, Any]:
+        """A new installation for an install token.
+
+        :raises Refusal: 401 unknown token, 403 another agent's, 409 used up.
+        """
+        fingerprint = _hash("\n".join(("bootstrap", token, agent_id)))
+        with self._transaction() as db:
+            known = self._replay(db, key, fingerprint)
+            if known is not None:
+                return known
+            row = db.execute(
+                "SELECT agent_id, max_uses, uses FROM install_tokens WHERE hash = ?", (_hash(token),)
+            ).fetchone()
+            if row is None:
+                raise Refusal(401, "INVALID_INSTALL_TOKEN", "the install token is not known here")
+            if row[0] != agent_id:
+                raise Refusal(403, "WRONG_AGENT", "the install token was made for another agent_id")
+            if row[2] >= row[1]:
+                raise Refusal(
+                    409,
+                    "INSTALL_TOKEN_CONSUMED",
+                    f"the install token has been used {row[2]} of {row[1]} times; keep the credentials of the first"
+                    " use (SEKUIRE_CREDENTIALS_FILE), or make one token per replica, or one with max_uses",
+                )
+            db.execute("UPDATE install_tokens SET uses = uses + 1 WHERE hash = ?", (_hash(token),))
+            return self._install(
+                db, agent_id, self._settings.workspace_id, capabilities, runtime_info, key, fingerprint
+            )
+
+    def recover(
+        self, agent_id: str, workspace_id: Optional[str], runtime_info: Mapping[str, Any], key: Optional[str]
+    ) -> Dict[str, Any]:
+        """A new installation for whoever holds the API key."""
+        fingerprint = _hash("\n".join(("recover", self.api_key, agent_id)))
+        with self._transaction() as db:
+            known = self._replay(db, key, fingerprint)
+            if known is not None:
+                return known
+            workspace = workspace_id or self._settings.workspace_id
+            return self._install(db, agent_id, workspace, (), runtime_info, key, fingerprint)
+
+    def refresh(self, installation_id: str, token: str, key: Optional[str]) -> Dict[str, Any]:
+        """A new runtime token for a refresh token.
+
+        Any number of refresh tokens can be current (``expires_at`` NULL). Using one proves that its holder has stored
+        it: what came before dies, the current ones become previous and live on for ``refresh_grace``. Using a previous
+        one only adds a current one, so that neither a client that lost the answer nor its twin is locked out.
+
+        :raises Refusal: 401 unknown or too old, 403 revoked, 404 no such installation.
+        """
+        now = self._clock()
+        settings = self._settings
+        fingerprint = _hash("\n".join(("refresh", installation_id, token)))
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT workspace_id, revoked_until, reason FROM installations WHERE installation_id = ?",
+                (installation_id,),
+            ).fetchone()
+            if row is None:
+                raise _no_installation(installation_id)
+            if row[1] is not None:
+                raise revoked(row[2])
+            # Without rotation the same wish has the same key for ever: an answer whose token is dead helps nobody.
+            known = self._replay(db, key, fingerprint, only_live=True)
+            if known is not None:
+                return known
+            found = db.execute(
+                "SELECT expires_at FROM tokens WHERE hash = ? AND installation_id = ? AND kind = 'refresh'",
+                (_hash(token), installation_id),
+            ).fetchone()
+            if found is None or (found[0] is not None and found[0] <= now):
+                raise Refusal(401, "INVALID_REFRESH_TOKEN", "the refresh token is not known here or was replaced")
+            answer = self._runtime_token(db, installation_id)
+            if settings.rotate_refresh_tokens:
+                if found[0] is None:
+                    db.execute(
+                        "DELETE FROM tokens WHERE installation_id = ? AND kind = 'refresh' AND expires_at IS NOT NULL",
+                        (installation_id,),
+                    )
+                    db.execute(
+                        "UPDATE tokens SET expires_at = ? WHERE installation_id = ? AND kind = 'refresh'",
+                        (now + settings.refresh_grace, installation_id),
+                    )
+                answer["refresh_token"] = self._refresh_token(db, installation_id)
+            self._remember(db, key, fingerprint, answer)
+            return answer
+
+    def expire_tokens(self, installation_id: Optional[str] = None) -> None:
+        """End every runtime token that is valid now, of one installation or of all."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE tokens SET expires_at = ? WHERE kind = 'runtime' AND (? IS NULL OR installation_id = ?)",
+                (self._clock(), installation_id, installation_id),
+            )
+            db.execute("UPDATE replays SET token_expires_at = 0")
+
+    def _install(
+        self,
+        db: sqlite3.Connection,
+        agent_id: str,
+        workspace_id: str,
+        capabilities: Sequence[str],
+        runtime_info: Mapping[str, Any],
+        key: Optional[str],
+        fingerprint: str,
+    ) -> Dict[str, Any]:
+        now = self._clock()
+        installation_id = new_id("inst")
+        lease = now + self._settings.lease_seconds
+        db.execute(
+            "INSERT INTO installations (installation_id, agent_id, workspace_id, capabilities, runtime_info,"
+            " created_at, lease_expires_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (installation_id, agent_id, workspace_id, _text(list(capabilities)), _text(dict(runtime_info)), now, lease),
+        )
+        answer = {
+            "installation_id": installation_id,
+            "workspace_id": workspace_id,
+            **self._runtime_token(db, installation_id),
+            "refresh_token": self._refresh_token(db, installation_id),
+            "heartbeat_interval_seconds": _plain(self._settings.heartbeat_interval),
+            "lease_expires_at": instant(lease),
+        }
+        self._remember(db, key, fingerprint, answer)
+        return answer
+
+    def _runtime_token(self, db: sqlite3.Connection, installation_id: str) -> Dict[str, Any]:
+        now = self._clock()
+        token = "rt_" + secrets.token_urlsafe(32)
+        end = now + self._settings.token_lifetime
+        # A day's grace, so that an old token is still told apart from a wrong one.
+        db.execute(
+            "DELETE FROM tokens WHERE installation_id = ? AND expires_at IS NOT NULL AND expires_at < ?",
+            (installation_id, now - 86400.0),
+        )
+        db.execute("INSERT INTO tokens VALUES (?, ?, 'runtime', ?)", (_hash(token), installation_id, end))
+        return {"runtime_token": token, "expires_at": instant(end)}
+
+    def _refresh_token(self, db: sqlite3.Connection, installation_id: str) -> str:
+        token = "rf_" + secrets.token_urlsafe(32)
+        db.execute("INSERT INTO tokens VALUES (?, ?, 'refresh', NULL)", (_hash(token), installation_id))
+        return token
+
+    def _replay(
+        self, db: sqlite3.Connection, key: Optional[str], fingerprint: str, only_live: bool = False
+    ) -> Optional[Dict[str, Any]]:
+        """The answer already given to this key, or None."""
+        now = self._clock()
+        db.execute("DELETE FROM replays WHERE expires_at <= ?", (now,))
+        if key is None:
+            return None
+        row = db.execute(
+            "SELECT fingerprint, answer, token_expires_at FROM replays WHERE key = ?", (_hash(key),)
+        ).fetchone()
+        if row is None:
+            return None
+        if row[0] != fingerprint:
+            raise Refusal(400, "IDEMPOTENCY_KEY_REUSED", "this Idempotency-Key came before with another request")
+        if only_live and row[2] <= now:
+            return None
+        answer: Dict[str, Any] = json.loads(row[1])
+        return answer
+
+    def _remember(
+        self, db: sqlite3.Connection, key: Optional[str], fingerprint: str, answer: Mapping[str, Any]
+    ) -> None:
+        if key is None or self._settings.idempotency_window <= 0:
+            return
+        now = self._clock()
+        db.execute(
+            "INSERT OR REPLACE INTO replays VALUES (?, ?, ?, ?, ?)",
+            (
+                _hash(key),
+                fingerprint,
+                _text(answer),
+                now + self._settings.token_lifetime,
+                now + self._settings.idempotency_window,
+            ),
+        )
+
+    # -- installations ------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, identity: Identity, body: Mapping[str, Any]) -> Dict[str, Any]:
+        """Renew the lease; the answer to the heartbeat."""
+        now = self._clock()
+        settings = self._settings
+        lease = now + settings.lease_seconds
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE installations SET lease_expires_at = ?, last_heartbeat_at = ?, heartbeat = ?"
+                " WHERE installation_id = ?",
+                (lease, now, _text(body), identity.installation_id),
+            )
+            desired, reason, timeout, revoked_until = db.execute(
+                "SELECT desired_state, reason, shutdown_timeout, revoked_until FROM installations"
+                " WHERE installation_id = ?",
+                (identity.installation_id,),
+            ).fetchone()
+            policy = db.execute("SELECT hash FROM policies WHERE workspace_id = ?", (identity.workspace_id,)).fetchone()
+            answer: Dict[str, Any] = {
+                "lease_expires_at": instant(lease),
+                "heartbeat_interval_seconds": _plain(settings.heartbeat_interval),
+                "desired_state": desired,
+                "revoked": revoked_until is not None,
+            }
+            if reason is not None:
+                answer["reason"] = reason
+            if timeout is not None:
+                answer["shutdown_timeout_ms"] = round(timeout * 1000)
+            if policy is not None and policy[0]:
+                answer["active_policy_hash"] = policy[0]
+            left = identity.expires_at - now
+            if revoked_until is None and left < settings.heartbeat_refresh_below * settings.token_lifetime:
+                token = self._runtime_token(db, identity.installation_id)
+                answer["refreshed_token"] = token["runtime_token"]
+                answer["refreshed_token_expires_at"] = token["expires_at"]
+        return answer
+
+    def command(
+        self,
+        installation_id: str,
+        kind: str,
+        reason: Optional[str],
+        shutdown_timeout: Optional[float],
+        send: bool,
+    ) -> Tuple[Dict[str, Any], Optional[int]]:
+        """Record a command: the level it leaves behind and, where it is to be sent, the event with its id.
+
+        :raises Refusal: 404 no such installation, 409 it is revoked.
+        """
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT revoked_until, reason FROM installations WHERE installation_id = ?", (installation_id,)
+            ).fetchone()
+            if row is None:
+                raise _no_installation(installation_id)
+            if row[0] is not None:
+                raise Refusal(409, CODE_REVOKED, "the installation was revoked; no command can reach it")
+            return self._command(db, installation_id, kind, reason, shutdown_timeout, send)
+
+    def revoke(
+        self, installation_id: str, reason: Optional[str], shutdown_timeout: Optional[float], send: bool
+    ) -> Tuple[Dict[str, Any], Optional[int], float]:
+        """Revoke an installation; again, it changes nothing. The last value is when its reports end (Unix time).
+
+        :raises Refusal: 404 no such installation.
+        """
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT revoked_until FROM installations WHERE installation_id = ?", (installation_id,)
+            ).fetchone()
+            if row is None:
+                raise _no_installation(installation_id)
+            if row[0] is not None:
+                return {}, None, row[0]
+            timeout = DEFAULT_SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
+            data, event_id = self._command(db, installation_id, "terminate", reason, timeout, send)
+            end = self._clock() + timeout
+            db.execute(
+                "UPDATE installations SET revoked_until = ? WHERE installation_id = ?",
+                (end, installation_id),
+            )
+            return data, event_id, end
+
+    def _command(
+        self,
+        db: sqlite3.Connection,
+        installation_id: str,
+        kind: str,
+        reason: Optional[str],
+        shutdown_timeout: Optional[float],
+        send: bool,
+    ) -> Tuple[Dict[str, Any], Optional[int]]:
+        db.execute(
+            "UPDATE installations SET desired_state = ?, reason = ?, shutdown_timeout = ? WHERE installation_id = ?",
+            (STATES[kind], reason, shutdown_timeout, installation_id),
+        )
+        data: Dict[str, Any] = {"type": kind, "command_id": new_id("cmd")}
+        if reason is not None:
+            data["reason"] = reason
+        if shutdown_timeout is not None:
+            data["shutdown_timeout_ms"] = round(shutdown_timeout * 1000)
+        if not send:
+            return data, None
+        cursor = db.execute(
+            "INSERT INTO commands (installation_id, data) VALUES (?, ?)", (installation_id, _text(data))
+        )
+        return data, cursor.lastrowid
+
+    def commands_since(self, installation_id: str, event_id: Optional[int]) -> Tuple[int, List[Tuple[int, str]]]:
+        """Where a stream that last saw ``event_id`` goes on: the id to begin with, and the commands it missed.
+
+        An id never given out, for example by a database that is gone, counts as none; without one nothing was missed,
+        because ``connected`` tells the state the commands have led to.
+        """
+        with self._lock:
+            db = self._connection()
+            # The counter and not the largest row, so that an id is never given out twice.
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'commands'").fetchone()
+            newest: int = row[0] if row else 0
+            if event_id is None or not 0 <= event_id <= newest:
+                return newest, []
+            missed = db.execute(
+                "SELECT id, data FROM commands WHERE installation_id = ? AND id > ? ORDER BY id",
+                (installation_id, event_id),
+            ).fetchall()
+            return event_id, missed
+
+    def installation(self, installation_id: str) -> Dict[str, Any]:
+        """:raises Refusal: 404 no such installation."""
+        with self._lock:
+            row = (
+                self._connection().execute(f"{_INSTALLATION} WHERE installation_id = ?", (installation_id,)).fetchone()
+            )
+        if row is None:
+            raise _no_installation(installation_id)
+        return _installation(row)
+
+    def installations(self) -> List[Dict[str, Any]]:
+        """Every installation, oldest first."""
+        with self._lock:
+            rows = self._connection().execute(f"{_INSTALLATION} ORDER BY seq").fetchall()
+        return [_installation(row) for row in rows]
+
+    def draining(self) -> List[Tuple[str, float]]:
+        """The revoked installations whose time to report has not ended: id and end (Unix time)."""
+        with self._lock:
+            return (
+                self._connection()
+                .execute(
+                    "SELECT installation_id, revoked_until FROM installations WHERE revoked_until > ?", (self._clock(),)
+                )
+                .fetchall()
+            )
+
+    def latest_agent(self) -> Optional[str]:
+        """The agent of the newest install token or installation, or None."""
+        with self._lock:
+            row = (
+                self._connection()
+                .execute(
+                    "SELECT agent_id FROM (SELECT agent_id, created_at FROM install_tokens"
+                    " UNION ALL SELECT agent_id, created_at FROM installations) ORDER BY created_at DESC LIMIT 1"
+                )
+                .fetchone()
+            )
+        return row[0] if row else None
+
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def submit(self, agent_id: str, capability: str, fields: Mapping[str, Any], max_attempts: int = 1) -> str:
+        """Queue a task; ``fields`` are checked and go to the worker as they are. The new task's id."""
+        now = self._clock()
+        task_id = new_id("task")
+        data = _text({"task_id": task_id, "capability": capability, **fields})
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO tasks (task_id, agent_id, capability, data, max_attempts, available_at, created_at,"
+                " updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (task_id, agent_id, capability, data, max_attempts, now, now, now),
+            )
+        return task_id
+
+    def claim(
+        self,
+        installation_id: str,
+        worker_id: str,
+        agent_id: str,
+        *,
+        capabilities: Optional[FrozenSet[str]],
+        left_to_others: Optional[FrozenSet[str]],
+        paused: bool,
+        refused: FrozenSet[str],
+    ) -> Optional[Claim]:
+        """Give the oldest queued task that fits to a worker; None where there is none.
+
+        :param left_to_others: capabilities that another, unpaused worker serves (None: all of them). A paused worker
+            gets none of these, and a worker that failed a task does not get it again.
+        :param refused: tasks this stream gave back.
+        """
+        now = self._clock()
+        where = ["agent_id = ?", "status = 'queued'", "available_at <= ?"]
+        values: List[Any] = [agent_id, now]
+        unserved, unserved_values = "0", ()  # type: Tuple[str, Tuple[str, ...]]
+        if left_to_others is not None:
+            unserved, unserved_values = f"capability NOT IN ({_marks(left_to_others)})", tuple(left_to_others)
+        if paused:
+            # What it gets it answers `worker_paused`; a task that is tried again is worth waiting for a better one.
+            where += [unserved, "failures = 0"]
+        else:
+            where.append(f"(failures = 0 OR worker_id IS NOT ? OR {unserved})")
+            values.append(worker_id)
+        values += unserved_values
+        if refused:
+            where.append(f"task_id NOT IN ({_marks(refused)})")
+            values += refused
+        # One question per capability: each is answered by an index in order of age, however long the queue.
+        names: Tuple[Optional[str], ...] = (None,) if capabilities is None else tuple(capabilities)
+        rows = []
+        with self._transaction() as db:
+            for name in names:
+                row = db.execute(
+                    "SELECT seq, task_id, attempt, next_attempt, worker_id, installation_id, data FROM tasks"
+                    f" WHERE {' AND '.join(where)}{'' if name is None else ' AND capability = ?'} ORDER BY seq LIMIT 1",
+                    values if name is None else [*values, name],
+                ).fetchone()
+                if row is not None:
+                    rows.append(row)
+            if not rows:
+                return None
+            seq, task_id, attempt, next_attempt, last_worker, last_installation, data = min(rows)
+            if (last_worker, last_installation) != (worker_id, installation_id):
+                next_attempt = attempt + 1
+            db.execute(
+                "UPDATE tasks SET status = 'assigned', attempt = ?, next_attempt = ?, worker_id = ?,"
+                " installation_id = ?, updated_at = ? WHERE seq = ?",
+                (next_attempt, next_attempt, worker_id, installation_id, now, seq),
+            )
+            # Given back and given again to the same worker, it is the same attempt.
+            db.execute(
+                "INSERT OR IGNORE INTO assignments (task_id, attempt, worker_id, installation_id) VALUES (?, ?, ?, ?)",
+                (task_id, next_attempt, worker_id, installation_id),
+            )
+        return Claim(task_id, next_attempt, _event(data, next_attempt))
+
+    def has_queued(self, agent_id: str) -> bool:
+        """Whether any task waits for this agent."""
+        with self._lock:
+            row = (
+                self._connection()
+                .execute("SELECT 1 FROM tasks WHERE agent_id = ? AND status = 'queued' LIMIT 1", (agent_id,))
+                .fetchone()
+            )
+        return row is not None
+
+    def delayed(self) -> List[Tuple[str, str, float]]:
+        """The queued tasks that wait for their next try: agent, capability, when (Unix time)."""
+        with self._lock:
+            return (
+                self._connection()
+                .execute(
+                    "SELECT agent_id, capability, available_at FROM tasks WHERE status = 'queued' AND available_at > ?",
+                    (self._clock(),),
+                )
+                .fetchall()
+            )
+
+    def assigned(self, installation_id: str, worker_id: str) -> List[Claim]:
+        """What this worker was given and has not reported, oldest first."""
+        with self._lock:
+            rows = (
+                self._connection()
+                .execute(
+                    "SELECT task_id, attempt, data FROM tasks"
+                    " WHERE installation_id = ? AND worker_id = ? AND status = 'assigned' ORDER BY seq",
+                    (installation_id, worker_id),
+                )
+                .fetchall()
+            )
+        return [Claim(task_id, attempt, _event(data, attempt)) for task_id, attempt, data in rows]
+
+    def assigned_workers(self) -> List[Tuple[str, str, str]]:
+        """Every worker that holds a task: installation, worker, agent."""
+        with self._lock:
+            return (
+                self._connection()
+                .execute("SELECT DISTINCT installation_id, worker_id, agent_id FROM tasks WHERE status = 'assigned'")
+                .fetchall()
+            )
+
+    def requeue(self, installation_id: str, worker_id: str) -> int:
+        """Put back what a vanished worker holds; should it come back first, it gets the same attempts again."""
+        with self._transaction() as db:
+            return db.execute(
+                "UPDATE tasks SET status = 'queued', updated_at = ?"
+                " WHERE installation_id = ? AND worker_id = ? AND status = 'assigned'",
+                (self._clock(), installation_id, worker_id),
+            ).rowcount
+
+    def complete(self, identity: Identity, task_id: str, key: Optional[str], body: Mapping[str, Any]) -> Completed:
+        """Take a task's result. The first of any attempt wins; the same key gets the same answer again.
+
+        :raises Refusal: 400 an attempt never given out, 403 not this installation's, 404 no such task.
+        """
+        now = self._clock()
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT agent_id, status, attempt, max_attempts, failures, capability FROM tasks WHERE task_id = ?",
+                (task_id,),
+            ).fetchone()
+            if row is None:
+                raise _no_task(task_id)
+            agent_id, status, current, max_attempts, failures, capability = row
+            attempt = body.get("attempt", current)
+            given = self._assignment(db, identity, task_id, attempt)
+            worker_id, reported = given
+            if key is not None:
+                known = db.execute(
+                    "SELECT answer FROM completions WHERE task_id = ? AND key = ?", (task_id, key)
+                ).fetchone()
+                if known is not None:
+                    return Completed(200, json.loads(known[0]), agent_id, capability, worker_id, attempt)
+            if status in FINAL or reported:
+                problem = {
+                    "error": "conflict",
+                    "message": "the task has its result already",
+                    "code": "ALREADY_COMPLETED",
+                }
+                return Completed(409, problem, agent_id, capability, worker_id, attempt)
+            result = {name: body[name] for name in ("output", "error", "execution_time_ms") if name in body}
+            failed = body["status"] == "failed"
+            retry = failed and body["error"].get("retryable") is True and failures + 1 < max_attempts
+            retry_in = min(self._settings.retry_delay * 2.0**failures, MAX_RETRY_DELAY) if retry else None
+            state = "queued" if retry else body["status"]
+            if retry and status == "assigned" and attempt != current:
+                # An older attempt failed while a newer one runs: that one may still succeed.
+                state, retry_in = "assigned", None
+            db.execute(
+                "UPDATE tasks SET status = ?, result = ?, failures = failures + ?, available_at = ?,"
+                " next_attempt = attempt + 1, updated_at = ? WHERE task_id = ?",
+                (state, _text(result), int(failed), now + (retry_in or 0.0), now, task_id),
+            )
+            db.execute("UPDATE assignments SET reported = 1 WHERE task_id = ? AND attempt = ?", (task_id, attempt))
+            answer = {"task_id": task_id, "status": state, "attempt": attempt}
+            if key is not None:
+                db.execute("INSERT INTO completions VALUES (?, ?, ?)", (task_id, key, _text(answer)))
+        return Completed(200, answer, agent_id, capability, worker_id, attempt, state in FINAL, retry_in)
+
+    def release(self, identity: Identity, task_id: str, worker_id: str, attempt: int) -> str:
+        """Put back a task its worker has not begun; again, it changes nothing. The agent it is for.
+
+        :raises Refusal: 403 not this installation's, 404 no such task, 409 no longer this worker's.
+        """
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT agent_id, status, attempt, worker_id FROM tasks WHERE task_id = ?", (task_id,)
+            ).fetchone()
+            if row is None:
+                raise _no_task(task_id)
+            self._assignment(db, identity, task_id, attempt)
+            agent_id, status, current, holder = row
+            if status not in ("assigned", "queued") or (current, holder) != (attempt, worker_id):
+                raise Refusal(409, "NOT_ASSIGNED", "the task is no longer this worker's")
+            db.execute(
+                "UPDATE tasks SET status = 'queued', updated_at = ? WHERE task_id = ? AND status = 'assigned'",
+                (self._clock(), task_id),
+            )
+        return str(agent_id)
+
+    def progress(self, identity: Identity, task_id: str, body: Mapping[str, Any]) -> None:
+        """Keep a task's newest progress.
+
+        :raises Refusal: 403 not this installation's, 404 no such task, 409 it has its result.
+        """
+        with self._transaction() as db:
+            row = db.execute("SELECT status, attempt FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
+            if row is None:
+                raise _no_task(task_id)
+            if not _owns(db, identity, task_id):
+                raise _not_yours()
+            if row[0] in FINAL:
+                raise Refusal(409, "ALREADY_COMPLETED", "the task has its result already")
+            db.execute(
+                "UPDATE tasks SET progress = ?, updated_at = ? WHERE task_id = ?",
+                (_text(body), self._clock(), task_id),
+            )
+
+    def task(self, task_id: str) -> Dict[str, Any]:
+        """:raises Refusal: 404 no such task."""
+        with self._lock:
+            row = self._connection().execute(f"{_TASK} WHERE task_id = ?", (task_id,)).fetchone()
+        if row is None:
+            raise _no_task(task_id)
+        return _task(row)
+
+    def tasks(
+        self,
+        status: Optional[str] = None,
+        capability: Optional[str] = None,
+        limit: int = 50,
+        before: Optional[str] = None,
+    ) -> Tuple[List[Dict[str, Any]], Optional[str]]:
+        """Tasks, newest first, and the ``before`` of the next page (None on the last).
+
+        :raises Refusal: 400 ``before`` is no task's id.
+        """
+        where, values = ["1"], []  # type: Tuple[List[str], List[Any]]
+        if status is not None:
+            where.append("status = ?")
+            values.append(status)
+        if capability is not None:
+            where.append("capability = ?")
+            values.append(capability)
+        with self._lock:
+            db = self._connection()
+            if before is not None:
+                row = db.execute("SELECT seq FROM tasks WHERE task_id = ?", (before,)).fetchone()
+                if row is None:
+                    raise Refusal(400, "INVALID_REQUEST", "before must be the task_id of a task")
+                where.append("seq < ?")
+                values.append(row[0])
+            rows = db.execute(
+                f"{_TASK} WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?", (*values, limit + 1)
+            ).fetchall()
+        tasks = [_task(row) for row in rows[:limit]]
+        return tasks, tasks[-1]["task_id"] if len(rows) > limit else None
+
+    @staticmethod
+    def _assignment(db: sqlite3.Connection, identity: Identity, task_id: str, attempt: int) -> Tuple[str, int]:
+        row = db.execute(
+            "SELECT worker_id, reported, installation_id FROM assignments WHERE task_id = ? AND attempt = ?",
+            (task_id, attempt),
+        ).fetchone()
+        if row is not None and row[2] == identity.installation_id:
+            return row[0], row[1]
+        if row is None and _owns(db, identity, task_id):
+            raise Refusal(400, "INVALID_REQUEST", f"attempt {attempt} of this task was never given out")
+        raise _not_yours()
+
+    # -- policies -----------------------------------------------------------------------------------------------------
+
+    def set_policy(self, workspace_id: str, content: Mapping[str, Any]) -> Dict[str, Any]:
+        """Make ``content`` the workspace's active policy, one version higher than the last."""
+        now = self._clock()
+        digest = policy_hash(content)
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO policies VALUES (?, ?, 1, ?, ?, ?, ?) ON CONFLICT (workspace_id) DO UPDATE SET"
+                " version = version + 1, hash = excluded.hash, content = excluded.content,"
+                " activated_at = excluded.activated_at, updated_at = excluded.updated_at",
+                (workspace_id, new_id("pol"), digest, _text(content), now, now),
+            )
+        return self.policy(workspace_id)
+
+    def policy(self, workspace_id: str) -> Dict[str, Any]:
+        """:raises Refusal: 404 the workspace has none."""
+        with self._lock:
+            row = (
+                self._connection()
+                .execute(
+                    "SELECT policy_id, version, hash, content, activated_at, updated_at FROM policies"
+                    " WHERE workspace_id = ?",
+                    (workspace_id,),
+                )
+                .fetchone()
+            )
+        if row is None:
+            raise Refusal(404, "POLICY_NOT_FOUND", "this workspace has no policy")
+        return {
+            "policy_id": row[0],
+            "workspace_id": workspace_id,
+            "version": row[1],
+            "status": "active",
+            "hash": row[2],
+            "content": json.loads(row[3]),
+            "activated_at": instant(row[4]),
+            "updated_at": instant(row[5]),
+        }
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._db is None:
+            raise ConfigurationError("the local platform is stopped and its database closed; call start() first")
+        return self._db
+
+
+# -- rows and values --------------------------------------------------------------------------------------------------
+
+_INSTALLATION = (
+    "SELECT installation_id, agent_id, workspace_id, capabilities, runtime_info, created_at, lease_expires_at,"
+    " last_heartbeat_at, heartbeat, desired_state, reason, revoked_until FROM installations"
+)
+_TASK = (
+    "SELECT task_id, agent_id, data, status, attempt, worker_id, installation_id, max_attempts, created_at,"
+    " updated_at, result, progress FROM tasks"
+)
+
+
+def _installation(row: Sequence[Any]) -> Dict[str, Any]:
+    heartbeat = json.loads(row[8]) if row[8] else {}
+    return {
+        "installation_id": row[0],
+        "agent_id": row[1],
+        "workspace_id": row[2],
+        "capabilities": json.loads(row[3]),
+        "runtime_info": json.loads(row[4]),
+        "created_at": instant(row[5]),
+        "lease_expires_at": instant(row[6]),
+        "last_heartbeat_at": None if row[7] is None else instant(row[7]),
+        "status": heartbeat.get("status"),
+        "platform": heartbeat.get("platform"),
+        "workers": heartbeat.get("workers", []),
+        "desired_state": row[9],
+        "reason": row[10],
+        "revoked": row[11] is not None,
+    }
+
+
+def _task(row: Sequence[Any]) -> Dict[str, Any]:
+    final = row[3] in FINAL
+    result = json.loads(row[10]) if row[10] else {}
+    return {
+        **json.loads(row[2]),
+        "agent_id": row[1],
+        "status": row[3],
+        "attempt": row[4],
+        "worker_id": row[5],
+        "installation_id": row[6],
+        "max_attempts": row[7],
+        "created_at": instant(row[8]),
+        "updated_at": instant(row[9]),
+        "completed_at": instant(row[9]) if final else None,
+        "output": result.get("output"),
+        "error": result.get("error"),
+        "execution_time_ms": result.get("execution_time_ms"),
+        "progress": json.loads(row[11]) if row[11] else None,
+    }
+
+
+def _event(data: str, attempt: int) -> str:
+    # `data` is a JSON object with at least a task_id; adding one field as text saves parsing a large input.
+    return f'{data[:-1]},"attempt":{attempt}}}'
+
+
+def _owns(db: sqlite3.Connection, identity: Identity, task_id: str) -> bool:
+    row = db.execute(
+        "SELECT 1 FROM assignments WHERE task_id = ? AND installation_id = ?", (task_id, identity.installation_id)
+    ).fetchone()
+    return row is not None
+
+
+def _no_task(task_id: str) -> Refusal:
+    return Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+
+
+def _not_yours() -> Refusal:
+    return Refusal(403, "NOT_ASSIGNED", "the task was never given to this installation")
+
+
+def _no_installation(installation_id: str) -> Refusal:
+    return Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r}")
+
+
+def revoked(reason: Optional[str]) -> Refusal:
+    """The kill switch as a refusal."""
+    return Refusal(403, CODE_REVOKED, "the installation was revoked" + (f": {reason}" if reason else ""))
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
+def instant(seconds: float) -> str:
+    """A Unix time as it stands on the wire."""
+    return format_time(dt.datetime.fromtimestamp(seconds, dt.timezone.utc))
+
+
+def _plain(number: float) -> Union[int, float]:
+    return int(number) if number == int(number) else number
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _text(value: Any) -> str:
+    return encode_json(value).decode()
+
+
+def _marks(values: FrozenSet[str]) -> str:
+    return ",".join("?" * len(values))
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def _connect(path: Optional[str]) -> sqlite3.Connection:
+    if path is None:
+        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        _create(db)
+        return db
+    _make_file(path)
+    problem = ""
+    try:
+        db = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        problem = f"cannot be opened as a database: {error}; give the path of a file this user may write"
+    if not problem:
+        try:
+            problem = _prepare(db)
+        except sqlite3.Error as error:
+            problem = _describe(error)
+        if problem:
+            db.close()
+    if problem:
+        raise ConfigurationError(f"{path}: {problem}", "path")
+    _restrict(path)
+    return db
+
+
+def _make_file(path: str) -> None:
+    problem = ""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        problem = f"is a directory; give the path of a file in it, such as {os.path.join(path, 'sekuire.db')}"
+    elif not os.path.isdir(folder):
+        problem = f"the directory {folder} does not exist; make it first or choose another path"
+    else:
+        try:
+            # Made here and not by SQLite, so that nobody else could read it even for a moment.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}); give the path of a file this user may write"
+    if problem:
+        raise ConfigurationError(f"{path}: {problem}", "path")
+
+
+def _prepare(db: sqlite3.Connection) -> str:
+    """Check that the file is ours, make it so where it is empty; what is wrong with it, or nothing."""
+    # Before the first access, so that the WAL needs no shared memory and the lock is taken by the first write.
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if tables and application != APPLICATION_ID:
+        return "is the database of another program; give the path of a new file"
+    if tables:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version != SCHEMA_VERSION:
+            return (
+                f"was made by another version of sekuire.local (schema {version}, this one writes {SCHEMA_VERSION});"
+                " delete it or give another path"
+            )
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    if not tables:
+        _create(db)
+    else:
+        db.execute("PRAGMA secure_delete = ON")
+    # A write takes the lock for good.
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    return ""
+
+
+def _create(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA secure_delete = ON")
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+
+
+def _describe(error: sqlite3.Error) -> str:
+    text = str(error)
+    if "not a database" in text:
+        return "is not an SQLite database; give the path of a new file"
+    if "locked" in text:
+        return "is in use, most likely by another local platform; stop that one or give another path"
+    if "readonly" in text:
+        return "is read-only; give the path of a file this user may write"
+    return f"cannot be used as a database: {text}; give the path of a new file"
+
+
+def _restrict(path: str) -> None:
+    if os.name != "posix":
+        return
+    for name in (path, path + "-wal"):
+        with contextlib.suppress(OSError):
+            if stat.S_IMODE(os.stat(name).st_mode) & 0o077:
+                os.chmod(name, 0o600)
+
+
+# -- the hash of a policy ---------------------------------------------------------------------------------------------
+
+
+def policy_hash(content: Mapping[str, Any]) -> str:
+    """BLAKE3 of the content in RFC 8785 form, lower-case hex; the empty string where `blake3` is not installed."""
+    try:
+        blake3 = importlib.import_module("blake3").blake3
+    except ImportError:
+        return ""
+    digest: str = blake3(_canonical(content).encode()).hexdigest()
+    return digest
+
+
+def _canonical(value: Any) -> str:
+    if isinstance(value, Mapping):
+        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
+        return "{" + ",".join(f"{_canonical(name)}:{_canonical(value[name])}" for name in names) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return _canonical_number(float(value))
+
+
+def _canonical_number(number: float) -> str:
+    """A number as ECMAScript writes it: `repr` has the same shortest digits, only laid out differently."""
+    if not math.isfinite(number):
+        raise ValueError("NaN and Infinity are not JSON")
+    if number == 0:
+        return "0"
+    sign = "-" if number < 0 else ""
+    mantissa, _, exponent = repr(abs(number)).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    digits = (whole + ("" if fraction == "0" else fraction)).lstrip("0")
+    point = len(whole) + int(exponent or 0)
+    if whole == "0":
+        point -= 1 + len(fraction) - len(fraction.lstrip("0"))
+    digits = digits.rstrip("0")
+    if len(digits) <= point <= 21:
+        return sign + digits + "0" * (point - len(digits))
+    if 0 < point <= 21:
+        return f"{sign}{digits[:point]}.{digits[point:]}"
+    if -6 < point <= 0:
+        return f"{sign}0.{'0' * -point}{digits}"
+    power = f"e{point - 1:+d}"
+    return sign + digits[0] + (f".{digits[1:]}" if len(digits) > 1 else "") + power
+
+
+def check_id(value: object, name: str) -> str:
+    """:raises Refusal: 400, naming the field."""
+    if not is_id(value):
+        raise Refusal(400, "INVALID_REQUEST", f"{name} must be a string of 1 to 256 bytes without control characters")
+    return value
