@@ -23,7 +23,7 @@ _SUBMIT_FIELDS = (*TASK_TEXTS, "timeout_ms", "max_attempts")
 
 
 class LocalPlatform:
-    """A Sekuire platform on this machine, for development and tests: real HTTP, state in SQLite.
+    """A Sekuire platform on this machine, for development and tests: real HTTP, state in SQLite. ::
 
         with LocalPlatform() as platform:
             worker = create_worker(

@@ -735,6 +735,23 @@ class Store:
                 .fetchall()
             )
 
+    def is_finishing(self, installation_id: str, worker_id: str) -> bool:
+        """Whether this worker said in a heartbeat, within its lease, that it is stopping and still has tasks."""
+        with self._lock:
+            row = (
+                self._connection()
+                .execute(
+                    "SELECT heartbeat FROM installations WHERE installation_id = ? AND lease_expires_at > ?",
+                    (installation_id, self._clock()),
+                )
+                .fetchone()
+            )
+        workers = json.loads(row[0]).get("workers", ()) if row is not None and row[0] is not None else ()
+        return any(
+            worker.get("worker_id") == worker_id and worker.get("status") == "stopping" and worker.get("active_tasks")
+            for worker in workers
+        )
+
     def requeue(self, installation_id: str, worker_id: str) -> int:
         """Put back what a vanished worker holds; should it come back first, it gets the same attempts again."""
         with self._transaction() as db:

@@ -199,6 +199,10 @@ class Hub:
         with self._lock:
             if self._watch is None or self._epochs.get(key) != epoch or key in self._streams:
                 return
+            if self._store.is_finishing(*key):
+                # It closed its stream in order and still works on what it has; heartbeats say so until it is done.
+                self._later(max(self._settings.redelivery_delay, 0.1), lambda: self._reclaim(key, agent_id, epoch))
+                return
             del self._epochs[key]
             if self._store.requeue(*key):
                 self._pump(agent_id)

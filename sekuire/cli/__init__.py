@@ -1,0 +1,76 @@
+"""The ``sekuire`` command: parses the command line, runs one command, and turns what happened into an exit code.
+
+0 fine, 1 failed, 2 wrong usage or configuration, 130 interrupted. Results go to stdout; progress, logs and errors to
+stderr. A user's mistake is told in a line or two, without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Optional, Sequence
+
+from ..errors import SekuireError
+from ..version import __version__
+from . import demo, dev, doctor, send, terminal, worker
+from .exits import FAILED, INTERRUPTED, CommandError, complain, report
+
+__all__ = ["main"]
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command line ``argv`` (None: this process's own); the exit code.
+
+    :raises SystemExit: by argparse, for ``--help``, ``--version`` and wrong usage.
+    """
+    terminal.prepare()
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit:
+        terminal.flush_output()
+        raise
+    level = "debug" if getattr(args, "verbose", False) else getattr(args, "log_level", args.default_level)
+    with terminal.logs(level.upper()):
+        try:
+            code: int = args.run(args)
+        except (CommandError, SekuireError) as error:
+            code = report(args.command, error)
+        except KeyboardInterrupt:
+            complain(args.command, "interrupted")
+            code = INTERRUPTED
+        except terminal.OutputClosed:
+            code = FAILED
+        finally:
+            terminal.flush_output()
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("logging")
+    group.add_argument("-v", "--verbose", action="store_true", help="log everything to stderr; the same as debug")
+    group.add_argument("--log-level", choices=_LEVELS, type=str.lower, help="log to stderr from this level on")
+    parser = argparse.ArgumentParser(
+        prog="sekuire",
+        description="Run AI agents' tasks under Sekuire's governance.",
+        epilog="Exit codes: 0 fine, 1 failed, 2 wrong usage or configuration, 130 interrupted.",
+        parents=[common],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sekuire {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for module in (demo, dev, worker, send, doctor):
+        name = module.__name__.rpartition(".")[2]
+        one = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOG,
+            parents=[common],
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(one)
+        one.set_defaults(run=module.run, default_level=module.LOG_LEVEL)
+    return parser

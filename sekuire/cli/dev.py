@@ -1,0 +1,134 @@
+"""``sekuire dev``: the local platform as a server to develop against."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shlex
+import signal
+from types import FrameType
+from typing import Any, Dict, List, Optional
+
+from ..errors import ConfigurationError
+from . import terminal
+from .exits import INTERRUPTED, OK, CommandError
+from .options import local_platform
+
+HELP = "run a local platform to develop against"
+DESCRIPTION = """\
+Run a local platform until Ctrl-C or SIGTERM, and print the environment variables with which agents and the other
+commands find it. stdout holds nothing but these lines, to be pasted into a shell."""
+EPILOG = """\
+Exit codes: 0 stopped by Ctrl-C or SIGTERM, which is its normal end; 2 the port is taken, or another wrong setting;
+130 ended by a second signal while it was stopping."""
+LOG_LEVEL = "warning"
+
+_FLAGS = {"port": "--port", "host": "--host", "path": "--db", "agent_id": "--agent-id", "allowed_hosts": "--allow-host"}
+#: Installations that one printed install token can make: a worker is restarted often while it is developed.
+_USES = 1000
+_SLICE = 0.25
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=_port, default=9300, help="where to listen (default 9300; 0: any free port)")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
+    parser.add_argument("--db", metavar="PATH", help="keep tasks, tokens and the API key in this file")
+    parser.add_argument("--agent-id", default="my-agent", metavar="ID", help="whose install token to make (my-agent)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further name to be called by, such as host.docker.internal; may be repeated",
+    )
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:9]) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    platform_class = local_platform()
+    with _Signals() as signals:
+        problem: Optional[ConfigurationError] = None
+        try:
+            platform = platform_class(args.db, args.host, args.port, allowed_hosts=args.allow_host)
+            platform.start()
+        except ConfigurationError as error:
+            problem = error
+        if problem is not None:
+            raise _by_flag(problem)
+        try:
+            try:
+                token = platform.create_install_token(args.agent_id, max_uses=_USES)
+            except ConfigurationError as error:
+                problem = error
+            if problem is not None:
+                raise _by_flag(problem)
+            variables = {
+                "SEKUIRE_API_URL": platform.url,
+                "SEKUIRE_AGENT_ID": args.agent_id,
+                "SEKUIRE_INSTALL_TOKEN": token,
+                "SEKUIRE_API_KEY": platform.api_key,
+            }
+            terminal.say("\n".join(shell_lines(variables)))
+            kept = f"state in {args.db}" if args.db else "state in memory only, see --db"
+            terminal.note(f"the local platform runs on {platform.url} ({kept}); Ctrl-C stops it")
+            signals.wait()
+        finally:
+            platform.stop()
+    terminal.note("stopped")
+    return OK
+
+
+def shell_lines(variables: Dict[str, str], windows: bool = os.name == "nt") -> List[str]:
+    """Lines that set ``variables``, for the shell of this system."""
+    if windows:
+        return [f'set "{name}={value}"' for name, value in variables.items()]
+    return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def _by_flag(error: ConfigurationError) -> CommandError:
+    flag = _FLAGS.get(error.option or "")
+    return CommandError(f"{flag}: {error.problem}" if flag else str(error))
+
+
+class _Signals:
+    """SIGINT and SIGTERM as a queue; the second one ends the process. Main thread only; a context manager.
+
+    The handler takes no lock: ``Event.set()`` there can deadlock against a main thread inside ``Event.wait()``.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._count = 0
+        self._previous: Dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def wait(self) -> None:
+        """Until a signal has come. In slices: on Windows no signal interrupts a wait."""
+        while True:
+            try:
+                self._queue.get(timeout=_SLICE)
+            except queue.Empty:
+                continue
+            return
+
+    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+        self._count += 1
+        if self._count > 1:
+            os._exit(INTERRUPTED)
+        self._queue.put(number)

@@ -1,0 +1,426 @@
+"""``sekuire doctor``: what stands between this machine's configuration and a working agent, step by step."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import os
+import platform as python_platform
+import socket
+import threading
+import time
+from typing import Any, Callable, Dict, List, Optional
+from urllib.parse import urlsplit
+
+from .. import platforms, protocol
+from ..config import CREDENTIALS_FILE_VARIABLE, ENVIRONMENT, ConnectionConfig
+from ..credentials.file import CredentialsFile
+from ..errors import APIError, ConfigurationError, TransportError
+from ..models import RuntimeCredentials
+from ..secret import Secret, as_secret
+from ..transport.http import HttpClient, Reply
+from ..version import __version__
+from . import terminal
+from .exits import FAILED, OK, USAGE, CommandError
+from .options import add_connection, api_key, connection, key_header
+
+HELP = "check the configuration, and say how to mend it"
+DESCRIPTION = """\
+Check, step by step, what an agent on this machine would find: the environment variables, the credentials file, the way
+to the platform, and whether the platform takes the credentials. Nothing is used up: install and refresh tokens are
+not sent. With a runtime token and an installation id one heartbeat is sent, as the agent itself would."""
+EPILOG = "Exit codes: 0 all is well (there may be warnings), 1 the platform cannot be used, 2 a setting is wrong."
+LOG_LEVEL = "error"
+
+_KNOWN = (
+    *ENVIRONMENT.values(),
+    CREDENTIALS_FILE_VARIABLE,
+    "SEKUIRE_OUTBOX",
+    "SEKUIRE_POLICY_DEV_OVERRIDE",
+    "SEKUIRE_POLICY_PUBLIC_KEYS",
+)
+_SECRETS = ("install_token", "runtime_token", "refresh_token", "api_key")
+_PREFIXES = {"install_token": "skt_", "api_key": "sk_live_"}
+_NAMES = {"skt_": "an install token", "sk_live_": "an API key"}
+_RESOLVE_TIME = 5.0
+#: Seconds by which this machine's clock may differ.
+_SKEW = 60.0
+
+_OK, _WARNING, _WRONG, _SKIPPED = "ok", "warning", "WRONG", "skipped"
+_COLOURS = {_OK: "green", _WARNING: "yellow", _WRONG: "red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--api-key-file", metavar="PATH", help="a file with the API key (default: SEKUIRE_API_KEY)")
+    add_connection(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    findings = _Findings()
+    findings.add(_OK, "library", f"sekuire {__version__} on Python {python_platform.python_version()}")
+    secrets = _environment(findings)
+    if args.api_key_file is not None:
+        secrets.pop("api_key", None)
+        with findings.catching("API key"):
+            secrets["api_key"] = api_key(args.api_key_file)[0]
+    stored = _credentials_file(findings)
+    _ways(findings, secrets, stored)
+    config: Optional[ConnectionConfig] = None
+    with findings.catching("address"):
+        config = connection(args)
+        findings.add(_OK, "address", config.api_base_url)
+    is_wrong = findings.is_wrong
+    if config is None:
+        findings.add(_SKIPPED, "platform", "not asked: its address is wrong")
+    else:
+        _platform(findings, config, secrets, stored)
+    terminal.say()
+    terminal.say(findings.verdict())
+    if is_wrong:
+        return USAGE
+    return FAILED if findings.is_wrong else OK
+
+
+class _Findings:
+    """What was found, printed as it is found."""
+
+    def __init__(self) -> None:
+        self._counts: Dict[str, int] = {}
+
+    def add(self, state: str, what: str, text: str, mend: str = "") -> None:
+        self._counts[state] = self._counts.get(state, 0) + 1
+        label = terminal.pad(state, 8)
+        colour = _COLOURS.get(state)
+        shown = terminal.paint(label, colour) if colour else label
+        terminal.say(f"{shown} {terminal.clean(what)}: {terminal.clean(text)}")
+        if mend:
+            terminal.say(f"         -> {terminal.clean(mend)}")
+
+    def catching(self, what: str) -> _Catching:
+        """A context in which a configuration error becomes a finding."""
+        return _Catching(self, what)
+
+    @property
+    def is_wrong(self) -> bool:
+        return _WRONG in self._counts
+
+    def verdict(self) -> str:
+        wrong, warnings = self._counts.get(_WRONG, 0), self._counts.get(_WARNING, 0)
+        if wrong:
+            return f"{wrong} wrong, {warnings} to look at"
+        return f"nothing wrong, {warnings} to look at" if warnings else "all is well"
+
+
+class _Catching:
+    def __init__(self, findings: _Findings, what: str) -> None:
+        self._findings = findings
+        self._what = what
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: Optional[BaseException], tb: object) -> bool:
+        if isinstance(error, CommandError):
+            self._findings.add(_WRONG, self._what, "; ".join(error.lines))
+            return True
+        if isinstance(error, ConfigurationError):
+            self._findings.add(_WRONG, self._what, str(error))
+            return True
+        return False
+
+
+# -- this machine -----------------------------------------------------------------------------------------------------
+
+
+def _environment(findings: _Findings) -> Dict[str, Secret]:
+    """Check each variable; the secrets that are well-formed."""
+    for name in sorted(os.environ):
+        if name.startswith("SEKUIRE_") and name not in _KNOWN:
+            close = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8)
+            mend = f"did you mean {close[0]}?" if close else "unset it, unless another program reads it"
+            findings.add(_WARNING, name, "is not a variable of this library", mend)
+        elif name in _KNOWN and not os.environ[name]:
+            findings.add(_WARNING, name, "is set but empty, which counts as not set", "set it, or unset it")
+    _identifiers(findings)
+    secrets: Dict[str, Secret] = {}
+    for option in _SECRETS:
+        secret = _secret(findings, option, ENVIRONMENT[option])
+        if secret is not None:
+            secrets[option] = secret
+    if os.environ.get("SEKUIRE_POLICY_DEV_OVERRIDE"):
+        findings.add(
+            _WARNING, "SEKUIRE_POLICY_DEV_OVERRIDE", "is set: policies are overridden", "unset it in production"
+        )
+    outbox = os.environ.get("SEKUIRE_OUTBOX")
+    if outbox and not os.path.isdir(os.path.dirname(os.path.abspath(outbox))):
+        findings.add(_WRONG, "SEKUIRE_OUTBOX", f"the directory of {outbox!r} does not exist", "make it first")
+    return secrets
+
+
+def _identifiers(findings: _Findings) -> None:
+    for option in ("agent_id", "installation_id", "workspace_id"):
+        name = ENVIRONMENT[option]
+        value = os.environ.get(name)
+        if not value:
+            if option == "agent_id":
+                mend = f"export {name}=... with the agent's id, or pass agent_id=... in code"
+                findings.add(_WRONG, name, "is not set", mend)
+        elif not protocol.is_id(value):
+            findings.add(_WRONG, name, "is longer than 256 bytes or holds control characters", "copy it again, whole")
+        elif value != value.strip():
+            findings.add(_WARNING, name, f"begins or ends with a space: {value!r}", "remove the space")
+        else:
+            findings.add(_OK, name, value)
+
+
+def _secret(findings: _Findings, option: str, name: str) -> Optional[Secret]:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    try:
+        secret = as_secret(text, name)
+    except ConfigurationError as error:
+        problem = error.problem
+    else:
+        prefix = _PREFIXES.get(option)
+        other = next((one for one in _NAMES if one != prefix and text.startswith(one)), None)
+        if other is not None:
+            findings.add(_WRONG, name, f"holds {_NAMES[other]} ({other}...)", "put each into the variable of its name")
+            return None
+        if prefix is not None and not text.startswith(prefix):
+            findings.add(_WARNING, name, f"does not begin with {prefix}", f"check that it is {_NAMES[prefix]}")
+        else:
+            findings.add(_OK, name, "is set and well-formed")
+        return secret
+    findings.add(_WRONG, name, problem, "copy it again, whole and without quotes")
+    return None
+
+
+def _credentials_file(findings: _Findings) -> Optional[RuntimeCredentials]:
+    """What the credentials file holds; it is only read."""
+    path = os.environ.get(CREDENTIALS_FILE_VARIABLE)
+    if not path:
+        if os.environ.get(ENVIRONMENT["install_token"]):
+            findings.add(
+                _WARNING,
+                CREDENTIALS_FILE_VARIABLE,
+                "is not set, so a restart needs a new install token once this one is used up",
+                f"export {CREDENTIALS_FILE_VARIABLE}=... with a file of the agent's own",
+            )
+        return None
+    try:
+        file = CredentialsFile(path)
+        stored = file.load()
+    except ConfigurationError as error:
+        problem = error.problem
+    else:
+        if file.read_only:
+            findings.add(
+                _WARNING, CREDENTIALS_FILE_VARIABLE, f"{path!r} cannot be written: rotated tokens cannot be kept in it",
+                "make it and its directory writable",
+            )  # fmt: skip
+        if stored is None:
+            findings.add(_OK, CREDENTIALS_FILE_VARIABLE, f"{path!r} is empty as yet; the first login fills it")
+            return None
+        findings.add(_OK, CREDENTIALS_FILE_VARIABLE, f"{path!r} is private and holds credentials")
+        return stored.credentials
+    findings.add(_WRONG, CREDENTIALS_FILE_VARIABLE, problem)
+    return None
+
+
+def _ways(findings: _Findings, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]) -> None:
+    """Which ways of authenticating there are."""
+    installation = os.environ.get(ENVIRONMENT["installation_id"])
+    what = "credentials"
+    if "refresh_token" in secrets and not installation and stored is None:
+        findings.add(_WRONG, what, "SEKUIRE_REFRESH_TOKEN without SEKUIRE_INSTALLATION_ID", "set both")
+    if "runtime_token" in secrets and not installation and stored is None:
+        mend = "set SEKUIRE_INSTALLATION_ID; SekuireSDK and Beacon need it"
+        findings.add(_WARNING, what, "SEKUIRE_RUNTIME_TOKEN without SEKUIRE_INSTALLATION_ID", mend)
+    ways = []
+    if stored is not None and (stored.runtime_token or stored.refresh_token):
+        ways.append("the credentials file")
+    if "runtime_token" in secrets:
+        ways.append("a runtime token")
+    if "refresh_token" in secrets and installation:
+        ways.append("a refresh token")
+    if "install_token" in secrets:
+        ways.append("an install token (not tried: trying uses it up)")
+    if "api_key" in secrets:
+        ways.append("recovery with the API key")
+    if ways:
+        findings.add(_OK, what, "will be tried in this order: " + ", ".join(ways))
+    else:
+        mend = (
+            "set SEKUIRE_INSTALL_TOKEN, or SEKUIRE_RUNTIME_TOKEN, or SEKUIRE_INSTALLATION_ID and SEKUIRE_REFRESH_TOKEN"
+        )
+        findings.add(_WRONG, what, "there is nothing to authenticate with", mend)
+
+
+# -- the platform -----------------------------------------------------------------------------------------------------
+
+
+def _platform(
+    findings: _Findings, config: ConnectionConfig, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]
+) -> None:
+    http = HttpClient(config, pool_size=1)
+    try:
+        if http.route.proxies:
+            findings.add(_OK, "network", "goes through a proxy (HTTP_PROXY, HTTPS_PROXY); name and port are its matter")
+        elif not _network(findings, config):
+            return
+        if not _answer(findings, http):
+            return
+        _runtime_token(findings, http, secrets, stored)
+        if "api_key" in secrets:
+            _api_key(findings, http, secrets["api_key"])
+    finally:
+        http.close()
+
+
+def _network(findings: _Findings, config: ConnectionConfig) -> bool:
+    """Name and port; whether they can be reached."""
+    parts = urlsplit(config.api_base_url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    addresses: List[Any] = []
+    problems: List[str] = []
+
+    def resolve() -> None:
+        try:
+            addresses.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            problems.append(getattr(error, "strerror", None) or str(error))
+
+    # On a thread: a look-up has no timeout of its own.
+    thread = threading.Thread(target=resolve, name="sekuire-resolve", daemon=True)
+    thread.start()
+    thread.join(_RESOLVE_TIME)
+    if not addresses:
+        problem = problems[0] if problems else f"no answer within {_RESOLVE_TIME:g} s"
+        findings.add(_WRONG, "name", f"{host} cannot be resolved: {problem}", "check SEKUIRE_API_URL and the DNS")
+        return False
+    findings.add(_OK, "name", f"{host} has {len(addresses)} address{'es' if len(addresses) > 1 else ''}")
+    begun = time.monotonic()
+    try:
+        socket.create_connection((host, port), timeout=config.connect_timeout).close()
+    except OSError as error:
+        mend = "is the platform running (sekuire dev)? does a firewall or a proxy stand in between?"
+        findings.add(_WRONG, "port", f"{host} port {port}: {error.strerror or 'no answer in time'}", mend)
+        return False
+    findings.add(_OK, "port", f"{host} port {port} was reached in {1000 * (time.monotonic() - begun):.0f} ms")
+    return True
+
+
+def _answer(findings: _Findings, http: HttpClient) -> bool:
+    """TLS, and whether it is a Sekuire platform: a question without credentials. Whether to go on."""
+    reply = _ask(findings, "platform", lambda: http.request("GET", http.endpoints.path("tasks")))
+    if reply is None:
+        return False
+    if http.route.base.startswith("https://"):
+        state = _OK if http.route.verify is not False else _WARNING
+        findings.add(state, "TLS", "the certificate is good" if state == _OK else "the certificate is not checked")
+    if 300 <= reply.status < 400:
+        findings.add(
+            _WRONG, "platform", f"it answered with a redirect ({reply.status})", "give the address it leads to"
+        )
+        return False
+    error = None if reply.is_success else protocol.decode_error(reply.status, reply.body)
+    if error is not None and error.details is None:
+        mend = "check the address: is it a Sekuire platform's, without a path behind the host?"
+        findings.add(_WRONG, "platform", f"HTTP {reply.status} and no JSON: this is another server", mend)
+        return False
+    findings.add(_OK, "platform", f"it answers (HTTP {reply.status})")
+    date = protocol.parse_http_date(reply.date)
+    if date is None:
+        findings.add(_WARNING, "clock", "the platform told no time to compare with")
+        return True
+    skew = (reply.now - date).total_seconds()
+    if abs(skew) > _SKEW:
+        which = "ahead of" if skew > 0 else "behind"
+        mend = "set it, best by NTP: the ends of tokens and leases are compared with it"
+        findings.add(_WARNING, "clock", f"this machine's is {abs(skew):.0f} s {which} the platform's", mend)
+    else:
+        findings.add(_OK, "clock", "agrees with the platform's")
+    return True
+
+
+def _ask(findings: _Findings, what: str, call: Callable[[], Reply]) -> Optional[Reply]:
+    try:
+        return call()
+    except TransportError as error:
+        problem = str(error)
+    mend = "try again; if it stays so, look at the platform and at what lies in between"
+    if problem.startswith("TLS "):
+        what = "TLS"
+        mend = "check the host's name and its certificate; for a CA of your own set REQUESTS_CA_BUNDLE"
+    findings.add(_WRONG, what, problem, mend)
+    return None
+
+
+def _runtime_token(
+    findings: _Findings, http: HttpClient, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]
+) -> None:
+    """One heartbeat with the runtime token, as the agent would send it. A fresh token that comes back is left alone:
+    the one at hand stays good until its end."""
+    what = "runtime token"
+    token, installation_id = secrets.get("runtime_token"), os.environ.get(ENVIRONMENT["installation_id"])
+    has_refresh = "refresh_token" in secrets
+    if stored is not None and stored.runtime_token is not None:
+        token, installation_id, has_refresh = stored.runtime_token, stored.installation_id, bool(stored.refresh_token)
+    if token is None:
+        return
+    if installation_id is None or not protocol.is_id(installation_id):
+        findings.add(_SKIPPED, what, "not tried: without an installation id there is no heartbeat")
+        return
+    path = http.endpoints.path("heartbeat", installation_id=installation_id)
+    body = protocol.heartbeat_body("healthy", 0, platforms.runtime_info()["platform"], (), ())
+    credential = functools.partial(protocol.bearer, token)
+    reply = _ask(findings, what, lambda: http.request("POST", path, body=body, credential=credential))
+    if reply is None:
+        return
+    error = None if reply.is_success else protocol.decode_error(reply.status, reply.body)
+    if error is None:
+        _accepted(findings, what, reply)
+    elif protocol.is_revoked(error):
+        findings.add(
+            _WRONG,
+            what,
+            f"the installation is revoked: {error}",
+            "ask who revoked it; a new one needs an install token",
+        )
+    elif error.status == 401 and has_refresh:
+        findings.add(_WARNING, what, f"was not taken ({error}); the agent will get another with its refresh token")
+    else:
+        mend = "get a new one, or set SEKUIRE_INSTALLATION_ID and SEKUIRE_REFRESH_TOKEN, or an install token"
+        findings.add(_WRONG, what, f"was not taken: {error}", mend)
+
+
+def _accepted(findings: _Findings, what: str, reply: Reply) -> None:
+    try:
+        payload = reply.json()
+    except protocol.Malformed:
+        payload = None
+    answer = protocol.decode_heartbeat(payload, reply.date, reply.now)
+    if answer.revoked:
+        mend = "ask who revoked it; a new one needs an install token"
+        findings.add(_WRONG, what, f"the installation is revoked: {answer.reason or 'no reason given'}", mend)
+    elif answer.desired_state not in (None, "running"):
+        findings.add(_WARNING, what, f"was taken, but the platform wants this agent {answer.desired_state}")
+    else:
+        findings.add(_OK, what, "was taken by a heartbeat")
+
+
+def _api_key(findings: _Findings, http: HttpClient, key: Secret) -> None:
+    what = "API key"
+    path = http.endpoints.path("tasks") + "?limit=1"
+    reply = _ask(findings, what, lambda: http.request("GET", path, credential=key_header(key)))
+    if reply is None:
+        return
+    error: Optional[APIError] = None if reply.is_success else protocol.decode_error(reply.status, reply.body)
+    if error is None:
+        findings.add(_OK, what, "was taken")
+    elif error.status in (401, 403):
+        findings.add(_WRONG, what, f"was not taken: {error}", "copy it again, and check that it is this platform's")
+    else:
+        findings.add(_WARNING, what, f"cannot be checked here: {error}")

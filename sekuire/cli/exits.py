@@ -1,0 +1,41 @@
+"""Exit codes, the error that carries one, and how any error is told to the user."""
+
+from __future__ import annotations
+
+import sys
+from typing import Tuple
+
+from ..errors import ConfigurationError
+from ..protocol import one_line
+
+#: Fine; failed; wrong usage or configuration; interrupted.
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class CommandError(Exception):
+    """What a command tells its user before it ends with ``code``: a line or two, each a sentence."""
+
+    def __init__(self, *lines: str, code: int = USAGE) -> None:
+        super().__init__(*lines)
+        self.lines: Tuple[str, ...] = lines
+        self.code = code
+
+
+def complain(command: str, *lines: str) -> None:
+    """Write an error to stderr, whatever state stderr is in; control characters in it are shown as spaces."""
+    text = "".join(f"sekuire {command}: error: {one_line(line)}\n" for line in lines)
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        # Nobody is left to hear it; the exit code still tells.
+        pass
+
+
+def report(command: str, error: Exception) -> int:
+    """Tell the user of ``error``; the exit code it means."""
+    if isinstance(error, CommandError):
+        complain(command, *error.lines)
+        return error.code
+    complain(command, str(error))
+    return USAGE if isinstance(error, ConfigurationError) else FAILED

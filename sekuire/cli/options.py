@@ -1,0 +1,95 @@
+"""Options and look-ups that several commands share: the platform's address, API keys, the local platform itself."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
+
+from .. import protocol
+from ..config import ENVIRONMENT, ConnectionConfig, from_options
+from ..errors import ConfigurationError
+from ..secret import Secret, as_secret
+from ..transport.http import Credential
+from .exits import CommandError
+
+if TYPE_CHECKING:
+    from ..local import LocalPlatform
+
+
+def local_platform() -> Type[LocalPlatform]:
+    """The class of the local platform, imported when it is needed: it brings a web server.
+
+    :raises ConfigurationError: the extra is not installed.
+    """
+    try:
+        from ..local import LocalPlatform
+    except ImportError as error:
+        problem = f"the local platform cannot be imported ({error}); run: pip install 'sekuire[local]'"
+    else:
+        return LocalPlatform
+    raise ConfigurationError(problem)
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """The options that say where the platform is."""
+    parser.add_argument("--url", help="the platform's address (default: SEKUIRE_API_URL, or the public platform's)")
+    parser.add_argument(
+        "--allow-insecure-http",
+        action="store_true",
+        help="let keys travel unencrypted to another machine, where the network itself is trusted",
+    )
+
+
+def connection(args: argparse.Namespace) -> ConnectionConfig:
+    """Where the platform is, from options and environment.
+
+    :raises ConfigurationError: a wrong address, naming the option or variable it came from.
+    """
+    options: Dict[str, Any] = {"allow_insecure_http": args.allow_insecure_http}
+    source = "--url"
+    if args.url is not None:
+        options["api_base_url"] = args.url
+    else:
+        variable = ENVIRONMENT["api_base_url"]
+        url = os.environ.get(variable)
+        source = f"environment variable {variable}"
+        if url:
+            options["api_base_url"] = url
+    try:
+        return from_options(ConnectionConfig, options, {"api_base_url": source})
+    except ConfigurationError as error:
+        found = error
+    problem = found.problem.replace("pass allow_insecure_http=True", "give --allow-insecure-http")
+    raise ConfigurationError(problem, found.option, found.source)
+
+
+def api_key(path: Optional[str]) -> Tuple[Secret, str]:
+    """The API key and where it came from: the file at ``path``, or ``SEKUIRE_API_KEY``. Never the command line, which
+    other users of the machine can read.
+
+    :raises CommandError: there is none, or the file cannot be read.
+    :raises ConfigurationError: it is malformed.
+    """
+    if path is None:
+        variable = ENVIRONMENT["api_key"]
+        text = os.environ.get(variable)
+        if not text:
+            raise CommandError(f"no API key: set {variable}, or give --api-key-file PATH")
+        return as_secret(text, f"environment variable {variable}"), variable
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(65536)
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+    except UnicodeDecodeError:
+        problem = "it is not text"
+    else:
+        return as_secret(text.strip(), f"--api-key-file {path}"), path
+    raise CommandError(f"--api-key-file: cannot read {path!r}: {problem}")
+
+
+def key_header(key: Secret) -> Credential:
+    """Gives the header with ``key`` when a request is built."""
+    return functools.partial(protocol.api_key_header, key)

@@ -1,0 +1,241 @@
+"""``sekuire send``: give an agent a task, and wait for its result if asked to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from typing import Any, Dict, NoReturn, Optional
+
+from .. import protocol
+from ..config import ENVIRONMENT, check_capability
+from ..errors import APIError, SekuireError, TransportError
+from ..transport.http import Credential, HttpClient, Reply
+from ..transport.retry import is_retryable
+from . import terminal
+from .exits import FAILED, OK, CommandError, complain
+from .options import add_connection, api_key, connection, key_header
+
+HELP = "submit a task, and wait for its result with --wait"
+DESCRIPTION = """\
+Submit a task to an agent and print its id; with --wait, print its output as JSON when it is completed. The API key is
+taken from SEKUIRE_API_KEY or a file, not from the command line, which other users of the machine can read."""
+EPILOG = """\
+example:  sekuire send summarize '{"text": "Once upon a time"}' --wait 30
+
+Exit codes: 0 submitted, or completed with --wait; 1 refused, failed or not ended in time; 2 wrong usage or
+configuration; 130 interrupted (the task goes on)."""
+LOG_LEVEL = "warning"
+
+_FIRST_POLL, _LONGEST_POLL = 0.05, 1.0
+#: Seconds of a platform that cannot be reached after which waiting for a result ends.
+_PATIENCE = 60.0
+_LONGEST_INPUT = 32 * 1024 * 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("capability", metavar="CAPABILITY", help="what is to be done, such as summarize")
+    parser.add_argument("json", metavar="JSON", help="the input: JSON text, @FILE, or - for stdin")
+    parser.add_argument(
+        "--wait",
+        nargs="?",
+        type=_wait,
+        const=math.inf,
+        metavar="SECONDS",
+        help="wait for the result, for ever or so many seconds; write it last, or --wait=SECONDS",
+    )
+    parser.add_argument("--agent-id", metavar="ID", help="whose task it is (default: SEKUIRE_AGENT_ID)")
+    parser.add_argument("--api-key-file", metavar="PATH", help="a file with the API key (default: SEKUIRE_API_KEY)")
+    add_connection(parser)
+    parser.add_argument("--timeout-ms", type=_count, metavar="MS", help="how long the task's handler may run")
+    parser.add_argument("--max-attempts", type=_count, metavar="N", help="how often to try when it fails retryably")
+    parser.add_argument("--trace-id", metavar="ID", help="goes with the task, to find it again in traces")
+
+
+def _wait(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of seconds; write --wait after CAPABILITY and JSON, or --wait=SECONDS"
+        )
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:12]) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    capability = check_capability(args.capability, "CAPABILITY")
+    value = _parse(*_input(args.json))
+    agent_id = args.agent_id or os.environ.get(ENVIRONMENT["agent_id"])
+    if not agent_id:
+        raise CommandError("whose task is it? give --agent-id, or set SEKUIRE_AGENT_ID")
+    if not protocol.is_id(agent_id):
+        source = "--agent-id" if args.agent_id else "SEKUIRE_AGENT_ID"
+        raise CommandError(f"{source}: must be at most 256 bytes without control characters, got {agent_id!r}")
+    config = connection(args)
+    key, key_source = api_key(args.api_key_file)
+    fields = {name: getattr(args, name) for name in ("timeout_ms", "max_attempts", "trace_id")}
+    body = _body(capability, value, agent_id, {name: one for name, one in fields.items() if one is not None})
+    http = HttpClient(config, pool_size=1)
+    try:
+        client = _Client(http, key_header(key), key_source)
+        task_id = client.submit(body)
+        if args.wait is None:
+            terminal.say(task_id)
+            return OK
+        terminal.note(f"task {task_id}")
+        return _show(client.wait(task_id, args.wait, f"agent {agent_id!r} with the capability {capability!r}"))
+    finally:
+        http.close()
+
+
+# -- the input --------------------------------------------------------------------------------------------------------
+
+
+def _input(argument: str) -> tuple[str, str]:
+    """The JSON text and what to call its origin."""
+    if argument != "-" and not argument.startswith("@"):
+        return argument, "JSON"
+    where = "stdin" if argument == "-" else argument[1:]
+    try:
+        if argument == "-":
+            data = sys.stdin.buffer.read(_LONGEST_INPUT + 1) if sys.stdin is not None else b""
+        else:
+            with open(where, "rb") as file:
+                data = file.read(_LONGEST_INPUT + 1)
+        if len(data) > _LONGEST_INPUT:
+            problem = "it is larger than 32 MiB"
+        else:
+            return data.decode("utf-8-sig"), where
+    except UnicodeDecodeError:
+        problem = "it is not UTF-8 text"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    raise CommandError(f"cannot read the input from {where!r}: {problem}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _parse(text: str, where: str) -> Any:
+    hint = """; in a shell, quote the whole: '{"text": "hello"}'""" if where == "JSON" else ""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        problem = f"line {error.lineno}, column {error.colno}: {error.msg}{hint}"
+    except RecursionError:
+        problem = "is nested too deep"
+    except ValueError as error:
+        problem = str(error)
+    raise CommandError(f"{where}: {problem}")
+
+
+def _body(capability: str, value: Any, agent_id: str, fields: Dict[str, Any]) -> bytes:
+    try:
+        return protocol.submit_body(capability, value, agent_id, fields)
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        problem = str(error)
+    raise CommandError(f"the task cannot be written as JSON: {problem}")
+
+
+# -- the platform -----------------------------------------------------------------------------------------------------
+
+
+class _Client:
+    """The two calls, with an API key."""
+
+    def __init__(self, http: HttpClient, credential: Credential, key_source: str) -> None:
+        self._http = http
+        self._credential = credential
+        self._key_source = key_source
+
+    def submit(self, body: bytes) -> str:
+        """Submit once: a second try could make a second task. The task's id."""
+        problem: Optional[SekuireError] = None
+        try:
+            task = _task(self._call("POST", self._http.endpoints.path("tasks"), body))
+        except TransportError as error:
+            problem = error
+        if problem is not None:
+            raise CommandError(f"{problem}; whether the task was submitted is not known", code=FAILED)
+        task_id = task.get("task_id") or task.get("id")
+        if not protocol.is_id(task_id):
+            raise CommandError("the platform's answer names no task_id; is the URL a Sekuire platform's?", code=FAILED)
+        return task_id
+
+    def wait(self, task_id: str, seconds: float, whose: str) -> Dict[str, Any]:
+        """The task once it has ended, asked for again and again.
+
+        :raises CommandError: it has not ended in time, or the platform cannot be reached for long.
+        """
+        end = time.monotonic() + seconds
+        lost_since: Optional[float] = None
+        path = self._http.endpoints.path("task", task_id=task_id)
+        pause = _FIRST_POLL
+        status = "submitted"
+        while True:
+            now = time.monotonic()
+            try:
+                task = _task(self._call("GET", path))
+            except SekuireError as error:
+                lost_since = now if lost_since is None else lost_since
+                if not is_retryable(error) or now - lost_since > _PATIENCE:
+                    raise
+            else:
+                lost_since = None
+                status = str(task.get("status"))
+                if status in ("completed", "failed"):
+                    return task
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, _LONGEST_POLL)
+        hint = f"; is a worker running for {whose}?" if status == "queued" else ""
+        raise CommandError(f"task {task_id} is still {status} after {seconds:g} s{hint}", code=FAILED)
+
+    def _call(self, method: str, path: str, body: Optional[bytes] = None) -> Reply:
+        refusal: Optional[APIError] = None
+        reply = self._http.request(method, path, body=body, credential=self._credential)
+        try:
+            return reply.check()
+        except APIError as error:
+            refusal = error
+        if refusal.status in (401, 403):
+            raise CommandError(f"the platform refused the API key from {self._key_source}: {refusal}", code=FAILED)
+        raise refusal
+
+
+def _task(reply: Reply) -> Dict[str, Any]:
+    try:
+        task = reply.json()
+    except protocol.Malformed:
+        task = None
+    if not isinstance(task, dict):
+        raise CommandError("the platform's answer is not a task; is the URL a Sekuire platform's?", code=FAILED)
+    return task
+
+
+def _show(task: Dict[str, Any]) -> int:
+    if task["status"] == "completed":
+        terminal.say(json.dumps(task.get("output"), indent=2, ensure_ascii=False))
+        return OK
+    error = task.get("error")
+    error = error if isinstance(error, dict) else {}
+    advice = " (trying again may help)" if error.get("retryable") is True else ""
+    lines = [f"the task failed: {error.get('code')}: {error.get('message')}{advice}"]
+    if error.get("details"):
+        lines.append(f"details: {json.dumps(error['details'], ensure_ascii=False)}")
+    complain("send", *lines)
+    return FAILED

@@ -1,0 +1,299 @@
+"""``sekuire worker``: a Worker from the user's own module as a process that stops in order."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from types import FrameType, ModuleType, TracebackType
+from typing import Any, Callable, List, NoReturn, Optional, Tuple
+
+from .. import lifecycle
+from ..errors import SekuireError
+from ..lifecycle import Deadline, join_all
+from ..sdk import SekuireSDK
+from ..worker import Worker
+from .exits import INTERRUPTED, OK, CommandError, report
+
+HELP = "run a worker from a module of yours"
+DESCRIPTION = """\
+Import MODULE, with the current directory first on the path, and run its WORKER: a sekuire.Worker, or a function
+without arguments that returns one. SIGTERM and Ctrl-C let running tasks end, give waiting ones back and send the last
+heartbeat; a second signal ends the process at once."""
+EPILOG = """\
+example:  sekuire worker tasks:worker          (tasks.py holds worker = create_worker(...))
+
+Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself; 1 the platform refused it, or it
+failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
+LOG_LEVEL = "info"
+
+#: Seconds that flushing may take where handlers still run, and that idle threads get to end.
+_FLUSH_TIME = 3.0
+_IDLE_TIME = 1.0
+
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="MODULE:WORKER", help="such as tasks:worker or package.tasks:make_worker")
+    parser.add_argument(
+        "--max-workers",
+        type=_count,
+        metavar="N",
+        help="handlers that run at once, instead of what the worker was made with; a function that takes max_workers "
+        "is given it",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 10_000:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 10000, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    with _Signals() as signals:
+        try:
+            worker = find(args.target, args.max_workers)
+        except _Ended as ended:
+            return ended.code
+        signals.leave_with = INTERRUPTED
+        code = _serve(worker)
+        signals.leave_with = code
+        if _is_busy(worker):
+            _leave_at_once(code)
+    return code
+
+
+class _Ended(BaseException):
+    """SIGTERM before the worker ran; not an Exception, so that the user's module does not take it for a failure."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _Signals:
+    """The signals while the Worker does not hold them itself: before it runs they end the import, after it the process.
+
+    The Worker replaces these handlers for the time of ``start(block=True)``, and puts them back. Main thread only; a
+    context manager.
+    """
+
+    def __init__(self) -> None:
+        #: The exit code for a signal after the worker ran; None before.
+        self.leave_with: Optional[int] = None
+        self._previous: List[Tuple[int, Any]] = []
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = [(number, signal.signal(number, self._note)) for number in _SIGNALS]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous:
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+        if self.leave_with is not None:
+            os._exit(self.leave_with)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise _Ended(OK)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def _serve(worker: Worker) -> int:
+    """Run ``worker`` until it has stopped, then its SDK; the exit code."""
+    try:
+        worker.start(block=True)
+        code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
+    except SekuireError as error:
+        code = report("worker", error)
+    if worker._sdk is not None:
+        # The SDK's Beacon keeps the lease as long as it beats: its last heartbeat says that the agent has stopped.
+        worker._sdk.shutdown()
+    return code
+
+
+def _is_busy(worker: Worker) -> bool:
+    """Whether handlers still run. The interpreter would wait for them for ever."""
+    threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
+    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().stragglers)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End the process without waiting for any thread, after what is still held back has been written."""
+    # On a thread with a limit: a handler that hangs in a write to stdout holds the lock that a flush needs.
+    thread = threading.Thread(target=_flush, name="sekuire-flush", daemon=True)
+    thread.start()
+    thread.join(_FLUSH_TIME)
+    os._exit(code)
+
+
+def _flush() -> None:
+    steps: List[Callable[[], object]] = [lifecycle._leave, logging.shutdown]
+    steps += [stream.flush for stream in (sys.stdout, sys.stderr) if stream is not None]
+    for step in steps:
+        try:
+            step()
+        except Exception:  # noqa: BLE001  # Nothing is left that could hear of it.
+            pass
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def find(target: str, max_workers: Optional[int] = None) -> Worker:
+    """The worker that ``target`` names, not yet started.
+
+    :raises CommandError: there is none; it says why.
+    :raises SekuireError: raised by the user's module.
+    """
+    name, _, attribute = target.partition(":")
+    if not name or not attribute:
+        raise CommandError(f"{target!r} is not of the form MODULE:WORKER, such as tasks:worker")
+    if name.endswith(".py") or "/" in name or "\\" in name:
+        dotted = (name[:-3] if name.endswith(".py") else name).replace("\\", ".").replace("/", ".").strip(".")
+        raise CommandError(f"{name!r} is a file; name the module, such as {dotted}:{attribute}")
+    module = _import(name)
+    found: Any = module
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            break
+    else:
+        return _checked(_made(target, found, max_workers), target, max_workers)
+    raise CommandError(f"the module {name!r} has no {attribute!r}; {_candidates(module, attribute)}")
+
+
+def _import(name: str) -> ModuleType:
+    folder = os.getcwd()
+    if sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)
+    problem: Tuple[str, ...]
+    try:
+        return importlib.import_module(name)
+    except (SekuireError, CommandError):
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            problem = (_missing(name, error.name, folder),)
+        else:
+            problem = _trace(error, f"importing {name!r} failed")
+    except SystemExit as error:
+        problem = (
+            f"importing {name!r} ended with sys.exit({'' if error.code is None else error.code}); what a script does "
+            "belongs under: if __name__ == '__main__':",
+        )
+    except Exception as error:  # noqa: BLE001  # Whatever the user's module raises.
+        problem = _trace(error, f"importing {name!r} failed")
+    raise CommandError(*problem)
+
+
+def _missing(name: str, missing: str, folder: str) -> str:
+    modules = [os.path.splitext(one)[0] for one in os.listdir(folder) if one.endswith(".py") or "." not in one]
+    close = difflib.get_close_matches(missing, modules, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"start it in the directory that holds {missing}.py"
+    return f"there is no module {missing!r} in {folder} or on the path; {hint}"
+
+
+def _trace(error: BaseException, what: str) -> Tuple[str, ...]:
+    """Print the user's own part of the traceback; what to say below it."""
+    tb = error.__traceback__
+    while tb is not None and _is_ours(tb):
+        tb = tb.tb_next
+    # Not through the log: it must be seen at every level.
+    try:
+        sys.stderr.write("".join(traceback.format_exception(type(error), error, tb)))
+    except (OSError, ValueError, AttributeError):
+        pass
+    return (f"{what}: {type(error).__name__}: {error}",)
+
+
+def _is_ours(tb: TracebackType) -> bool:
+    name = tb.tb_frame.f_code.co_filename
+    return name == __file__ or "importlib" in name
+
+
+def _made(target: str, found: Any, max_workers: Optional[int]) -> Any:
+    """What ``found`` is or returns."""
+    if isinstance(found, Worker):
+        return found
+    if isinstance(found, SekuireSDK):
+        raise CommandError(f"{target} is a SekuireSDK; name a worker made by its create_task_worker(...)")
+    if inspect.isclass(found) or not callable(found):
+        what = f"the class {found.__name__}" if inspect.isclass(found) else f"a {type(found).__name__}"
+        raise CommandError(f"{target} is {what}; it must be a sekuire.Worker or a function that returns one")
+    if inspect.iscoroutinefunction(found):
+        raise CommandError(f"{target} is an async function; make it a plain one that returns a sekuire.Worker")
+    try:
+        parameters = inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]  # A callable without a signature: try it.
+    options = {"max_workers": max_workers} if max_workers is not None and "max_workers" in parameters else {}
+    needed = [
+        one.name
+        for one in parameters.values()
+        if one.default is one.empty
+        and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        and one.name not in options
+    ]
+    if needed == ["max_workers"]:
+        raise CommandError(f"{target} needs max_workers; give --max-workers N")
+    if needed:
+        raise CommandError(f"{target} needs arguments ({', '.join(needed)}); it is called without any")
+    try:
+        return found(**options)
+    except (SekuireError, CommandError):
+        raise
+    except Exception as error:  # noqa: BLE001  # Whatever the user's function raises.
+        problem = _trace(error, f"{target} failed")
+    raise CommandError(*problem)
+
+
+def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
+    if not isinstance(worker, Worker):
+        raise CommandError(f"{target} returned a {type(worker).__name__}; it must return a sekuire.Worker")
+    is_running = worker.is_running()
+    if is_running or worker.wait(0):
+        if is_running:
+            worker.stop(0)
+        raise CommandError(
+            f"{target} was already started by its module; put worker.start(...) under: if __name__ == '__main__':"
+        )
+    if max_workers is not None:
+        worker._resize(max_workers)
+    return worker
+
+
+def _candidates(module: ModuleType, attribute: str) -> str:
+    """Names in ``module`` that could be meant: those that look alike, or all."""
+    workers = [name for name, value in vars(module).items() if isinstance(value, Worker)]
+    factories = [name for name, value in vars(module).items() if _is_factory(module, value)]
+    names = difflib.get_close_matches(attribute, workers + factories) or workers + factories
+    if names:
+        return f"did you mean {' or '.join(f'{module.__name__}:{name}' for name in names[:5])}?"
+    return "it must hold a worker: worker = create_worker(...), or a function that returns one"
+
+
+def _is_factory(module: ModuleType, value: Any) -> bool:
+    if not inspect.isfunction(value) or value.__module__ != module.__name__:
+        return False
+    return all(
+        one.default is not one.empty or one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        for one in inspect.signature(value).parameters.values()
+    )

@@ -1,0 +1,146 @@
+"""sekuire dev: a platform to develop against."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+from pathlib import Path
+from typing import Dict, List
+
+import pytest
+
+from sekuire import Worker, create_worker
+from sekuire.cli import dev
+
+from ..contract.client import Client
+from .conftest import POSIX_ONLY, Call, Process, Run
+
+
+def exported(process: Process) -> Dict[str, str]:
+    """The variables that a running `sekuire dev` printed, as a shell would read them."""
+    process.line("stderr", "the local platform runs on")
+    process.line("stdout", "SEKUIRE_API_KEY")
+    found = {}
+    for line in process._lines["stdout"]:
+        command, assignment = shlex.split(line)
+        assert command == "export"
+        name, _, found[name] = assignment.partition("=")
+    return found
+
+
+def worker_for(found: Dict[str, str]) -> Worker:
+    worker = create_worker(
+        api_base_url=found["SEKUIRE_API_URL"],
+        agent_id=found["SEKUIRE_AGENT_ID"],
+        install_token=found["SEKUIRE_INSTALL_TOKEN"],
+    )
+    worker.on_task("echo", lambda ctx, input: input)
+    return worker
+
+
+@POSIX_ONLY
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_prints_the_environment_and_stops(run: Run, number: int) -> None:
+    """stdout holds nothing but the variables, at once; a worker with them runs; a signal ends it with 0."""
+    process = run("dev", "--port", "0", "--agent-id", "it's me")
+    found = exported(process)
+    assert list(found) == ["SEKUIRE_API_URL", "SEKUIRE_AGENT_ID", "SEKUIRE_INSTALL_TOKEN", "SEKUIRE_API_KEY"]
+    assert found["SEKUIRE_AGENT_ID"] == "it's me"
+    with worker_for(found) as worker:
+        assert worker.wait_until_connected(10)
+    body = {"agent_id": "it's me", "install_token": found["SEKUIRE_INSTALL_TOKEN"], "capabilities": []}
+    for _ in range(3):
+        # A worker is restarted often while it is developed.
+        client = Client(found["SEKUIRE_API_URL"], found["SEKUIRE_API_KEY"])
+        assert client.call("POST", "/installations/bootstrap", {**body, "runtime_info": {}}).status == 201
+    process.signal(number)
+    code, _, err = process.end()
+    assert code == 0
+    assert err.splitlines()[-1] == "stopped"
+    assert "Traceback" not in err
+    assert "Warning" not in err
+
+
+@POSIX_ONLY
+def test_a_signal_while_a_worker_is_connected(run: Run) -> None:
+    """An open stream does not hold it up."""
+    process = run("dev", "--port", "0")
+    found = exported(process)
+    worker = worker_for(found)
+    with worker:
+        assert worker.wait_until_connected(10)
+        process.signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+        worker.stop(1.0)
+
+
+@POSIX_ONLY
+def test_the_database_keeps_the_state(run: Run, tmp_path: Path) -> None:
+    """With --db a restarted platform has the same API key and tasks."""
+    keys, ids = [], []
+    for _ in range(2):
+        process = run("dev", "--port", "0", "--db", "platform.db")
+        found = exported(process)
+        client = Client(found["SEKUIRE_API_URL"], found["SEKUIRE_API_KEY"])
+        keys.append(found["SEKUIRE_API_KEY"])
+        if not ids:
+            ids.append(client.submit("my-agent", "echo", {"n": 1}))
+        else:
+            assert client.task(ids[0])["input"] == {"n": 1}
+        process.signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+        # Nothing but the database is left: it was closed in order.
+        assert [path.name for path in tmp_path.glob("platform.db*") if not path.name.endswith(".lock")] == [
+            "platform.db"
+        ]
+    assert keys[0] == keys[1]
+
+
+def test_a_port_that_is_taken(call: Call) -> None:
+    """Exit 2, naming the port and what to do."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, out, err = call("dev", "--port", str(port))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"sekuire dev: error: --port: port {port} on 127.0.0.1 is taken; stop the program")
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--port", "65536"], "--port: must be a whole number from 0 to 65535, got '65536'"),
+        (["--port", "x"], "--port: must be a whole number"),
+        (["--host", "host.invalid"], "--host: the host 'host.invalid' cannot be resolved"),
+        (["--db", "missing/platform.db"], "--db: "),
+        (["--db", "."], "--db: "),
+        (["--agent-id", ""], "--agent-id: "),
+        (["--agent-id", "a" * 300], "--agent-id: "),
+    ],
+)
+def test_wrong_settings(call: Call, args: List[str], problem: str) -> None:
+    """Exit 2, naming the option."""
+    code, out, err = call("dev", "--port", "0", *args)
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert "Traceback" not in err
+
+
+def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one asks for the stop, the second ends the process."""
+    codes: List[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with dev._Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signals.wait()
+        signal.raise_signal(signal.SIGINT)
+    assert codes == [130]
+
+
+def test_shells() -> None:
+    """Values are quoted for a POSIX shell, or for the one of Windows."""
+    assert dev.shell_lines({"A": "x y'z", "B": "plain"}, windows=False) == ["export A='x y'\"'\"'z'", "export B=plain"]
+    assert dev.shell_lines({"A": "x & y"}, windows=True) == ['set "A=x & y"']

@@ -1,0 +1,284 @@
+"""sekuire doctor: what is wrong, and how to mend it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+
+from sekuire import RuntimeCredentials, RuntimeCredentialsStore
+from sekuire.cli import doctor
+from sekuire.local import LocalPlatform
+
+from ..contract.client import Client
+from .conftest import AGENT, POSIX_ONLY, Call, Run, variables
+from .test_send import serve
+
+__all__ = ["serve"]
+
+
+@pytest.fixture
+def environ(platform: LocalPlatform) -> Dict[str, str]:
+    return variables(platform)
+
+
+def credentials(platform: LocalPlatform) -> RuntimeCredentials:
+    """Those of a new installation."""
+    body = {"install_token": platform.create_install_token(AGENT), "agent_id": AGENT}
+    body = {**body, "capabilities": [], "runtime_info": {}}  # type: ignore[dict-item]
+    answer = Client(platform.url, "").call("POST", "/installations/bootstrap", body).body
+    return RuntimeCredentials(
+        installation_id=answer["installation_id"],
+        runtime_token=answer["runtime_token"],
+        refresh_token=answer["refresh_token"],
+    )
+
+
+def finding(out: str, what: str) -> str:
+    """The line about ``what``, and its mend."""
+    lines = out.splitlines()
+    index = next(i for i, line in enumerate(lines) if line[9:].startswith(f"{what}: "))
+    return "\n".join(lines[index : index + 2]) if lines[index + 1].startswith("    ") else lines[index]
+
+
+def test_all_is_well(run: Run, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path) -> None:
+    """Exit 0; the install token is not used up."""
+    RuntimeCredentialsStore(path=tmp_path / "credentials.json").update(credentials(platform))
+    more = {"SEKUIRE_API_KEY": platform.api_key, "SEKUIRE_CREDENTIALS_FILE": "credentials.json"}
+    code, out, err = run("doctor", env={**environ, **more}).end()
+    assert (code, err) == (0, "")
+    assert all(line.startswith("ok ") for line in out.splitlines()[:-2]), out
+    assert out.splitlines()[-1] == "all is well"
+    for what in ("SEKUIRE_AGENT_ID", "credentials", "address", "name", "port", "platform", "clock", "runtime token"):
+        assert finding(out, what)
+    assert platform.count("bootstrap") == 1
+    assert platform.count("refresh") == 0
+    assert platform.count("heartbeat", 200) == 1
+    assert len(platform.installations()) == 1
+
+
+def test_no_secret_is_shown(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """Not even with -v, and not when it is malformed."""
+    mine = credentials(platform).to_env()
+    secrets = {
+        "SEKUIRE_API_KEY": platform.api_key,
+        "SEKUIRE_INSTALL_TOKEN": environ["SEKUIRE_INSTALL_TOKEN"],
+        "SEKUIRE_RUNTIME_TOKEN": mine["SEKUIRE_RUNTIME_TOKEN"],
+        "SEKUIRE_REFRESH_TOKEN": mine["SEKUIRE_REFRESH_TOKEN"],
+    }
+    for space in ("", " "):
+        values = {name: value + space for name, value in secrets.items()}
+        _, out, err = call("doctor", "-v", env={**environ, **mine, **values})
+        assert not [value for value in secrets.values() if value in out + err]
+
+
+def test_nothing_is_set(call: Call) -> None:
+    """Exit 2; the agent's id and a way to authenticate are asked for."""
+    code, out, _ = call("doctor", "--url", "http://127.0.0.1:9")
+    assert code == 2
+    assert "WRONG    SEKUIRE_AGENT_ID: is not set" in out
+    assert "-> set SEKUIRE_INSTALL_TOKEN, or SEKUIRE_RUNTIME_TOKEN, or" in finding(out, "credentials")
+    assert out.splitlines()[-1] == "3 wrong, 0 to look at"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what", "text"),
+    [
+        (
+            "SEKUIRE_INSTALL_TOKEN",
+            "skt_a ",
+            "SEKUIRE_INSTALL_TOKEN",
+            "WRONG    SEKUIRE_INSTALL_TOKEN: begins or ends with",
+        ),
+        ("SEKUIRE_INSTALL_TOKEN", "sk_live_a", "SEKUIRE_INSTALL_TOKEN", "holds an API key (sk_live_...)"),
+        (
+            "SEKUIRE_INSTALL_TOKEN",
+            "other",
+            "SEKUIRE_INSTALL_TOKEN",
+            "warning  SEKUIRE_INSTALL_TOKEN: does not begin with skt_",
+        ),
+        ("SEKUIRE_API_KEY", "skt_a", "SEKUIRE_API_KEY", "holds an install token (skt_...)"),
+        ("SEKUIRE_API_KEY", "", "SEKUIRE_API_KEY", "warning  SEKUIRE_API_KEY: is set but empty"),
+        ("SEKUIRE_RUNTIME_TOKEN", "a\tb", "SEKUIRE_RUNTIME_TOKEN", "WRONG    SEKUIRE_RUNTIME_TOKEN: holds whitespace"),
+        ("SEKUIRE_RUNTIME_TOKEN", "rt", "credentials", "SEKUIRE_RUNTIME_TOKEN without SEKUIRE_INSTALLATION_ID"),
+        ("SEKUIRE_REFRESH_TOKEN", "rf", "credentials", "WRONG    credentials: SEKUIRE_REFRESH_TOKEN without"),
+        ("SEKUIRE_AGENT_ID", "a" * 300, "SEKUIRE_AGENT_ID", "is longer than 256 bytes"),
+        ("SEKUIRE_AGENT_ID", "me ", "SEKUIRE_AGENT_ID", "begins or ends with a space"),
+        ("SEKUIRE_AGENTID", "x", "SEKUIRE_AGENTID", "-> did you mean SEKUIRE_AGENT_ID?"),
+        ("SEKUIRE_ZZZ", "x", "SEKUIRE_ZZZ", "-> unset it, unless another program reads it"),
+        ("SEKUIRE_API_URL", "http://10.0.0.1", "address", "api_base_url (from environment variable SEKUIRE_API_URL)"),
+        ("SEKUIRE_POLICY_DEV_OVERRIDE", "1", "SEKUIRE_POLICY_DEV_OVERRIDE", "policies are overridden"),
+        ("SEKUIRE_OUTBOX", "missing/outbox.db", "SEKUIRE_OUTBOX", "does not exist"),
+        ("SEKUIRE_CREDENTIALS_FILE", "missing/file", "SEKUIRE_CREDENTIALS_FILE", "does not exist; make it first"),
+        ("SEKUIRE_CREDENTIALS_FILE", "new", "SEKUIRE_CREDENTIALS_FILE", "is empty as yet; the first login fills it"),
+        ("SEKUIRE_CREDENTIALS_FILE", "text", "SEKUIRE_CREDENTIALS_FILE", "is not a credentials file of this library"),
+    ],
+)
+def test_variables(
+    call: Call, environ: Dict[str, str], tmp_path: Path, name: str, value: str, what: str, text: str
+) -> None:
+    """Each mistake has its line; WRONG means exit 2, a warning does not."""
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "text").chmod(0o600)
+    code, out, _ = call("doctor", env={**environ, name: value})
+    assert text in finding(out, what)
+    assert code == (2 if "WRONG" in finding(out, what) else 0), out
+
+
+@POSIX_ONLY
+def test_a_credentials_file_that_others_can_read(call: Call, environ: Dict[str, str], tmp_path: Path) -> None:
+    """The mend is in the line."""
+    (tmp_path / "credentials.json").write_text("{}")
+    (tmp_path / "credentials.json").chmod(0o644)
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_CREDENTIALS_FILE": "credentials.json"})
+    assert code == 2
+    assert "can be read by others; run: chmod 600" in finding(out, "SEKUIRE_CREDENTIALS_FILE")
+
+
+def test_a_key_from_a_file(call: Call, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path) -> None:
+    """--api-key-file is checked like the variable."""
+    (tmp_path / "key").write_text(platform.api_key)
+    code, out, _ = call("doctor", "--api-key-file", "key", env=environ)
+    assert (code, finding(out, "API key")) == (0, "ok       API key: was taken")
+    code, out, _ = call("doctor", "--api-key-file", "missing", env=environ)
+    assert code == 2
+    assert "cannot read 'missing'" in finding(out, "API key")
+
+
+# -- the platform -----------------------------------------------------------------------------------------------------
+
+
+def test_credentials_that_are_not_taken(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """A dead token with nothing to replace it is wrong, exit 1; with a refresh token it is a warning."""
+    mine = credentials(platform).to_env()
+    refresh = mine.pop("SEKUIRE_REFRESH_TOKEN")
+    platform.expire_tokens()
+    code, out, _ = call("doctor", env={**environ, **mine, "SEKUIRE_API_KEY": "sk_live_wrong"})
+    assert code == 1
+    assert "WRONG    runtime token: was not taken: HTTP 401" in out
+    assert "WRONG    API key: was not taken: HTTP 401 INVALID_API_KEY" in out
+    code, out, _ = call(
+        "doctor", env={**environ, **mine, "SEKUIRE_REFRESH_TOKEN": refresh, "SEKUIRE_API_KEY": platform.api_key}
+    )
+    assert code == 0
+    assert "warning  runtime token: was not taken (HTTP 401" in out
+    assert platform.count("refresh") == 0
+
+
+def test_a_revoked_installation(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """Its reason is told."""
+    mine = credentials(platform)
+    platform.revoke(str(mine.installation_id), "leaked")
+    code, out, _ = call("doctor", env={**environ, **mine.to_env()})
+    assert code == 1
+    assert "the installation is revoked" in finding(out, "runtime token")
+    assert "leaked" in finding(out, "runtime token")
+
+
+def test_a_paused_agent(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """What the platform wants of the agent is told."""
+    mine = credentials(platform)
+    platform.command(str(mine.installation_id), "pause")
+    code, out, _ = call("doctor", env={**environ, **mine.to_env()})
+    assert code == 0
+    assert "but the platform wants this agent paused" in finding(out, "runtime token")
+
+
+def test_a_runtime_token_alone(call: Call, environ: Dict[str, str]) -> None:
+    """Without an installation id it cannot be tried."""
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_RUNTIME_TOKEN": "rt"})
+    assert code == 0
+    assert finding(out, "runtime token").startswith("skipped")
+
+
+def test_nobody_listens(call: Call, environ: Dict[str, str]) -> None:
+    """The port is named; what follows is not tried."""
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": "http://127.0.0.1:9"})
+    assert code == 1
+    assert "WRONG    port: 127.0.0.1 port 9: Connection refused" in out
+    assert "platform:" not in out
+
+
+def test_a_name_that_is_none(call: Call, environ: Dict[str, str]) -> None:
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": "https://host.invalid"})
+    assert code == 1
+    assert "host.invalid cannot be resolved" in finding(out, "name")
+
+
+def test_a_look_up_that_hangs(call: Call, environ: Dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up after a while."""
+    import threading
+
+    gate = threading.Event()
+    monkeypatch.setattr(doctor.socket, "getaddrinfo", lambda *args, **options: gate.wait(30) and [])
+    monkeypatch.setattr(doctor, "_RESOLVE_TIME", 0.1)
+    code, out, _ = call("doctor", env=environ)
+    gate.set()
+    assert code == 1
+    assert "no answer within 0.1 s" in finding(out, "name")
+
+
+def test_tls_that_is_none(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """https to a server that speaks http: the TLS line says so."""
+    url = platform.url.replace("http://", "https://")
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": url})
+    assert code == 1
+    assert finding(out, "TLS").startswith("WRONG")
+
+
+def test_a_proxy(call: Call, environ: Dict[str, str]) -> None:
+    """Through a proxy, name and port are not tried from here; the proxy's password is not shown."""
+    proxy = {"HTTPS_PROXY": "http://user:canary@127.0.0.1:9", "https_proxy": "http://user:canary@127.0.0.1:9"}
+    code, out, err = call(
+        "doctor", env={**environ, **proxy, "NO_PROXY": "", "no_proxy": "", "SEKUIRE_API_URL": "https://host.invalid"}
+    )
+    assert code == 1
+    assert finding(out, "network").startswith("ok ")
+    assert "through the proxy" in finding(out, "platform")
+    assert "canary" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("answer", "what", "text", "code"),
+    [
+        ((200, b"<html>"), "clock", "ok ", 0),
+        ((404, b"<html>"), "platform", "no JSON: this is another server", 1),
+        ((302, b""), "platform", "it answered with a redirect (302)", 1),
+    ],
+)
+def test_other_servers(
+    call: Call, environ: Dict[str, str], serve: Any, answer: Any, what: str, text: str, code: int
+) -> None:
+    found, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": serve(lambda method: answer)})
+    assert text in finding(out, what)
+    assert found == code
+
+
+@pytest.mark.parametrize(("offset", "text"), [(-3600, "3600 s ahead of"), (3600, "3600 s behind")])
+def test_a_wrong_clock(
+    call: Call, environ: Dict[str, str], monkeypatch: pytest.MonkeyPatch, offset: int, text: str
+) -> None:
+    """A skew of more than a minute is a warning: the library counts lifetimes by the platform's clock."""
+    monkeypatch.setattr(
+        doctor.protocol,
+        "parse_http_date",
+        lambda value: doctor.protocol.dt.datetime.fromtimestamp(time.time() + offset, doctor.protocol.dt.timezone.utc),
+    )
+    code, out, _ = call("doctor", env=environ)
+    assert code == 0
+    assert text in finding(out, "clock")
+
+
+def test_no_clock(call: Call, environ: Dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.protocol, "parse_http_date", lambda value: None)
+    assert "told no time" in finding(call("doctor", env=environ)[1], "clock")
+
+
+def test_an_api_key_where_there_are_no_tasks(call: Call, environ: Dict[str, str], serve: Any) -> None:
+    """A platform that does not offer the question leaves the key unchecked."""
+    url = serve(lambda method: (404, b'{"code": "NOT_FOUND"}'))
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": url, "SEKUIRE_API_KEY": "sk_live_x"})
+    assert code == 0
+    assert "cannot be checked here: HTTP 404 NOT_FOUND" in finding(out, "API key")
