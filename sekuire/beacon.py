@@ -99,6 +99,7 @@ class Beacon:
         self._refusal: Optional[SekuireError] = None
         self._is_started = False
         self._is_stopped = False
+        self._ended = threading.Event()
         self._callbacks = CallbackThread(owner=self)
 
     # -- life --
@@ -135,26 +136,35 @@ class Beacon:
         Idempotent; from a callback of this Beacon it does not wait for that callback.
         """
         check_process(self.pid, "Beacon")
-        with self._lock:
-            was_running = self._is_started and not self._is_stopped
-            self._is_stopped = True
         deadline = Deadline(STOP_TIMEOUT if timeout is None else timeout)
-        installation = self._installation
-        if was_running:
-            installation.stop.set()
-            installation.heartbeat.detach(self)
-            if not is_owned_by(self):
-                installation.heartbeat.stop(deadline.earlier(min(LAST_BEAT, deadline.remaining() / 2)))
+        with self._lock:
+            is_first = not self._is_stopped
+            self._is_stopped = True
+        if is_first:
+            try:
+                self._shut_down(deadline)
+            finally:
+                self._ended.set()
+        elif not is_owned_by(self):
+            self._ended.wait(deadline.remaining())
+
+    def _shut_down(self, deadline: Deadline) -> None:
+        heartbeat = self._installation.heartbeat
+        if self._is_started:
+            self._installation.stop.set()
+            heartbeat.detach(self)
+            if is_owned_by(self):
+                heartbeat.end()
             else:
-                installation.heartbeat.end()
+                heartbeat.stop(deadline.earlier(min(LAST_BEAT, deadline.remaining() / 2)))
             if self._status.state in ("connected", "degraded") and self._status.last_heartbeat_at is not None:
-                installation.heartbeat.beat_now("stopped", max(min(LAST_BEAT, deadline.remaining()), 0.25))
+                heartbeat.beat_now("stopped", max(min(LAST_BEAT, deadline.remaining()), 0.25))
         if self._status.state != "revoked":
             self._change("stopped", self._status.error)
         self._verdict.set()
         self._callbacks.close()
         self._callbacks.join(deadline)
-        installation.close()
+        self._installation.close()
         forget_exit(self)
 
     def leave(self) -> None:
@@ -208,6 +218,9 @@ class Beacon:
         if self._status.state == "connected":
             return self._config.heartbeat_interval
         return min(self._pause, self._config.heartbeat_interval)
+
+    def on_lease(self) -> None:
+        """Its end is told with the next change of status."""
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import difflib
 import ipaddress
-import math
 import os
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 from urllib.parse import urlsplit
@@ -43,7 +42,9 @@ def from_options(
     try:
         return cls(**options)
     except ConfigurationError as error:
-        found = error
+        # Without its traceback, whose frames hold the options, tokens included.
+        found = error.with_traceback(None)
+    del options
     source = (sources or {}).get(found.option or "")
     raise ConfigurationError(found.problem, found.option, found.source or source)
 
@@ -56,7 +57,7 @@ def _fail(attribute: Any, problem: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _seconds(instance: object, attribute: Any, value: Any) -> None:
@@ -198,7 +199,7 @@ def _url_problem(value: str) -> str:
     except ValueError:
         return "is not a URL (a wrong port or address?)"
     if parts.scheme not in ("http", "https") or not host:
-        shown = f", got {value!r}" if "@" not in value else ""
+        shown = f", got {value!r}" if not set("@?#") & set(value) else ""
         return f"must begin with https:// (or http:// for a local platform) and name a host{shown}"
     if "@" in parts.netloc:
         return "must not hold a user name or password; give credentials by their own options"
@@ -213,8 +214,17 @@ def _endpoints(value: Union[protocol.Endpoints, Mapping[str, str], None]) -> pro
     return value if isinstance(value, protocol.Endpoints) else protocol.Endpoints(value)
 
 
+def _path(value: Any) -> Any:
+    # requests takes paths as str only: a Path counts as a pair, or is not looked at.
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_path(one) for one in value)
+    return value
+
+
 def _file(option: str, value: object) -> None:
-    if not isinstance(value, (str, os.PathLike)) or not os.path.exists(value):
+    if not isinstance(value, str) or not os.path.exists(value):
         raise ConfigurationError(f"no such file: {value!r}", option)
 
 
@@ -233,8 +243,8 @@ class ConnectionConfig:
     api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url)
     connect_timeout: float = attrs.field(default=3.0, validator=_seconds)
     read_timeout: float = attrs.field(default=10.0, validator=_seconds)
-    verify: Union[bool, str] = attrs.field(default=True)
-    client_cert: Union[str, Tuple[str, str], None] = attrs.field(default=None)
+    verify: Union[bool, str] = attrs.field(default=True, converter=_path)
+    client_cert: Union[str, Tuple[str, str], None] = attrs.field(default=None, converter=_path)
     proxies: Optional[Mapping[str, str]] = attrs.field(default=None, repr=False)
     allow_insecure_http: bool = attrs.field(default=False, validator=_flag)
     endpoints: protocol.Endpoints = attrs.field(default=None, converter=_endpoints, repr=False)
@@ -248,10 +258,10 @@ class ConnectionConfig:
     def _check_client_cert(self, attribute: Any, value: Any) -> None:
         if value is None:
             return
-        for path in value if isinstance(value, tuple) else (value,):
-            _file("client_cert", path)
         if isinstance(value, tuple) and len(value) != 2:
             _fail(attribute, "must be a path or a pair (certificate, key)")
+        for path in value if isinstance(value, tuple) else (value,):
+            _file("client_cert", path)
 
     @proxies.validator
     def _check_proxies(self, attribute: Any, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -18,6 +19,8 @@ from .models import Command, Connected, HeartbeatReply, Task, WorkerReport
 
 log = logging.getLogger("sekuire.worker")
 
+#: Desired state → the command that it makes good.
+_COMMAND_FOR = {"running": "resume", "paused": "pause", "terminated": "terminate"}
 #: Command ids remembered, so that a replayed command is carried out once.
 _COMMANDS_SEEN = 1000
 
@@ -26,7 +29,8 @@ class Control:
     """Listens to one worker's stream and heartbeat, and acts on its dispatcher.
 
     The stream's thread and the heartbeat's thread call it; ``_lock`` orders the two where they change the same state
-    (the pause that a command and the desired state both speak of) and is not held over a callback.
+    (the pause that a command and the desired state both speak of) and is not held over a callback. The dispatcher's
+    lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease.
 
     :param set_connected: told of the stream's state and whether this is the login's first verdict.
     :param terminate: begins a stop with a timeout in seconds (None: the worker's own) and a reason.
@@ -61,8 +65,10 @@ class Control:
         self._revoke = revoke
         self._fail = fail
         self._lock = threading.Lock()
+        self._lease_lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._last_command_at = 0.0
+        self._was_terminated = False
         self._lease_timer: Optional[int] = None
         self._warned_policy = False
 
@@ -71,7 +77,7 @@ class Control:
     def on_login(self) -> None:
         self._heartbeat.attach(self)
         self._heartbeat.start()
-        self._watch_lease()
+        self.on_lease()
 
     def on_open(self) -> None:
         log.info("the task stream is open")
@@ -107,12 +113,14 @@ class Control:
                 if len(self._seen) > _COMMANDS_SEEN:
                     self._seen.popitem(last=False)
             self._last_command_at = time.monotonic()
-        log.info("command %s%s", command.type, f": {command.reason}" if command.reason else "")
-        if command.type == "pause":
-            self._dispatcher.pause("command", command.reason)
-        elif command.type == "resume":
-            self._dispatcher.resume("command", "desired_state")
-        else:
+            log.info("command %s%s", command.type, f": {command.reason}" if command.reason else "")
+            if command.type == "pause":
+                self._dispatcher.pause("command", command.reason)
+            elif command.type == "resume":
+                self._dispatcher.resume("command", "desired_state")
+            else:
+                self._was_terminated = True
+        if command.type == "terminate":
             self._terminate(command.shutdown_timeout, "terminated" + (f": {command.reason}" if command.reason else ""))
         self._tell(command)
         self._heartbeat.nudge()
@@ -128,11 +136,20 @@ class Control:
     def heartbeat_interval(self) -> float:
         return self._config.heartbeat_interval
 
+    def on_lease(self) -> None:
+        """Have the timer look at the lease when it ends."""
+        with self._lease_lock:
+            limit = self._heartbeat.lease.limit
+            old, self._lease_timer = self._lease_timer, None
+            if limit < math.inf:
+                self._lease_timer = self._timer.call_at(limit, self._lease_ended)
+            if old is not None:
+                self._timer.cancel(old)
+
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:
             self._revoke(RevokedError(reply.reason, reply.shutdown_timeout))
             return
-        self._watch_lease()
         self._apply_desired(reply.desired_state, reply.shutdown_timeout, sent_at)
         if reply.active_policy_hash and self._config.policy_gateway is None:
             self._miss_policy()
@@ -144,34 +161,29 @@ class Control:
 
     def _apply_desired(self, desired: Optional[str], timeout: Optional[float], as_of: float) -> None:
         """Make good what a lost command left: the level behind the commands' edges."""
+        reason = "the platform's desired state"
         with self._lock:
             if desired is None or as_of < self._last_command_at:
                 # Said before the newest command was given; the next one will know of it.
                 return
-        reason = "the platform's desired state"
-        if desired == "paused":
-            if not self._dispatcher.is_paused_by("command") and self._dispatcher.pause("desired_state", reason):
-                self._tell(Command(type="pause", reason=reason))
-        elif desired == "running":
-            if self._dispatcher.resume("command", "desired_state"):
-                self._tell(Command(type="resume", reason=reason))
-        else:
+            if desired == "paused":
+                changed = not self._dispatcher.is_paused_by("command")
+                changed = changed and self._dispatcher.pause("desired_state", reason)
+            elif desired == "running":
+                changed = self._dispatcher.resume("command", "desired_state")
+            else:
+                changed = not self._was_terminated
+                self._was_terminated = True
+        if not changed:
+            return
+        log.info("the platform's desired state is now %s", desired)
+        if desired == "terminated":
             self._terminate(timeout, "terminated: " + reason)
-            self._tell(Command(type="terminate", reason=reason, shutdown_timeout=timeout))
+        self._tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
 
     def _tell(self, command: Command) -> None:
         for callback in self.command_callbacks:
             self._callbacks.post(callback, command)
-
-    def _watch_lease(self) -> None:
-        """Have the timer look at the lease when it ends."""
-        limit = self._heartbeat.lease.limit
-        with self._lock:
-            old, self._lease_timer = self._lease_timer, None
-            if limit < float("inf"):
-                self._lease_timer = self._timer.call_at(limit, self._lease_ended)
-        if old is not None:
-            self._timer.cancel(old)
 
     def _lease_ended(self) -> None:
         if not self._heartbeat.lease.is_held():

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set
 
 from . import handlers, protocol
@@ -48,7 +48,7 @@ class ResultSink(Protocol):
 class _Record:
     """One task between its arrival and its result. The dispatcher's lock guards every field."""
 
-    __slots__ = ("attempt", "context", "entry", "holds_permit", "state", "task", "timer")
+    __slots__ = ("attempt", "context", "entry", "holds_permit", "is_begun", "is_reached", "state", "task", "timer")
 
     def __init__(self, task: Task, entry: HandlerEntry) -> None:
         self.task = task
@@ -58,6 +58,9 @@ class _Record:
         self.context: Optional[TaskContext] = None
         self.timer: Optional[int] = None
         self.holds_permit = False
+        #: Whether it was given to a thread (and counts as running), and whether the thread has come to it.
+        self.is_begun = False
+        self.is_reached = False
 
 
 class Counts:
@@ -79,7 +82,8 @@ class Dispatcher:
     check or I/O: what must be called or answered is taken out under it and done after.
 
     The pool has room for twice ``max_workers`` threads, because a thread cannot be taken from a handler that does not
-    return: permits (``max_workers`` of them) bound what runs, and a straggler hands its permit on.
+    return: permits (``max_workers`` of them) bound what runs, and a straggler hands its permit on, up to
+    ``max_workers`` of them.
 
     :param lease_held: whether the lease allows work now; one comparison, called at intake and before each handler.
     """
@@ -119,6 +123,12 @@ class Dispatcher:
         self._closed: Optional[str] = None
         self._foreign = config.executor
         self._pool: Optional[Executor] = config.executor
+
+    def resize(self, config: WorkerConfig) -> None:
+        """Take ``max_workers`` and the queue's size from ``config``; before the first task."""
+        with self._condition:
+            self._queue_size = config.queue_size
+            self._max_workers = self._permits = config.max_workers
 
     # -- what is now --
 
@@ -177,6 +187,7 @@ class Dispatcher:
                 self._condition.wait(_LOOK_AGAIN)
         if begin is not None:
             self._hand_over(begin)
+            self._begin_waiting()
         elif refusal is not None:
             self._reject(task, task.attempt, refusal)
         else:
@@ -228,17 +239,18 @@ class Dispatcher:
     # -- pause, cancel, close (any thread) --
 
     def pause(self, source: str, reason: Optional[str] = None) -> bool:
-        """Set one pause flag; waiting tasks are answered ``worker_paused``. Whether it was not set before."""
+        """Set one pause flag; tasks not yet begun are answered ``worker_paused``. Whether it was not set before."""
         with self._condition:
             if self._closed is not None:
                 return False
             new = source not in self._pauses
             self._pauses[source] = reason
             failure = protocol.failure("worker_paused", self._pause_message())
-            taken = self._take_waiting()
+            taken = self._take_unbegun()
             self._condition.notify_all()
         for record in taken:
-            self._reject(record.task, record.attempt, failure)
+            self._reject_record(record, failure)
+        self._begin_waiting()
         return new
 
     def resume(self, *sources: str) -> bool:
@@ -251,18 +263,18 @@ class Dispatcher:
         return bool(cleared)
 
     def close(self, terminated: bool) -> None:
-        """Begin nothing any more. Waiting tasks are answered ``worker_terminated``, or given back (a plain stop)."""
+        """Begin nothing any more: what has not begun is answered ``worker_terminated``, or given back (plain stop)."""
         with self._condition:
             if self._closed is None or terminated:
                 self._closed = "terminated" if terminated else "stopped"
-            taken = self._take_waiting()
+            taken = self._take_unbegun()
             self._condition.notify_all()
         failure = protocol.failure("worker_terminated", "the worker was terminated before this task began")
         for record in taken:
             if terminated:
-                self._reject(record.task, record.attempt, failure)
+                self._reject_record(record, failure)
             else:
-                self._give_back(record.task, record.attempt)
+                self._give_back_record(record)
 
     def cancel_running(self, reason: str) -> None:
         """Cancel the context of every handler that runs."""
@@ -291,7 +303,7 @@ class Dispatcher:
         with self._condition:
             records = [record for record in self._records.values() if record.state == _RUNNING]
             for record in records:
-                record.state = _CLAIMED
+                self._claim_early(record)
         failure = protocol.failure("worker_shutdown", "the worker stopped before the task ended")
         for record in records:
             if record.context is not None:
@@ -315,40 +327,73 @@ class Dispatcher:
     def _begin(self, record: _Record) -> _Record:
         """Move a record that has a permit to running. Needs the lock."""
         record.state = _RUNNING
-        record.holds_permit = True
+        record.is_begun = record.holds_permit = True
         record.entry.running += 1
         self._running += 1
         self._busy += 1
         return record
 
     def _hand_over(self, record: _Record) -> None:
-        """Give a begun record to a thread."""
+        """Give a begun record to a thread; where there is none any more, answer it."""
         pool = self._pool
         if pool is None:
             pool = self._pool = ThreadPoolExecutor(2 * self._max_workers, thread_name_prefix="sekuire-task")
         try:
-            pool.submit(self._work, record)
-        except RuntimeError as error:
-            problem = str(error)
+            future = pool.submit(self._work, record)
+        except Exception as error:  # noqa: BLE001  # An executor of the user's own may refuse in its own way.
+            problem = f"{type(error).__name__}: {error}"
         else:
+            if self._foreign is not None:
+                future.add_done_callback(functools.partial(self._miss, record))
             return
         log.error("the executor takes no more work (%s)", problem)
+        self._lose_thread(record)
+
+    def _miss(self, record: _Record, future: Future[None]) -> None:
+        """A foreign executor is done with a record; it may have cancelled it instead of running it."""
+        if not record.is_reached:
+            log.error("[%s] the executor has not run this task", record.task.task_id)
+            self._lose_thread(record)
+            # Not from here: whoever cancels may hold the executor's lock, which handing over needs.
+            self._timer.call_at(0.0, self._begin_waiting)
+
+    def _lose_thread(self, record: _Record) -> None:
+        """A begun record that no thread will come to: answer it, and free its place."""
+        if self._claim(record):
+            self._finish_early(record, protocol.failure("worker_shutdown", "the worker's executor takes no more work"))
         with self._condition:
             self._busy -= 1
-            record.state = _CLAIMED
-        self._finish_early(record, protocol.failure("worker_shutdown", "the worker's executor takes no more work"))
-        with self._condition:
+            self._permits += record.holds_permit
             record.holds_permit = False
-            self._permits += 1
+            self._condition.notify_all()
+
+    def _begin_waiting(self) -> None:
+        """Begin what waits, as far as there are permits for it."""
+        while self._permits and self._queue:
+            with self._condition:
+                record = self._pick() if self._permits else None
+                if record is None:
+                    return
+                self._permits -= 1
+            self._hand_over(record)
 
     def _work(self, record: Optional[_Record]) -> None:
         """Run records until none waits; with a foreign executor one, so that its other users get their turn."""
         with owned_by(self._owner):
             while record is not None:
-                self._run(record)
+                record.is_reached = True
+                try:
+                    self._run(record)
+                except BaseException as error:
+                    # Nothing of a handler's gets here; what does must cost one task, not a thread and its permit.
+                    log.exception("[%s] running the task failed in an unforeseen way", record.task.task_id)
+                    if self._claim(record):
+                        message = f"the worker failed ({type(error).__name__})"
+                        self._finish_early(record, protocol.failure("handler_error", message))
                 record = self._next_for(record)
                 if record is not None and self._foreign is not None:
                     self._hand_over(record)
+                    self._begin_waiting()
                     return
 
     def _next_for(self, done: _Record) -> Optional[_Record]:
@@ -374,14 +419,17 @@ class Dispatcher:
             return self._begin(record)
         return None
 
-    def _take_waiting(self) -> List[_Record]:
-        """All records that wait, out of the queue. Needs the lock."""
-        taken = [record for record in self._records.values() if record.state == _WAITING]
+    def _take_unbegun(self) -> List[_Record]:
+        """Claim all records whose handler has not begun, an executor's queue included. Needs the lock."""
+        taken = [
+            record
+            for record in self._records.values()
+            if record.state == _WAITING or (record.state == _RUNNING and record.context is None)
+        ]
         self._queue.clear()
         for record in taken:
             record.entry.parked.clear()
             record.state = _CLAIMED
-            del self._records[record.task.task_id]
         self._waiting = 0
         return taken
 
@@ -395,8 +443,7 @@ class Dispatcher:
             record.context = context
         if not self._lease_held():
             if self._claim(record):
-                self._unbegun(record)
-                self._give_back(task, record.attempt)
+                self._give_back_record(record)
             return
         denial = self._ask_gateway(task, context)
         if denial is not None:
@@ -411,7 +458,8 @@ class Dispatcher:
         if not self._claim(record):
             self._forget_straggler(record)
             return
-        self._finish(record, completion, rejected=denial is not None)
+        count = "completed" if completion.failure is None else "failed"
+        self._finish(record, completion, "rejected" if denial is not None else count)
 
     def _start_clock(self, record: _Record, context: TaskContext) -> None:
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
@@ -443,19 +491,28 @@ class Dispatcher:
             record.state = _CLAIMED
             return True
 
-    def _finish(self, record: _Record, completion: Completion, rejected: bool) -> None:
+    def _claim_early(self, record: _Record) -> None:
+        """Claim a running record before its handler has ended. Needs the lock."""
+        # One step: the handler may end at any moment after, and then it is no straggler any more.
+        record.state = _CLAIMED
+        if record.context is not None:
+            self._stragglers.add(record)
+
+    def _answer(self, record: _Record, completion: Completion, count: str) -> Optional[Any]:
+        """Give a claimed record's result to the sink, then forget the record; what is to be sent."""
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
         report = self._sink.accept(completion)
         with self._condition:
             if record.attempt > completion.attempt:
                 self._sink.recall(record.task.task_id, record.attempt)
             self._forget(record)
-            if rejected:
-                self.counts.rejected += 1
-            elif completion.failure is None:
-                self.counts.completed += 1
-            else:
-                self.counts.failed += 1
+            setattr(self.counts, count, getattr(self.counts, count) + 1)
+        return report
+
+    def _finish(self, record: _Record, completion: Completion, count: str) -> None:
+        report = self._answer(record, completion, count)
+        # One that was parked behind this one must not wait for the report below.
+        self._begin_waiting()
         if report is None:
             return
         if self._foreign is not None:
@@ -465,58 +522,58 @@ class Dispatcher:
 
     def _finish_early(self, record: _Record, failure: Failure) -> None:
         """Answer a claimed record whose handler still runs (or never began)."""
-        report = self._sink.accept(Completion(task_id=record.task.task_id, attempt=record.attempt, failure=failure))
-        with self._condition:
-            self._forget(record)
-            self.counts.failed += 1
-            if record.context is not None:
-                self._stragglers.add(record)
+        completion = Completion(task_id=record.task.task_id, attempt=record.attempt, failure=failure)
+        report = self._answer(record, completion, "failed")
         if report is not None:
             self._sink.enqueue(report)
 
     def _forget(self, record: _Record) -> None:
         """Take a claimed record out; a parked one of the same handler gets its turn. Needs the lock."""
         self._records.pop(record.task.task_id, None)
-        self._running -= 1
         entry = record.entry
-        entry.running -= 1
+        if record.is_begun:
+            self._running -= 1
+            entry.running -= 1
         if entry.parked and entry.has_room():
             self._queue.append(entry.parked.popleft())
         self._condition.notify_all()
 
-    def _unbegun(self, record: _Record) -> None:
-        with self._condition:
-            self._forget(record)
-
     def _expire(self, record: _Record) -> None:
         """The timer's thread: a task's time is over."""
-        if not self._claim(record):
-            return
+        with self._condition:
+            if record.state != _RUNNING:
+                return
+            self._claim_early(record)
         if record.context is not None:
             record.context._cancel("timeout")
         self._finish_early(record, protocol.failure("timeout", "the task's time was over before its handler ended"))
         with self._condition:
+            self._replace_stragglers()
             count = len(self._stragglers)
-            replaced = record in self._stragglers and count <= self._max_workers and record.holds_permit
-            if replaced:
-                record.holds_permit = False
-                self._permits += 1
-                self._condition.notify_all()
-            following = None
-            if self._permits:
-                following = self._pick()
-                self._permits -= following is not None
+            replaced = not record.holds_permit
         log.warning(
             "[%s] the handler of %r has not ended in its time; the task is answered 'timeout'%s (%d such handlers run)",
             record.task.task_id, record.task.capability,
             "" if replaced else ", and its thread cannot be replaced", count,
         )  # fmt: skip
-        if following is not None:
-            self._hand_over(following)
+        self._begin_waiting()
+
+    def _replace_stragglers(self) -> None:
+        """Pass on the permits of as many stragglers as the pool has threads to replace. Needs the lock."""
+        replaced = sum(not record.holds_permit for record in self._stragglers)
+        for record in self._stragglers:
+            if record.holds_permit and replaced < self._max_workers:
+                record.holds_permit = False
+                self._permits += 1
+                replaced += 1
+        self._condition.notify_all()
 
     def _forget_straggler(self, record: _Record) -> None:
         with self._condition:
             self._stragglers.discard(record)
+            # Its thread is free again, and may be what another one's place can be filled with.
+            self._replace_stragglers()
+        self._begin_waiting()
         log.info("[%s] the handler ended after its task was answered; its result is discarded", record.task.task_id)
 
     def _reject(self, task: Task, attempt: int, failure: Failure) -> None:
@@ -527,6 +584,19 @@ class Dispatcher:
         if report is not None:
             self._sink.enqueue(report)
 
+    def _reject_record(self, record: _Record, failure: Failure) -> None:
+        task = record.task
+        log.info("[%s] %s is answered %s: %s", task.task_id, task.capability, failure.code, failure.message)
+        completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=failure)
+        report = self._answer(record, completion, "rejected")
+        if report is not None:
+            self._sink.enqueue(report)
+
+    def _give_back_record(self, record: _Record) -> None:
+        with self._condition:
+            self._forget(record)
+        self._give_back(record.task, record.attempt)
+
     def _give_back(self, task: Task, attempt: int) -> None:
         with self._condition:
             self.counts.released += 1
@@ -535,6 +605,6 @@ class Dispatcher:
         def answer() -> None:
             with self._condition:
                 self.counts.released -= 1
-            self._reject(task, attempt, protocol.failure("worker_shutdown", "the worker stops; the task was not begun"))
+            self._reject(task, attempt, protocol.failure("worker_shutdown", "the worker gave the task back unbegun"))
 
         self._sink.release(task, attempt, answer)

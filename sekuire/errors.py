@@ -185,4 +185,5 @@ class PolicyUnavailableError(SekuireError):
 
 
 def _text(value: Any) -> Optional[str]:
-    return value if isinstance(value, str) else None
+    # A plan's name or a URL with control characters in it is neither, and could forge a line of a log.
+    return value if isinstance(value, str) and value.isprintable() else None

@@ -195,7 +195,7 @@ def failure_of(error: BaseException, context: TaskContext, expose_errors: bool, 
 def _text(value: object) -> str:
     try:
         text = str(value)
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         return "(its text cannot be made)"
     # The message must not spoil its own JSON.
     return text.encode("utf-8", "replace").decode()[: 10 * MAX_MESSAGE]

@@ -26,7 +26,7 @@ MIN_GRACE = 10.0
 
 
 class Participant(Protocol):
-    """Who a heartbeat speaks for and tells: a Beacon, a Worker. All calls come on the heartbeat's thread."""
+    """Who a heartbeat speaks for and tells: a Beacon, a Worker. All calls but ``on_lease`` come on its thread."""
 
     def heartbeat_status(self) -> str:
         """``healthy``, ``degraded``, ``paused``, ``stopping`` or ``stopped``."""
@@ -36,6 +36,9 @@ class Participant(Protocol):
     def heartbeat_interval(self) -> float:
         """Wanted seconds between beats; the shortest of all participants counts."""
 
+    def on_lease(self) -> None:
+        """The lease has a new end; any thread, and it must not block."""
+
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None: ...
 
     def on_heartbeat_problem(self, error: SekuireError) -> None: ...
@@ -44,12 +47,13 @@ class Participant(Protocol):
 class Lease:
     """Until when the platform counts this installation as alive, on the monotonic clock.
 
-    Written by the heartbeat's thread, read by any: ``limit`` is one float, replaced whole.
+    Written by the threads that beat or log in, read by any: ``limit`` is one float, replaced whole.
     """
 
-    __slots__ = ("expires_at", "limit")
+    __slots__ = ("_end", "expires_at", "limit")
 
     def __init__(self) -> None:
+        self._end = math.inf
         #: ``time.monotonic()`` after which work must stop: the lease's end and its grace. Infinite while unknown.
         self.limit = math.inf
         self.expires_at: Optional[dt.datetime] = None
@@ -60,7 +64,12 @@ class Lease:
     def renew(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float, grace: float) -> None:
         """Begin a new lease; an unknown ``lifetime`` (seconds) means no limit."""
         self.expires_at = expires_at
-        self.limit = math.inf if lifetime is None else sent_at + lifetime + grace
+        self._end = math.inf if lifetime is None else sent_at + lifetime
+        self.limit = self._end + grace
+
+    def allow(self, grace: float) -> None:
+        """Set the grace of the present lease."""
+        self.limit = self._end + grace
 
 
 # What an installation with several participants says: the state that most needs to be known. One that stops while
@@ -101,6 +110,7 @@ class Heartbeat:
         self._policy_hash: Optional[str] = None
         self._started_at = time.monotonic()
         self._warned_no_id = False
+        self._is_refused = False
         auth.on_grant = self._note_grant
 
     # -- who takes part (any thread) --
@@ -109,6 +119,8 @@ class Heartbeat:
         with self._lock:
             if participant not in self._participants:
                 self._participants.append(participant)
+        # A lease that came with the login was granted before anyone said how often to beat.
+        self.lease.allow(self._grace())
         self.nudge()
 
     def detach(self, participant: Participant) -> bool:
@@ -199,12 +211,13 @@ class Heartbeat:
         except SekuireError as error:
             problem = error
         if reply is not None:
+            self._is_refused = False
             self._take(reply, sent_at, participants)
         elif problem is not None:
-            log.log(
-                logging.DEBUG if isinstance(problem, TransportError) else logging.WARNING,
-                "a heartbeat was not taken: %s", problem,
-            )  # fmt: skip
+            # A network that is gone is told by the stream or the Beacon; a refusal once, not at every beat.
+            is_news = not isinstance(problem, TransportError) and not self._is_refused
+            self._is_refused = not isinstance(problem, TransportError)
+            log.log(logging.WARNING if is_news else logging.DEBUG, "a heartbeat was not taken: %s", problem)
             for participant in participants:
                 participant.on_heartbeat_problem(problem)
         return reply
@@ -230,7 +243,7 @@ class Heartbeat:
         if not reply.revoked:
             self.last_at = protocol.utc_now()
             self.note_interval(reply.heartbeat_interval)
-            self.lease.renew(reply.lease_lifetime, reply.lease_expires_at, sent_at, self._grace())
+            self._renew_lease(reply.lease_lifetime, reply.lease_expires_at, sent_at)
             self._tell_gateway(reply)
         for participant in participants:
             participant.on_heartbeat(reply, sent_at)
@@ -249,7 +262,12 @@ class Heartbeat:
     def _note_grant(self, grant: Grant, sent_at: float) -> None:
         self.note_interval(grant.heartbeat_interval)
         if grant.lease_lifetime is not None:
-            self.lease.renew(grant.lease_lifetime, grant.lease_expires_at, sent_at, self._grace())
+            self._renew_lease(grant.lease_lifetime, grant.lease_expires_at, sent_at)
+
+    def _renew_lease(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float) -> None:
+        self.lease.renew(lifetime, expires_at, sent_at, self._grace())
+        for participant in self._present():
+            participant.on_lease()
 
     def _grace(self) -> float:
         return max(self.interval(), MIN_GRACE)

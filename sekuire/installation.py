@@ -65,7 +65,9 @@ class Installation:
             owner=owner,
         )
         self._secrets = (config.install_token, api_key)
-        self.auth.require_a_way()
+        if config.credentials_store is None:
+            # A store may be filled later, by the Beacon that it is shared with.
+            self.auth.require_a_way()
 
     def declare(self, *names: str) -> None:
         """Add capabilities to those that bootstrap and heartbeats name."""

@@ -137,6 +137,8 @@ class PeriodicThread:
                     self._beat()
                 except Exception:
                     log.exception("%s: one round failed; the next comes at its time", self.thread.name)
+                except BaseException as error:  # noqa: BLE001  # sys.exit() in a user's callback must not end it.
+                    log.error("%s: one round raised %s; ignored", self.thread.name, type(error).__name__)
                 while not self._stopping:
                     delay = started + self._interval() - time.monotonic()
                     if delay <= 0 or self._wake.wait(min(delay, LONG_WAIT)):
@@ -292,6 +294,16 @@ class CallbackThread:
 _leavers: weakref.WeakSet[Any] = weakref.WeakSet()
 _leave_lock = threading.Lock()
 _hooked = False
+
+
+def _after_fork() -> None:
+    # A thread of the parent may have held it; in the child nobody would ever let it go.
+    global _leave_lock
+    _leave_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def at_exit(leaver: Any) -> None:

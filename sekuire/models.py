@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Union
 
 import attrs
 
 from .errors import ConfigurationError
 from .secret import Secret, as_secret
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
 
 __all__ = [
     "BeaconStatus",
@@ -22,7 +26,11 @@ __all__ = [
     "Task",
     "WorkerReport",
     "WorkerStats",
+    "is_id",
 ]
+
+#: Longest id, in bytes of UTF-8.
+MAX_ID_BYTES = 256
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -121,9 +129,21 @@ def _secret_field(name: str) -> Any:
 def _aware(value: Optional[dt.datetime]) -> Optional[dt.datetime]:
     if value is None:
         return None
-    if not isinstance(value, dt.datetime) or value.tzinfo is None:
-        raise ConfigurationError("must be an aware datetime, such as datetime.now(timezone.utc)", "expires_at")
-    return value.astimezone(dt.timezone.utc)
+    if isinstance(value, dt.datetime) and value.utcoffset() is not None:
+        with contextlib.suppress(OverflowError):
+            return value.astimezone(dt.timezone.utc)
+    raise ConfigurationError("must be an aware datetime, such as datetime.now(timezone.utc)", "expires_at")
+
+
+def is_id(value: object) -> TypeGuard[str]:
+    """Whether ``value`` can serve as an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``."""
+    if not isinstance(value, str) or not value or value in (".", ".."):
+        return False
+    if value.isascii():
+        return len(value) <= MAX_ID_BYTES and value.isprintable()
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        return False
+    return len(value.encode()) <= MAX_ID_BYTES
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -133,19 +153,23 @@ class RuntimeCredentials:
     Tokens given as str become :class:`~sekuire.secret.Secret`; ``expires_at`` is the runtime token's end, an aware
     datetime, or None where it is unknown.
 
-    :raises ConfigurationError: a token is not visible ASCII, or ``expires_at`` is naive.
+    :raises ConfigurationError: a token is not visible ASCII, an id is none, or ``expires_at`` is naive.
     """
 
     installation_id: Optional[str] = attrs.field(default=None)
     runtime_token: Optional[Secret] = _secret_field("runtime_token")
     refresh_token: Optional[Secret] = _secret_field("refresh_token")
     expires_at: Optional[dt.datetime] = attrs.field(default=None, converter=_aware)
-    workspace_id: Optional[str] = None
+    workspace_id: Optional[str] = attrs.field(default=None)
 
     @installation_id.validator
-    def _check_installation_id(self, attribute: Any, value: Optional[str]) -> None:
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ConfigurationError("must be a non-empty str", "installation_id")
+    @workspace_id.validator
+    def _check_id(self, attribute: Any, value: Optional[str]) -> None:
+        # Both stand in paths: what cannot would only be found out by the thread that builds one.
+        if value is not None and not is_id(value):
+            raise ConfigurationError(
+                "must be a non-empty str of at most 256 bytes without control characters", attribute.name
+            )
 
     def to_env(self) -> Dict[str, str]:
         """The ``SEKUIRE_...`` variables as plain strings, for a user who keeps them; absent values are left out."""

@@ -59,7 +59,8 @@ def detect(
             "os": f"{platform.system()} {platform.release()}".strip(),
             "pid": os.getpid(),
         }
-    return {name: value for name, value in known.items() if value}
+    # The environment may hold bytes that are no UTF-8, which JSON cannot carry.
+    return {name: value.encode("utf-8", "replace").decode() for name, value in known.items() if value}
 
 
 def runtime_info() -> Dict[str, Any]:

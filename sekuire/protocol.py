@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from .errors import APIError, ConfigurationError, PlanLimitError
 from .models import (
+    MAX_ID_BYTES,
     Command,
     Completion,
     Connected,
@@ -28,6 +29,7 @@ from .models import (
     Task,
     WorkerReport,
 )
+from .models import is_id as is_id
 from .secret import Secret
 from .version import __version__
 
@@ -74,8 +76,6 @@ RETRYABLE = {
 MAX_LIFETIME = 30 * 24 * 3600.0
 #: Longest ``Retry-After`` (seconds) that is honoured.
 MAX_RETRY_AFTER = 300.0
-#: Longest id, in bytes of UTF-8.
-MAX_ID_BYTES = 256
 #: How much of an error body that is not JSON is kept, in characters.
 MAX_ERROR_TEXT = 500
 
@@ -172,20 +172,11 @@ def _placeholders(template: str, option: str) -> List[str]:
         parts = [("", "{", "", None)]
     names = [field for _, field, _, _ in parts if field is not None]
     plain = all(not spec and conversion is None for _, field, spec, conversion in parts if field is not None)
+    # "{{" and "}}" are parsed to single braces; a path without placeholders would be sent with both.
+    plain = plain and not any(set("{}") & set(literal) for literal, _, _, _ in parts)
     if not plain or any(not name.isidentifier() for name in names):
         raise ConfigurationError("braces must hold a plain placeholder such as {installation_id}", option)
     return sorted(names)
-
-
-def is_id(value: object) -> TypeGuard[str]:
-    """Whether ``value`` can serve as an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``."""
-    if not isinstance(value, str) or not value or value in (".", ".."):
-        return False
-    if value.isascii():
-        return len(value) <= MAX_ID_BYTES and value.isprintable()
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
-        return False
-    return len(value.encode()) <= MAX_ID_BYTES
 
 
 def encode_id(value: str) -> str:
@@ -280,7 +271,7 @@ def parse_time(value: object) -> Optional[dt.datetime]:
 
 def format_time(instant: dt.datetime) -> str:
     """An aware datetime as RFC 3339 in UTC, with microseconds."""
-    return instant.astimezone(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return instant.astimezone(dt.timezone.utc).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def parse_http_date(value: Optional[str]) -> Optional[dt.datetime]:
@@ -289,11 +280,11 @@ def parse_http_date(value: Optional[str]) -> Optional[dt.datetime]:
         return None
     try:
         instant = parsedate_to_datetime(value)
+        if instant.tzinfo is None:
+            instant = instant.replace(tzinfo=dt.timezone.utc)
+        return instant.astimezone(dt.timezone.utc)
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
-    if instant.tzinfo is None:
-        instant = instant.replace(tzinfo=dt.timezone.utc)
-    return instant.astimezone(dt.timezone.utc)
 
 
 def lifetime(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> Optional[float]:
@@ -332,8 +323,11 @@ def decode_json(text: str) -> Any:
         problem = str(error)
     except RecursionError:
         problem = "is nested too deep"
-    except ValueError:
+    except json.JSONDecodeError:
         pass
+    except ValueError:
+        # Python refuses to read integers of more than 4,300 digits, because that takes quadratic time.
+        problem = "holds a number with too many digits"
     raise Malformed(problem)
 
 
@@ -474,7 +468,7 @@ def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] 
         payload = None
     if isinstance(payload, dict):
         details = payload
-        code = _str(payload.get("code")) or _str(payload.get("error"))
+        code = one_line(_str(payload.get("code")) or _str(payload.get("error")) or "")[:MAX_ERROR_TEXT] or None
         message = _str(payload.get("message")) or _str(payload.get("error")) or ""
     else:
         message = one_line(body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace"))
@@ -511,18 +505,21 @@ def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: 
     token = _token(payload, "runtime_token")
     if token is None:
         raise Malformed("the answer has no runtime_token")
-    installation_id = payload.get("installation_id", base.installation_id)
+    installation_id = payload.get("installation_id")
+    if installation_id is None:
+        installation_id = base.installation_id
     if not is_id(installation_id):
         raise Malformed("the answer has no usable installation_id")
     expires_at = parse_time(payload.get("expires_at"))
     lease_end = parse_time(payload.get("lease_expires_at"))
+    workspace_id = payload.get("workspace_id")
     return Grant(
         credentials=RuntimeCredentials(
             installation_id=installation_id,
             runtime_token=token,
             refresh_token=_token(payload, "refresh_token") or base.refresh_token,
             expires_at=expires_at,
-            workspace_id=_str(payload.get("workspace_id")) or base.workspace_id,
+            workspace_id=workspace_id if is_id(workspace_id) else base.workspace_id,
         ),
         lifetime=lifetime(expires_at, date, now),
         lease_lifetime=lifetime(lease_end, date, now),
@@ -580,24 +577,64 @@ def decode_untyped_task(text: str) -> Optional[Task]:
     """
     try:
         payload = decode_json(text)
-    except Malformed:
-        return None
-    if isinstance(payload, dict) and "input" in payload and ("task_id" in payload or "id" in payload):
-        return _build_task(payload)
-    return None
+    except Malformed as error:
+        outline = _outline(text)
+        if not _looks_like_task(outline):
+            return None
+        raise _unreadable_task(text, str(error)) from None
+    return _build_task(payload) if _looks_like_task(payload) else None
+
+
+def _looks_like_task(payload: Any) -> bool:
+    return isinstance(payload, dict) and "input" in payload and ("task_id" in payload or "id" in payload)
 
 
 def _unreadable_task(text: str, problem: str) -> MalformedTask:
-    # Python's JSON reads NaN and Infinity: enough to find the id and answer the task instead of leaving it unanswered.
-    try:
-        payload = json.loads(text)
-    except (ValueError, RecursionError):
-        payload = None
-    task_id = _first(payload, "task_id", "id") if isinstance(payload, dict) else None
-    attempt = payload.get("attempt") if isinstance(payload, dict) else None
+    outline = _outline(text)
+    task_id = _first(outline, "task_id", "id")
+    attempt = outline.get("attempt")
     return MalformedTask(
         f"the task {problem}", task_id if is_id(task_id) else None, attempt if _is_attempt(attempt) else 1
     )
+
+
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,"]|[^\s"{}\[\]:,]+', re.DOTALL)
+
+
+def _outline(text: str) -> Dict[str, Any]:
+    """The plain values of the outermost object, of any others only that they are there; empty where it has no end.
+
+    A task that Python's decoder refuses (NaN, nesting, a number of a million digits) has an id nevertheless, and can
+    be answered instead of being delivered again and again.
+    """
+    found: Dict[str, Any] = {}
+    path: List[str] = []
+    key: Optional[str] = None
+    last = ""
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token == '"' or (not path and (last or token != "{")):
+            return {}
+        if token in "{[":
+            path.append("}" if token == "{" else "]")
+        elif token in "}]":
+            if path.pop() != token:
+                return {}
+        elif len(path) == 1 and token == ":":
+            key = _plain(last) if last.startswith('"') else None
+            if isinstance(key, str):
+                found[key] = None
+        elif len(path) == 1 and last == ":" and isinstance(key, str):
+            found[key] = _plain(token)
+        last = token
+    return found if not path else {}
+
+
+def _plain(token: str) -> Any:
+    try:
+        return json.loads(token) if len(token) <= 6 * MAX_ID_BYTES + 2 else None
+    except ValueError:
+        return None
 
 
 def _build_task(payload: Any) -> Task:
@@ -609,7 +646,9 @@ def _build_task(payload: Any) -> Task:
         task_id = get("id")
     if not is_id(task_id):
         raise MalformedTask("the task has no usable task_id")
-    attempt = get("attempt", 1)
+    attempt = get("attempt")
+    if attempt is None:
+        attempt = 1
     if not _is_attempt(attempt):
         raise MalformedTask("attempt must be an integer from 1", task_id)
     capability = _first(payload, "capability", "target_capability")

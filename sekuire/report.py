@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -42,14 +43,20 @@ _NOT_SUPPORTED = (404, 405, 501)
 
 
 class Report:
-    """One result. ``head`` is its encoded body without the end; the fields change under the reporter's lock."""
+    """One result; its fields change under the reporter's lock.
 
-    __slots__ = ("attempt", "head", "stubborn", "substituted", "task_id", "tries")
+    ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
+    that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
+    """
 
-    def __init__(self, task_id: str, attempt: int, head: bytes) -> None:
+    __slots__ = ("attempt", "head", "is_final", "is_given_up", "stubborn", "substituted", "task_id", "tries")
+
+    def __init__(self, task_id: str, attempt: int, head: bytes, is_final: bool) -> None:
         self.task_id = task_id
         self.attempt = attempt
         self.head = head
+        self.is_final = is_final
+        self.is_given_up = False
         self.tries = 0
         self.substituted = False
         self.stubborn = False
@@ -85,7 +92,7 @@ class Reporter:
         self._condition = threading.Condition()
         self._held: Dict[str, Report] = {}
         self._held_bytes = 0
-        self._remembered: OrderedDict[str, Optional[Report]] = OrderedDict()
+        self._remembered: OrderedDict[str, Report] = OrderedDict()
         self._remembered_bytes = 0
         self._queue: List[Tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
@@ -93,6 +100,7 @@ class Reporter:
         self._idle = 0
         self._threads: List[threading.Thread] = []
         self._closed = False
+        self._flushing = False
         self._progress: Dict[str, Tuple[float, Optional[str]]] = {}
         self._progress_at: Dict[str, float] = {}
         self._progress_off = False
@@ -106,7 +114,8 @@ class Reporter:
         with self._condition:
             if completion.task_id in self._held or completion.task_id in self._remembered:
                 return None
-            report = Report(completion.task_id, completion.attempt, head)
+            failure = completion.failure
+            report = Report(completion.task_id, completion.attempt, head, failure is None or not failure.retryable)
             self._held[report.task_id] = report
             self._held_bytes += len(head)
             self._progress.pop(report.task_id, None)
@@ -118,25 +127,32 @@ class Reporter:
         self._schedule(0.0, lambda: self.post(report))
 
     def recall(self, task_id: str, attempt: int) -> bool:
-        """Whether this task has a result already; a delivery with a higher ``attempt`` gets it under that number."""
+        """Whether this task has a result already; a delivery with a higher ``attempt`` gets it under that number.
+
+        A retryable failure that the platform has taken is no result any more once a higher attempt comes: the
+        platform tries the task again.
+        """
         with self._condition:
             report = self._held.get(task_id)
             if report is not None:
                 report.attempt = max(report.attempt, attempt)
                 return True
-            if task_id not in self._remembered:
+            report = self._remembered.get(task_id)
+            if report is None:
                 return False
-            report = self._remembered[task_id]
-            if report is not None:
+            if not report.is_final and attempt > report.attempt:
+                del self._remembered[task_id]
+                self._remembered_bytes -= len(report.head)
+                return False
+            if report.head:
                 # The platform asks again, so it does not have what it once accepted: give it once more.
-                self._remembered[task_id] = None
+                del self._remembered[task_id]
                 self._remembered_bytes -= len(report.head)
                 report.attempt = max(report.attempt, attempt)
                 self._held[task_id] = report
                 self._held_bytes += len(report.head)
-        if report is not None:
-            self.enqueue(report)
-        return True
+                self._schedule(0.0, lambda: self.post(report))
+            return True
 
     def post(self, report: Report) -> None:
         """Send a report once; where it is not settled then, it is sent again by the pool, later."""
@@ -200,16 +216,22 @@ class Reporter:
     # -- ending --
 
     def flush(self, deadline: Deadline) -> bool:
-        """Send at once what waits for its next try, and wait until all is settled; whether it is."""
+        """Send at once what waits for its next try, and wait until all is settled; whether it is.
+
+        A result that the platform refuses for a reason that will not pass is not waited for a second time.
+        """
         with self._condition:
+            self._flushing = True
+            for report in self._held.values():
+                report.tries = 0
             self._queue = [(0.0, number, action) for _, number, action in self._queue]
             heapq.heapify(self._queue)
             self._condition.notify_all()
-            while self._held or self._pending:
+            while self._pending or any(not report.is_given_up for report in self._held.values()):
                 if deadline.is_expired():
                     return False
                 self._condition.wait(min(deadline.remaining(), 0.5))
-            return True
+            return not self._held
 
     def close(self, deadline: Deadline) -> List[str]:
         """End the pool's threads; the names of those still sending at ``deadline``."""
@@ -229,7 +251,7 @@ class Reporter:
             head = protocol.completion_head(completion)
         except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
             problem = f"{type(error).__name__}: {error}"
-        except Exception as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
+        except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
             problem = type(error).__name__
         if problem:
             log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
@@ -284,20 +306,19 @@ class Reporter:
             self._condition.notify_all()
 
     def _remember(self, report: Report) -> None:
-        keep = len(report.head) <= MEMORY_ENTRY_BYTES
-        self._remembered[report.task_id] = report if keep else None
-        self._remembered_bytes += len(report.head) if keep else 0
+        if len(report.head) > MEMORY_ENTRY_BYTES:
+            report.head = b""
+        self._remembered[report.task_id] = report
+        self._remembered_bytes += len(report.head)
         while len(self._remembered) > MEMORY:
             _, oldest = self._remembered.popitem(last=False)
-            if oldest is not None:
-                self._remembered_bytes -= len(oldest.head)
+            self._remembered_bytes -= len(oldest.head)
         if self._remembered_bytes > MEMORY_BYTES:
-            for task_id, oldest in self._remembered.items():
-                if oldest is not None:
-                    self._remembered[task_id] = None
-                    self._remembered_bytes -= len(oldest.head)
-                    if self._remembered_bytes <= MEMORY_BYTES:
-                        break
+            for oldest in self._remembered.values():
+                self._remembered_bytes -= len(oldest.head)
+                oldest.head = b""
+                if self._remembered_bytes <= MEMORY_BYTES:
+                    break
 
     def _substitute(self, report: Report, reply: Reply) -> None:
         error = protocol.decode_error(reply.status, reply.body)
@@ -312,7 +333,7 @@ class Reporter:
         with self._condition:
             self._held_bytes += len(head) - len(report.head)
             report.head = head
-            report.substituted = True
+            report.is_final = report.substituted = True
             report.tries = 0
         self.enqueue(report)
 
@@ -327,7 +348,10 @@ class Reporter:
             delay,
         )
         report.tries += 1
-        self._schedule(delay, lambda: self.post(report))
+        if passing:
+            self._schedule(delay, lambda: self.post(report))
+        else:
+            self._try_late(report)
 
     def _keep(self, report: Report, reply: Reply) -> None:
         if not report.stubborn:
@@ -335,7 +359,13 @@ class Reporter:
             error = protocol.decode_error(reply.status, reply.body)
             log.error("[%s] the platform does not take the result (%s); it is kept and tried every %g s",
                       report.task_id, error, STUBBORN)  # fmt: skip
-        self._schedule(STUBBORN, lambda: self.post(report))
+        self._try_late(report)
+
+    def _try_late(self, report: Report) -> None:
+        with self._condition:
+            report.is_given_up = self._flushing
+            self._schedule(STUBBORN, lambda: self.post(report), counts=not self._flushing)
+            self._condition.notify_all()
 
     # -- inside: release and progress --
 
@@ -346,6 +376,8 @@ class Reporter:
             # 404 is also an unknown task; answering that one is harmless.
             self._release_off = reply.status != 404
             otherwise()
+        elif reply is None and not (isinstance(problem, TransportError) and problem.retryable):
+            log.warning("[%s] the platform did not take the task back (%s)", task_id, problem)
         elif reply is None or protocol.is_transient(reply.status):
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
@@ -363,8 +395,12 @@ class Reporter:
         reply, problem = self._send(path, protocol.progress_body(*newest))
         if reply is not None and reply.status in _NOT_SUPPORTED:
             with self._condition:
-                warn, self._progress_off = not self._progress_off, True
-                self._progress.clear()
+                # The task may have ended meanwhile, and a platform may not know it any more.
+                is_over = reply.status == 404 and (task_id in self._held or task_id in self._remembered)
+                warn = not self._progress_off and not is_over
+                if not is_over:
+                    self._progress_off = True
+                    self._progress.clear()
             if warn:
                 log.warning("the platform takes no progress reports (HTTP %d); none are sent any more", reply.status)
         elif reply is None or not reply.is_success:
@@ -391,10 +427,11 @@ class Reporter:
             if self._idle == 0 and len(self._threads) < MAX_THREADS:
                 name = f"sekuire-report-{len(self._threads) + 1}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            else:
-                self._condition.notify_all()
+                # RuntimeError: no new thread any more, the interpreter is ending; those that are there go on.
+                with contextlib.suppress(RuntimeError):
+                    thread.start()
+                    self._threads.append(thread)
+            self._condition.notify_all()
 
     def _work(self) -> None:
         with owned_by(self._owner):

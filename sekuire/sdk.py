@@ -26,12 +26,9 @@ from .errors import ConfigurationError
 from .lifecycle import check_process, is_owned_by
 from .models import BeaconStatus, RuntimeCredentials
 from .secret import Secret
-from .worker import Worker
+from .worker import POOL_SIZE, Worker
 
 log = logging.getLogger("sekuire.sdk")
-
-#: Connections kept open beside those of a Beacon: the default Worker's threads and its reports.
-_POOL_SIZE = 32
 
 _OWN = ("agent_id", "api_base_url", "install_token", "runtime_token", "installation_id", "refresh_token")
 _FORBIDDEN = (*_OWN, "credentials_store", "token_provider", "policy_gateway")
@@ -106,7 +103,7 @@ class SekuireSDK:
         self._workers: List[Worker] = []
         self._is_started = False
         self._is_shut_down = False
-        self._beacon = Beacon._from_config(config, _POOL_SIZE)
+        self._beacon = Beacon._from_config(config, POOL_SIZE)
 
     # -- life --
 
@@ -192,6 +189,7 @@ class SekuireSDK:
             },
         )
         worker = Worker(config, _installation=self._beacon._installation)
+        worker._sdk = self
         with self._lock:
             if self._is_shut_down:
                 raise ConfigurationError("this SDK was shut down; make a new one", "SekuireSDK.create_task_worker")

@@ -128,6 +128,9 @@ class TaskStream:
         answer: Optional[LiveAnswer] = None
         try:
             snapshot = self._auth.snapshot(Deadline(RENEWAL_TIMEOUT))
+            if self._stop.is_set():
+                # Whoever stopped has not waited for this thread; the worker is no part of anything any more.
+                return None
             self._listener.on_login()
             answer = self._open(snapshot)
             if answer.status == 401:
@@ -163,7 +166,7 @@ class TaskStream:
 
     def _renew(self, snapshot: Snapshot, error: APIError) -> Optional[SekuireError]:
         if protocol.is_revoked(error):
-            raise RevokedError(error.message or None)
+            raise _revoked(error)
         fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT))
         first = self._refused is None
         self._refused = fresh.generation
@@ -189,7 +192,7 @@ class TaskStream:
             raise TransportError(what)
         error = self._error_of(answer)
         if protocol.is_revoked(error):
-            raise RevokedError(error.message or None)
+            raise _revoked(error)
         if status in (404, 405):
             what = f"{url} answered {error} (content type {protocol.one_line(kind)[:80] or 'none'!r})"
             if not self._was_open:
@@ -262,3 +265,8 @@ class TaskStream:
         if kind not in self._ignored and len(self._ignored) < 100:
             self._ignored.add(kind)
             log.debug("events named %r are ignored", kind[:80])
+
+
+def _revoked(error: APIError) -> RevokedError:
+    timeout = (error.details or {}).get("shutdown_timeout_ms")
+    return RevokedError(error.message or None, protocol.milliseconds(timeout))

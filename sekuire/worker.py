@@ -11,6 +11,8 @@ import uuid
 from types import TracebackType
 from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union, overload
 
+import attrs
+
 from . import protocol
 from .config import WorkerConfig, from_options
 from .control import Control
@@ -41,10 +43,14 @@ _C = TypeVar("_C", bound=CommandCallback)
 
 #: Seconds of a stop kept for the reports after the drain: this share of it, and at most so many.
 _FLUSH_SHARE, _FLUSH_MOST = 0.2, 2.0
+#: Seconds the reports get even when the time to stop is over: as long as the platform needs, and at most this.
+_FLUSH_LEAST = 1.0
 #: Seconds the last heartbeat may take.
 _LAST_BEAT = 2.0
 #: Seconds a stop waits for the stream's thread; one in a DNS look-up or a connect is left to end by itself.
 _STREAM_PATIENCE = 0.5
+#: Connections that may be kept open, at least: a cap, which costs nothing while they are not needed.
+POOL_SIZE = 256
 #: Seconds between two looks at the signals that came.
 _SIGNAL_SLICE = 0.25
 
@@ -72,8 +78,10 @@ class Worker:
         self._config = config
         self._owns_installation = _installation is None
         self._installation = _installation or Installation(
-            config, pool_size=config.max_workers + 6, token_provider=config.token_provider, owner=self
+            config, pool_size=max(config.max_workers + 6, POOL_SIZE), token_provider=config.token_provider, owner=self
         )
+        #: The SekuireSDK that made this worker, if one did; set by it.
+        self._sdk: Any = None
         self._auth = self._installation.auth
         self._heartbeat = self._installation.heartbeat
         self._registry = Registry()
@@ -85,6 +93,7 @@ class Worker:
         self._error: Optional[SekuireError] = None
         self._deadline = Deadline(0)
         self._is_terminated = False
+        self._is_revoked = False
         self._stop_reason: Optional[str] = None
         self._timer = Timer(owner=self)
         self._callbacks = CallbackThread(owner=self)
@@ -152,7 +161,11 @@ class Worker:
         return register if handler is None else register(handler)
 
     def on_command(self, callback: _C) -> _C:
-        """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own."""
+        """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own.
+
+        A change whose command was lost, and which the platform's desired state made good, comes as a command without
+        ``command_id``.
+        """
         if not callable(callback):
             raise ConfigurationError(f"must be callable, got {type(callback).__name__}", "on_command")
         self._control.command_callbacks.append(callback)
@@ -173,17 +186,19 @@ class Worker:
         :raises SekuireError: with ``block``, the error because of which the worker stopped.
         """
         check_process(self.pid, "Worker")
+        self._check_startable()
         signals = _Signals() if block and threading.current_thread() is threading.main_thread() else None
         try:
             self._begin()
-            if block:
-                self._wait_for_end(signals)
-            else:
-                self._wait_for_verdict()
-        except BaseException:
-            # KeyboardInterrupt above all: whoever waits here is leaving, so the threads must not stay.
-            self._request_stop(0.0)
-            raise
+            try:
+                if block:
+                    self._wait_for_end(signals)
+                else:
+                    self._wait_for_verdict()
+            except BaseException:
+                # KeyboardInterrupt above all: whoever waits here is leaving, so the threads must not stay.
+                self._request_stop(0.0)
+                raise
         finally:
             if signals is not None:
                 signals.restore()
@@ -238,13 +253,23 @@ class Worker:
             "it running, and stop() to end it in order"
         )
         self._stop.set()
-        self._installation.stop.set()
         self._stream.wake()
-        self._dispatcher.close(terminated=False)
+        # Each guarded, so that the next always runs.
+        for step in (self._close_intake, self._cancel_at_exit, self._beat_at_exit):
+            try:
+                step()
+            except Exception:
+                log.exception("the program ends: a step failed (%s); going on", step.__name__)
+
+    def _cancel_at_exit(self) -> None:
         self._dispatcher.cancel_running("the program ends")
-        if self._owns_installation and self._heartbeat.last_at is not None:
+
+    def _beat_at_exit(self) -> None:
+        if self._heartbeat.detach(self._control):
+            self._installation.stop.set()
             self._heartbeat.end()
-            self._heartbeat.beat_now("stopped", _LAST_BEAT)
+            if self._heartbeat.last_at is not None:
+                self._heartbeat.beat_now("stopped", _LAST_BEAT)
 
     # -- state --
 
@@ -307,9 +332,21 @@ class Worker:
 
     # -- starting --
 
-    def _begin(self) -> None:
+    def _resize(self, max_workers: int) -> None:
+        """Change ``max_workers`` of a worker that has not started, as ``sekuire worker --max-workers`` does."""
+        with self._state:
+            if self._phase != "new":
+                raise ConfigurationError("cannot be changed once the worker was started", "max_workers")
+            self._config = attrs.evolve(self._config, max_workers=max_workers)
+        self._dispatcher.resize(self._config)
+
+    def _check_startable(self) -> None:
         if self._registry.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
+        if self._config.credentials_store is None:
+            self._auth.require_a_way()
+
+    def _begin(self) -> None:
         with self._state:
             if self._phase != "new":
                 raise ConfigurationError(
@@ -414,9 +451,10 @@ class Worker:
 
     def _revoke(self, error: RevokedError) -> None:
         with self._state:
-            if self._phase != "running":
+            if self._phase not in ("running", "stopping") or self._is_revoked:
                 return
-            if not self._control.was_connected:
+            self._is_revoked = True
+            if self._phase == "running" and not self._control.was_connected:
                 # Refused at the door: whoever started it must hear of it.
                 self._error = error
         log.error("the worker stops: %s", error)
@@ -459,6 +497,8 @@ class Worker:
         if self._owns_installation:
             self._installation.stop.set()
         self._stream.wake()
+        # The platform must hear soon that this is a drain: a worker whose stream ended without a word has vanished.
+        self._heartbeat.nudge()
         thread = threading.Thread(target=self._shut_down, name="sekuire-shutdown", daemon=True)
         try:
             thread.start()
@@ -508,7 +548,8 @@ class Worker:
             log.warning("the time to stop is over and these handlers still run: %s", ", ".join(late) or "none")
 
     def _flush(self) -> None:
-        if not self._reporter.flush(self._deadline):
+        # What the drain's end answered for has had no time yet.
+        if not self._reporter.flush(Deadline(max(_FLUSH_LEAST, self._deadline.remaining()))):
             ids = self._reporter.undelivered()
             if ids:
                 log.error(

@@ -6,17 +6,12 @@ import threading
 from typing import Any, Callable, Iterator, List
 
 import pytest
-from hypothesis import settings
 
 from sekuire import Worker, create_worker
 
 from .scripted import GUARD, Blackhole, Scripted, client_threads
 
 AGENT = "agent-1"
-
-# The same examples in every run, and no verdict by the clock of a busy machine.
-settings.register_profile("sekuire", deadline=None, derandomize=True)
-settings.load_profile("sekuire")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,433 @@
+"""The dispatcher's states, as a machine: whatever the order, each task ends once and nothing leaks."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+from typing import Any, Callable, Dict, List, Optional, Set
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sekuire.config import WorkerConfig
+from sekuire.context import TaskContext
+from sekuire.dispatch import Dispatcher
+from sekuire.handlers import Registry
+from sekuire.lifecycle import Deadline, Timer
+from sekuire.models import Completion, Task
+
+from .scripted import GUARD, until
+
+WORKERS, QUEUE = 2, 3
+
+
+class Sink:
+    """Takes results as the reporter does, and delivers them at once."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.results: Dict[str, Completion] = {}
+        self.attempts: Dict[str, int] = {}
+        self.delivered: List[str] = []
+        self.released: List[str] = []
+        self.refused: List[str] = []
+        #: Called at the beginning of accept(), to put something in between.
+        self.before: Callable[[Completion], None] = lambda completion: None
+
+    def accept(self, completion: Completion) -> Optional[str]:
+        self.before(completion)
+        with self.lock:
+            if completion.task_id in self.results:
+                self.refused.append(completion.task_id)
+                return None
+            self.results[completion.task_id] = completion
+            self.attempts[completion.task_id] = completion.attempt
+            return completion.task_id
+
+    def post(self, report: Any) -> None:
+        with self.lock:
+            self.delivered.append(report)
+
+    enqueue = post
+
+    def recall(self, task_id: str, attempt: int) -> bool:
+        with self.lock:
+            if task_id not in self.results:
+                return False
+            self.attempts[task_id] = max(self.attempts[task_id], attempt)
+            return True
+
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None:
+        with self.lock:
+            self.released.append(task.task_id)
+
+    def has_room(self) -> bool:
+        return True
+
+    def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None: ...
+
+
+class ManualTimer(Timer):
+    """Calls when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Dict[int, Callable[[], None]] = {}
+        self._ids = itertools.count()
+
+    def call_at(self, when: float, function: Callable[[], None]) -> int:
+        number = next(self._ids)
+        self.calls[number] = function
+        return number
+
+    def cancel(self, number: int) -> None:
+        self.calls.pop(number, None)
+
+    def fire(self, task_id: str) -> None:
+        for number, function in list(self.calls.items()):
+            if getattr(function, "args", None) and function.args[0].task.task_id == task_id:  # type: ignore[attr-defined]
+                self.calls.pop(number, None)
+                function()
+
+
+class Handlers:
+    """Handlers that wait to be let go, or for their cancellation, and tell which of them are inside."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.gates: Dict[str, threading.Event] = {}
+        self.inside: Set[str] = set()
+        self.runs: List[str] = []
+        self.open = False
+
+    def gate(self, task_id: str) -> threading.Event:
+        with self.lock:
+            return self.gates.setdefault(task_id, threading.Event())
+
+    def __call__(self, ctx: TaskContext, input: Any) -> str:
+        gate = self.gate(ctx.task_id)
+        with self.lock:
+            self.runs.append(ctx.task_id)
+            self.inside.add(ctx.task_id)
+        if not self.open:
+            assert gate.wait(3 * GUARD)
+        with self.lock:
+            self.inside.discard(ctx.task_id)
+        if input == "fail":
+            raise ValueError("failed")
+        return "done"
+
+
+def dispatcher_of(handlers: Handlers, sink: Sink, timer: Timer, **options: Any) -> Dispatcher:
+    registry = Registry()
+    registry.add("wide", handlers)
+    registry.add("narrow", handlers, None, 1)
+    config = WorkerConfig(
+        agent_id="a", install_token="t", **{"max_workers": WORKERS, "max_queued": QUEUE, "task_timeout": 1e6, **options}
+    )
+    return Dispatcher(config, registry, sink, timer=timer, lease_held=lambda: True, scrub=str)
+
+
+class TaskStates(RuleBasedStateMachine):
+    """deliver, repeat, raise the attempt, pause, resume, finish, time out, close: in any order."""
+
+    tasks = Bundle("tasks")
+
+    @initialize()
+    def begin(self) -> None:
+        self.sink, self.handlers, self.timer = Sink(), Handlers(), ManualTimer()
+        self.dispatcher = dispatcher_of(self.handlers, self.sink, self.timer)
+        self.attempts: Dict[str, int] = {}
+        self.numbers = itertools.count()
+        self.expired: Set[str] = set()
+        self.closed = False
+
+    def settle(self) -> None:
+        """Wait until every begun record's thread is inside its handler, and every ended one out of it."""
+        until(
+            lambda: (
+                len(self.handlers.inside)
+                == self.dispatcher.running + len(self.dispatcher._stragglers)
+                == self.dispatcher._busy
+            )
+        )
+
+    def has_room(self) -> bool:
+        return self.dispatcher.waiting < QUEUE or self.dispatcher.is_paused() or self.closed
+
+    @rule(target=tasks, capability=st.sampled_from(["wide", "narrow", "none"]), input=st.sampled_from(["", "fail"]))
+    @precondition(lambda self: self.has_room())
+    def deliver(self, capability: str, input: str) -> str:
+        task_id = f"t{next(self.numbers)}"
+        self.attempts[task_id] = 1
+        self.dispatcher.submit(Task(task_id=task_id, capability=capability, input=input))
+        self.settle()
+        return task_id
+
+    @rule(task_id=tasks, more=st.integers(0, 2))
+    @precondition(lambda self: self.has_room())
+    def repeat(self, task_id: str, more: int) -> None:
+        if task_id in self.sink.released:
+            return
+        self.attempts[task_id] += more
+        before = self.dispatcher.counts.duplicates
+        self.dispatcher.submit(Task(task_id=task_id, capability="wide", attempt=self.attempts[task_id]))
+        assert self.dispatcher.counts.duplicates == before + 1
+
+    @rule(source=st.sampled_from(["command", "desired_state", "local"]))
+    def pause(self, source: str) -> None:
+        self.dispatcher.pause(source)
+        self.settle()
+        assert self.dispatcher.waiting == 0
+
+    @rule(source=st.sampled_from(["command", "desired_state", "local"]))
+    def resume(self, source: str) -> None:
+        self.dispatcher.resume(source)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.handlers.inside)
+    def finish(self, data: st.DataObject) -> None:
+        task_id = data.draw(st.sampled_from(sorted(self.handlers.inside)))
+        self.handlers.gate(task_id).set()
+        until(lambda: task_id not in self.handlers.inside and task_id in self.sink.results)
+        self.settle()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.handlers.inside - self.expired)
+    def time_out(self, data: st.DataObject) -> None:
+        task_id = data.draw(st.sampled_from(sorted(self.handlers.inside - self.expired)))
+        self.expired.add(task_id)
+        self.timer.fire(task_id)
+        failure = self.sink.results[task_id].failure
+        assert failure is not None
+        assert failure.code in ("timeout", "worker_shutdown")
+        self.settle()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.handlers.inside - self.expired)
+    def time_out_as_it_ends(self, data: st.DataObject) -> None:
+        task_id = data.draw(st.sampled_from(sorted(self.handlers.inside - self.expired)))
+        self.expired.add(task_id)
+        self.handlers.gate(task_id).set()
+        self.timer.fire(task_id)
+        until(lambda: task_id not in self.handlers.inside and task_id in self.sink.results)
+        self.settle()
+
+    @rule(terminated=st.booleans())
+    def close(self, terminated: bool) -> None:
+        self.closed = True
+        self.dispatcher.close(terminated)
+        self.settle()
+        assert self.dispatcher.waiting == 0
+
+    @rule()
+    @precondition(lambda self: self.closed)
+    def abandon(self) -> None:
+        self.dispatcher.abandon("shutdown")
+        self.expired |= self.handlers.inside
+        assert self.dispatcher.running == 0
+
+    @invariant()
+    def each_task_is_somewhere(self) -> None:
+        dispatcher, counts = self.dispatcher, self.dispatcher.counts
+        ended = counts.completed + counts.failed + counts.rejected + counts.released
+        assert counts.received == ended + counts.duplicates + dispatcher.running + dispatcher.waiting
+        for task_id in self.attempts:
+            places = [task_id in dispatcher._records, task_id in self.sink.results, task_id in self.sink.released]
+            assert places.count(True) == 1, (task_id, places)
+
+    @invariant()
+    def nothing_is_accepted_twice(self) -> None:
+        assert self.sink.refused == []
+        assert len(self.sink.delivered) == len(set(self.sink.delivered)) == len(self.sink.results)
+        assert len(self.handlers.runs) == len(set(self.handlers.runs))
+
+    @invariant()
+    def the_newest_attempt_is_reported(self) -> None:
+        for task_id, attempt in self.sink.attempts.items():
+            assert attempt == self.attempts[task_id]
+
+    @invariant()
+    def limits_hold(self) -> None:
+        dispatcher = self.dispatcher
+        assert 0 <= dispatcher._permits <= WORKERS
+        assert 0 <= dispatcher.waiting <= QUEUE
+        holders = len([r for r in dispatcher._records.values() if r.holds_permit])
+        holders += len([r for r in dispatcher._stragglers if r.holds_permit])
+        assert dispatcher._permits + holders == WORKERS
+        assert len(self.handlers.inside) <= 2 * WORKERS
+        # No one waits while there is room for it.
+        assert not (dispatcher._queue and dispatcher._permits)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "dispatcher"):
+            return
+        self.handlers.open = True
+        for gate in list(self.handlers.gates.values()):
+            gate.set()
+        dispatcher = self.dispatcher
+        assert dispatcher.drain(Deadline(GUARD))
+        until(lambda: dispatcher._busy == 0)
+        dispatcher.close(False)
+        dispatcher.end_pool(Deadline(GUARD))
+        assert dispatcher._permits == WORKERS
+        assert dispatcher.straggler_names() == []
+        assert dispatcher._records == {}
+        assert all(entry.running == 0 for entry in dispatcher._registry._entries.values())
+        self.each_task_is_somewhere()
+
+
+@pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
+def test_task_states() -> None:
+    """At most one accepted completion per task, never a lost one; permits never leak; waiting is bounded."""
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        TaskStates,
+        settings=settings(
+            max_examples=300,
+            stateful_step_count=50,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_task_states_with_a_fast_switch() -> None:
+    """The same, and hundreds of tasks that end, time out and repeat at once, with threads that switch all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+            TaskStates,
+            settings=settings(
+                max_examples=40,
+                stateful_step_count=30,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        storm()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def storm() -> None:
+    """One thread delivers, each task twice; a second pauses and resumes; handlers end around their timeouts."""
+    sink, handlers, timer = Sink(), Handlers(), Timer()
+    handlers.open = True
+    dispatcher = dispatcher_of(handlers, sink, timer, max_workers=4, max_queued=8, task_timeout=0.001)
+    over = threading.Event()
+
+    def toggle() -> None:
+        while not over.is_set():
+            dispatcher.pause("command")
+            dispatcher.resume("command")
+
+    toggler = threading.Thread(target=toggle)
+    toggler.start()
+    for number in range(400):
+        for attempt in (1, 2):
+            capability = "narrow" if number % 3 == 0 else "wide"
+            dispatcher.submit(Task(task_id=f"t{number}", capability=capability, attempt=attempt))
+    over.set()
+    toggler.join(GUARD)
+    assert dispatcher.drain(Deadline(GUARD))
+    until(lambda: dispatcher._busy == 0)
+    counts = dispatcher.counts
+    assert set(sink.results) == {f"t{number}" for number in range(400)}
+    assert sink.refused == []
+    assert sorted(sink.delivered) == sorted(sink.results)
+    assert set(sink.attempts.values()) == {2}
+    assert counts.completed + counts.failed + counts.rejected == counts.duplicates == 400
+    assert dispatcher._permits == 4
+    assert dispatcher.straggler_names() == []
+    dispatcher.end_pool(Deadline(GUARD))
+    timer.close()
+    assert timer.join(Deadline(GUARD))
+
+
+def test_a_failure_in_the_library_costs_one_task(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever goes wrong around a handler, its task is answered and the thread's place is free again."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    handlers.open = True
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    broken = dispatcher._start_clock
+    dispatcher._start_clock = lambda record, context: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: "t1" in sink.results)
+    failure = sink.results["t1"].failure
+    assert failure is not None
+    assert (failure.code, failure.message) == ("handler_error", "the worker failed (ZeroDivisionError)")
+    dispatcher._start_clock = broken  # type: ignore[method-assign]
+    dispatcher.submit(Task(task_id="t2", capability="wide"))
+    until(lambda: "t2" in sink.results and dispatcher._busy == 0)
+    assert sink.results["t2"].output == "done"
+    assert dispatcher._permits == WORKERS
+    dispatcher.end_pool(Deadline(GUARD))
+    assert any("unforeseen" in record.message for record in caplog.records)
+
+
+def test_a_handler_that_ends_while_its_timeout_is_answered() -> None:
+    """A handler that ends between its timeout and the answer to it is no straggler, and its place is free."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: "t1" in handlers.inside)
+
+    def end_first(completion: Completion) -> None:
+        handlers.gate("t1").set()
+        until(lambda: dispatcher._busy == 0)
+
+    sink.before = end_first
+    timer.fire("t1")
+    assert dispatcher.straggler_names() == []
+    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    assert sink.delivered == ["t1"]
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_higher_attempt_while_the_result_is_taken(early: bool) -> None:
+    """A delivery that comes just before the sink has the result is met with the result, under its attempt."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: "t1" in handlers.inside)
+    sink.before = lambda completion: dispatcher.submit(Task(task_id="t1", capability="wide", attempt=7))
+    if early:
+        timer.fire("t1")
+    handlers.gate("t1").set()
+    until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+    assert sink.attempts == {"t1": 7}
+    assert (dispatcher.counts.received, dispatcher.counts.duplicates, handlers.runs) == (2, 1, ["t1"])
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_repetition_while_the_pause_is_answered() -> None:
+    """A waiting task that is delivered again while a pause answers it is known, not rejected twice."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer, max_workers=1)
+    for number in (1, 2):
+        dispatcher.submit(Task(task_id=f"t{number}", capability="wide"))
+    until(lambda: "t1" in handlers.inside)
+    sink.before = lambda completion: dispatcher.submit(Task(task_id="t2", capability="wide"))
+    dispatcher.pause("local")
+    assert (dispatcher.counts.rejected, dispatcher.counts.duplicates, sink.refused) == (1, 1, [])
+    sink.before = lambda completion: None
+    handlers.gate("t1").set()
+    until(lambda: dispatcher._busy == 0)
+    dispatcher.end_pool(Deadline(GUARD))

@@ -1,0 +1,131 @@
+"""What is built from this tree, and what importing the library brings."""
+
+from __future__ import annotations
+
+import email
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from typing import List, Set
+
+import pytest
+
+from sekuire.version import __version__
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "__pycache__", "*.egg-info", "build", "dist", "_build", "htmlcov", "coverage.xml", "node_modules"
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A copy of the tree, because a build leaves its traces in it."""
+    target = tmp_path_factory.mktemp("build") / "sekuire"
+    shutil.copytree(ROOT, target, ignore=NOT_SOURCE)
+    shutil.copytree(ROOT / ".ci", target / ".ci")
+    return target
+
+
+def build(source: pathlib.Path, kind: str, target: pathlib.Path) -> pathlib.Path:
+    target.mkdir()
+    code = f"import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
+    run([sys.executable, "-c", code, str(target)], source)
+    (built,) = target.iterdir()
+    return built
+
+
+def run(command: List[str], directory: pathlib.Path) -> str:
+    ran = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(source: pathlib.Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build(source, "wheel", source.parent / "wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source: pathlib.Path) -> tarfile.TarFile:
+    return tarfile.open(build(source, "sdist", source.parent / "sdist"))
+
+
+def modules() -> Set[str]:
+    return {str(path.relative_to(ROOT)).replace("\\", "/") for path in (ROOT / "sekuire").rglob("*.py")}
+
+
+def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    """Every module, the marker for type checkers, metadata; no tests, no benchmarks."""
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == modules() | {"sekuire/py.typed"}
+    assert any(name.endswith("/LICENSE") for name in wheel.namelist())
+
+
+def test_metadata(wheel: zipfile.ZipFile) -> None:
+    """The core needs five packages; Flask and cheroot come only with the extra."""
+    folder = f"sekuire-{__version__}.dist-info"
+    metadata = email.message_from_bytes(wheel.read(f"{folder}/METADATA"))
+    assert metadata["Version"] == __version__
+    assert metadata["Requires-Python"] == ">=3.9"
+    assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"])
+    needs = [one.replace(" ", "") for one in metadata.get_all("Requires-Dist")]
+    core = {one.split(">")[0].split("!")[0].split(";")[0] for one in needs if "extra==" not in one}
+    assert core == {"requests", "sseclient-py", "attrs", "tenacity", "urllib3"}
+    assert metadata.get_all("Provides-Extra") == ["local"]
+    assert len([one for one in needs if "extra==" in one]) == 2
+    assert "sekuire = sekuire.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+
+
+def test_sdist_is_complete(sdist: tarfile.TarFile) -> None:
+    """Who has the sdist can read, test and build everything."""
+    prefix = f"sekuire-{__version__}/"
+    names = {name[len(prefix) :] for name in sdist.getnames() if name.startswith(prefix)}
+    wanted = modules() | {"sekuire/py.typed", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "setup.cfg"}
+    wanted |= {"setup.py", "pyproject.toml", "tox.ini", ".ci/run", "docs/conf.py", "tests/test_packaging.py"}
+    wanted |= {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    wanted |= {
+        str(path.relative_to(ROOT)).replace("\\", "/")
+        for path in (ROOT / "tests").rglob("*")
+        if path.suffix in (".py", ".json")
+    }
+    assert wanted - names == set()
+    assert [name for name in names if "__pycache__" in name or name.endswith(".pyc")] == []
+
+
+def test_import_is_light(tmp_path: pathlib.Path) -> None:
+    """``import sekuire`` loads no web server and no command line, and starts no thread."""
+    code = """if True:
+        import sys, threading, sekuire
+        print(*sorted({"flask", "cheroot", "werkzeug", "sqlite3", "argparse", "sekuire.local", "sekuire.cli"}
+                      & set(sys.modules)), threading.active_count())
+    """
+    assert run([sys.executable, "-c", code], tmp_path).strip() in ("1", "sqlite3 1")
+
+
+def test_the_local_platform_names_its_extra(tmp_path: pathlib.Path) -> None:
+    """Without Flask and cheroot, importing the local platform says what to install."""
+    code = """if True:
+        import importlib.util
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *more: None if name in ("flask", "cheroot") else find(name, *more)
+        import sekuire
+        try:
+            import sekuire.local
+        except sekuire.SekuireError as error:
+            print(error)
+    """
+    assert "pip install 'sekuire[local]'" in run([sys.executable, "-c", code], tmp_path)
+
+
+def test_module_and_script_are_the_same(tmp_path: pathlib.Path) -> None:
+    """``python -m sekuire`` is the command ``sekuire``."""
+    script = shutil.which("sekuire", path=str(pathlib.Path(sys.executable).parent))
+    assert script, "the package is not installed for this interpreter"
+    wanted = f"sekuire {__version__}\n"
+    assert run([sys.executable, "-m", "sekuire", "--version"], tmp_path) == wanted
+    assert run([script, "--version"], tmp_path) == wanted

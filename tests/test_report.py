@@ -1,0 +1,408 @@
+"""Results, releases and progress on their way to a platform that does not always take them."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Callable, List
+
+import pytest
+
+from sekuire import TaskContext, Worker, report
+
+from .conftest import AGENT
+from .scripted import GUARD, Request, Scripted, until
+
+Make = Callable[..., Worker]
+
+
+@pytest.fixture
+def worker(scripted: Scripted, worker_of: Make) -> Worker:
+    made = worker_of(scripted)
+    made.on_task("echo", lambda ctx, input: input)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RETRY_MIN", 0.01)
+    monkeypatch.setattr(report, "RETRY_MAX", 0.05)
+    monkeypatch.setattr(report, "PROGRESS_PAUSE", 0.05)
+
+
+def test_the_request(scripted: Scripted, worker: Worker) -> None:
+    """A completion carries the task, its attempt, the worker, the time it took, and a key."""
+    with worker:
+        scripted.task("t1", input={"x": "é"}, attempt=2)
+        scripted.completion("t1")
+    (request,) = scripted.of("complete")
+    body = request.json
+    assert 0 <= body.pop("execution_time_ms") < 10_000
+    assert body == {
+        "task_id": "t1", "status": "completed", "output": {"x": "é"}, "attempt": 2, "worker_id": worker.worker_id,
+    }  # fmt: skip
+    assert request.headers["Idempotency-Key"] == "t1:2"
+    assert request.headers["Authorization"] == "Bearer rt-1"
+    assert request.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("answer", [(500, b"<html>"), (503, {}), (429, {}), (408, {}), None], ids=str)
+def test_a_passing_problem_is_retried_with_the_same_key(scripted: Scripted, worker: Worker, answer: Any) -> None:
+    """5xx, 429, 408 and a broken connection: the same body under the same key until it is accepted."""
+    scripted.on["complete"] = lambda request: answer if scripted.count("complete") < 6 else (200, {})
+    with worker:
+        scripted.task("t1")
+        requests = scripted.wait_for("complete", 6)
+        until(lambda: worker.stats().undelivered == 0)
+    assert {request.raw for request in requests} == {requests[0].raw}
+    assert {request.headers["Idempotency-Key"] for request in requests} == {"t1:1"}
+    assert scripted.count("complete") == 6
+
+
+def test_retry_after_is_honoured(scripted: Scripted, worker: Worker) -> None:
+    """Retry-After holds the next try back; a stop sends at once all the same."""
+    scripted.on["complete"] = lambda request: (
+        (200, {}) if scripted.count("complete") > 1 else (503, {}, {"Retry-After": "300"})
+    )
+    worker.start()
+    scripted.task("t1")
+    scripted.wait_for("complete")
+    scripted.task("t2")
+    scripted.completion("t2")
+    assert len(scripted.completions("t1")) == 1
+    worker.stop()
+    assert len(scripted.completions("t1")) == 2
+    assert worker.stats().undelivered == 0
+
+
+@pytest.mark.parametrize(("status", "dropped"), [(409, 0), (404, 1), (410, 1)])
+def test_what_settles_a_result(
+    scripted: Scripted, worker: Worker, status: int, dropped: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """409 counts as delivered; 404 and 410 drop the result, in the log and the count."""
+    scripted.on["complete"] = lambda request: (status, {"error": "x"})
+    with worker:
+        scripted.task("t1")
+        scripted.wait_for("complete")
+        until(lambda: worker.stats().undelivered == 0)
+        assert worker.stats().dropped == dropped
+    assert scripted.count("complete") == 1
+    assert sum("no longer knows this task" in record.message for record in caplog.records) == dropped
+
+
+@pytest.mark.parametrize("status", [403, 418, 302, 401])
+def test_other_refusals_keep_the_result(
+    scripted: Scripted, worker: Worker, status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other answer keeps the result, logs it once, and tries slowly again, until it is taken."""
+    monkeypatch.setattr(report, "STUBBORN", 0.05)
+    take = threading.Event()
+    scripted.on["complete"] = lambda request: (200, {}) if take.is_set() else (status, {"error": "x"})
+    with worker:
+        scripted.task("t1")
+        scripted.wait_for("complete", 4)
+        assert worker.stats().undelivered == 1
+        take.set()
+        until(lambda: worker.stats().undelivered == 0)
+    assert sum("does not take the result" in record.message for record in caplog.records) == 1
+
+
+def test_a_401_is_answered_by_one_refresh_and_a_replay(scripted: Scripted, worker: Worker) -> None:
+    """A 401 for many reports together: one refresh, and each is sent again with the new token."""
+    together = threading.Barrier(4)
+
+    def complete(request: Request) -> Any:
+        if request.headers["Authorization"] == "Bearer rt-1":
+            together.wait(GUARD)
+            return 401, {"error": "unauthorized"}
+        return 200, {}
+
+    scripted.on["complete"] = complete
+    with worker:
+        for number in range(4):
+            scripted.task(f"t{number}")
+        scripted.wait_for("complete", 8)
+        until(lambda: worker.stats().undelivered == 0)
+    assert scripted.count("refresh") == 1
+    assert scripted.count("complete") == 8
+
+
+def test_flush_sends_until_the_platform_is_back(scripted: Scripted, worker: Worker) -> None:
+    """A stop goes on sending results that failed for a passing reason, within its time."""
+    take = threading.Event()
+    scripted.on["complete"] = lambda request: (200, {}) if take.is_set() else (503, {})
+    worker.start()
+    for number in range(5):
+        scripted.task(f"t{number}")
+    scripted.wait_for("complete", 5)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    until(lambda: worker.stop_reason)
+    scripted.wait_for("complete", scripted.count("complete") + 5)
+    take.set()
+    stopper.join(GUARD)
+    assert not stopper.is_alive()
+    assert worker.stats().undelivered == 0
+    assert all(scripted.completions(f"t{number}")[-1] for number in range(5))
+
+
+def test_flush_begins_the_backoff_anew(scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After many failures a stop does not wait for the long delay they led to."""
+    monkeypatch.setattr(report, "full_jitter", lambda tries, first, longest: 0.0 if tries < 3 else 100_000.0)
+    scripted.on["complete"] = lambda request: (200, {}) if scripted.count("complete") > 6 else (503, {})
+    worker.start()
+    scripted.task("t1")
+    scripted.wait_for("complete", 4)
+    worker.stop()
+    assert scripted.count("complete") == 7
+    assert worker.stats().undelivered == 0
+
+
+def test_undelivered_results_are_named(scripted: Scripted, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    """What could not be delivered by the end of a stop is named in the log and counted."""
+    scripted.on["complete"] = lambda request: (503, {})
+    worker.start()
+    for number in range(25):
+        scripted.task(f"t{number}")
+    until(lambda: worker.stats().undelivered == 25)
+    worker.stop(0)
+    (record,) = [record for record in caplog.records if "were not delivered" in record.message]
+    assert "25 tasks" in record.message
+    assert record.message.count("t") >= 20
+    assert record.message.endswith("...")
+    assert worker.stats().undelivered == 25
+
+
+def test_a_lasting_refusal_does_not_hold_up_the_stop(
+    scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stop tries a refused result once more and does not wait for what will not pass."""
+    scripted.on["complete"] = lambda request: (403, {"error": "x"})
+    worker = worker_of(scripted, shutdown_timeout=100_000.0)
+    worker.on_task("echo", lambda ctx, input: input)
+    worker.start()
+    scripted.task("t1")
+    until(lambda: any("does not take the result" in record.message for record in caplog.records))
+    worker.stop()
+    assert worker.wait(0)
+    assert (scripted.count("complete"), worker.stats().undelivered) == (2, 1)
+
+
+# -- release --
+
+
+def test_a_release_is_retried(scripted: Scripted, worker_of: Make) -> None:
+    """A release that fails for a passing reason is sent again; a refused one is let go."""
+    answers: List[Any] = [(503, {}), None, (200, {})]
+    scripted.on["release"] = lambda request: (409, {}) if request.task_id == "t2" else answers.pop(0)
+    go = threading.Event()
+    worker = worker_of(scripted, max_workers=1, max_queued=2)
+    worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
+    worker.start()
+    for number in range(3):
+        scripted.task(f"t{number}")
+    until(lambda: worker.stats().waiting == 2)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    until(lambda: not answers)
+    go.set()
+    stopper.join(GUARD)
+    assert [request.task_id for request in scripted.of("release")].count("t2") == 1
+    assert [request.task_id for request in scripted.of("complete")] == ["t0"]
+
+
+def test_a_release_refused_for_good_does_not_hold_up_the_stop(scripted: Scripted, worker_of: Make) -> None:
+    """A release that a revoked installation may not make is not repeated."""
+    scripted.on["release"] = lambda request: (403, {"error": "x", "message": "y", "code": "INSTALLATION_REVOKED"})
+    go = threading.Event()
+    worker = worker_of(scripted, max_workers=1, shutdown_timeout=100_000.0)
+    worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
+    worker.start()
+    scripted.task("t1")
+    scripted.task("t2")
+    until(lambda: worker.stats().waiting == 1)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    scripted.wait_for("release")
+    go.set()
+    stopper.join(GUARD)
+    assert not stopper.is_alive()
+    assert scripted.count("release") == 1
+
+
+# -- progress --
+
+
+def test_progress_is_the_newest_value(scripted: Scripted, worker_of: Make) -> None:
+    """Of many values only the newest is sent once the pause is over; none is sent after the completion."""
+    go, sending = threading.Event(), threading.Event()
+
+    def progress(request: Request) -> Any:
+        sending.set()
+        return 200, {}
+
+    scripted.on["progress"] = progress
+    worker = worker_of(scripted)
+
+    @worker.on_task("echo")
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0, "begun")
+        assert sending.wait(GUARD)
+        for number in range(1, 1000):
+            ctx.report_progress(number / 1000)
+        ctx.report_progress(1.0, "last")
+        assert go.wait(GUARD)
+        ctx.report_progress(0.5, "too late")
+
+    with worker:
+        scripted.task("t1")
+        until(lambda: scripted.of("progress")[-1:] and scripted.of("progress")[-1].json["progress"] == 1.0)
+        bodies = [request.json for request in scripted.of("progress")]
+        assert bodies[0] == {"progress": 0.0, "message": "begun"}
+        assert bodies[-1] == {"progress": 1.0, "message": "last"}
+        assert len(bodies) < 500
+        count = scripted.count("progress")
+        go.set()
+        scripted.completion("t1")
+        worker.stop()
+        assert scripted.count("progress") == count
+
+
+def test_progress_keeps_its_pause(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the pause after one report of a task no other is sent, however many values come."""
+    monkeypatch.setattr(report, "PROGRESS_PAUSE", 1000.0)
+    worker = worker_of(scripted)
+
+    @worker.on_task("echo")
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0.1)
+        scripted.wait_for("progress")
+        if ctx.task_id == "t2":
+            return
+        for _ in range(100):
+            ctx.report_progress(0.2)
+        # What is sent for another task shows that nothing of this one was due before.
+        scripted.task("t2")
+        scripted.completion("t2")
+
+    with worker:
+        scripted.task("t1")
+        scripted.completion("t1")
+    assert [request.task_id for request in scripted.of("progress")].count("t1") == 1
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_progress_is_switched_off(
+    scripted: Scripted, worker_of: Make, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A platform without progress is asked once and warned of once."""
+    scripted.on["progress"] = lambda request: (status, {})
+    worker = worker_of(scripted)
+
+    @worker.on_task("echo")
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0.1)
+        until(lambda: any("takes no progress" in record.message for record in caplog.records))
+        ctx.report_progress(0.2)
+
+    with worker:
+        for number in range(3):
+            scripted.task(f"t{number}")
+            scripted.completion(f"t{number}")
+    assert scripted.count("progress") == 1
+    assert sum("takes no progress" in record.message for record in caplog.records) == 1
+
+
+def test_progress_of_a_task_that_has_ended_switches_nothing_off(scripted: Scripted, worker_of: Make) -> None:
+    """404 for a progress that came after the task's end means that task only."""
+    ended = threading.Event()
+
+    def progress(request: Request) -> Any:
+        if request.task_id == "t1":
+            assert ended.wait(GUARD)
+            return 404, {}
+        return 200, {}
+
+    scripted.on["progress"] = progress
+    worker = worker_of(scripted)
+
+    @worker.on_task("echo")
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0.5)
+        scripted.wait_for("progress", 1 if ctx.task_id == "t1" else 2)
+
+    with worker:
+        scripted.task("t1")
+        scripted.completion("t1")
+        ended.set()
+        scripted.task("t2")
+        assert scripted.completion("t2")["status"] == "completed"
+
+
+def test_progress_that_is_not_taken_is_no_error(scripted: Scripted, worker_of: Make) -> None:
+    """A failing progress report is forgotten; wrong values are the handler's error."""
+    scripted.on["progress"] = lambda request: (500, {})
+    worker = worker_of(scripted)
+    problems: List[str] = []
+
+    @worker.on_task("echo")
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0.5)
+        scripted.wait_for("progress")
+        wrong: List[Any] = [-0.1, 1.1, float("nan"), True, "0.5"]
+        for value in wrong:
+            try:
+                ctx.report_progress(value)
+            except ValueError as error:
+                problems.append(str(error))
+        try:
+            ctx.report_progress(0.5, b"x")  # type: ignore[arg-type]
+        except ValueError as error:
+            problems.append(str(error))
+
+    with worker:
+        scripted.task("t1")
+        assert scripted.completion("t1")["status"] == "completed"
+    assert len(problems) == 6
+    assert all("must be" in problem for problem in problems)
+
+
+# -- what is remembered --
+
+
+def test_the_memory_is_bounded(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many tasks, and so many bytes of results, are remembered; a forgotten one runs again."""
+    monkeypatch.setattr(report, "MEMORY", 3)
+    monkeypatch.setattr(report, "MEMORY_BYTES", 500)
+    monkeypatch.setattr(report, "MEMORY_ENTRY_BYTES", 300)
+    worker = worker_of(scripted, max_workers=1)
+    ran: List[str] = []
+    worker.on_task("echo", lambda ctx, input: ran.append(ctx.task_id) or "x" * input["size"])
+    with worker:
+        for number, size in enumerate((400, 150, 150, 150)):
+            scripted.task(f"t{number}", input={"size": size})
+            scripted.completion(f"t{number}")
+        until(lambda: worker.stats().undelivered == 0)
+        assert worker._reporter._remembered_bytes <= 500
+        assert list(worker._reporter._remembered) == ["t1", "t2", "t3"]
+        scripted.task("t0", input={"size": 1})
+        until(lambda: ran == ["t0", "t1", "t2", "t3", "t0"])
+        scripted.task("t3", input={"size": 1})
+        until(lambda: len(scripted.completions("t3")) == 2)
+        assert len(ran) == 5
+        scripted.task("t2", input={"size": 1})
+        until(lambda: worker.stats().duplicates == 2)
+
+
+def test_the_local_platform_accepts_each_result_once(platform: Any, worker_of: Make) -> None:
+    """Cut streams and repeated deliveries leave one accepted completion per task."""
+    worker = worker_of(platform, max_workers=4)
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        ids = [platform.submit("echo", number, AGENT) for number in range(60)]
+        for number, task_id in enumerate(ids):
+            if number % 20 == 0:
+                platform.drop_streams()
+            assert platform.wait(task_id, GUARD)["output"] == number
+        until(lambda: worker.stats().undelivered == 0)
+    assert all([status for status, _ in platform.completions(task_id)].count(200) >= 1 for task_id in ids)
+    assert worker.stats().completed == 60
