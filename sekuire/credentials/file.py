@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
-import errno
 import json
 import logging
+import math
 import os
 import stat
 import tempfile
 import time
-from typing import Any, Dict, Iterator, Optional, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import attrs
 
+from .. import filelock
 from ..errors import ConfigurationError, TransportError
 from ..lifecycle import Deadline
 from ..models import RuntimeCredentials
@@ -32,13 +32,15 @@ class Stored:
     """What the file holds.
 
     ``revision`` counts writes; ``ends_at`` is the runtime token's end by this machine's clock (``time.time()``), which
-    is what a skewed clock needs; ``seed`` is the hash of the credentials it began with.
+    is what a skewed clock needs; ``lifetime`` what it had when it was obtained, in seconds; ``seeds`` are the hashes of
+    the settings that the credentials grew from.
     """
 
     credentials: RuntimeCredentials
     revision: int
+    lifetime: Optional[float] = None
     ends_at: Optional[float] = None
-    seed: Optional[str] = None
+    seeds: Tuple[str, ...] = ()
 
 
 class CredentialsFile:
@@ -129,14 +131,14 @@ class CredentialsFile:
                 yield
             finally:
                 if locked and descriptor is not None:
-                    _unlock(descriptor)
+                    filelock.unlock(descriptor)
         finally:
             if descriptor is not None:
                 os.close(descriptor)
 
     def _open_lock(self) -> Optional[int]:
         try:
-            return os.open(self._lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            return filelock.open_lock(self._lock_path)
         except OSError as error:
             self._warn_unlocked(error)
             return None
@@ -144,7 +146,7 @@ class CredentialsFile:
     def _acquire(self, descriptor: int, deadline: Deadline) -> bool:
         while True:
             try:
-                if _try_lock(descriptor):
+                if filelock.try_lock(descriptor):
                     return True
             except OSError as error:
                 self._warn_unlocked(error)
@@ -179,10 +181,10 @@ class CredentialsFile:
     def _is_read_only(self) -> bool:
         directory = os.path.dirname(os.path.realpath(self.path))
         if not os.path.exists(self.path):
-            if not os.access(directory, os.W_OK):
+            if not _can_write(directory):
                 raise ConfigurationError(f"{directory!r} cannot be written, and {self.path!r} does not exist", "path")
             return False
-        if not os.access(self.path, os.W_OK) or not os.access(directory, os.W_OK):
+        if not _can_write(self.path) or not _can_write(directory):
             return True
         # A mounted Kubernetes secret: a symlink owned by root, which the kubelet swaps; never write through it.
         return _POSIX and os.path.islink(self.path) and os.lstat(self.path).st_uid != os.geteuid()
@@ -202,21 +204,24 @@ class CredentialsFile:
             raise ConfigurationError(f"{self.path!r} can be read by others; run: chmod 600 {self.path}", "path")
 
 
+def _can_write(path: str) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 def _encode(stored: Stored) -> str:
     credentials = stored.credentials
     return json.dumps(
         {
             "format": _FORMAT,
             "revision": stored.revision,
-            "seed": stored.seed,
+            "seeds": list(stored.seeds),
             "installation_id": credentials.installation_id,
             "workspace_id": credentials.workspace_id,
             "runtime_token": credentials.runtime_token.reveal() if credentials.runtime_token else None,
             "refresh_token": credentials.refresh_token.reveal() if credentials.refresh_token else None,
             "expires_at": format_time(credentials.expires_at) if credentials.expires_at else None,
-            "ends_at": format_time(dt.datetime.fromtimestamp(stored.ends_at, dt.timezone.utc))
-            if stored.ends_at
-            else None,
+            "ends_at": stored.ends_at,
+            "lifetime": stored.lifetime,
         },
         indent=1,
     )
@@ -227,7 +232,6 @@ def _decode(text: str) -> Optional[Stored]:
         payload: Dict[str, Any] = json.loads(text)
         if payload["format"] != _FORMAT:
             return None
-        ends_at = parse_time(payload.get("ends_at"))
         return Stored(
             credentials=RuntimeCredentials(
                 installation_id=payload.get("installation_id"),
@@ -237,55 +241,33 @@ def _decode(text: str) -> Optional[Stored]:
                 expires_at=parse_time(payload.get("expires_at")),
             ),
             revision=int(payload["revision"]),
-            ends_at=ends_at.timestamp() if ends_at else None,
-            seed=payload.get("seed"),
+            lifetime=_seconds(payload.get("lifetime")),
+            ends_at=_seconds(payload.get("ends_at")),
+            seeds=tuple(str(seed) for seed in payload.get("seeds") or ()),
         )
-    except (ValueError, TypeError, KeyError, RecursionError, ConfigurationError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigurationError):
         return None
 
 
+def _seconds(value: Any) -> Optional[float]:
+    number = None if value is None else float(value)
+    if number is not None and not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 if _POSIX:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        # flock, not lockf: the latter does not exclude two users within one process.
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
-                return False
-            raise
-        return True
-
-    def _unlock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def _sync_directory(directory: str) -> None:
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError:
-            # Some network file systems refuse to sync a directory; the replace itself has happened.
-            pass
-        finally:
-            os.close(descriptor)
+        # Some file systems refuse to open or sync a directory; the replace itself has happened.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 else:  # pragma: no cover  # Windows
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> bool:
-        try:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EDEADLK, errno.EAGAIN):
-                return False
-            raise
-        return True
-
-    def _unlock(descriptor: int) -> None:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
 
     def _sync_directory(directory: str) -> None:
         """Windows has no such thing; the replace is as durable as it gets."""

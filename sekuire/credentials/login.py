@@ -204,19 +204,23 @@ class Authenticator:
         return left > min(lifetime * _EARLY_SHARE, _EARLY_MOST) * (1.0 - snapshot.jitter)
 
     def _renew_early(self, snapshot: Snapshot, left: float, deadline: Deadline) -> Snapshot:
-        credentials = snapshot.credentials
-        can = self._provider or (credentials.installation_id and credentials.refresh_token)
-        if not can or time.monotonic() < self._next_try:
+        if not (self._provider or self._can_refresh(snapshot)) or time.monotonic() < self._next_try:
             return snapshot
         if left > min((snapshot.lifetime or 0.0) * _LATE_SHARE, _LATE_MOST):
             self._renew_in_background(snapshot.generation)
             return snapshot
         try:
-            return self.store.renew(snapshot.generation, self._renew_gently, deadline)
+            return self.store.renew(snapshot.generation, lambda one: self._renew_gently(one, deadline), deadline)
+        except RevokedError:
+            raise
         except SekuireError as error:
-            # A live token is served even so; only an expired one is never handed out.
-            self._postpone(error)
-        return self.store.snapshot
+            problem = error
+        self._postpone(problem)
+        snapshot = self.store.snapshot
+        if snapshot.time_left() == 0:
+            # The try took all that was left. A live token is served even so; an expired one is never handed out.
+            raise problem
+        return snapshot
 
     def _renew_in_background(self, generation: int) -> None:
         with self._lock:
@@ -231,7 +235,8 @@ class Authenticator:
 
     def _background(self, generation: int) -> None:
         try:
-            self.store.renew(generation, self._renew_gently, Deadline(RENEWAL_TIMEOUT))
+            deadline = Deadline(RENEWAL_TIMEOUT)
+            self.store.renew(generation, lambda one: self._renew_gently(one, deadline), deadline)
         except SekuireError as error:
             self._postpone(error)
         except Exception:
@@ -248,9 +253,8 @@ class Authenticator:
     def _renew(self, generation: int, deadline: Deadline) -> Snapshot:
         return self.store.renew(generation, lambda snapshot: self._try_all(snapshot, deadline), deadline)
 
-    def _renew_gently(self, snapshot: Snapshot) -> Renewed:
+    def _renew_gently(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         """Renewal of a token that still works: only what costs nothing that could not be had again."""
-        deadline = Deadline(RENEWAL_TIMEOUT)
         problem: Optional[AuthenticationError] = None
         try:
             return self._provide(snapshot) if self._provider else self._refresh(snapshot, deadline)
@@ -269,7 +273,8 @@ class Authenticator:
         if not refusals:
             message = "the platform refused the runtime token, and nothing else was given to authenticate with"
             if snapshot.credentials.runtime_token is None:
-                self.require_a_way()
+                if not self._dead:
+                    raise TransportError("the credentials_store holds no credentials yet; waiting for them")
                 message = "every way of authenticating has been refused before"
             raise AuthenticationError(message, 401)
         last = refusals[-1]
@@ -277,16 +282,19 @@ class Authenticator:
 
     def _ways(self, snapshot: Snapshot, deadline: Deadline) -> List[Callable[[], Renewed]]:
         ways: List[Callable[[], Renewed]] = []
-        credentials = snapshot.credentials
         if self._provider is not None:
             ways.append(lambda: self._provide(snapshot))
-        if credentials.installation_id and credentials.refresh_token and not self._is_dead(credentials.refresh_token):
+        if self._can_refresh(snapshot):
             ways.append(lambda: self._refresh(snapshot, deadline))
         if self._install_token is not None and not self._is_dead(self._install_token):
             ways.append(lambda: self._bootstrap(deadline))
         if self._api_key is not None and not self._is_dead(self._api_key):
             ways.append(lambda: self._recover(snapshot, deadline))
         return ways
+
+    def _can_refresh(self, snapshot: Snapshot) -> bool:
+        token = snapshot.credentials.refresh_token
+        return snapshot.credentials.installation_id is not None and token is not None and not self._is_dead(token)
 
     def _is_dead(self, secret: Secret) -> bool:
         return fingerprint(secret.reveal()) in self._dead
@@ -363,14 +371,16 @@ class Authenticator:
         def attempt() -> Reply:
             timeout = max(deadline.remaining(), 0.001)
             # The same key at every try: a lost answer is repeated, not spent.
-            return self._http.request(
+            reply = self._http.request(
                 "POST", path, body=body, credential=credential, idempotency_key=key, timeout=timeout
-            ).check()
+            )
+            # Frameworks that validate bodies quote them in their errors.
+            reply = reply.without(secret)
+            return reply.check()
 
         refusal: Optional[Exception] = None
         try:
-            reply = call(attempt, stop=self._stop, deadline=deadline)
-            grant = protocol.decode_grant(reply.json(), reply.date, reply.now, previous)
+            renewed = _renewed_by(call(attempt, stop=self._stop, deadline=deadline), previous)
         except PlanLimitError:
             raise
         except APIError as error:
@@ -379,13 +389,13 @@ class Authenticator:
             refusal = _Refused(f"{path} did not answer as the contract says ({error}); is api_base_url right?")
         if refusal is not None:
             raise refusal
-        log.info("authenticated with %s as installation %s", what, grant.credentials.installation_id)
-        self.on_grant(grant, reply.sent_at)
-        return Renewed(grant=grant, sent_at=reply.sent_at, sent_wall=reply.sent_wall)
+        log.info("authenticated with %s as installation %s", what, renewed.grant.credentials.installation_id)
+        self.on_grant(renewed.grant, renewed.sent_at)
+        return renewed
 
     def _read_refusal(self, what: str, secret: Secret, error: APIError) -> Exception:
         if protocol.is_revoked(error):
-            return RevokedError(error.message or None)
+            return _revocation(error)
         if protocol.is_transient(error.status):
             return TransportError(f"authenticating with {what} failed for now: {error}")
         if error.status in _DEAD:
@@ -432,11 +442,20 @@ def bearer_of(snapshot: Snapshot) -> Optional[Credential]:
     return None if token is None else functools.partial(protocol.bearer, token)
 
 
+def _renewed_by(reply: Reply, previous: Optional[RuntimeCredentials]) -> Renewed:
+    """What an answer brought; apart, so that no frame of an error keeps the answer's plain tokens."""
+    grant = protocol.decode_grant(reply.json(), reply.date, reply.now, previous)
+    return Renewed(grant=grant, sent_at=reply.sent_at, sent_wall=reply.sent_wall)
+
+
 def _is_revocation(reply: Reply) -> bool:
     return protocol.is_revoked(protocol.decode_error(reply.status, reply.body))
 
 
 def _revoked(reply: Reply) -> RevokedError:
-    error = protocol.decode_error(reply.status, reply.body)
+    return _revocation(protocol.decode_error(reply.status, reply.body))
+
+
+def _revocation(error: APIError) -> RevokedError:
     timeout = (error.details or {}).get("shutdown_timeout_ms")
     return RevokedError(error.message or None, protocol.milliseconds(timeout))

@@ -10,18 +10,21 @@ import random
 import threading
 import time
 import weakref
-from typing import Callable, Optional, Union
+from typing import Callable, Optional, Tuple, Union
 
 import attrs
 
 from ..errors import ConfigurationError, SekuireError, TransportError
 from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
+from ..protocol import MAX_LIFETIME
 from .file import CredentialsFile, Stored
 
 log = logging.getLogger("sekuire.credentials")
 
 _LOCK_TIMEOUT = 10.0
+#: Hashes of settings that are remembered: those of the objects that share one store.
+_MOST_SEEDS = 8
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -71,9 +74,9 @@ class _Flight:
 class RuntimeCredentialsStore:
     """Runtime credentials shared by all objects it is given to, such as a Beacon and a Worker.
 
-    Any thread may call anything. ``_lock`` guards the snapshot, the flight and the seed, and is never held over I/O;
-    ``_write_lock`` orders writers (a renewal, a heartbeat's token, the user's :meth:`update`) and is held while the
-    file is written, because a rotated refresh token must be on disk before anyone uses it.
+    Any thread may call anything. ``_lock`` guards the snapshot and the flight, and is never held over I/O;
+    ``_write_lock`` orders writers (a renewal, a heartbeat's token, the user's :meth:`update`), guards what only they
+    use, and is held while the file is written, because a rotated refresh token must be on disk before anyone uses it.
 
     :param credentials: what to begin with.
     :param path: a file that makes it last. It must be private to this user (mode 0600; it is made so), in a directory
@@ -93,7 +96,8 @@ class RuntimeCredentialsStore:
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._flight: Optional[_Flight] = None
-        self._seed: Optional[str] = None
+        self._seeds: Tuple[str, ...] = ()
+        self._offered: Tuple[str, ...] = ()
         self._revision = 0
         self._is_from_file = False
         self._file = CredentialsFile(path) if path is not None else None
@@ -124,8 +128,9 @@ class RuntimeCredentialsStore:
         """
         if not isinstance(credentials, RuntimeCredentials):
             raise ConfigurationError(f"must be RuntimeCredentials, got {type(credentials).__name__}", "credentials")
-        deadline = Deadline(_LOCK_TIMEOUT)
-        with self._writing(deadline):
+        with self._writing(Deadline(_LOCK_TIMEOUT)):
+            # For the revision: one that another process has passed already would be taken for old.
+            self._catch_up()
             self._store(credentials, _lifetime_of(credentials), time.monotonic(), time.time())
 
     def clear(self) -> None:
@@ -148,20 +153,32 @@ class RuntimeCredentialsStore:
         Rotation makes a store's content newer than the settings it began with: the same settings at a restart must
         not bring a consumed token back, and new settings must win.
 
+        :raises TransportError: the settings are new, and another holds the file for more than 10 s.
         :param install_token_hash: a hash of the install token given, so that a new one counts as new settings.
         """
         mark = _seed_of(credentials, install_token_hash)
         if mark is None:
             return
+        with self._lock:
+            self._offered = (*self._offered, mark)[-_MOST_SEEDS:]
+        if mark in self._seeds:
+            # The usual restart. It must not wait for a lock that another process may hold for as long as an outage.
+            return
         with self._writing(Deadline(_LOCK_TIMEOUT)):
-            if self._file is not None:
-                self._catch_up()
-            with self._lock:
-                known, self._seed = self._seed, mark
-            is_stale = self._is_from_file and self._snapshot.credentials != RuntimeCredentials()
-            # A new install token alone replaces what an older one left in the file, not what this process was given.
-            if known != mark and (credentials != RuntimeCredentials() or is_stale):
+            self._catch_up()
+            if mark in self._seeds:
+                return
+            # A new install token alone replaces what older settings left in the file, not what this process was given.
+            is_stale = self._is_from_file and bool(self._seeds) and _has_tokens(self.current)
+            if _has_tokens(credentials) or is_stale:
+                self._seeds = self._offered
                 self._store(credentials, _lifetime_of(credentials), time.monotonic(), time.time())
+                return
+            self._seeds = (*self._seeds, mark)[-_MOST_SEEDS:]
+            snapshot = self._snapshot
+            if _has_tokens(snapshot.credentials) or credentials.installation_id is not None:
+                # The file must know at a restart that these settings were there already.
+                self._complete(snapshot, credentials.installation_id)
 
     def renew(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
         """The credentials that replace generation ``used``: those that are there already, or those ``action`` gets.
@@ -182,8 +199,12 @@ class RuntimeCredentialsStore:
             return self._wait(flight, used, deadline)
         try:
             return self._lead(used, action, deadline)
-        except BaseException as error:
+        except Exception as error:
             mine.error = error
+            raise
+        except BaseException as error:
+            # Ctrl-C, for example: it is meant for this thread only.
+            mine.error = TransportError(f"renewing the credentials was interrupted ({type(error).__name__})")
             raise
         finally:
             with self._lock:
@@ -197,6 +218,8 @@ class RuntimeCredentialsStore:
         """
         credentials = renewed.grant.credentials
         with self._writing(Deadline(_LOCK_TIMEOUT)):
+            # Another process may have rotated the refresh token, which this must not bring back.
+            self._catch_up()
             snapshot = self._snapshot
             if snapshot.generation != used:
                 return False
@@ -209,9 +232,9 @@ class RuntimeCredentialsStore:
     def adopt_installation(self, installation_id: str) -> None:
         """Complete credentials that had only a runtime token with the id the platform told."""
         with self._writing(Deadline(_LOCK_TIMEOUT)):
-            snapshot = self._snapshot
-            if snapshot.credentials.installation_id is None:
-                self._publish(attrs.evolve(snapshot.credentials, installation_id=installation_id), keep=snapshot)
+            self._catch_up()
+            if self.current.installation_id is None:
+                self._complete(self._snapshot, installation_id)
 
     def reload(self) -> bool:
         """Take from the file what another process has written; whether there was anything new."""
@@ -235,8 +258,7 @@ class RuntimeCredentialsStore:
 
     def _lead(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
         with self._writing(deadline):
-            if self._file is not None:
-                self._catch_up()
+            self._catch_up()
             snapshot = self._snapshot
             if snapshot.generation != used:
                 return snapshot
@@ -248,8 +270,9 @@ class RuntimeCredentialsStore:
         return _Writing(self._write_lock, self._file, deadline)
 
     def _catch_up(self) -> None:
-        """Adopt what another process has written. Needs the write lock."""
-        assert self._file is not None
+        """Adopt what another process has written, if there is a file. Needs the write lock."""
+        if self._file is None:
+            return
         try:
             stored = self._file.load()
         except ConfigurationError as error:
@@ -260,44 +283,58 @@ class RuntimeCredentialsStore:
 
     def _adopt(self, stored: Stored) -> None:
         self._revision = stored.revision
-        left = None if stored.ends_at is None else stored.ends_at - time.time()
-        with self._lock:
-            self._seed = stored.seed
-        self._publish(stored.credentials, left if left is None else max(left, 0.0), time.monotonic(), time.time())
+        self._seeds = stored.seeds
         self._is_from_file = True
+        with self._lock:
+            left = None if stored.ends_at is None else stored.ends_at - time.time()
+            self._snapshot = Snapshot(
+                generation=self._snapshot.generation + 1,
+                credentials=stored.credentials,
+                lifetime=left if stored.lifetime is None else stored.lifetime,
+                ends_at=None if left is None else time.monotonic() + left,
+                ends_at_wall=stored.ends_at,
+            )
+
+    def _complete(self, snapshot: Snapshot, installation_id: Optional[str]) -> None:
+        """Write ``snapshot`` anew, with an installation id where it has none. Needs the write lock."""
+        credentials = snapshot.credentials
+        if credentials.installation_id is None and installation_id is not None:
+            credentials = attrs.evolve(credentials, installation_id=installation_id)
+        self._write(credentials, snapshot.lifetime, snapshot.ends_at_wall)
+        if credentials is not snapshot.credentials:
+            with self._lock:
+                self._snapshot = attrs.evolve(snapshot, generation=snapshot.generation + 1, credentials=credentials)
 
     def _store(
         self, credentials: RuntimeCredentials, lifetime: Optional[float], sent_at: float, sent_wall: float
     ) -> None:
         """Write, then publish. Needs the write lock."""
-        if self._file is not None:
-            revision = self._revision + 1
-            ends_at = None if lifetime is None else sent_wall + lifetime
-            self._file.save(Stored(credentials=credentials, revision=revision, ends_at=ends_at, seed=self._seed))
-            self._revision = revision
+        ends_at_wall = None if lifetime is None else sent_wall + lifetime
+        self._write(credentials, lifetime, ends_at_wall)
         self._is_from_file = False
-        self._publish(credentials, lifetime, sent_at, sent_wall)
-
-    def _publish(
-        self,
-        credentials: RuntimeCredentials,
-        lifetime: Optional[float] = None,
-        sent_at: float = 0.0,
-        sent_wall: float = 0.0,
-        keep: Optional[Snapshot] = None,
-    ) -> None:
         with self._lock:
-            generation = self._snapshot.generation + 1
-            if keep is not None:
-                self._snapshot = attrs.evolve(keep, generation=generation, credentials=credentials)
-            else:
-                self._snapshot = Snapshot(
-                    generation=generation,
-                    credentials=credentials,
-                    lifetime=lifetime,
-                    ends_at=None if lifetime is None else sent_at + lifetime,
-                    ends_at_wall=None if lifetime is None else sent_wall + lifetime,
-                )
+            self._snapshot = Snapshot(
+                generation=self._snapshot.generation + 1,
+                credentials=credentials,
+                lifetime=lifetime,
+                ends_at=None if lifetime is None else sent_at + lifetime,
+                ends_at_wall=ends_at_wall,
+            )
+
+    def _write(self, credentials: RuntimeCredentials, lifetime: Optional[float], ends_at: Optional[float]) -> None:
+        """Write to the file, if there is one. Needs the write lock."""
+        if self._file is None:
+            return
+        self._revision += 1
+        self._file.save(
+            Stored(
+                credentials=credentials,
+                revision=self._revision,
+                lifetime=lifetime,
+                ends_at=ends_at,
+                seeds=self._seeds,
+            )
+        )
 
 
 class _Writing:
@@ -346,9 +383,15 @@ def _seed_of(credentials: RuntimeCredentials, install_token_hash: Optional[str])
 
 
 def _lifetime_of(credentials: RuntimeCredentials) -> Optional[float]:
+    """What is left by our clock; None where it is unknown, or too long to be meant (protocol.md)."""
     if credentials.expires_at is None:
         return None
-    return max(0.0, credentials.expires_at.timestamp() - time.time())
+    seconds = max(0.0, credentials.expires_at.timestamp() - time.time())
+    return seconds if seconds <= MAX_LIFETIME else None
+
+
+def _has_tokens(credentials: RuntimeCredentials) -> bool:
+    return credentials.runtime_token is not None or credentials.refresh_token is not None
 
 
 def _own_copy(error: BaseException) -> BaseException:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import socket
+import time
 import zlib
 from typing import Any, Iterator, Optional
 
@@ -37,24 +41,53 @@ def arriving(raw: Any) -> Iterator[bytes]:
             break
     if source.length:
         raise BodyError(f"the answer ended {source.length} bytes early")
+    if inflate is not None and not inflate.is_whole():
+        raise BodyError("the answer ended in the middle of its compressed data")
     source.close()
 
 
-def read_body(raw: Any, limit: int, expired: Any) -> bytes:
-    """The whole body, at most ``limit`` bytes decoded; ``expired()`` is asked after each piece.
+def read_body(raw: Any, limit: int, end: float) -> bytes:
+    """The whole body, at most ``limit`` bytes decoded, by ``end`` (``time.monotonic()``).
+
+    No read waits for longer than what is left, so that a server that sends a byte now and then gets no more time.
 
     :raises BodyError: as :func:`arriving`, or too large, or too slow.
     """
+    sock = socket_of(raw)
+    patience = (sock.gettimeout() if sock is not None else None) or math.inf
     pieces = []
     size = 0
-    for piece in arriving(raw):
+    arrivals = arriving(raw)
+    while True:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise BodyError("the answer did not arrive whole in time")
+        limit_reads(sock, min(left, patience))
+        piece = next(arrivals, None)
+        if piece is None:
+            break
         size += len(piece)
         if size > limit:
             raise BodyError(f"the answer is larger than {limit} bytes")
         pieces.append(piece)
-        if expired():
-            raise BodyError("the answer did not arrive whole in time")
+    # Not every urllib3 sets it anew before it sends the next request.
+    limit_reads(sock, patience)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def limit_reads(sock: Optional[socket.socket], seconds: float) -> None:
+    """Let no read of ``sock`` wait longer than ``seconds``."""
+    if sock is not None and seconds < math.inf:
+        # The socket of an answer that has been read whole may be closed.
+        with contextlib.suppress(OSError):
+            sock.settimeout(seconds)
+
+
+def socket_of(raw: Any) -> Optional[socket.socket]:
+    """The socket below a response; http.client keeps it there even when the connection object has let it go."""
+    buffered = getattr(getattr(raw, "_fp", None), "fp", None)
+    sock = getattr(getattr(buffered, "raw", None), "_sock", None)
+    return sock if isinstance(sock, socket.socket) else None
 
 
 def _inflater(encoding: Optional[str]) -> Optional[_Inflater]:
@@ -71,6 +104,11 @@ class _Inflater:
 
     def __init__(self) -> None:
         self._object = self._new()
+        self._is_fed = False
+
+    def is_whole(self) -> bool:
+        """Whether the data ended with a member's end, or there was none at all."""
+        return not self._is_fed or bool(self._object.eof)
 
     @staticmethod
     def _new() -> Any:
@@ -78,7 +116,9 @@ class _Inflater:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         problem = False
-        while data and not problem:
+        is_more = bool(data)
+        self._is_fed = self._is_fed or is_more
+        while is_more and not problem:
             if self._object.eof:
                 self._object = self._new()
             try:
@@ -87,6 +127,8 @@ class _Inflater:
                 problem = True
                 continue
             data = self._object.unused_data if self._object.eof else self._object.unconsumed_tail
+            # A full step may have left output behind even where all input is taken.
+            is_more = bool(data) or (len(piece) == _INFLATE_STEP and not self._object.eof)
             if piece:
                 yield piece
         if problem:

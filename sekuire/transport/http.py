@@ -6,10 +6,11 @@ import http.client
 import logging
 import os
 import socket
+import ssl
 import time
 from datetime import datetime, timezone
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union, cast
 from urllib.parse import urlsplit
 
 import attrs
@@ -17,11 +18,13 @@ import requests
 import requests.adapters
 import requests.structures
 import requests.utils
+import urllib3
 import urllib3.exceptions
 
 from .. import protocol
 from ..config import ConnectionConfig, is_loopback
-from ..errors import TransportError
+from ..errors import ConfigurationError, TransportError
+from ..secret import Secret
 from .body import BodyError, read_body
 
 log = logging.getLogger("sekuire.http")
@@ -73,9 +76,35 @@ class Reply:
             error.message = "the platform answered with a redirect, which is not followed; check api_base_url"
         raise error
 
+    def without(self, secret: Secret) -> Reply:
+        """This reply, or where it is an error that echoes ``secret``, one without."""
+        if self.is_success:
+            return self
+        return attrs.evolve(self, body=self.body.replace(secret.reveal().encode(), b"***"))
+
     def json(self) -> Any:
         """:raises sekuire.protocol.Malformed: the body is not JSON."""
         return protocol.decode_body(self.body)
+
+
+class _Session(requests.Session):
+    """A session for which no answer is a redirect.
+
+    Even with ``allow_redirects=False`` requests reads the body of one, whatever its size, to prepare the next request.
+    """
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
+def _environment_bundle() -> Optional[str]:
+    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        path = os.environ.get(variable)
+        if path:
+            if not os.path.exists(path):
+                raise ConfigurationError(f"no such file: {path!r}", "verify", f"environment variable {variable}")
+            return path
+    return None
 
 
 class Route:
@@ -83,6 +112,8 @@ class Route:
 
     With ``trust_env`` off, requests leaves netrc alone, which would replace our header, and the environment's CA
     bundle, which would override even ``verify=False``; what is wanted of the environment is read here.
+
+    :raises ConfigurationError: the environment names a CA bundle that does not exist.
     """
 
     __slots__ = ("base", "cert", "host", "proxies", "verify")
@@ -94,9 +125,7 @@ class Route:
         self.cert = config.client_cert
         self.verify: Union[bool, str] = config.verify
         if config.verify is True:
-            bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-            if bundle:
-                self.verify = bundle
+            self.verify = _environment_bundle() or True
         elif config.verify is False:
             log.warning("TLS certificates of %s are not verified (verify=False)", self.host)
         if config.proxies is not None:
@@ -110,7 +139,7 @@ class Route:
 
     def session(self, adapter: requests.adapters.HTTPAdapter) -> requests.Session:
         """A session that takes nothing from the environment and keeps no cookies."""
-        session = requests.Session()
+        session = _Session()
         session.trust_env = False
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         session.adapters.clear()
@@ -125,7 +154,7 @@ class Route:
         path: str,
         headers: Mapping[str, str],
         body: Optional[bytes],
-        timeout: Tuple[float, float],
+        timeout: urllib3.Timeout,
     ) -> requests.Response:
         """Send, and return as soon as the answer's headers are there."""
         prepared = requests.PreparedRequest()
@@ -137,7 +166,7 @@ class Route:
         return session.send(
             prepared,
             stream=True,
-            timeout=timeout,
+            timeout=cast(Any, timeout),
             verify=self.verify,
             cert=self.cert,
             proxies=self.proxies,
@@ -202,6 +231,7 @@ class HttpClient:
     ) -> Union[Reply, TransportError]:
         # Errors are returned: raised from here, their traceback would keep this frame and with it the token's header.
         headers: Dict[str, str] = dict(self._headers)
+        value = ""
         if credential is not None:
             name, value = credential()
             headers[name] = value
@@ -217,19 +247,25 @@ class HttpClient:
         sent_at = time.monotonic()
         total = timeout if timeout is not None else self._connect_timeout + self._read_timeout
         end = sent_at + total
-        limits = (min(self._connect_timeout, total), min(self._read_timeout, total))
+        limits = urllib3.Timeout(total=total, connect=self._connect_timeout, read=self._read_timeout)
         try:
             response = self.route.send(self._session, method, path, headers, data, limits)
         except Exception as error:  # noqa: BLE001
             return describe(error, self.route.host)
         try:
-            # One read may still take the read timeout: the last piece is what can run past the end.
-            content = read_body(response.raw, MAX_ANSWER, lambda: time.monotonic() > end)
+            content = read_body(response.raw, MAX_ANSWER, end)
             response.raw.release_conn()
         except Exception as error:  # noqa: BLE001
             response.close()
             return describe(error, self.route.host)
+        if not 200 <= response.status_code < 300 and credential is not None:
+            content = without(value, content)
         return Reply(response.status_code, response.headers, content, sent_at, sent_wall)
+
+
+def without(header: str, content: bytes) -> bytes:
+    """``content``, which goes into errors and logs, without the token of ``header``: some servers echo a request."""
+    return content.replace(header.rpartition(" ")[2].encode(), b"***")
 
 
 def describe(error: BaseException, host: str) -> TransportError:
@@ -242,26 +278,38 @@ def describe(error: BaseException, host: str) -> TransportError:
 
     if isinstance(error, BodyError):
         return TransportError(f"{host}: {error}")
-    if is_any(requests.exceptions.SSLError, urllib3.exceptions.SSLError):
-        reason = next((one for one in chain if hasattr(one, "verify_message") or hasattr(one, "reason")), None)
-        text = getattr(reason, "verify_message", None) or getattr(reason, "reason", None) or "handshake failed"
-        return TransportError(f"TLS with {host} failed: {protocol.one_line(str(text))[:200]}", retryable=False)
+    if is_any(ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        # No verdict on a certificate or a version, but a connection that ended, such as that of a restarting platform.
+        return TransportError(f"the TLS connection to {host} broke")
+    if is_any(requests.exceptions.SSLError, urllib3.exceptions.SSLError, ssl.SSLError):
+        return TransportError(f"TLS with {host} failed: {_tls_problem(chain)}", retryable=False)
     if is_any(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
         return TransportError(f"cannot reach {host} through the proxy")
-    if is_any(requests.exceptions.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError):
+    # In some versions of urllib3 a refused connection is a kind of ConnectTimeoutError.
+    is_refused = is_any(urllib3.exceptions.NewConnectionError)
+    if not is_refused and is_any(requests.exceptions.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError):
         return TransportError(f"connecting to {host} timed out")
-    if is_any(requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, socket.timeout):  # noqa: UP041
+    if not is_refused and is_any(requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, socket.timeout):
         return TransportError(f"{host} did not answer in time")
     if is_any(*_UNSENDABLE):
         return TransportError(f"a request to {host} could not be built ({type(error).__name__})", retryable=False)
     system = next((one for one in chain if isinstance(one, OSError) and one.errno and one.strerror), None)
     if system is not None:
         return TransportError(f"cannot reach {host}: {system.strerror}")
-    if any("NameResolution" in kind.__name__ or kind.__name__ == "gaierror" for kind in kinds):
-        return TransportError(f"cannot reach {host}: its name cannot be resolved")
     if is_any(http.client.HTTPException, urllib3.exceptions.HTTPError, requests.exceptions.RequestException, OSError):
         return TransportError(f"the connection to {host} broke ({kinds[-1].__name__})")
     return TransportError(f"a request to {host} failed ({type(error).__name__})", retryable=False)
+
+
+def _tls_problem(chain: List[BaseException]) -> str:
+    for one in chain:
+        # urllib3 1 looks at the host's name by itself, and has an error class of its own for that.
+        if isinstance(one, ssl.SSLCertVerificationError) or type(one).__name__ == "CertificateError":
+            text = protocol.one_line(getattr(one, "verify_message", "") or str(one))[:200]
+            return f"{text}; where a CA of your own issued its certificate, name that CA's file with verify="
+    reason = next((one for one in chain if isinstance(one, ssl.SSLError)), None)
+    text = (reason.reason or str(reason)).replace("_", " ") if reason is not None else ""
+    return protocol.one_line(text)[:200] or "the handshake failed"
 
 
 _UNSENDABLE = (

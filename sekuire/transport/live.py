@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from typing import Any, Dict, Iterator, Mapping, Optional, Type, Union
 
 import requests
 import requests.adapters
+import urllib3
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .. import protocol
 from ..config import ConnectionConfig
 from ..errors import TransportError
-from .body import BodyError, arriving, read_body
-from .http import Credential, Route, describe
+from .body import BodyError, arriving, limit_reads, read_body, socket_of
+from .http import Credential, Route, describe, without
 
 #: Most bytes read of an answer that is an error, not a stream.
 _MAX_ERROR = 65536
@@ -66,9 +68,19 @@ class Waker:
 class LiveAnswer:
     """The headers of an answer and its bytes as they come. Used by the reading thread only."""
 
-    def __init__(self, response: requests.Response, waker: Waker, host: str) -> None:
-        self._response = response
+    def __init__(
+        self,
+        response: requests.Response,
+        waker: Waker,
+        host: str,
+        patience: float,
+        credential: Optional[Credential] = None,
+    ) -> None:
+        # Not the response itself: it refers to its request and so to the token.
+        self._raw = response.raw
         self._waker = waker
+        self._patience = patience
+        self._credential = credential
         self._host = host
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
@@ -79,10 +91,8 @@ class LiveAnswer:
         :param idle_timeout: seconds without a byte after which the connection counts as dead.
         :raises TransportError: it broke, was silent for too long, or cannot be decoded.
         """
-        sock = _socket_of(self._response.raw)
-        if sock is not None:
-            sock.settimeout(idle_timeout)
-        pieces = arriving(self._response.raw)
+        limit_reads(socket_of(self._raw), idle_timeout)
+        pieces = arriving(self._raw)
         while True:
             problem: Optional[TransportError] = None
             piece: Optional[bytes] = None
@@ -90,7 +100,7 @@ class LiveAnswer:
                 piece = next(pieces, None)
             except BodyError as error:
                 problem = TransportError(f"{self._host}: {error}")
-            except socket.timeout:  # noqa: UP041  # Not TimeoutError before Python 3.10.
+            except socket.timeout:  # Not TimeoutError before Python 3.10.
                 problem = TransportError(f"{self._host} was silent for {idle_timeout:g} s")
             except Exception as error:  # noqa: BLE001
                 problem = describe(error, self._host)
@@ -101,14 +111,16 @@ class LiveAnswer:
             yield piece
 
     def error_body(self) -> bytes:
-        """What an answer that is no stream says, at most 64 KiB; empty where it cannot be read."""
+        """What an answer that is no stream says, at most 64 KiB; empty where it cannot be read, or not in time."""
         try:
-            return read_body(self._response.raw, _MAX_ERROR, lambda: False)
+            content = read_body(self._raw, _MAX_ERROR, time.monotonic() + self._patience)
         except Exception:  # noqa: BLE001
             return b""
+        return content if self._credential is None else without(self._credential()[1], content)
 
     def close(self) -> None:
-        self._response.close()
+        self._raw.close()
+        self._raw.release_conn()
         self._waker.detach()
 
 
@@ -157,19 +169,13 @@ class LiveClient:
         if credential is not None:
             name, value = credential()
             headers[name] = value
+        timeout = urllib3.Timeout(connect=self._timeouts[0], read=self._timeouts[1])
         try:
-            response = self.route.send(self._session, "GET", path, headers, None, self._timeouts)
+            response = self.route.send(self._session, "GET", path, headers, None, timeout)
         except Exception as error:  # noqa: BLE001
             self._waker.detach()
             return describe(error, self.route.host)
-        return LiveAnswer(response, self._waker, self.route.host)
-
-
-def _socket_of(raw: Any) -> Optional[socket.socket]:
-    """The socket below a response; http.client keeps it there even when the connection object has let it go."""
-    buffered = getattr(getattr(raw, "_fp", None), "fp", None)
-    sock = getattr(getattr(buffered, "raw", None), "_sock", None)
-    return sock if isinstance(sock, socket.socket) else None
+        return LiveAnswer(response, self._waker, self.route.host, self._timeouts[1], credential)
 
 
 class _WakeableAdapter(requests.adapters.HTTPAdapter):

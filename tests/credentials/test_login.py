@@ -1,0 +1,1010 @@
+"""The ways of authenticating: their order, their refusals, and how a token is kept fresh."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+import pytest
+
+from sekuire import protocol
+from sekuire.config import AgentConfig
+from sekuire.credentials import Authenticator, RuntimeCredentialsStore, Snapshot
+from sekuire.credentials import login as login_module
+from sekuire.errors import (
+    APIError,
+    AuthenticationError,
+    ConfigurationError,
+    PlanLimitError,
+    RevokedError,
+    SekuireError,
+    TransportError,
+)
+from sekuire.lifecycle import Deadline
+from sekuire.local import LocalPlatform
+from sekuire.models import Grant, HeartbeatReply, RuntimeCredentials
+from sekuire.secret import Secret
+from sekuire.transport.http import HttpClient
+from sekuire.transport.retry import Interrupted
+
+from ..servers import (
+    PATIENCE,
+    Answer,
+    Request,
+    WebServer,
+    assert_clean,
+    grant_of,
+    refusing_url,
+    until,
+)
+
+HOUR = 3600.0
+AGENT = "agent-1"
+INSTALL, API_KEY = "skt_do_not_show", "sk_live_do_not_show"
+On = Union[Answer, Callable[[Request], Answer]]
+
+
+class Fake:
+    """A platform that answers as it is told; by default each grant has new tokens that live an hour."""
+
+    def __init__(self) -> None:
+        self.lifetime: Optional[float] = HOUR
+        self.on: Dict[str, On] = {}
+        self.calls: List[str] = []
+        self._grants = 0
+        self._lock = threading.Lock()
+        self.server = WebServer(self._answer)
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def requests(self, name: str) -> List[Request]:
+        return [request for request in self.server.requests if request.path.endswith(f"/{name}")]
+
+    def grant(self, **fields: Any) -> Answer:
+        with self._lock:
+            self._grants += 1
+            number = self._grants
+        if self.lifetime is not None:
+            end = dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=self.lifetime)
+            fields.setdefault("expires_at", protocol.format_time(end))
+        return Answer(201, grant_of(number, **fields))
+
+    def _answer(self, request: Request) -> Answer:
+        name = request.path.rpartition("/")[2]
+        with self._lock:
+            self.calls.append(name)
+        on = self.on.get(name)
+        if on is not None:
+            return on(request) if callable(on) else on
+        return self.grant() if name in ("bootstrap", "refresh", "recover") else Answer(200, {})
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    fake = Fake()
+    yield fake
+    fake.server.close()
+
+
+Make = Callable[..., Authenticator]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    clients: List[HttpClient] = []
+    stops: List[threading.Event] = []
+
+    def make(
+        url: Any,
+        *,
+        store: Optional[RuntimeCredentialsStore] = None,
+        token_provider: Any = None,
+        api_key: Optional[str] = None,
+        workspace_id: Optional[str] = None,
+        stop: Optional[threading.Event] = None,
+        pool_size: int = 4,
+        **options: Any,
+    ) -> Authenticator:
+        config = AgentConfig(
+            api_base_url=getattr(url, "url", url), agent_id=AGENT, read_timeout=PATIENCE, proxies={}, **options
+        )
+        client = HttpClient(config, pool_size=pool_size)
+        clients.append(client)
+        stops.append(stop or threading.Event())
+        return Authenticator(
+            config,
+            client,
+            store or RuntimeCredentialsStore(),
+            stop=stops[-1],
+            runtime_info={"hostname": "h", "pid": 1, "platform": {}},
+            token_provider=token_provider,
+            api_key=None if api_key is None else Secret(api_key),
+            workspace_id=workspace_id,
+        )
+
+    yield make
+    for stop in stops:
+        stop.set()
+    for client in clients:
+        client.close()
+    until(lambda: not [t for t in threading.enumerate() if t.name in ("sekuire-refresh", "sekuire-token-provider")])
+
+
+class Clock:
+    """The clocks of the store and the login, ahead of the real ones by what a test says."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+    def time(self) -> float:
+        return time.time() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    from sekuire.credentials import store as store_module
+
+    clock = Clock()
+    monkeypatch.setattr(store_module, "time", clock)
+    monkeypatch.setattr(login_module, "time", clock)
+    return clock
+
+
+def patience() -> Deadline:
+    return Deadline(PATIENCE)
+
+
+def token(snapshot: Snapshot) -> Optional[str]:
+    found = snapshot.credentials.runtime_token
+    return None if found is None else found.reveal()
+
+
+def beat(auth: Authenticator, deadline: Optional[Deadline] = None) -> Tuple[Any, Snapshot]:
+    """A call with the runtime token."""
+    return auth.request("POST", lambda snapshot: "/api/v1/beat", body=b"{}", deadline=deadline or patience())
+
+
+def refused(auth: Authenticator, error: type = AuthenticationError) -> Any:
+    with pytest.raises(error) as caught:
+        auth.snapshot(patience())
+    assert_clean(caught.value, INSTALL, API_KEY, "skr_", "skf_")
+    return caught.value
+
+
+def error(status: int, code: str = "", message: str = "no") -> Answer:
+    return Answer(status, {"code": code, "message": message})
+
+
+# -- the ways and their order -----------------------------------------------------------------------------------------
+
+
+def test_a_runtime_token_needs_no_login(fake: Fake, make: Make) -> None:
+    """A token that was given is used as it is, whatever else was given too."""
+    auth = make(
+        fake, runtime_token="skr_given", installation_id="inst-1", refresh_token="skf_given", install_token=INSTALL
+    )
+    assert token(auth.snapshot(patience())) == "skr_given"
+    assert fake.calls == []
+
+
+def test_bootstrap(fake: Fake, make: Make) -> None:
+    """An install token is exchanged for credentials, once, with all that the contract wants told."""
+    auth = make(fake, install_token=INSTALL, capabilities=["x"])
+    auth.declare(("x", "y"))
+    grants: List[Tuple[Grant, float]] = []
+    auth.on_grant = lambda grant, sent_at: grants.append((grant, sent_at))
+    for _ in range(2):
+        snapshot = auth.snapshot(patience())
+        assert token(snapshot) == "skr_runtime_1"
+    assert snapshot.credentials.installation_id == "inst-1"
+    assert snapshot.credentials.workspace_id == "ws-1"
+    left = snapshot.time_left()
+    assert left is not None
+    assert HOUR - PATIENCE < left <= HOUR + 1
+    assert fake.calls == ["bootstrap"]
+    assert len(grants) == 1
+    request = fake.server.requests[0]
+    assert request.json() == {
+        "install_token": INSTALL,
+        "agent_id": AGENT,
+        "capabilities": ["x", "y"],
+        "runtime_info": {"hostname": "h", "pid": 1, "platform": {}, "sdk": protocol.SDK_INFO},
+    }
+    assert request.headers["Idempotency-Key"] == protocol.idempotency_key("bootstrap", Secret(INSTALL), AGENT)
+    assert "Authorization" not in request.headers
+    assert "X-API-Key" not in request.headers
+
+
+def test_refresh(fake: Fake, make: Make) -> None:
+    """A refresh token comes before the install token; a rotated one replaces it."""
+    auth = make(fake, installation_id="inst-1", refresh_token="skf_given", install_token=INSTALL)
+    snapshot = auth.snapshot(patience())
+    assert token(snapshot) == "skr_runtime_1"
+    assert snapshot.credentials.refresh_token == Secret("skf_refresh_1")
+    assert fake.calls == ["refresh"]
+    request = fake.server.requests[0]
+    assert request.path == "/api/v1/installations/inst-1/refresh"
+    assert request.json() == {"refresh_token": "skf_given"}
+    assert request.headers["Idempotency-Key"] == protocol.idempotency_key("refresh", Secret("skf_given"), AGENT)
+    assert "Authorization" not in request.headers
+
+
+def test_a_refresh_that_does_not_rotate(fake: Fake, make: Make) -> None:
+    """A refresh token that the platform does not replace is kept."""
+    fake.on["refresh"] = Answer(200, {"runtime_token": "skr_new"})
+    auth = make(fake, installation_id="inst-1", refresh_token="skf_given")
+    snapshot = auth.snapshot(patience())
+    assert snapshot.credentials == RuntimeCredentials(
+        installation_id="inst-1", runtime_token="skr_new", refresh_token="skf_given"
+    )
+    assert snapshot.time_left() is None
+
+
+def test_every_way_in_its_order(fake: Fake, make: Make) -> None:
+    """Refused ways are followed by the next: refresh, install token, API key; and are not tried again."""
+    fake.on.update(beat=error(401), refresh=error(401), bootstrap=error(409))
+    auth = make(
+        fake, runtime_token="skr_given", installation_id="inst-1", refresh_token="skf_given", install_token=INSTALL,
+        api_key=API_KEY, workspace_id="ws-1",
+    )  # fmt: skip
+    beat(auth)
+    assert fake.calls == ["beat", "refresh", "bootstrap", "recover", "beat"]
+    recover = fake.requests("recover")[0]
+    assert recover.headers["X-API-Key"] == API_KEY
+    assert recover.json()["workspace_id"] == "ws-1"
+    assert recover.json()["agent_id"] == AGENT
+    beat(auth)
+    # The refresh token that the recovery brought is a new one, so it is tried.
+    assert fake.calls[5:] == ["beat", "refresh", "recover", "beat"]
+
+
+def test_when_every_way_is_refused(fake: Fake, make: Make) -> None:
+    """The error of a login that failed for good tells what each way was answered, and later ones do not try again."""
+    fake.on.update(refresh=error(401, "DEAD", "unknown refresh token"), bootstrap=error(403, "X", "wrong agent"))
+    auth = make(fake, installation_id="inst-1", refresh_token="skf_given", install_token=INSTALL)
+    problem = refused(auth)
+    assert "refused the refresh token: HTTP 401 DEAD: unknown refresh token" in str(problem)
+    assert "refused the install token: HTTP 403 X: wrong agent" in str(problem)
+    assert (problem.status, problem.code) == (403, "X")
+    assert "refused before" in str(refused(auth))
+    assert fake.calls == ["refresh", "bootstrap"]
+
+
+def test_nothing_to_authenticate_with(fake: Fake, make: Make) -> None:
+    """Without anything given the error names every option and variable that would do; any one of them does."""
+    with pytest.raises(ConfigurationError, match="SEKUIRE_INSTALL_TOKEN") as caught:
+        make(fake).require_a_way()
+    assert "token_provider" in str(caught.value)
+    ways: List[Dict[str, Any]] = [
+        {"install_token": INSTALL},
+        {"runtime_token": "skr"},
+        {"installation_id": "i", "refresh_token": "skf"},
+        {"token_provider": lambda: "skr"},
+        {"api_key": API_KEY},
+        {"store": RuntimeCredentialsStore(RuntimeCredentials(runtime_token="skr"))},
+    ]
+    for way in ways:
+        make(fake, **way).require_a_way()
+
+
+def test_a_runtime_token_alone_that_is_refused(fake: Fake, make: Make) -> None:
+    """A runtime token without anything behind it that the platform refuses is an authentication error."""
+    fake.on["beat"] = error(401)
+    auth = make(fake, runtime_token="skr_given")
+    with pytest.raises(AuthenticationError, match="nothing else was given") as caught:
+        beat(auth)
+    assert caught.value.status == 401
+    assert_clean(caught.value, "skr_given")
+
+
+def test_a_store_that_is_filled_later(fake: Fake, make: Make) -> None:
+    """With a store that is still empty the login waits: the error may pass."""
+    store = RuntimeCredentialsStore()
+    auth = make(fake, store=store)
+    assert refused(auth, TransportError).retryable
+    store.update(RuntimeCredentials(runtime_token="skr_later"))
+    assert token(auth.snapshot(patience())) == "skr_later"
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 409, 410])
+def test_a_consumed_install_token(status: int, fake: Fake, make: Make) -> None:
+    """The error of a consumed install token says how to live with tokens that work once."""
+    fake.on["bootstrap"] = error(status, "INSTALL_TOKEN_CONSUMED", "already used")
+    text = str(refused(make(fake, install_token=INSTALL)))
+    for hint in ("SEKUIRE_CREDENTIALS_FILE", "one token per replica", "max_uses", "already used"):
+        assert hint in text
+
+
+@pytest.mark.parametrize(
+    ("answer", "hint"),
+    [
+        (error(404), "api_base_url"),
+        (Answer(301, b"", [("Location", "https://other.test/")]), "redirect"),
+        (Answer(200, b"<html>"), "did not answer as the contract says"),
+        (Answer(200, []), "did not answer as the contract says"),
+        (Answer(200, {"runtime_token": "a b"}), "did not answer as the contract says"),
+        (error(422, "BAD", "what?"), "what?"),
+    ],
+)
+def test_other_refusals(answer: Answer, hint: str, fake: Fake, make: Make) -> None:
+    """A wrong path, a redirect and an answer that is none are refusals that say what to look at."""
+    fake.on["bootstrap"] = answer
+    assert hint in str(refused(make(fake, install_token=INSTALL)))
+
+
+@pytest.mark.parametrize("status", [402])
+def test_a_plan_limit(status: int, fake: Fake, make: Make) -> None:
+    """A plan limit is raised as itself, with its facts."""
+    fake.on["bootstrap"] = Answer(status, {"required_plan": "pro", "upgrade_url": "https://x.test"})
+    problem = refused(make(fake, install_token=INSTALL, api_key=API_KEY), PlanLimitError)
+    assert problem.required_plan == "pro"
+    assert fake.calls == ["bootstrap"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 410, 503])
+@pytest.mark.parametrize("way", ["bootstrap", "refresh", "recover", "beat"])
+def test_the_kill_switch(way: str, status: int, fake: Fake, make: Make) -> None:
+    """The code of a revocation is read before the status, wherever it comes, with its reason and its time."""
+    fake.on[way] = Answer(
+        status, {"code": "INSTALLATION_REVOKED", "message": "compromised", "shutdown_timeout_ms": 2500}
+    )
+    given: Dict[str, Dict[str, Any]] = {
+        "bootstrap": {"install_token": INSTALL, "api_key": API_KEY},
+        "refresh": {"installation_id": "i", "refresh_token": "skf_given", "install_token": INSTALL},
+        "recover": {"api_key": API_KEY},
+        "beat": {"runtime_token": "skr_given", "install_token": INSTALL},
+    }
+    auth = make(fake, **given[way])
+    with pytest.raises(RevokedError) as caught:
+        beat(auth)
+    assert (caught.value.reason, caught.value.shutdown_timeout) == ("compromised", 2.5)
+    assert_clean(caught.value, INSTALL, API_KEY, "skr_given", "skf_given")
+    assert fake.calls == [way]
+
+
+def test_a_body_that_is_echoed(fake: Fake, make: Make) -> None:
+    """A platform that quotes the request in its error, as validating frameworks do, leaks no token through us."""
+    for name in ("bootstrap", "refresh", "recover"):
+        fake.on[name] = lambda request: Answer(
+            422, {"message": f"bad input {request.body.decode()} {request.headers['X-API-Key']}"}
+        )
+    auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL, api_key=API_KEY)
+    assert "***" in str(refused(auth))
+
+
+# -- what passes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 503])
+def test_a_passing_failure_is_tried_again(status: int, fake: Fake, make: Make) -> None:
+    """A failure that may pass is tried again with the same idempotency key until it has passed."""
+    answers = iter([error(status), error(status)])
+    fake.on["bootstrap"] = lambda request: next(answers, None) or fake.grant()
+    auth = make(fake, install_token=INSTALL)
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    keys = {request.headers["Idempotency-Key"] for request in fake.requests("bootstrap")}
+    assert len(fake.requests("bootstrap")) == 3
+    assert len(keys) == 1
+
+
+def test_a_failure_that_does_not_pass_in_time(fake: Fake, make: Make) -> None:
+    """A failure that lasts until the deadline may pass later: the ways behind it are not used up for it."""
+    fake.on["refresh"] = Answer(503, {"code": "BUSY", "message": "come back"}, [("Retry-After", "200")])
+    auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL)
+    with pytest.raises(TransportError, match="failed for now: HTTP 503 BUSY: come back") as caught:
+        auth.snapshot(patience())
+    assert_clean(caught.value, "skf_given", INSTALL)
+    assert fake.calls == ["refresh"]
+    with refusing_url() as url:
+        with pytest.raises(TransportError, match="refused"):
+            make(url, install_token=INSTALL).snapshot(Deadline(0.05))
+
+
+def test_a_stop_ends_a_login(fake: Fake, make: Make) -> None:
+    """A stop ends the wait between two tries."""
+    stop = threading.Event()
+
+    def busy(request: Request) -> Answer:
+        stop.set()
+        return Answer(503, b"", [("Retry-After", "20")])
+
+    fake.on["bootstrap"] = busy
+    auth = make(fake, install_token=INSTALL, stop=stop)
+    with pytest.raises(SekuireError) as caught:
+        auth.snapshot(patience())
+    assert isinstance(caught.value, (Interrupted, TransportError))
+    assert fake.calls == ["bootstrap"]
+
+
+def test_a_lost_answer_is_repeated() -> None:
+    """A refresh whose answer was lost is sent again with the same token and key, and the platform repeats itself."""
+    with LocalPlatform() as platform:
+        first = platform.create_install_token(AGENT)
+        store = RuntimeCredentialsStore()
+        config = AgentConfig(api_base_url=platform.url, agent_id=AGENT, install_token=first)
+        client = HttpClient(config)
+        auth = Authenticator(config, client, store, stop=threading.Event(), runtime_info={})
+        before = auth.snapshot(patience())
+        assert before.credentials.refresh_token is not None
+        # The answer is lost: what it brought is not stored.
+        path = config.endpoints.path("refresh", installation_id=before.credentials.installation_id or "")
+        secret = before.credentials.refresh_token
+        key = protocol.idempotency_key("refresh", secret, AGENT)
+        lost = client.request("POST", path, body=protocol.refresh_body(secret), idempotency_key=key).json()
+        after = auth.rejected(before.generation, patience())
+        client.close()
+        assert token(after) == lost["runtime_token"]
+        assert after.credentials.refresh_token == Secret(lost["refresh_token"])
+        assert platform.count("bootstrap") == 1
+
+
+# -- 401 --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_401_is_one_refresh_and_one_replay(fake: Fake, make: Make) -> None:
+    """A call that is refused is repeated once with new credentials, the same body and key; a second 401 is final."""
+    fake.on["beat"] = lambda request: Answer(200 if request.headers["Authorization"].endswith("_2") else 401)
+    auth = make(fake, install_token=INSTALL)
+    reply, snapshot = auth.request(
+        "POST", lambda one: f"/api/v1/{one.generation}/beat", body=b'{"a":1}', idempotency_key="k", deadline=patience()
+    )
+    assert reply.status == 200
+    assert token(snapshot) == "skr_runtime_2"
+    assert fake.calls == ["bootstrap", "beat", "refresh", "beat"]
+    first, second = fake.requests("beat")
+    assert first.path != second.path
+    assert (first.body, first.headers["Idempotency-Key"]) == (second.body, second.headers["Idempotency-Key"])
+    fake.on["beat"] = error(401)
+    reply, _ = beat(auth)
+    assert reply.status == 401
+    assert fake.calls[4:] == ["beat", "refresh", "beat"]
+
+
+def test_64_threads_that_get_401_together() -> None:
+    """64 threads whose token ends at the same moment cause one refresh, and all get through."""
+    count = 64
+    with LocalPlatform() as platform:
+        config = AgentConfig(
+            api_base_url=platform.url, agent_id=AGENT, install_token=platform.create_install_token(AGENT)
+        )
+        client = HttpClient(config, pool_size=count)
+        store = RuntimeCredentialsStore()
+        auth = Authenticator(config, client, store, stop=threading.Event(), runtime_info={})
+        old = auth.snapshot(patience())
+        platform.expire_tokens()
+        together = threading.Barrier(count)
+        statuses: List[Any] = []
+
+        def path_of(snapshot: Snapshot) -> str:
+            if snapshot is old:
+                together.wait(PATIENCE)
+            return config.endpoints.path("heartbeat", installation_id=snapshot.credentials.installation_id or "")
+
+        def call() -> None:
+            try:
+                reply, _ = auth.request(
+                    "POST", path_of, body=protocol.heartbeat_body("healthy", 1, {}, (), ()), deadline=patience()
+                )
+                statuses.append(reply.status)
+            except BaseException as problem:
+                statuses.append(problem)
+
+        threads = [threading.Thread(target=call) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        client.close()
+        assert statuses == [200] * count
+        assert platform.count("heartbeat", 401) == count
+        assert platform.count("heartbeat", 200) == count
+        assert platform.count("refresh") == 1
+        assert store.generation == old.generation + 1
+
+
+# -- keeping fresh ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_token_is_left_alone(fake: Fake, make: Make, clock: Clock) -> None:
+    """Until a fifth of the lifetime is left nothing is renewed."""
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = HOUR - 301
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["bootstrap"]
+
+
+def test_an_early_refresh_is_in_the_background(fake: Fake, make: Make, clock: Clock) -> None:
+    """With little of its lifetime left the token is renewed by one thread in the background, and served meanwhile."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    entered, release = threading.Event(), threading.Event()
+
+    def slow(request: Request) -> Answer:
+        entered.set()
+        assert release.wait(PATIENCE)
+        return fake.grant()
+
+    fake.on["refresh"] = slow
+    clock.ahead = 1000.0 - 155
+    for _ in range(5):
+        assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert entered.wait(PATIENCE)
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    release.set()
+    until(lambda: token(auth.snapshot(patience())) == "skr_runtime_2")
+    assert fake.calls == ["bootstrap", "refresh"]
+
+
+@pytest.mark.parametrize(("jitter", "early"), [(0.0, 200.0), (0.1, 180.0), (0.2, 160.0)])
+def test_the_early_window_is_spread(jitter: float, early: float, fake: Fake, make: Make, clock: Clock) -> None:
+    """The early window begins at a fifth of the lifetime, less the jitter of these credentials."""
+    auth = make(fake, install_token=INSTALL)
+    snapshot = Snapshot(generation=1, credentials=RuntimeCredentials(), lifetime=1000.0, jitter=jitter)
+    assert auth._is_fresh(snapshot, early + 0.1)
+    assert not auth._is_fresh(snapshot, early - 0.1)
+    long = Snapshot(generation=1, credentials=RuntimeCredentials(), lifetime=10 * HOUR, jitter=jitter)
+    assert auth._is_fresh(long, 300 * (1 - jitter) + 0.1)
+    assert not auth._is_fresh(long, 300 * (1 - jitter) - 0.1)
+    assert all(0 <= Snapshot(generation=1, credentials=RuntimeCredentials()).jitter <= 0.2 for _ in range(50))
+
+
+@pytest.mark.parametrize("lifetime", [1000.0, HOUR])
+def test_a_late_refresh_is_waited_for(lifetime: float, fake: Fake, make: Make, clock: Clock) -> None:
+    """Shortly before its end the token is renewed before it is handed out."""
+    fake.lifetime = lifetime
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = lifetime - 55
+    assert token(auth.snapshot(patience())) == "skr_runtime_2"
+    assert fake.calls == ["bootstrap", "refresh"]
+
+
+@pytest.mark.parametrize("left", [155, 55], ids=["early", "late"])
+def test_a_failed_refresh_of_a_live_token(
+    left: float, fake: Fake, make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A renewal that fails while the token lives is no error: it is served, and tried again half a minute later."""
+    fake.lifetime = 1000.0
+    fake.on["refresh"] = error(422, "ODD", "not now")
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = 1000.0 - left
+    for _ in range(5):
+        assert token(auth.snapshot(patience())) == "skr_runtime_1"
+        until(lambda: "the present one still works" in caplog.text)
+    assert fake.calls == ["bootstrap", "refresh"]
+    clock.ahead += 29
+    until(lambda: not auth._refreshing)
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["bootstrap", "refresh"]
+    clock.ahead += 8
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    until(lambda: fake.calls == ["bootstrap", "refresh", "refresh"])
+    # A live token is not given up for a new installation.
+    assert "bootstrap" not in fake.calls[1:]
+
+
+def test_a_late_refresh_ends_with_the_callers_deadline(fake: Fake, make: Make, clock: Clock) -> None:
+    """A caller with little time gets the live token when the renewal does not come in that time."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    fake.on["refresh"] = error(503)
+    clock.ahead = 1000.0 - 55
+    assert token(auth.snapshot(Deadline(0.05))) == "skr_runtime_1"
+
+
+def test_a_dead_refresh_token_is_not_tried_again_and_again(fake: Fake, make: Make, clock: Clock) -> None:
+    """While the token lives, a refresh token that the platform called dead is left alone."""
+    fake.lifetime = 1000.0
+    fake.on["refresh"] = error(401)
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = 1000.0 - 59
+    for _ in range(2):
+        assert token(auth.snapshot(patience())) == "skr_runtime_1"
+        clock.ahead += 29
+    assert fake.calls == ["bootstrap", "refresh"]
+
+
+def test_an_expired_token_is_never_handed_out(fake: Fake, make: Make, clock: Clock) -> None:
+    """A token past its end is renewed first, and where that fails there is an error instead of a token."""
+    auth = make(fake, installation_id="inst-1", refresh_token="skf_given")
+    auth.snapshot(patience())
+    fake.on["refresh"] = error(503)
+    clock.ahead = HOUR + 1
+    for _ in range(2):
+        with pytest.raises(TransportError):
+            auth.snapshot(Deadline(0.01))
+    del fake.on["refresh"]
+    assert token(auth.snapshot(patience())) not in (None, "skr_runtime_1")
+
+
+def test_a_token_that_ends_during_its_late_refresh(fake: Fake, make: Make, clock: Clock) -> None:
+    """A token whose end comes while its renewal fails is not handed out."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+
+    def slow(request: Request) -> Answer:
+        clock.ahead += 100
+        return error(422)
+
+    fake.on["refresh"] = slow
+    clock.ahead = 1000.0 - 55
+    with pytest.raises(AuthenticationError):
+        auth.snapshot(patience())
+
+
+def test_a_revocation_in_a_late_refresh(fake: Fake, make: Make, clock: Clock) -> None:
+    """The kill switch is no failed refresh: it is raised though the token lives."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    fake.on["refresh"] = error(403, "INSTALLATION_REVOKED", "leak")
+    clock.ahead = 1000.0 - 55
+    refused(auth, RevokedError)
+
+
+def test_a_token_that_cannot_be_renewed_is_served(fake: Fake, make: Make, clock: Clock) -> None:
+    """A live token with nothing to renew it is served to its end; then the other ways are tried."""
+    fake.lifetime = 1000.0
+    fake.on["bootstrap"] = lambda request: fake.grant(refresh_token=None)
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = 1000.0 - 30
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["bootstrap"]
+    clock.ahead = 1001.0
+    assert token(auth.snapshot(patience())) == "skr_runtime_2"
+    assert fake.calls == ["bootstrap", "bootstrap"]
+
+
+def test_a_skewed_clock_does_not_matter(fake: Fake, make: Make) -> None:
+    """The lifetime counts by the platform's Date, however wrong either clock is."""
+    away = dt.datetime(2031, 1, 1, tzinfo=dt.timezone.utc)
+    fake.on["bootstrap"] = lambda request: Answer(
+        201, grant_of(1, expires_at="2031-01-01T01:00:00Z"), [("Date", "Wed, 01 Jan 2031 00:00:00 GMT")]
+    )
+    # The server adds a Date of its own, before ours; ours is the one to be read where there is one only.
+    auth = make(fake, install_token=INSTALL)
+    client = auth._http
+    real = client.request
+
+    def dated(*args: Any, **kwargs: Any) -> Any:
+        reply = real(*args, **kwargs)
+        return type(reply)(
+            reply.status, {"Date": "Wed, 01 Jan 2031 00:00:00 GMT"}, reply.body, reply.sent_at, reply.sent_wall
+        )
+
+    client.request = dated  # type: ignore[method-assign]
+    left = auth.snapshot(patience()).time_left()
+    assert left is not None
+    assert HOUR - PATIENCE < left <= HOUR
+    assert auth.store.current.expires_at == away + dt.timedelta(hours=1)
+
+
+def test_a_background_refresh_that_cannot_start(
+    fake: Fake, make: Make, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be started any more, because the interpreter ends, the live token is served."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = 1000.0 - 155
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    auth.snapshot(patience())
+    until(lambda: fake.calls == ["bootstrap", "refresh"])
+
+
+def test_an_unforeseen_error_in_the_background(
+    fake: Fake, make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody foresaw in a background renewal is logged, and the token served."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+
+    def fail(grant: Grant, sent_at: float) -> None:
+        raise ZeroDivisionError
+
+    auth.on_grant = fail
+    clock.ahead = 1000.0 - 155
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    until(lambda: "renewing the runtime token failed" in caplog.text)
+
+
+# -- heartbeats -------------------------------------------------------------------------------------------------------
+
+
+def test_a_heartbeats_token(fake: Fake, make: Make) -> None:
+    """A token that a heartbeat brought is used from then on; one for older credentials is not."""
+    auth = make(fake, install_token=INSTALL)
+    used = auth.snapshot(patience()).generation
+    reply = HeartbeatReply(refreshed_token=Secret("skr_beat"), refreshed_token_lifetime=100.0)
+    auth.accept_heartbeat(HeartbeatReply(), used, time.monotonic(), time.time())
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    auth.accept_heartbeat(reply, used, time.monotonic(), time.time())
+    snapshot = auth.snapshot(patience())
+    assert token(snapshot) == "skr_beat"
+    assert snapshot.lifetime == 100.0
+    late = HeartbeatReply(refreshed_token=Secret("skr_late"))
+    auth.accept_heartbeat(late, used, time.monotonic(), time.time())
+    assert token(auth.snapshot(patience())) == "skr_beat"
+
+
+# -- token_provider ---------------------------------------------------------------------------------------------------
+
+
+def test_a_provider_is_asked_first_and_after_a_401(fake: Fake, make: Make) -> None:
+    """Without a token the provider is asked, and again after a 401; other ways come after it."""
+    tokens = iter(["skr_one", "skr_two"])
+    auth = make(fake, token_provider=lambda: next(tokens), install_token=INSTALL)
+    assert token(auth.snapshot(patience())) == "skr_one"
+    fake.on["beat"] = lambda request: Answer(200 if request.headers["Authorization"].endswith("two") else 401)
+    reply, _ = beat(auth)
+    assert reply.status == 200
+    assert fake.calls == ["beat", "beat"]
+
+
+def test_a_provider_with_an_installation(fake: Fake, make: Make) -> None:
+    """The installation id given beside a provider is kept with its tokens."""
+    auth = make(fake, token_provider=lambda: Secret("skr_one"), installation_id="inst-7")
+    assert auth.snapshot(patience()).credentials.installation_id == "inst-7"
+
+
+def test_a_provider_that_gives_the_refused_token(fake: Fake, make: Make) -> None:
+    """A provider that gives the token just refused does not cause a loop."""
+    fake.on["beat"] = error(401)
+    auth = make(fake, token_provider=lambda: "skr_same")
+    with pytest.raises(AuthenticationError, match="the same token") as caught:
+        beat(auth)
+    assert_clean(caught.value, "skr_same")
+    assert fake.calls == ["beat"]
+
+
+def leak() -> str:
+    raise RuntimeError("skr_secret leaked")
+
+
+def leave() -> str:
+    sys.exit("skr_secret leaked")
+
+
+def provide_nothing() -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("provide", "problem"),
+    [
+        (leak, "RuntimeError"),
+        (leave, "SystemExit"),
+        (lambda: "skr_secret\n", "its result begins or ends with whitespace"),
+        (str, "its result is empty"),
+        (provide_nothing, "its result must be a str"),
+    ],
+)
+def test_a_provider_that_fails(
+    provide: Any, problem: str, fake: Fake, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A provider that raises, or gives no token, is an error that may pass and quotes nothing of it."""
+    with caplog.at_level(logging.DEBUG):
+        found = refused(make(fake, token_provider=provide), TransportError)
+    assert f"token_provider failed: {problem}" in str(found)
+    assert found.retryable
+    assert "skr_secret" not in caplog.text
+    assert_clean(found, "skr_secret")
+
+
+def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider that hangs is given up after its time; it is not called a second time until it has returned."""
+    monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", 0.05)
+    release = threading.Event()
+    calls: List[int] = []
+
+    def provide() -> str:
+        calls.append(1)
+        if len(calls) == 1:
+            assert release.wait(PATIENCE)
+        return f"skr_{len(calls)}"
+
+    auth = make(fake, token_provider=provide)
+    for _ in range(3):
+        assert "did not return within 0.05 s" in str(refused(auth, TransportError))
+    assert len(calls) == 1
+    release.set()
+    until(lambda: auth._provider_call is None or auth._provider_call.done.is_set())
+    monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", PATIENCE)
+    assert token(auth.snapshot(patience())) == "skr_2"
+
+
+def test_many_threads_ask_a_provider_once(fake: Fake, make: Make) -> None:
+    """Threads that need a token together cause one call of the provider."""
+    entered, release = threading.Event(), threading.Event()
+    running: List[int] = []
+
+    def provide() -> str:
+        running.append(1)
+        entered.set()
+        assert release.wait(PATIENCE)
+        return f"skr_{len(running)}"
+
+    auth = make(fake, token_provider=provide)
+    results: List[Optional[str]] = []
+    threads = [threading.Thread(target=lambda: results.append(token(auth.snapshot(patience())))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    assert entered.wait(PATIENCE)
+    release.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert results == ["skr_1"] * 16
+
+
+# -- the file, over restarts and kills --------------------------------------------------------------------------------
+
+_PROCESS = """
+import os, signal, sys, threading
+from sekuire.config import AgentConfig
+from sekuire.credentials import Authenticator, RuntimeCredentialsStore
+from sekuire.credentials.file import CredentialsFile
+from sekuire.lifecycle import Deadline
+from sekuire.transport.http import HttpClient
+from sekuire import protocol
+url, install_token, path, how = sys.argv[1:]
+config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
+store = RuntimeCredentialsStore(path=path)
+auth = Authenticator(config, HttpClient(config), store, stop=threading.Event(), runtime_info={})
+if how == "killed":
+    # Right after the answer of the refresh, before anything of it is on disk.
+    CredentialsFile._replace = lambda self, data: os.kill(os.getpid(), signal.SIGKILL)
+if how == "shared":
+    auth.snapshot(Deadline(60))
+    print("ready", flush=True)
+    sys.stdin.readline()
+path_of = lambda one: config.endpoints.path("heartbeat", installation_id=one.credentials.installation_id)
+body = protocol.heartbeat_body("healthy", 1, {}, (), ())
+reply, _ = auth.request("POST", path_of, body=body, deadline=Deadline(60))
+print(reply.status, flush=True)
+"""
+
+
+def spawn(platform: LocalPlatform, install_token: str, path: pathlib.Path, how: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROCESS, platform.url, install_token, str(path), how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "credentials.json"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_process_killed_between_the_answer_and_the_disk(path: pathlib.Path) -> None:
+    """A process killed right after the answer of a rotating refresh recovers at its restart, with the same file."""
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT)
+
+        def run(how: str) -> Tuple[int, str]:
+            process = spawn(platform, install_token, path, how)
+            output, errors = process.communicate(timeout=PATIENCE)
+            assert process.returncode in (0, -9), errors
+            return process.returncode, output
+
+        assert run("normal") == (0, "200\n")
+        for round_ in range(1, 3):
+            platform.expire_tokens()
+            kept = path.read_text()
+            assert run("killed") == (-9, "")
+            assert platform.count("refresh", 200) == 2 * round_ - 1
+            assert path.read_text() == kept
+            assert run("normal") == (0, "200\n")
+            assert path.read_text() != kept
+        assert platform.count("bootstrap") == 1
+
+
+def test_processes_that_share_a_file_refresh_once(path: pathlib.Path) -> None:
+    """Of processes that share a file and are refused together one refreshes, and the others take its result."""
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT)
+        processes = [spawn(platform, install_token, path, "shared") for _ in range(3)]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        assert platform.count("bootstrap") == 1
+        platform.expire_tokens()
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in processes:
+            output, errors = process.communicate(timeout=PATIENCE)
+            assert output == "200\n", errors
+        assert platform.count("refresh") == 1
+        assert platform.count("bootstrap") == 1
+
+
+def test_a_rotated_token_is_on_disk_before_it_is_used(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """When the first request with new credentials arrives, the file holds them already."""
+    seen: List[bool] = []
+
+    def check(request: Request) -> Answer:
+        runtime_token = request.headers["Authorization"].partition(" ")[2]
+        seen.append(runtime_token in path.read_text())
+        return Answer(200 if runtime_token.endswith("_2") else 401)
+
+    fake.on["beat"] = check
+    auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    reply, _ = beat(auth)
+    assert reply.status == 200
+    assert seen == [True, True]
+
+
+def test_a_restart_uses_the_file(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """A restart with the same install token uses the file; with a new one it bootstraps."""
+    for _ in range(3):
+        auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+        assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["bootstrap"]
+    auth = make(fake, install_token="skt_new", store=RuntimeCredentialsStore(path=path))
+    assert token(auth.snapshot(patience())) == "skr_runtime_2"
+    assert fake.calls == ["bootstrap", "bootstrap"]
+
+
+def test_what_another_process_wrote_comes_before_a_refresh(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """A process that is refused takes what another one has written, instead of refreshing with a consumed token."""
+    first = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    first.snapshot(patience())
+    second = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    old = second.snapshot(patience())
+    first.rejected(first.store.generation, patience())
+    assert token(second.rejected(old.generation, patience())) == "skr_runtime_2"
+    assert fake.calls == ["bootstrap", "refresh"]
+
+
+def test_a_lock_that_is_held_too_long(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """A process that cannot get the file's lock in time fails for now."""
+    auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    with RuntimeCredentialsStore(path=path)._writing(patience()):
+        with pytest.raises(TransportError, match=r"credentials\.json\.lock") as caught:
+            auth.snapshot(Deadline(0.05))
+    assert caught.value.retryable
+    assert fake.calls == []
+
+
+def test_api_errors_are_not_shared_between_ways(fake: Fake, make: Make) -> None:
+    """An error of the platform that is neither a refusal nor passing is a refusal of that way only."""
+    fake.on["refresh"] = error(418, "TEAPOT", "short and stout")
+    auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL)
+    assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["refresh", "bootstrap"]
+    assert isinstance(APIError(418), SekuireError)
