@@ -1,0 +1,248 @@
+"""Every snippet of README.md, CONTRIBUTING.md and docs/ runs, in the order of its page.
+
+Python blocks run in this process, one namespace for each page, with the environment of a local platform; one that
+blocks in ``start(block=True)`` is given a task and terminated. Shell blocks run in a directory of the page's own; a
+server or a worker runs on in the background until the page ends. Blocks marked as a file are saved there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from typing import Any, Dict, Iterator, List, Optional
+
+import pytest
+
+from sekuire.local import LocalPlatform
+
+from .markdown import PAGES, ROOT, Block, blocks
+from .waiting import GUARD, until
+
+#: Blocks that do not run here, and why; the page says the same, in a comment before the block.
+NOT_RUN = {
+    "README.md: python3 -m venv .venv && .venv/bin/pip install '.[local]' && .venv/bin/sekuire demo README.md": "ci",
+    "README.md: python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox -e py": "ci",
+    "CONTRIBUTING.md: python3 -m venv .venv && .venv/bin/pip install tox": (
+        "it needs the network, and .ci/run has done it"
+    ),
+    "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
+    "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
+}
+
+#: Command lines that run until they are stopped, by how they begin, and the signal for it.
+BACKGROUND = {
+    "sekuire dev": signal.SIGINT,
+    "sekuire worker": signal.SIGTERM,
+    "python summarizer.py": signal.SIGTERM,
+}
+
+#: Blocks that are no code: directives of the documentation's builder, and text.
+NO_CODE = ("text", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_of_a_page_run(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader who copies the page's snippets, from its top to its end, sees what the page says."""
+    found = [block for block in blocks(page) if reason_not_to_run(block) is None]
+    for name in [name for name in os.environ if name.startswith("SEKUIRE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    if any(block.language == "sh" for block in found) and os.name != "posix":
+        pytest.skip("shell snippets need a POSIX shell")
+    with contextlib.closing(Reader(tmp_path, monkeypatch)) as reader, logging_as_before():
+        for block in found:
+            reader.read(block)
+
+
+def test_blocks_that_do_not_run_are_known() -> None:
+    """A block is left out only where page and test agree on it, with the same reason."""
+    left_out = {}
+    for page in PAGES:
+        for block in blocks(page):
+            reason = reason_not_to_run(block)
+            if reason is not None:
+                left_out[block.name] = reason
+    assert left_out == NOT_RUN
+
+
+def reason_not_to_run(block: Block) -> Optional[str]:
+    return "ci" if "ci" in block.marks else block.marks.get("not run")
+
+
+@contextlib.contextmanager
+def logging_as_before() -> Iterator[None]:
+    loggers = [logging.getLogger(), logging.getLogger("sekuire")]
+    before = [(logger, logger.handlers[:], logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
+class Reader:
+    """Does what a page says, block by block."""
+
+    def __init__(self, directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._directory = directory
+        self._monkeypatch = monkeypatch
+        self._namespace: Dict[str, Any] = {"__name__": "__main__"}
+        self._printed = ""
+        self._environment = dict(os.environ)
+        # The commands of the interpreter that runs the tests come first.
+        bin_directory = os.path.dirname(sys.executable)
+        self._environment["PATH"] = bin_directory + os.pathsep + self._environment.get("PATH", "")
+        self._background: List[Background] = []
+
+    def read(self, block: Block) -> None:
+        if "file" in block.marks:
+            (self._directory / block.marks["file"]).write_text(block.text, encoding="utf-8")
+            compile(block.text, block.name, "exec")
+        elif "output" in block.marks:
+            assert self._printed == block.text, block.name
+        elif block.language == "python":
+            self._python(block)
+        elif block.language == "sh":
+            for line in block.text.splitlines():
+                self._shell(block, line)
+        elif block.language == "json":
+            json.loads(block.text)
+        else:
+            assert block.language in NO_CODE, f"{block.name}: what is {block.language!r}?"
+
+    def close(self) -> None:
+        """End what runs in the background, workers before the platform."""
+        problems = [one.end() for one in reversed(self._background)]
+        assert [problem for problem in problems if problem] == []
+
+    # -- Python --
+
+    def _python(self, block: Block) -> None:
+        # Lines are numbered as in the page.
+        code = compile("\n" * block.line + block.text, str(ROOT / block.page), "exec")
+        printed = io.StringIO()
+        with LocalPlatform() as platform, contextlib.redirect_stdout(printed):
+            for name, value in {
+                "SEKUIRE_API_URL": platform.url,
+                "SEKUIRE_AGENT_ID": "my-agent",
+                "SEKUIRE_INSTALL_TOKEN": platform.create_install_token("my-agent"),
+                "SEKUIRE_API_KEY": platform.api_key,
+            }.items():
+                self._monkeypatch.setenv(name, value)
+            if "block=True" in block.text:
+                attendant = Attendant(platform)
+                attendant.start()
+                exec(code, self._namespace)
+                attendant.check()
+            else:
+                exec(code, self._namespace)
+        self._printed = printed.getvalue()
+
+    # -- shell --
+
+    def _shell(self, block: Block, line: str) -> None:
+        if line.startswith("export "):
+            name, _, value = line[len("export ") :].partition("=")
+            self._environment[name] = "".join(shlex.split(value))
+            return
+        for beginning, number in BACKGROUND.items():
+            if line.startswith(beginning):
+                self._background.append(Background(line, number, self._directory, self._environment))
+                return
+        wanted = int(block.marks.get("exit code", "0"))
+        ran = subprocess.run(
+            shlex.split(line),
+            cwd=self._directory,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        background = "".join(one.said() for one in self._background)
+        assert ran.returncode == wanted, f"{block.page}: {line}\n{ran.stdout}\n{background}"
+
+
+class Background:
+    """A program that runs until the page ends. Of ``sekuire dev`` the printed variables go into the environment."""
+
+    def __init__(self, line: str, number: signal.Signals, directory: pathlib.Path, environment: Dict[str, str]) -> None:
+        self._line = line
+        self._signal = number
+        arguments = shlex.split(line)
+        is_platform = line.startswith("sekuire dev")
+        if is_platform and "--port" not in arguments:
+            # The port that the page speaks of may be in use on this machine.
+            arguments += ["--port", "0"]
+        arguments[0] = shutil.which(arguments[0], path=environment["PATH"]) or arguments[0]
+        self._errors = open(directory / f"stderr-{number.name}-{id(self)}", "w+", encoding="utf-8")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            arguments,
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if is_platform else self._errors,
+            stderr=self._errors,
+            text=True,
+        )
+        if is_platform:
+            assert self._process.stdout is not None
+            for _ in range(4):
+                export = self._process.stdout.readline()
+                assert export.startswith("export "), f"{line}: {export!r}\n{self.said()}"
+                name, _, value = export[len("export ") :].strip().partition("=")
+                environment[name] = "".join(shlex.split(value))
+
+    def said(self) -> str:
+        self._errors.flush()
+        return f"--- {self._line}\n" + pathlib.Path(self._errors.name).read_text(encoding="utf-8")
+
+    def end(self) -> str:
+        """Stop it as its user would; what was wrong with that, or nothing."""
+        is_alive = self._process.poll() is None
+        if is_alive:
+            self._process.send_signal(self._signal)
+        try:
+            code = self._process.wait(GUARD)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        said = self.said()
+        self._errors.close()
+        return "" if is_alive and code == 0 else f"{'ended' if is_alive else 'died'} with {code}: {said}"
+
+
+class Attendant(threading.Thread):
+    """Gives a worker that blocks its thread one task of each capability, then terminates it."""
+
+    def __init__(self, platform: LocalPlatform) -> None:
+        super().__init__(name="attendant", daemon=True)
+        self._platform = platform
+        self._tasks: List[Any] = []
+
+    def run(self) -> None:
+        stream = until(self._platform.streams)[0]
+        try:
+            for capability in stream["capabilities"]:
+                task_id = self._platform.submit(capability, {"text": "a text"})
+                self._tasks.append(self._platform.wait(task_id, GUARD))
+        finally:
+            self._platform.command(stream["installation_id"], "terminate", "all was seen")
+
+    def check(self) -> None:
+        self.join(GUARD)
+        assert [task["status"] for task in self._tasks] == ["completed"] * len(self._tasks) != []
+        assert self._tasks[0]["output"] == {"summary": "a text"}
