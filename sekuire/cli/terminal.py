@@ -63,21 +63,23 @@ def say(text: str = "") -> None:
     raise CommandError(f"cannot write the output: {problem.strerror}", code=FAILED)
 
 
-def discard_output() -> None:
-    """Let stdout lead nowhere, so that flushing what it still holds does not fail at the interpreter's end."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-
-
 def flush_output() -> None:
-    """Flush stdout; where that fails, give it up quietly."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (OSError, ValueError):
-        discard_output()
+    """Flush stdout and stderr; one that cannot be is given up quietly, or the interpreter's own flush would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            _discard(stream)
+
+
+def _discard(stream: Optional[TextIO]) -> None:
+    if stream is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
