@@ -108,6 +108,11 @@ def _optional_identifier(instance: object, attribute: Any, value: Any) -> None:
         _identifier(instance, attribute, value)
 
 
+def _optional_path(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
+        _fail(attribute, f"must be the path of a file, got {value!r}")
+
+
 def _text(instance: object, attribute: Any, value: Any) -> None:
     if not isinstance(value, str) or not value or not value.isprintable():
         _fail(attribute, f"must be a non-empty str of printable characters, got {value!r}")
@@ -342,6 +347,7 @@ class WorkerConfig(AgentConfig):
     :param start_timeout: how long :meth:`~sekuire.Worker.start` waits for the login's first verdict.
     :param shutdown_timeout: how long a stop lets running handlers go on, reports included.
     :param stream_idle_timeout: a stream on which nothing came for this long is opened anew.
+    :param outbox: a file that keeps results until the platform has them, also through a crash; one process at a time.
     :param expose_errors: whether the message of an unexpected exception goes to the platform, or only its type.
     :raises ConfigurationError: a wrong value, naming its option.
     """
@@ -360,6 +366,7 @@ class WorkerConfig(AgentConfig):
     reconnect_max: float = attrs.field(default=30.0, validator=_seconds)
     max_event_bytes: int = attrs.field(default=16 * MIB, validator=_count)
     max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count)
+    outbox: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
     expose_errors: bool = attrs.field(default=True, validator=_flag)
 
     def __attrs_post_init__(self) -> None:
@@ -390,6 +397,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "environment": "SEKUIRE_ENVIRONMENT",
 }
 
+OUTBOX_VARIABLE = "SEKUIRE_OUTBOX"
 CREDENTIALS_FILE_VARIABLE = "SEKUIRE_CREDENTIALS_FILE"
 
 

@@ -32,6 +32,7 @@ class Control:
     (the pause that a command and the desired state both speak of) and is not held over a callback. The dispatcher's
     lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease.
 
+    :param restore: delivers what an earlier process left; called once, after the login and before the first stream.
     :param set_connected: told of the stream's state and whether this is the login's first verdict.
     :param terminate: begins a stop with a timeout in seconds (None: the worker's own) and a reason.
     """
@@ -45,6 +46,7 @@ class Control:
         callbacks: CallbackThread,
         *,
         report: Callable[[], WorkerReport],
+        restore: Callable[[], None],
         set_connected: Callable[[bool, bool], None],
         terminate: Callable[[Optional[float], str], None],
         revoke: Callable[[RevokedError], None],
@@ -60,6 +62,8 @@ class Control:
         self._timer = timer
         self._callbacks = callbacks
         self._report = report
+        self._restore = restore
+        self._is_restored = False
         self._set_connected = set_connected
         self._terminate = terminate
         self._revoke = revoke
@@ -78,6 +82,9 @@ class Control:
         self._heartbeat.attach(self)
         self._heartbeat.start()
         self.on_lease()
+        if not self._is_restored:
+            self._is_restored = True
+            self._restore()
 
     def on_open(self) -> None:
         log.info("the task stream is open")

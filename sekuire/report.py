@@ -18,6 +18,7 @@ from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError, TransportError
 from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
 from .models import Completion, Task
+from .outbox import Outbox, Stored
 from .transport.http import Reply
 from .transport.retry import full_jitter
 
@@ -47,9 +48,20 @@ class Report:
 
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
+    ``is_stored``: its present form is in the outbox.
     """
 
-    __slots__ = ("attempt", "head", "is_final", "is_given_up", "stubborn", "substituted", "task_id", "tries")
+    __slots__ = (
+        "attempt",
+        "head",
+        "is_final",
+        "is_given_up",
+        "is_stored",
+        "stubborn",
+        "substituted",
+        "task_id",
+        "tries",
+    )
 
     def __init__(self, task_id: str, attempt: int, head: bytes, is_final: bool) -> None:
         self.task_id = task_id
@@ -57,6 +69,7 @@ class Report:
         self.head = head
         self.is_final = is_final
         self.is_given_up = False
+        self.is_stored = False
         self.tries = 0
         self.substituted = False
         self.stubborn = False
@@ -69,6 +82,8 @@ class Reporter:
     everything else, retries included, is sent by ``sekuire-report-N`` (at most four, made on need, ended by
     :meth:`close`). ``_condition`` guards all state and is never held over I/O or a callback.
 
+    With an outbox, a result is on disk before it is first sent, and leaves it when it is settled.
+
     :param on_revoked: called, without a lock, when an answer carries the kill switch.
     """
 
@@ -79,9 +94,12 @@ class Reporter:
         worker_id: str,
         *,
         on_revoked: Callable[[RevokedError], None],
+        outbox: Optional[Outbox] = None,
         owner: object = None,
     ) -> None:
         self.dropped = 0
+        self._outbox = outbox
+        self._sender = (config.api_base_url, config.agent_id)
         self._auth = auth
         self._worker_id = worker_id
         self._on_revoked = on_revoked
@@ -139,7 +157,8 @@ class Reporter:
                 return True
             report = self._remembered.get(task_id)
             if report is None:
-                return False
+                # Another worker of this process may have run it and be delivering it.
+                return self._outbox is not None and self._outbox.holds(*self._sender, task_id)
             if not report.is_final and attempt > report.attempt:
                 del self._remembered[task_id]
                 self._remembered_bytes -= len(report.head)
@@ -160,6 +179,8 @@ class Reporter:
             if self._held.get(report.task_id) is not report:
                 return
             attempt, body, substituted = report.attempt, report.head, report.substituted
+        if self._outbox is not None and not report.is_stored:
+            self._keep_on_disk(self._outbox, report, Stored(report.task_id, attempt, substituted, body))
         key = protocol.completion_key(report.task_id, attempt, substituted)
         path = self._endpoints.path("complete", task_id=report.task_id)
         data = body + protocol.completion_tail(attempt, self._worker_id)
@@ -178,6 +199,34 @@ class Reporter:
             self._retry(report, f"HTTP {reply.status}", reply.retry_after() or 0.0)
         else:
             self._keep(report, reply)
+
+    def restore(self, deadline: Deadline) -> int:
+        """Take up what an earlier process left in the outbox, send it, and wait until each was sent once.
+
+        :returns: how many there were. Those that are not settled by then are sent again like any other.
+        """
+        if self._outbox is None:
+            return 0
+        reports = []
+        for stored in self._outbox.claim(*self._sender, owner=self):
+            report = Report(stored.task_id, stored.attempt, stored.head, is_final=True)
+            report.is_stored = True
+            report.substituted = stored.substituted
+            reports.append(report)
+        with self._condition:
+            for report in reports:
+                self._held[report.task_id] = report
+                self._held_bytes += len(report.head)
+        for report in reports:
+            self.enqueue(report)
+        if reports:
+            log.info("%d results of an earlier process are in the outbox; they are delivered first", len(reports))
+        with self._condition:
+            while any(self._held.get(one.task_id) is one and not (one.tries or one.stubborn) for one in reports):
+                if deadline.is_expired() or self._flushing or self._closed:
+                    break
+                self._condition.wait(min(deadline.remaining(), 0.5))
+        return len(reports)
 
     def undelivered(self) -> List[str]:
         """Ids of tasks whose result the platform has not accepted."""
@@ -240,6 +289,8 @@ class Reporter:
             self._queue.clear()
             self._condition.notify_all()
             threads = list(self._threads)
+        if self._outbox is not None:
+            self._outbox.disown(self)
         return join_all(threads, deadline)
 
     # -- inside: one result --
@@ -304,6 +355,12 @@ class Reporter:
             self.dropped += dropped
             self._remember(report)
             self._condition.notify_all()
+        if self._outbox is not None and report.is_stored:
+            report.is_stored = False
+            self._outbox.remove(*self._sender, report.task_id)
+
+    def _keep_on_disk(self, outbox: Outbox, report: Report, stored: Stored) -> None:
+        report.is_stored = outbox.put(*self._sender, self._auth.store.current.installation_id, stored, self)
 
     def _remember(self, report: Report) -> None:
         if len(report.head) > MEMORY_ENTRY_BYTES:
@@ -334,6 +391,7 @@ class Reporter:
             self._held_bytes += len(head) - len(report.head)
             report.head = head
             report.is_final = report.substituted = True
+            report.is_stored = False
             report.tries = 0
         self.enqueue(report)
 

@@ -15,6 +15,7 @@ from .beacon import STOP_TIMEOUT, Beacon
 from .config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
+    OUTBOX_VARIABLE,
     ConnectionConfig,
     SDKConfig,
     WorkerConfig,
@@ -81,7 +82,8 @@ class SekuireSDK:
     def from_env(cls, **overrides: Any) -> SekuireSDK:
         """An SDK with its options from the ``SEKUIRE_...`` variables, read now; ``overrides`` win over them.
 
-        ``SEKUIRE_CREDENTIALS_FILE`` names a file in which the credentials last.
+        ``SEKUIRE_CREDENTIALS_FILE`` names a file in which the credentials last, ``SEKUIRE_OUTBOX`` one that keeps its
+        Workers' results until the platform has them.
 
         :raises ConfigurationError: a variable or option is missing or wrong; the text names it.
         """
@@ -94,11 +96,13 @@ class SekuireSDK:
         config = from_options(SDKConfig, options, sources)
         sdk = cls.__new__(cls)
         sdk._set_up(config)
+        sdk._outbox = os.environ.get(OUTBOX_VARIABLE) or None
         return sdk
 
     def _set_up(self, config: SDKConfig) -> None:
         self.pid = os.getpid()
         self._config = config
+        self._outbox: Optional[str] = None
         self._lock = threading.Lock()
         self._workers: List[Worker] = []
         self._is_started = False
@@ -181,6 +185,7 @@ class SekuireSDK:
             WorkerConfig,
             {
                 **inherited,
+                "outbox": self._outbox,
                 **options,
                 "agent_id": self._config.agent_id,
                 "capabilities": capabilities or self._config.capabilities,

@@ -32,6 +32,7 @@ from .lifecycle import (
     owned_by,
 )
 from .models import Command, WorkerReport, WorkerStats
+from .outbox import open_outbox
 from .report import Reporter
 from .stream import TaskStream
 
@@ -49,6 +50,8 @@ _FLUSH_LEAST = 1.0
 _LAST_BEAT = 2.0
 #: Seconds a stop waits for the stream's thread; one in a DNS look-up or a connect is left to end by itself.
 _STREAM_PATIENCE = 0.5
+#: Seconds the stream waits, before it is first opened, for what the outbox holds to be sent.
+_RESTORE_TIMEOUT = 30.0
 #: Connections that may be kept open, at least: a cap, which costs nothing while they are not needed.
 POOL_SIZE = 256
 #: Seconds between two looks at the signals that came.
@@ -97,7 +100,10 @@ class Worker:
         self._stop_reason: Optional[str] = None
         self._timer = Timer(owner=self)
         self._callbacks = CallbackThread(owner=self)
-        self._reporter = Reporter(config, self._auth, self.worker_id, on_revoked=self._revoke, owner=self)
+        self._outbox = None if config.outbox is None else open_outbox(config.outbox)
+        self._reporter = Reporter(
+            config, self._auth, self.worker_id, on_revoked=self._revoke, outbox=self._outbox, owner=self
+        )
         self._dispatcher = Dispatcher(
             config,
             self._registry,
@@ -114,6 +120,7 @@ class Worker:
             self._timer,
             self._callbacks,
             report=self._describe,
+            restore=self._restore,
             set_connected=self._set_connected,
             terminate=self._terminate,
             revoke=self._revoke,
@@ -408,6 +415,9 @@ class Worker:
             if error is not None:
                 self._fail(error)
 
+    def _restore(self) -> None:
+        self._reporter.restore(Deadline(_RESTORE_TIMEOUT))
+
     def _describe(self) -> WorkerReport:
         """What this worker says of itself in a heartbeat."""
         phase = self._phase
@@ -489,6 +499,7 @@ class Worker:
 
     def _close_unstarted(self) -> None:
         self._stop.set()
+        self._close_outbox()
         if self._owns_installation:
             self._installation.close()
 
@@ -553,9 +564,15 @@ class Worker:
             ids = self._reporter.undelivered()
             if ids:
                 log.error(
-                    "the results of %d tasks were not delivered before the stop: %s%s",
+                    "the results of %d tasks were not delivered before the stop: %s%s%s",
                     len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "",
+                    "" if self._outbox is None else f"; they are in the outbox {self._outbox.path}",
                 )  # fmt: skip
+
+    def _close_outbox(self) -> None:
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            outbox.close()
 
     def _say_goodbye(self) -> None:
         is_last = self._heartbeat.detach(self._control)
@@ -571,6 +588,7 @@ class Worker:
         self._timer.close()
         self._callbacks.close()
         late = self._reporter.close(patience)
+        self._close_outbox()
         self._dispatcher.end_pool(patience)
         self._timer.join(patience)
         self._callbacks.join(patience)

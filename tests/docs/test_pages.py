@@ -47,6 +47,7 @@ def test_environment_variables_are_listed() -> None:
     rows = table("docs/configuration.md", "Environment variables")
     wanted = {variable: f"`{option}`" for option, variable in config.ENVIRONMENT.items()}
     wanted[config.CREDENTIALS_FILE_VARIABLE] = "the path of a `RuntimeCredentialsStore`"
+    wanted[config.OUTBOX_VARIABLE] = "`outbox` of the SDK's workers"
     assert {row[0].strip("`"): row[1] for row in rows} == wanted
     assert set(wanted) <= set(re.findall(r"SEKUIRE_[A-Z_]+", read("docs/protocol.md")))
 

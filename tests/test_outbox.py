@@ -1,0 +1,182 @@
+"""The outbox: what is put is there after a crash, and nothing else is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sekuire.errors import ConfigurationError
+from sekuire.outbox import Stored, open_outbox
+
+URL, AGENT = "http://127.0.0.1:1", "agent"
+
+
+def stored(task_id: str, head: bytes = b'{"task_id":"t"', attempt: int = 1) -> Stored:
+    return Stored(task_id, attempt, False, head)
+
+
+def test_what_is_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    """A completion lasts until it is removed, with its attempt and its bytes, oldest first."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    assert outbox.put(URL, AGENT, "inst", stored("a", b"one", attempt=3))
+    assert outbox.put(URL, AGENT, "inst", stored("b", b"two"))
+    assert outbox.put(URL, AGENT, "inst", stored("c"))
+    outbox.remove(URL, AGENT, "c")
+    outbox.close()
+    outbox = open_outbox(tmp_path / "outbox.db")
+    owner = object()
+    assert outbox.claim(URL, AGENT, owner) == [Stored("a", 3, False, b"one"), Stored("b", 1, False, b"two")]
+    assert outbox.holds(URL, AGENT, "a")
+    assert outbox.claim(URL, AGENT, object()) == []
+    outbox.disown(owner)
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a", "b"]
+    outbox.close()
+
+
+def test_results_for_another_platform_or_agent_stay(tmp_path: Path) -> None:
+    """Rows belong to a platform and an agent; nobody else is given them."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    mine = object()
+    outbox.put(URL, AGENT, None, stored("a"), mine)
+    outbox.disown(mine)
+    assert outbox.claim("http://127.0.0.1:2", AGENT, object()) == []
+    assert outbox.claim(URL, "other", object()) == []
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a"]
+    outbox.close()
+
+
+def test_workers_of_one_process_share_it(tmp_path: Path) -> None:
+    """The same path is the same outbox within a process, closed by its last user."""
+    first, second = open_outbox(tmp_path / "outbox.db"), open_outbox(str(tmp_path / "outbox.db"))
+    assert first is second
+    first.close()
+    assert second.put(URL, AGENT, None, stored("a"))
+    second.close()
+    third = open_outbox(tmp_path / "outbox.db")
+    assert third is not first
+    third.close()
+
+
+def test_another_process_is_refused(tmp_path: Path) -> None:
+    """A second process on the same file gets an error that says so."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    script = "import sys; from sekuire.outbox import open_outbox; open_outbox(sys.argv[1])"
+    command = [sys.executable, "-c", script, str(tmp_path / "outbox.db")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    outbox.close()
+    assert run.returncode != 0
+    assert "another process uses it" in run.stderr
+
+
+def test_it_is_private(tmp_path: Path) -> None:
+    """Results may be private: no other user can read the file or what SQLite keeps beside it."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox.put(URL, AGENT, None, stored("a"))
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) & 0o077 for path in tmp_path.iterdir()}
+    outbox.close()
+    assert len(modes) >= 3
+    assert set(modes.values()) == {0}
+
+
+@pytest.mark.parametrize("content", [b"no database at all, but long enough to be looked at " * 40, b"torn"])
+def test_a_corrupt_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
+    """A file that cannot be read is renamed, never deleted, and its new name is told."""
+    path = tmp_path / "outbox.db"
+    path.write_bytes(content)
+    with caplog.at_level(logging.ERROR):
+        outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    outbox.close()
+    (aside,) = [one for one in tmp_path.iterdir() if ".corrupt-" in one.name]
+    assert aside.read_bytes() == content
+    assert str(aside) in caplog.text
+
+
+def test_a_damaged_page_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A database whose pages are overwritten is set aside, with what it holds."""
+    path = tmp_path / "outbox.db"
+    outbox = open_outbox(path)
+    for number in range(200):
+        outbox.put(URL, AGENT, None, stored(f"t{number}", b"x" * 500))
+    outbox.close()
+    data = bytearray(path.read_bytes())
+    data[4096 * 3 : 4096 * 9] = os.urandom(4096 * 6)
+    path.write_bytes(data)
+    outbox = open_outbox(path)
+    assert outbox.claim(URL, AGENT, object()) == []
+    outbox.close()
+    assert "was set aside" in caplog.text
+
+
+def test_another_programs_database_is_refused(tmp_path: Path) -> None:
+    """A database that is not ours is left alone."""
+    path = tmp_path / "theirs.db"
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE theirs (x)")
+    database.commit()
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="another program's database"):
+        open_outbox(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["", "missing/outbox.db", "."])
+def test_a_path_that_cannot_be_used(tmp_path: Path, name: str) -> None:
+    """A wrong path is an error that names the option, before anything is made."""
+    with pytest.raises(ConfigurationError, match="outbox") as caught:
+        open_outbox(str(tmp_path / name) if name else "")
+    assert caught.value.option == "outbox"
+
+
+def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be written is told to the caller, and to the log once until writing works again."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox.put(URL, AGENT, None, stored("small"))
+    (pages,) = outbox._database.execute("PRAGMA page_count").fetchone()
+    outbox._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    for number in range(3):
+        assert not outbox.put(URL, AGENT, None, stored(f"big{number}", b"x" * 100_000))
+        assert not outbox.holds(URL, AGENT, f"big{number}")
+    assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 1
+    outbox._database.execute("PRAGMA max_page_count = 100000").fetchall()
+    assert outbox.put(URL, AGENT, None, stored("big", b"x" * 100_000))
+    outbox.close()
+
+
+def test_many_threads_lose_nothing(tmp_path: Path) -> None:
+    """Changes of many threads share commits, and each is on disk when its call returns."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    reader = sqlite3.connect(tmp_path / "outbox.db", check_same_thread=False)
+    lock = threading.Lock()
+    missing = []
+
+    def work(name: int) -> None:
+        for number in range(30):
+            task_id = f"{name}-{number}"
+            assert outbox.put(URL, AGENT, None, stored(task_id))
+            with lock:
+                found = reader.execute("SELECT 1 FROM completion WHERE task_id = ?", (task_id,)).fetchone()
+            if found is None:
+                missing.append(task_id)
+            if number % 2:
+                outbox.remove(URL, AGENT, task_id)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    (left,) = reader.execute("SELECT count(*) FROM completion").fetchone()
+    reader.close()
+    outbox.close()
+    assert missing == []
+    assert left == 8 * 15
