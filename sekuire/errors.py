@@ -132,7 +132,10 @@ class RevokedError(SekuireError):
         self.shutdown_timeout = shutdown_timeout
 
     def __str__(self) -> str:
-        return "the installation was revoked" + (f": {self.reason}" if self.reason else "")
+        text = "the installation was revoked"
+        if self.reason and self.reason.startswith(text):
+            return self.reason
+        return text + (f": {self.reason}" if self.reason else "")
 
 
 class TaskError(SekuireError):

@@ -7,8 +7,6 @@ import threading
 import time
 from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
 
-from sseclient import Event
-
 from . import protocol
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
@@ -18,7 +16,7 @@ from .lifecycle import Deadline
 from .models import Command, Connected, Task
 from .transport.live import LiveAnswer, LiveClient
 from .transport.retry import Backoff, Interrupted
-from .transport.sse import EventStream
+from .transport.sse import Event, EventStream
 
 log = logging.getLogger("sekuire.stream")
 

@@ -538,11 +538,11 @@ class Worker:
                     step()
                 except Exception:
                     log.exception("stopping: a step failed (%s); going on", step.__name__)
+        log.info("the worker has stopped (%s)", self._stop_reason)
         with self._state:
             self._phase = "stopped"
             self._connected = False
             self._state.notify_all()
-        log.info("the worker has stopped (%s)", self._stop_reason)
 
     def _close_intake(self) -> None:
         self._dispatcher.close(self._is_terminated)

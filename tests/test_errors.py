@@ -63,6 +63,7 @@ def test_errors_travel(error: errors.SekuireError) -> None:
         ),
         (errors.RevokedError(), "the installation was revoked"),
         (errors.RevokedError("leak"), "the installation was revoked: leak"),
+        (errors.RevokedError("the installation was revoked: leak"), "the installation was revoked: leak"),
         (errors.TaskError("code"), "code"),
         (errors.TaskError("code", "text"), "code: text"),
         (errors.TaskCancelled(), "cancelled"),

@@ -12,7 +12,7 @@ from typing import Generator, Iterable, Iterator, Optional, Union
 
 from sseclient import Event, SSEClient
 
-__all__ = ["DEFAULT_MAX_EVENT_BYTES", "MAX_RETRY_MS", "EventStream"]
+__all__ = ["DEFAULT_MAX_EVENT_BYTES", "MAX_RETRY_MS", "Event", "EventStream"]
 
 #: Size (bytes) beyond which an event is skipped.
 DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024
