@@ -196,7 +196,10 @@ def test_a_lost_lease(
     scripted.on["heartbeat"] = lambda request: (200, lease_of(0.3)) if mode["ok"] else (503, {})
     reasons: List[Any] = []
 
+    begun = threading.Event()
+
     def handler(ctx: TaskContext, input: Any) -> Any:
+        begun.set()
         ctx.wait_cancelled(GUARD)
         reasons.append(ctx.cancel_reason)
 
@@ -206,7 +209,7 @@ def test_a_lost_lease(
     with worker:
         until(lambda: worker.stats().lease_expires_at)
         scripted.task("t1", "hold")
-        until(lambda: worker.stats().running == 1)
+        assert begun.wait(GUARD)
         mode["ok"] = False
         until(lambda: reasons == ["lease lost"])
         scripted.completion("t1")

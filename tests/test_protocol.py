@@ -366,6 +366,7 @@ def test_completion_keys() -> None:
         (format_datetime(NOW + dt.timedelta(days=900), usegmt=True), 300.0),
         ("Sun, 01 Mar 2026 12:00:30 +0000", 30.0),
         ("Sun, 01 Mar 2026 12:00:30 -0000", 30.0),
+        ("Fri, 31 Dec 9999 23:59:59 -1400", None),
         ("Mon, 01 Jan 0001 00:00:00 +1400", None),
         ("Mon, 99 Foo 2026 99:99:99 GMT", None),
     ],

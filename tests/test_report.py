@@ -69,6 +69,8 @@ def test_retry_after_is_honoured(scripted: Scripted, worker: Worker) -> None:
     scripted.task("t2")
     scripted.completion("t2")
     assert len(scripted.completions("t1")) == 1
+    # The try is over and the next one planned.
+    until(lambda: worker._reporter._queue)
     worker.stop()
     assert len(scripted.completions("t1")) == 2
     assert worker.stats().undelivered == 0
@@ -133,7 +135,8 @@ def test_flush_sends_until_the_platform_is_back(scripted: Scripted, worker: Work
     worker.start()
     for number in range(5):
         scripted.task(f"t{number}")
-    scripted.wait_for("complete", 5)
+    for number in range(5):
+        scripted.completion(f"t{number}")
     stopper = threading.Thread(target=worker.stop)
     stopper.start()
     until(lambda: worker.stop_reason)
@@ -194,12 +197,13 @@ def test_a_release_is_retried(scripted: Scripted, worker_of: Make) -> None:
     """A release that fails for a passing reason is sent again; a refused one is let go."""
     answers: List[Any] = [(503, {}), None, (200, {})]
     scripted.on["release"] = lambda request: (409, {}) if request.task_id == "t2" else answers.pop(0)
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Event()
     worker = worker_of(scripted, max_workers=1, max_queued=2)
-    worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
+    worker.on_task("echo", lambda ctx, input: begun.set() or go.wait(GUARD))
     worker.start()
     for number in range(3):
         scripted.task(f"t{number}")
+    assert begun.wait(GUARD)
     until(lambda: worker.stats().waiting == 2)
     stopper = threading.Thread(target=worker.stop)
     stopper.start()
@@ -213,12 +217,13 @@ def test_a_release_is_retried(scripted: Scripted, worker_of: Make) -> None:
 def test_a_release_refused_for_good_does_not_hold_up_the_stop(scripted: Scripted, worker_of: Make) -> None:
     """A release that a revoked installation may not make is not repeated."""
     scripted.on["release"] = lambda request: (403, {"error": "x", "message": "y", "code": "INSTALLATION_REVOKED"})
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Event()
     worker = worker_of(scripted, max_workers=1, shutdown_timeout=100_000.0)
-    worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
+    worker.on_task("echo", lambda ctx, input: begun.set() or go.wait(GUARD))
     worker.start()
     scripted.task("t1")
     scripted.task("t2")
+    assert begun.wait(GUARD)
     until(lambda: worker.stats().waiting == 1)
     stopper = threading.Thread(target=worker.stop)
     stopper.start()

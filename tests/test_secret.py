@@ -91,9 +91,9 @@ def test_equality_is_that_of_the_texts(one: str, other: str) -> None:
     ("text", "problem"),
     [
         ("", "is empty"),
-        (f"{TOKEN}\n", "whitespace"),
-        (f" {TOKEN}", "whitespace"),
-        (f"{TOKEN}\r\n", "whitespace"),
+        (f"{TOKEN}\n", "begins or ends with whitespace"),
+        (f" {TOKEN}", "begins or ends with whitespace"),
+        (f"{TOKEN}\r\n", "begins or ends with whitespace"),
         (f"{TOKEN} x", "whitespace"),
         (f"{TOKEN}\x00", "visible ASCII"),
         (f"{TOKEN}\x7f", "visible ASCII"),

@@ -238,6 +238,8 @@ def test_commands_missed_while_away_come_with_the_reconnect(platform: Any, worke
     worker.on_task("echo", echo)
     worker.on_command(lambda command: heard.append((command.type, command.command_id)))
     with worker:
+        # A heartbeat under way would tell the desired state before the stream tells the command.
+        until(lambda: worker.stats().last_heartbeat_at)
         installation = platform.installations()[0]["installation_id"]
         pause = platform.command(installation, "pause")
         until(lambda: heard == [("pause", pause)])

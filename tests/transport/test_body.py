@@ -83,6 +83,18 @@ def test_members_and_empty_bodies() -> None:
     assert whole(length=0) == b""
 
 
+@pytest.mark.parametrize("size", [262_145, 262_166, 262_400])
+def test_no_output_stays_behind(size: int) -> None:
+    """Wherever the input stops, all output that it makes is given, also what is one step and a little more."""
+    packed = zlib.compress(b"x" * size, 9)
+    for end in range(len(packed) - 40, len(packed)):
+        got = b""
+        with pytest.raises(BodyError, match="middle of its compressed data"):
+            for piece in arriving(Raw([packed[:end]], None, "deflate")):
+                got += piece
+        assert got == zlib.decompressobj().decompress(packed[:end])
+
+
 @pytest.mark.parametrize("size", [262_143, 262_144, 262_145, 524_288, 1_000_000])
 def test_output_is_given_without_waiting_for_more_input(size: int) -> None:
     """All output of the input that has come is given, also where it exactly fills a step."""
@@ -138,6 +150,29 @@ def test_the_time_is_looked_at_before_each_read() -> None:
     """A body that has not come whole when its time has passed is a BodyError."""
     with pytest.raises(BodyError, match="in time"):
         read_body(Raw([b"abc"]), MIB, time.monotonic())
+
+
+@pytest.mark.parametrize(("patience", "left"), [(600.0, 300.0), (60.0, 60.0)])
+def test_no_read_waits_beyond_the_end(patience: float, left: float) -> None:
+    """A read waits for what is left of the time, at most for the read timeout, which is restored afterwards."""
+    waits: List[Optional[float]] = []
+    one, other = socket.socketpair()
+    with one, other:
+        one.settimeout(patience)
+        raw = Raw([b"abc", b"def"])
+        raw._fp.fp = one.makefile("rb")
+        read1 = raw._fp.read1
+
+        def read(size: int) -> bytes:
+            waits.append(one.gettimeout())
+            return read1(size)
+
+        raw._fp.read1 = read  # type: ignore[method-assign]
+        assert read_body(raw, MIB, time.monotonic() + 300) == b"abcdef"
+        raw._fp.fp.close()
+        assert one.gettimeout() == patience
+    assert len(waits) == 3
+    assert all(wait is not None and left - 60 < wait <= left for wait in waits)
 
 
 def test_the_socket_below_a_response() -> None:

@@ -252,12 +252,29 @@ def test_a_stream_through_a_proxy() -> None:
             api_base_url="http://platform.test", allow_insecure_http=True, proxies={"http": server.url}
         )
         client = LiveClient(config)
-        reader = Reader(client)
+        reader = Reader(client, idle_timeout=600)
         assert reader.got.wait(PATIENCE)
         client.wake()
         reader.finish()
         client.close()
     assert reader.pieces == [b": hello\n\n"]
+
+
+def test_closing_ends_the_connection(live: Make) -> None:
+    """A stream that is closed in the middle ends its connection at once, for the server too."""
+    left = threading.Event()
+
+    def talk(sock: socket.socket, number: int) -> None:
+        read_request(sock)
+        sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\none\r\n")
+        if sock.recv(1) == b"":
+            left.set()
+
+    with RawServer(talk) as server:
+        answer = open_stream(live(server.url))
+        assert next(answer.chunks(PATIENCE)) == b"one"
+        answer.close()
+        assert left.wait(PATIENCE)
 
 
 # -- waking -----------------------------------------------------------------------------------------------------------

@@ -244,11 +244,13 @@ def test_stop_from_a_callback(scripted: Scripted, worker_of: Make, handler: Hand
 
 def test_terminate_cancels_at_once_and_drains(platform: Any, worker_of: Make, handler: Handler) -> None:
     """A terminate cancels running contexts at once; what ends in time is reported, waiting tasks are answered."""
-    worker = worker_of(platform, max_workers=1)
+    worker = worker_of(platform, max_workers=1, heartbeat_interval=1000.0)
     worker.on_task("echo", handler)
     heard: List[Command] = []
     worker.on_command(heard.append)
     worker.start()
+    # A heartbeat under way would tell the desired state before the stream tells the command.
+    until(lambda: worker.stats().last_heartbeat_at)
     running = platform.submit("echo", {}, AGENT)
     until(lambda: handler.begun)
     waiting = platform.submit("echo", {}, AGENT)

@@ -241,13 +241,13 @@ def test_stop_lets_running_tasks_end_and_releases_the_others(platform: Any, work
 def test_release_not_supported(scripted: Scripted, worker_of: Make) -> None:
     """Where a platform takes nothing back, the task is answered worker_shutdown, retryable."""
     scripted.on["release"] = lambda request: (501, {})
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Event()
     worker = worker_of(scripted, max_workers=1)
-    worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
+    worker.on_task("echo", lambda ctx, input: begun.set() or go.wait(GUARD))
     worker.start()
     for number in range(3):
         scripted.task(f"t{number}", attempt=2)
-    until(lambda: worker.stats().running == 1)
+    assert begun.wait(GUARD)
     until(lambda: worker.stats().waiting == 1)
     stopper = threading.Thread(target=worker.stop)
     stopper.start()
@@ -263,10 +263,11 @@ def test_release_not_supported(scripted: Scripted, worker_of: Make) -> None:
 
 def test_stop_with_a_straggler(scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:
     """stop(timeout) cancels what still runs at its end, answers worker_shutdown, names it, and returns."""
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Event()
     reasons = []
 
     def handler(ctx: TaskContext, input: Any) -> None:
+        begun.set()
         assert go.wait(GUARD)
         reasons.append(ctx.cancel_reason)
 
@@ -274,7 +275,7 @@ def test_stop_with_a_straggler(scripted: Scripted, worker_of: Make, caplog: pyte
     worker.on_task("slow", handler)
     worker.start()
     scripted.task("t1", "slow")
-    until(lambda: worker.stats().running == 1)
+    assert begun.wait(GUARD)
     worker.stop(0.2)
     assert worker.wait(0)
     assert scripted.completion("t1")["error"]["code"] == "worker_shutdown"
@@ -318,12 +319,12 @@ def test_stop_from_many_threads(scripted: Scripted, worker_of: Make) -> None:
 
 def test_a_shorter_stop_hurries_a_longer_one(scripted: Scripted, worker_of: Make) -> None:
     """A second stop() with a timeout brings the end of a drain forward."""
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Event()
     worker = worker_of(scripted, shutdown_timeout=1000.0)
-    worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
+    worker.on_task("echo", lambda ctx, input: begun.set() or go.wait(GUARD))
     worker.start()
     scripted.task("t1")
-    until(lambda: worker.stats().running == 1)
+    assert begun.wait(GUARD)
     first = threading.Thread(target=worker.stop)
     first.start()
     until(lambda: worker.stop_reason)

@@ -178,7 +178,7 @@ def test_one_store_for_beacon_and_worker(make_platform: Callable[..., Any]) -> N
 
 def test_control_commands(platform: Any, worker_of: Callable[..., Worker]) -> None:
     """Commands reach the callback, is_paused() tells the state, and a paused worker rejects new tasks."""
-    worker = worker_of(platform)
+    worker = worker_of(platform, heartbeat_interval=1000.0)
     worker.on_task("summarize", summarize)
     heard = []
 
@@ -187,6 +187,8 @@ def test_control_commands(platform: Any, worker_of: Callable[..., Worker]) -> No
         heard.append((command.type, command.reason, worker.is_paused()))
 
     worker.start()
+    # A heartbeat under way would tell the desired state before the stream tells the command.
+    until(lambda: worker.stats().last_heartbeat_at)
     installation = platform.installations()[0]["installation_id"]
     platform.command(installation, "pause", "maintenance")
     until(lambda: len(heard) == 1)

@@ -136,7 +136,7 @@ threading.Thread(target=tell, daemon=True).start()
     assert platform.task(running)["output"] == "finished"
     assert platform.count("release", 200) == 1
     assert platform.installations()[0]["status"] == "stopped"
-    assert process.lines[-1] == "returned"
+    process.expect("returned")
     process.expect(f"signal {int(number)}: stopping")
 
 
@@ -164,7 +164,7 @@ def test_a_signal_during_a_login_that_hangs(blackhole: Blackhole, run: Callable[
         process.signal(signal.SIGTERM)
         # The login itself would take 10 s.
         assert process.wait(5.0) == 0
-    assert process.lines[-1] == "returned"
+    process.expect("returned")
 
 
 @posix
