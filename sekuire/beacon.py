@@ -71,7 +71,13 @@ class Beacon:
         endpoints: Optional[Mapping[str, str]] = None,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self._set_up(from_options(BeaconConfig, options))
+        # An error's frames must not hold plain tokens.
+        del install_token, runtime_token, refresh_token, api_key
+        try:
+            config = from_options(BeaconConfig, options)
+        finally:
+            options.clear()
+        self._set_up(config)
 
     @classmethod
     def _from_config(cls, config: BeaconConfig, pool_size: int) -> Beacon:
@@ -203,6 +209,8 @@ class Beacon:
         return self._status.state == "connected"
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_status"):
+            return "<Beacon (not set up)>"
         return f"<Beacon {self._config.agent_id} {self._status.state}>"
 
     # -- the heartbeat's thread --

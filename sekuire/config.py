@@ -32,18 +32,19 @@ def from_options(
     :raises ConfigurationError: an unknown option or a wrong value.
     """
     known = [field.alias for field in attrs.fields(cls)]  # type: ignore[arg-type]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
-            raise ConfigurationError(f"is no option of {cls.__name__}; {hint}", name)
-    if "agent_id" in known and "agent_id" not in options:
-        raise ConfigurationError("is required", "agent_id")
-    try:
-        return cls(**options)
-    except ConfigurationError as error:
-        # Without its traceback, whose frames hold the options, tokens included.
-        found = error.with_traceback(None)
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        close = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
+        found = ConfigurationError(f"is no option of {cls.__name__}; {hint}", unknown)
+    elif "agent_id" in known and "agent_id" not in options:
+        found = ConfigurationError("is required", "agent_id")
+    else:
+        try:
+            return cls(**options)
+        except ConfigurationError as error:
+            # Without its traceback, whose frames hold the options, tokens included.
+            found = error.with_traceback(None)
     del options
     source = (sources or {}).get(found.option or "")
     raise ConfigurationError(found.problem, found.option, found.source or source)

@@ -76,7 +76,13 @@ class SekuireSDK:
         endpoints: Optional[Mapping[str, str]] = None,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self._set_up(from_options(SDKConfig, options))
+        # An error's frames must not hold plain tokens.
+        del install_token, runtime_token, refresh_token, api_key
+        try:
+            config = from_options(SDKConfig, options)
+        finally:
+            options.clear()
+        self._set_up(config)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> SekuireSDK:
@@ -93,7 +99,11 @@ class SekuireSDK:
             options["credentials_store"] = _store_at(path)
         if "agent_id" not in options:
             raise ConfigurationError("is required; set SEKUIRE_AGENT_ID or pass agent_id=...", "agent_id")
-        config = from_options(SDKConfig, options, sources)
+        try:
+            config = from_options(SDKConfig, options, sources)
+        finally:
+            options.clear()
+            overrides.clear()
         sdk = cls.__new__(cls)
         sdk._set_up(config)
         sdk._outbox = os.environ.get(OUTBOX_VARIABLE) or None
@@ -217,6 +227,8 @@ class SekuireSDK:
         return self._beacon.installation_credentials
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_beacon"):
+            return "<SekuireSDK (not set up)>"
         return f"<SekuireSDK {self._config.agent_id} {self._beacon.status.state}>"
 
 

@@ -335,6 +335,8 @@ class Worker:
         )
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_phase"):
+            return "<Worker (not set up)>"
         return f"<Worker {self._config.agent_id} {self.worker_id[:8]} {self._phase}>"
 
     # -- starting --
@@ -635,4 +637,9 @@ def create_worker(**options: Any) -> Worker:
 
     :raises ConfigurationError: an unknown option, or a wrong value, naming it.
     """
-    return Worker(from_options(WorkerConfig, options))
+    try:
+        config = from_options(WorkerConfig, options)
+    finally:
+        # An error's frames must not hold plain tokens.
+        options.clear()
+    return Worker(config)

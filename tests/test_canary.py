@@ -13,7 +13,7 @@ import pytest
 
 from sekuire import Beacon, RuntimeCredentialsStore, SekuireSDK, create_worker, protocol
 from sekuire.credentials.store import Renewed
-from sekuire.errors import SekuireError
+from sekuire.errors import ConfigurationError, SekuireError
 from sekuire.local import LocalPlatform
 from sekuire.secret import Secret
 
@@ -381,3 +381,25 @@ def test_failures_shared_by_threads(canary: Canary) -> None:
         assert problem is not None
         canary.look_at_error(problem)
     canary.check("skr_canary_shared")
+
+
+@pytest.mark.parametrize("wrong", [{"heartbeat_interval": -1}, {"heart_beat": 1}, {"verify": "/no/such/file"}])
+@pytest.mark.parametrize("build", [create_worker, Beacon, SekuireSDK, SekuireSDK.from_env])
+def test_a_wrong_setting_shows_no_token(build: Any, wrong: Dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No frame of the library's, in an error over a setting, holds the tokens that were given beside it."""
+    monkeypatch.setenv("SEKUIRE_REFRESH_TOKEN", "rt-canary-frame")
+    tokens = {"install_token": "skt_canary-frame", "runtime_token": "canary-frame", "installation_id": "inst-1"}
+    if build is not create_worker:
+        tokens["api_key"] = "sk_live_canary-frame"
+    if "heart_beat" in wrong and build in (Beacon, SekuireSDK):
+        wrong = {"read_timeout": 0}
+    with pytest.raises(ConfigurationError) as caught:
+        build(agent_id="agent-1", **tokens, **wrong)
+    frame = caught.value.__traceback__
+    assert frame is not None
+    frame = frame.tb_next
+    assert frame is not None
+    while frame is not None:
+        assert "canary-frame" not in repr(frame.tb_frame.f_locals)
+        frame = frame.tb_next
+    assert caught.value.__context__ is None
