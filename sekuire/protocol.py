@@ -438,6 +438,15 @@ def completion_tail(attempt: int, worker_id: str) -> bytes:
     return f',"attempt":{attempt},"worker_id":"{worker_id}"}}'.encode()
 
 
+def is_retryable_failure(head: bytes) -> bool:
+    """Whether a completion's head (:func:`completion_head`) tells a failure that the platform may try again."""
+    try:
+        error = decode_body(head + b"}").get("error")
+    except (Malformed, AttributeError):
+        return False
+    return isinstance(error, dict) and error.get("retryable") is True
+
+
 def release_body(attempt: int, worker_id: str) -> bytes:
     return encode_json({"attempt": attempt, "worker_id": worker_id})
 

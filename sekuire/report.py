@@ -188,7 +188,8 @@ class Reporter:
         if reply is None:
             self._retry(report, problem, passing=isinstance(problem, TransportError) and problem.retryable)
         elif reply.is_success or reply.status == 409:
-            self._settle(report)
+            if not self._is_asked_again(report, attempt):
+                self._settle(report)
         elif reply.status in (404, 410):
             log.warning("[%s] the platform no longer knows this task (%d); its result is dropped",
                         report.task_id, reply.status)  # fmt: skip
@@ -209,7 +210,8 @@ class Reporter:
             return 0
         reports = []
         for stored in self._outbox.claim(*self._sender, owner=self):
-            report = Report(stored.task_id, stored.attempt, stored.head, is_final=True)
+            is_final = not protocol.is_retryable_failure(stored.head)
+            report = Report(stored.task_id, stored.attempt, stored.head, is_final)
             report.is_stored = True
             report.substituted = stored.substituted
             reports.append(report)
@@ -394,6 +396,17 @@ class Reporter:
             report.is_stored = False
             report.tries = 0
         self.enqueue(report)
+
+    def _is_asked_again(self, report: Report, attempt: int) -> bool:
+        """Whether the platform's next try of the task came before its answer to this one; it gets the result too.
+
+        Nobody runs that try: when it came, the report was still under way, so it was taken for a repetition.
+        """
+        with self._condition:
+            again = not report.is_final and report.attempt > attempt
+        if again:
+            self.enqueue(report)
+        return again
 
     def _retry(self, report: Report, why: object, at_least: float = 0.0, passing: bool = True) -> None:
         """Send again after a backoff, or, where the problem is not ``passing``, slowly."""

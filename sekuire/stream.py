@@ -180,6 +180,8 @@ class TaskStream:
         url = self._live.route.base + self._path
         if status == 204:
             raise StreamError(f"{url} answered 204, which means: do not connect again")
+        if answer.may_be_cut():
+            raise TransportError(f"{url} answered {status}, but the answer ended early")
         if 200 <= status < 400:
             what = f"{url} answered {status} with content type {protocol.one_line(kind)[:80] or 'none'!r}"
             hint = "a task stream is 200 and text/event-stream; is api_base_url right, or is endpoints= needed?"

@@ -11,7 +11,7 @@ from sekuire import TaskContext, Worker
 from sekuire.stream import TaskStream
 
 from .conftest import AGENT
-from .scripted import GUARD, Scripted, until
+from .scripted import GUARD, Request, Scripted, until
 
 Make = Callable[..., Worker]
 
@@ -252,3 +252,22 @@ def test_commands_missed_while_away_come_with_the_reconnect(platform: Any, worke
         until(lambda: heard[-1] == ("resume", resume))
         assert heard.count(("resume", resume)) == heard.count(("pause", pause)) == 1
         assert set(heard[1:-1]) <= {("resume", None)}
+
+
+def test_an_answer_cut_in_its_headers_is_no_verdict(scripted: Scripted, worker_of: Callable[..., Worker]) -> None:
+    """A connection that ends within the answer's headers says nothing about the platform: the stream is tried again."""
+    usual = scripted.stream
+
+    def cut(request: Request) -> Any:
+        if scripted.count("stream") == 1:
+            request.write(b"HTTP/1.1 200 OK\r\nServer: x\r\n")
+            return None
+        return usual(request)
+
+    scripted.on["stream"] = cut
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: input)
+    worker.start()
+    assert worker.wait_until_connected(GUARD)
+    assert scripted.count("stream") == 2
+    worker.stop()

@@ -376,7 +376,10 @@ class Authenticator:
             )
             # Frameworks that validate bodies quote them in their errors.
             reply = reply.without(secret)
-            return reply.check()
+            if not reply.is_success or not reply.may_be_cut():
+                return reply.check()
+            del reply
+            raise TransportError(f"the answer to {path} ended early")
 
         refusal: Optional[Exception] = None
         try:

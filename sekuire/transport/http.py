@@ -82,6 +82,20 @@ class Reply:
             return self
         return attrs.evolve(self, body=self.body.replace(secret.reveal().encode(), b"***"))
 
+    def may_be_cut(self) -> bool:
+        """Whether the connection may have ended within this answer's headers, or within a body without a length.
+
+        Both look like an answer that was meant so: http.client takes the end of the connection for the end of the
+        headers, and a body without a length ends with the connection.
+        """
+        if is_framed(self.headers):
+            return False
+        try:
+            protocol.decode_body(self.body)
+        except protocol.Malformed:
+            return True
+        return False
+
     def json(self) -> Any:
         """:raises sekuire.protocol.Malformed: the body is not JSON."""
         return protocol.decode_body(self.body)
@@ -261,6 +275,11 @@ class HttpClient:
         if not 200 <= response.status_code < 300 and credential is not None:
             content = without(value, content)
         return Reply(response.status_code, response.headers, content, sent_at, sent_wall)
+
+
+def is_framed(headers: Mapping[str, str]) -> bool:
+    """Whether an answer's headers tell where its body ends (RFC 9112, section 6.3)."""
+    return "Content-Length" in headers or "Transfer-Encoding" in headers
 
 
 def without(header: str, content: bytes) -> bytes:

@@ -17,7 +17,7 @@ from .. import protocol
 from ..config import ConnectionConfig
 from ..errors import TransportError
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
-from .http import Credential, Route, describe, without
+from .http import Credential, Route, describe, is_framed, without
 
 #: Most bytes read of an answer that is an error, not a stream.
 _MAX_ERROR = 65536
@@ -82,6 +82,7 @@ class LiveAnswer:
         self._patience = patience
         self._credential = credential
         self._host = host
+        self._error_body: Optional[bytes] = None
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
 
@@ -110,8 +111,17 @@ class LiveAnswer:
                 return
             yield piece
 
+    def may_be_cut(self) -> bool:
+        """Whether the connection may have ended within this answer's headers (see :meth:`Reply.may_be_cut`)."""
+        return not is_framed(self.headers) and not self.error_body()
+
     def error_body(self) -> bytes:
         """What an answer that is no stream says, at most 64 KiB; empty where it cannot be read, or not in time."""
+        if self._error_body is None:
+            self._error_body = self._read_error()
+        return self._error_body
+
+    def _read_error(self) -> bytes:
         try:
             content = read_body(self._raw, _MAX_ERROR, time.monotonic() + self._patience)
         except Exception:  # noqa: BLE001

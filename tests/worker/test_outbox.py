@@ -118,3 +118,31 @@ def test_the_sdk_takes_it_from_the_environment(platform: Any, tmp_path: Path, mo
         assert first._outbox is not None
         assert first._outbox is second._outbox
     assert (tmp_path / "outbox.db").exists()
+
+
+def test_a_restored_failure_does_not_answer_a_new_try(make_platform: Callable[..., Any], tmp_path: Path) -> None:
+    """A retryable failure from the outbox is delivered once; the platform's next try of the task runs."""
+    platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.0)
+    token = platform.create_install_token(AGENT)
+    script = SCRIPT.replace(
+        'return {"done": input["number"]}',
+        'if ctx.attempt == 1: raise TaskError("flaky", "again", retryable=True)\n    return "fine"',
+    ).replace("import RuntimeCredentialsStore,", "import TaskError, RuntimeCredentialsStore,")
+    command = [sys.executable, "-c", script, platform.url, token, str(tmp_path)]
+    task_id = platform.submit("work", {}, agent_id=AGENT, max_attempts=5)
+    runs = tmp_path / "runs"
+    with subprocess.Popen(command) as first:
+        try:
+            until(lambda: runs.exists() and runs.read_text())
+            platform.stop()
+            (tmp_path / "go-on").touch()
+            until(lambda: stored(tmp_path) == [task_id])
+        finally:
+            first.kill()
+    platform.start()
+    with subprocess.Popen(command) as second:
+        try:
+            assert platform.wait(task_id, GUARD)["output"] == "fine"
+        finally:
+            second.terminate()
+    assert runs.read_text().split() == [task_id, task_id]
