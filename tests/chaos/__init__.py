@@ -1,0 +1,1 @@
+"""Nothing is lost and nothing runs twice: the worker and the local platform under faults and kills."""

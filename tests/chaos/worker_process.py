@@ -1,0 +1,156 @@
+"""A worker as a process that can be killed: it notes every run of a handler, and at its end counts what is left."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import zlib
+from typing import Any, Dict, List
+
+import attrs
+
+from sekuire import RuntimeCredentialsStore, TaskContext, Worker, WorkerConfig, create_worker, filelock
+from sekuire.errors import TaskError
+
+from .process import question, reply
+
+log = logging.getLogger("chaos.worker")
+
+#: Exit code of a worker that stopped without being told to.
+STOPPED_BY_ITSELF = 3
+
+
+def has_outbox() -> bool:
+    """Whether this version of the library offers the outbox."""
+    return "outbox" in attrs.fields_dict(WorkerConfig)
+
+
+class Handlers:
+    """Handlers with a side effect that can be counted: one line in a file for every run."""
+
+    def __init__(self, process: int, path: str) -> None:
+        self._process = process
+        self._numbers = itertools.count(1)
+        # One write() of one line in append mode: lines of several threads and of killed processes never mix.
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def work(self, ctx: TaskContext, input: Dict[str, Any]) -> Dict[str, Any]:
+        attempt = ctx.attempt
+        run = f"{self._process}-{next(self._numbers)}"
+        line = f"{ctx.task_id} {attempt} {os.getpid()} {run} {time.time():.6f}\n"
+        os.write(self._file, line.encode())
+        if input["ms"]:
+            time.sleep(input["ms"] / 1000.0)
+        if input["mode"] == "progress":
+            ctx.report_progress(0.5, "half of it")
+        if input["mode"] == "fail":
+            raise TaskError("planned", "this one was to fail", details={"run": run})
+        if input["mode"] == "flaky" and zlib.crc32(f"{ctx.task_id}:{attempt}".encode()) % 4 == 0:
+            raise TaskError("flaky", "this one may be tried again", retryable=True, details={"run": run})
+        return {"run": run, "text": "x" * input["bytes"]}
+
+    async def work_async(self, ctx: TaskContext, input: Dict[str, Any]) -> Dict[str, Any]:
+        return self.work(ctx, input)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(threadName)s %(name)s %(message)s")
+    options = dict(settings["options"])
+    if settings["outbox"] is not None:
+        options["outbox"] = settings["outbox"]
+    before = descriptors()
+    handlers = Handlers(settings["process"], settings["runs"])
+    store = RuntimeCredentialsStore(path=settings["credentials"])
+    worker = create_worker(credentials_store=store, **options)
+    worker.on_task("work", handlers.work)
+    worker.on_task("work.async", handlers.work_async)
+    worker.start()
+    reply(started=True)
+    told: List[bool] = []
+    watch = threading.Thread(target=_watch, args=(worker, told), name="watch", daemon=True)
+    watch.start()
+    number = question()["number"]
+    told.append(True)
+    worker.stop()
+    watch.join(5.0)
+    reply(number=number, **left_of(worker, handlers, before, settings))
+
+
+def _watch(worker: Worker, told: List[bool]) -> None:
+    worker.wait()
+    if not told:
+        log.error("the worker stopped by itself: %s", worker.stop_reason)
+        sys.stderr.flush()
+        os._exit(STOPPED_BY_ITSELF)
+
+
+# -- what is left -----------------------------------------------------------------------------------------------------
+
+
+def left_of(worker: Worker, handlers: Handlers, before: int, settings: Dict[str, Any]) -> Dict[str, Any]:
+    """What a stopped worker has left in this process."""
+    handlers.close()
+    stats = worker.stats()
+    undelivered = worker._reporter.undelivered()
+    files = [settings["credentials"] + ".lock"]
+    if settings["outbox"] is not None:
+        files.append(settings["outbox"] + ".lock")
+    return {
+        "threads": [one.name for one in threading.enumerate() if one is not threading.main_thread()],
+        "descriptors": descriptors() - before,
+        "locks": [*held_locks(), *(path for path in files if os.path.exists(path) and not _is_free(path))],
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "dropped": stats.dropped,
+        "duplicates": stats.duplicates,
+        "received": stats.received,
+        "reconnects": stats.reconnects,
+        "undelivered": undelivered,
+    }
+
+
+def descriptors() -> int:
+    """How many file descriptors this process has open; 0 where that cannot be told."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def held_locks() -> List[str]:
+    """The locks and conditions of the library's objects that somebody holds."""
+    held = []
+    for one in gc.get_objects():
+        kind = type(one)
+        if not str(kind.__module__).startswith("sekuire"):
+            continue
+        names = list(getattr(one, "__dict__", {}))
+        names += [name for cls in kind.__mro__ for name in getattr(cls, "__slots__", ())]
+        for name in names:
+            lock: Any = getattr(one, name, None)
+            if hasattr(lock, "acquire") and hasattr(lock, "release"):
+                if lock.acquire(False):
+                    lock.release()
+                else:
+                    held.append(f"{kind.__module__}.{kind.__name__}.{name}")
+    return held
+
+
+def _is_free(path: str) -> bool:
+    descriptor = filelock.open_lock(path)
+    try:
+        return filelock.try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()
