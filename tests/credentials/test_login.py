@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import logging
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import threading
@@ -37,10 +39,12 @@ from sekuire.transport.retry import Interrupted
 from ..servers import (
     PATIENCE,
     Answer,
+    RawServer,
     Request,
     WebServer,
     assert_clean,
     grant_of,
+    read_request,
     refusing_url,
     until,
 )
@@ -1010,3 +1014,24 @@ def test_api_errors_are_not_shared_between_ways(fake: Fake, make: Make) -> None:
     assert token(auth.snapshot(patience())) == "skr_runtime_1"
     assert fake.calls == ["refresh", "bootstrap"]
     assert isinstance(APIError(418), SekuireError)
+
+
+@pytest.mark.parametrize(
+    "cut", [b"HTTP/1.1 201 Created\r\nContent-Le", b'HTTP/1.1 201 Created\r\n\r\n{"installation_id": "i']
+)
+def test_an_answer_cut_on_its_way_is_asked_for_again(make: Make, cut: bytes) -> None:
+    """A connection that ends within the answer is no refusal: the same request is sent again, under the same key."""
+    body = json.dumps(grant_of(1)).encode()
+    whole = b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    keys = []
+
+    def talk(sock: socket.socket, number: int) -> None:
+        lines = read_request(sock).split(b"\r\n")
+        keys.append([line for line in lines if line.lower().startswith(b"idempotency-key:")])
+        sock.sendall(cut if number == 0 else whole)
+
+    with RawServer(talk) as server:
+        auth = make(server.url, install_token=INSTALL)
+        assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    assert len(keys) == 2
+    assert keys[0] == keys[1] != []
