@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 from urllib.parse import quote
 
-from .errors import APIError, ConfigurationError, PlanLimitError
+from .errors import APIError, ConfigurationError, PlanLimitError, RevokedError
 from .models import (
     MAX_ID_BYTES,
     Command,
@@ -493,6 +493,12 @@ def one_line(text: str) -> str:
 def is_revoked(error: APIError) -> bool:
     """Whether this error is the kill switch (the code is read before the status)."""
     return error.code == CODE_REVOKED
+
+
+def revocation(error: APIError) -> RevokedError:
+    """What an error that is the kill switch (:func:`is_revoked`) says: why, and how long running work may go on."""
+    timeout = (error.details or {}).get("shutdown_timeout_ms")
+    return RevokedError(error.message or None, milliseconds(timeout))
 
 
 def is_transient(status: int) -> bool:

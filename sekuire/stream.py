@@ -11,7 +11,7 @@ from . import protocol
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT, bearer_of
-from .errors import APIError, RevokedError, SekuireError, StreamError, TransportError
+from .errors import APIError, SekuireError, StreamError, TransportError
 from .lifecycle import Deadline
 from .models import Command, Connected, Task
 from .transport.live import LiveAnswer, LiveClient
@@ -164,7 +164,7 @@ class TaskStream:
 
     def _renew(self, snapshot: Snapshot, error: APIError) -> Optional[SekuireError]:
         if protocol.is_revoked(error):
-            raise _revoked(error)
+            raise protocol.revocation(error)
         fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT))
         first = self._refused is None
         self._refused = fresh.generation
@@ -192,7 +192,7 @@ class TaskStream:
             raise TransportError(what)
         error = self._error_of(answer)
         if protocol.is_revoked(error):
-            raise _revoked(error)
+            raise protocol.revocation(error)
         if status in (404, 405):
             what = f"{url} answered {error} (content type {protocol.one_line(kind)[:80] or 'none'!r})"
             if not self._was_open:
@@ -265,8 +265,3 @@ class TaskStream:
         if kind not in self._ignored and len(self._ignored) < 100:
             self._ignored.add(kind)
             log.debug("events named %r are ignored", kind[:80])
-
-
-def _revoked(error: APIError) -> RevokedError:
-    timeout = (error.details or {}).get("shutdown_timeout_ms")
-    return RevokedError(error.message or None, protocol.milliseconds(timeout))

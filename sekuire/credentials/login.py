@@ -161,11 +161,12 @@ class Authenticator:
         """
         snapshot = self.snapshot(deadline)
         reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
-        if reply.status == 401 and not _is_revocation(reply):
+        if reply.status == 401 and _revocation_in(reply) is None:
             snapshot = self.rejected(snapshot.generation, deadline)
             reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
-        if not reply.is_success and _is_revocation(reply):
-            raise _revoked(reply)
+        revoked = _revocation_in(reply)
+        if revoked is not None:
+            raise revoked
         return reply, snapshot
 
     def accept_heartbeat(self, reply: HeartbeatReply, used: int, sent_at: float, sent_wall: float) -> None:
@@ -398,7 +399,7 @@ class Authenticator:
 
     def _read_refusal(self, what: str, secret: Secret, error: APIError) -> Exception:
         if protocol.is_revoked(error):
-            return _revocation(error)
+            return protocol.revocation(error)
         if protocol.is_transient(error.status):
             return TransportError(f"authenticating with {what} failed for now: {error}")
         if error.status in _DEAD:
@@ -451,14 +452,9 @@ def _renewed_by(reply: Reply, previous: Optional[RuntimeCredentials]) -> Renewed
     return Renewed(grant=grant, sent_at=reply.sent_at, sent_wall=reply.sent_wall)
 
 
-def _is_revocation(reply: Reply) -> bool:
-    return protocol.is_revoked(protocol.decode_error(reply.status, reply.body))
-
-
-def _revoked(reply: Reply) -> RevokedError:
-    return _revocation(protocol.decode_error(reply.status, reply.body))
-
-
-def _revocation(error: APIError) -> RevokedError:
-    timeout = (error.details or {}).get("shutdown_timeout_ms")
-    return RevokedError(error.message or None, protocol.milliseconds(timeout))
+def _revocation_in(reply: Reply) -> Optional[RevokedError]:
+    """The kill switch, where this reply carries it."""
+    if reply.is_success:
+        return None
+    error = protocol.decode_error(reply.status, reply.body)
+    return protocol.revocation(error) if protocol.is_revoked(error) else None
