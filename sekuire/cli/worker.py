@@ -18,8 +18,10 @@ from typing import Any, Callable, List, NoReturn, Optional, Tuple
 from .. import lifecycle
 from ..errors import SekuireError
 from ..lifecycle import Deadline, join_all
+from ..reloader import Reloader
 from ..sdk import SekuireSDK
 from ..worker import Worker
+from . import terminal
 from .exits import INTERRUPTED, OK, CommandError, report
 
 HELP = "run a worker from a module of yours"
@@ -29,6 +31,7 @@ without arguments that returns one. SIGTERM and Ctrl-C let running tasks end, gi
 heartbeat; a second signal ends the process at once."""
 EPILOG = """\
 example:  sekuire worker tasks:worker          (tasks.py holds worker = create_worker(...))
+          sekuire worker tasks:worker --reload (while you write tasks.py)
 
 Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself; 1 the platform refused it, or it
 failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
@@ -52,6 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="handlers that run at once, instead of what the worker was made with; a function that takes max_workers "
         "is given it",
     )
+    parser.add_argument(
+        "--reload",
+        action="store_true",
+        help="for development: run it anew whenever a Python file is saved, after the run before has drained",
+    )
+    parser.add_argument(
+        "--reload-dir",
+        action="append",
+        metavar="DIR",
+        help="watch this directory and what is below it instead of the current one; may be repeated",
+    )
 
 
 def _count(text: str) -> int:
@@ -61,6 +75,10 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.reload:
+        return _reload(args)
+    if args.reload_dir:
+        raise CommandError("--reload-dir goes with --reload")
     with _Signals() as signals:
         try:
             worker = find(args.target, args.max_workers)
@@ -72,6 +90,20 @@ def run(args: argparse.Namespace) -> int:
         if _is_busy(worker):
             _leave_at_once(code)
     return code
+
+
+def _reload(args: argparse.Namespace) -> int:
+    # Only the form: what the module holds is the child's to say, and to say again after each save.
+    _split(args.target)
+    command = [sys.executable, "-m", "sekuire", "worker", args.target]
+    if args.max_workers is not None:
+        command += ["--max-workers", str(args.max_workers)]
+    if getattr(args, "verbose", False):
+        command.append("--verbose")
+    elif hasattr(args, "log_level"):
+        command += ["--log-level", args.log_level]
+    paths = args.reload_dir or [os.getcwd()]
+    return Reloader(command, paths, say=lambda line: terminal.note(f"reload: {line}")).run()
 
 
 class _Ended(BaseException):
@@ -162,12 +194,7 @@ def find(target: str, max_workers: Optional[int] = None) -> Worker:
     :raises CommandError: there is none; it says why.
     :raises SekuireError: raised by the user's module.
     """
-    name, _, attribute = target.partition(":")
-    if not name or not attribute:
-        raise CommandError(f"{target!r} is not of the form MODULE:WORKER, such as tasks:worker")
-    if name.endswith(".py") or "/" in name or "\\" in name:
-        dotted = (name[:-3] if name.endswith(".py") else name).replace("\\", ".").replace("/", ".").strip(".")
-        raise CommandError(f"{name!r} is a file; name the module, such as {dotted}:{attribute}")
+    name, attribute = _split(target)
     module = _import(name)
     found: Any = module
     for part in attribute.split("."):
@@ -178,6 +205,20 @@ def find(target: str, max_workers: Optional[int] = None) -> Worker:
     else:
         return _checked(_made(target, found, max_workers), target, max_workers)
     raise CommandError(f"the module {name!r} has no {attribute!r}; {_candidates(module, attribute)}")
+
+
+def _split(target: str) -> Tuple[str, str]:
+    """The module's name and the attribute.
+
+    :raises CommandError: ``target`` is not of this form.
+    """
+    name, _, attribute = target.partition(":")
+    if not name or not attribute:
+        raise CommandError(f"{target!r} is not of the form MODULE:WORKER, such as tasks:worker")
+    if name.endswith(".py") or "/" in name or "\\" in name:
+        dotted = (name[:-3] if name.endswith(".py") else name).replace("\\", ".").replace("/", ".").strip(".")
+        raise CommandError(f"{name!r} is a file; name the module, such as {dotted}:{attribute}")
+    return name, attribute
 
 
 def _import(name: str) -> ModuleType:
