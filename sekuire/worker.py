@@ -17,8 +17,9 @@ from . import protocol
 from .config import WorkerConfig, from_options
 from .control import Control
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, RevokedError, SekuireError
+from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
 from .handlers import Handler, Registry
+from .idle import Activity, IdleWatch
 from .installation import Installation
 from .lifecycle import (
     CallbackThread,
@@ -187,7 +188,7 @@ class Worker:
         error, the login goes on in the background.
 
         :param block: return only when the worker has stopped: by :meth:`stop`, a ``terminate`` command, a revocation,
-            SIGINT or SIGTERM (in the main thread; a second one stops at once).
+            ``stop_when_idle``, SIGINT or SIGTERM (in the main thread; a second one stops at once).
         :raises AuthenticationError: the platform refused every way of authenticating.
         :raises ConfigurationError: no handler, or a worker that was started or stopped before.
         :raises SekuireError: with ``block``, the error because of which the worker stopped.
@@ -341,12 +342,12 @@ class Worker:
 
     # -- starting --
 
-    def _resize(self, max_workers: int) -> None:
-        """Change ``max_workers`` of a worker that has not started, as ``sekuire worker --max-workers`` does."""
+    def _reconfigure(self, **options: Any) -> None:
+        """Change options of a worker that has not started, as command lines do: ``max_workers``, ``stop_when_idle``."""
         with self._state:
             if self._phase != "new":
-                raise ConfigurationError("cannot be changed once the worker was started", "max_workers")
-            self._config = attrs.evolve(self._config, max_workers=max_workers)
+                raise ConfigurationError("cannot be changed once the worker was started", ", ".join(options))
+            self._config = attrs.evolve(self._config, **options)
         self._dispatcher.resize(self._config)
 
     def _check_startable(self) -> None:
@@ -370,6 +371,8 @@ class Worker:
         self._installation.declare(*self.capabilities)
         at_exit(self)
         self._stream_thread.start()
+        if self._config.stop_when_idle is not None:
+            IdleWatch(self._config.stop_when_idle, self._timer, self._activity, self._stop_idle).start()
 
     def _wait_for_verdict(self) -> None:
         if is_owned_by(self):
@@ -449,6 +452,20 @@ class Worker:
             self._state.notify_all()
 
     # -- stopping --
+
+    def _activity(self) -> Activity:
+        # Results that the outbox keeps need no waiting for; without one they would be lost.
+        unsent = self._outbox is None and self._reporter.backlog > 0
+        is_busy = bool(self._dispatcher.running or self._dispatcher.waiting or unsent)
+        return Activity(self._dispatcher.counts.received, is_busy)
+
+    def _stop_idle(self) -> None:
+        seconds = self._config.stop_when_idle
+        if self._control.was_connected:
+            self._request_stop(None, reason=f"idle for {seconds:g} s")
+        else:
+            # Whoever waits for the work to be done must not take this for it.
+            self._fail(TransportError(f"there was no task stream within stop_when_idle ({seconds:g} s)"))
 
     def _terminate(self, timeout: Optional[float], reason: str) -> None:
         self._request_stop(timeout, terminated=True, reason=reason)

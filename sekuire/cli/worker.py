@@ -7,6 +7,7 @@ import difflib
 import importlib
 import inspect
 import logging
+import math
 import os
 import signal
 import sys
@@ -33,8 +34,8 @@ EPILOG = """\
 example:  sekuire worker tasks:worker          (tasks.py holds worker = create_worker(...))
           sekuire worker tasks:worker --reload (while you write tasks.py)
 
-Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself; 1 the platform refused it, or it
-failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
+Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself (idle); 1 the platform refused it,
+or it failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
 LOG_LEVEL = "info"
 
 #: Seconds that flushing may take where handlers still run, and that idle threads get to end.
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is given it",
     )
     parser.add_argument(
+        "--stop-when-idle",
+        type=_duration,
+        metavar="S",
+        help="end after so many seconds without a task, with exit code 0; for a drain that a scheduler starts",
+    )
+    parser.add_argument(
         "--reload",
         action="store_true",
         help="for development: run it anew whenever a Python file is saved, after the run before has drained",
@@ -74,8 +81,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _duration(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
 def run(args: argparse.Namespace) -> int:
     if args.reload:
+        if args.stop_when_idle is not None:
+            raise CommandError("--stop-when-idle does not go with --reload, which waits for the next save")
         return _reload(args)
     if args.reload_dir:
         raise CommandError("--reload-dir goes with --reload")
@@ -84,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
             worker = find(args.target, args.max_workers)
         except _Ended as ended:
             return ended.code
+        if args.stop_when_idle is not None:
+            worker._reconfigure(stop_when_idle=args.stop_when_idle)
         signals.leave_with = INTERRUPTED
         code = _serve(worker)
         signals.leave_with = code
@@ -317,7 +338,7 @@ def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
             f"{target} was already started by its module; put worker.start(...) under: if __name__ == '__main__':"
         )
     if max_workers is not None:
-        worker._resize(max_workers)
+        worker._reconfigure(max_workers=max_workers)
     return worker
 
 
