@@ -14,11 +14,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Un
 import attrs
 
 from . import protocol
+from .calls import Handler, Middleware
 from .config import WorkerConfig, from_options
 from .control import Control
 from .dispatch import Dispatcher
 from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
-from .handlers import Handler, Registry
 from .idle import Activity, IdleWatch
 from .installation import Installation
 from .lifecycle import (
@@ -34,12 +34,14 @@ from .lifecycle import (
 )
 from .models import Command, WorkerReport, WorkerStats
 from .outbox import open_outbox
+from .registry import TaskRegistry
 from .report import Reporter
 from .stream import TaskStream
 
 log = logging.getLogger("sekuire.worker")
 
 _H = TypeVar("_H", bound=Handler)
+_M = TypeVar("_M", bound=Middleware)
 CommandCallback = Callable[[Command], object]
 _C = TypeVar("_C", bound=CommandCallback)
 
@@ -88,7 +90,7 @@ class Worker:
         self._sdk: Any = None
         self._auth = self._installation.auth
         self._heartbeat = self._installation.heartbeat
-        self._registry = Registry()
+        self._registry = TaskRegistry(_option="on_task")
         self._stop = threading.Event()
         self._state = threading.Condition()
         self._phase = "new"
@@ -157,16 +159,29 @@ class Worker:
         :param max_concurrency: how many of its runs may go on at once.
         :raises ConfigurationError: a wrong argument, a name taken, or a worker that has started.
         """
-        if not isinstance(name, str):
-            raise ConfigurationError(
-                f"needs the capability's name first: @worker.on_task('summarize'), got {type(name).__name__}", "on_task"
-            )
+        if handler is None:
+            return self._registry.task(name, timeout=timeout, max_concurrency=max_concurrency)
+        return self._registry.task(name, handler, timeout=timeout, max_concurrency=max_concurrency)
 
-        def register(function: _H) -> _H:
-            self._registry.add(name, function, timeout, max_concurrency)
-            return function
+    def include(self, registry: TaskRegistry) -> None:
+        """Take over every handler of ``registry``, with its middleware around them; the registry is frozen by it.
 
-        return register if handler is None else register(handler)
+        :raises ConfigurationError: a name that is taken (both places are named; nothing is taken over then), or a
+            worker that has started.
+        """
+        self._registry.include(registry)
+
+    def middleware(self, function: _M) -> _M:
+        """Put ``function(ctx, input, call_next)`` around every handler of this worker; also ``@worker.middleware``.
+
+        It runs in the handler's thread, within the task's time, after lease and policy have allowed the task. The
+        first one registered is outermost; that of included registries is inside. ``call_next(input)`` runs what is
+        inside it, once, and returns the output (of an async handler: awaited) or raises; what the middleware returns
+        or raises takes its place. Without a call of ``call_next`` the handler does not run.
+
+        :raises ConfigurationError: it cannot be called so, is async, or the worker has started.
+        """
+        return self._registry.middleware(function)
 
     def on_command(self, callback: _C) -> _C:
         """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own.

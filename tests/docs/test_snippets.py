@@ -59,11 +59,16 @@ def test_snippets_of_a_page_run(page: str, tmp_path: pathlib.Path, monkeypatch: 
     for name in [name for name in os.environ if name.startswith("SEKUIRE_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    # As for a script of that directory: the page's files can be imported.
+    monkeypatch.syspath_prepend(tmp_path)
     if any(block.language == "sh" for block in found) and os.name != "posix":
         pytest.skip("shell snippets need a POSIX shell")
     with contextlib.closing(Reader(tmp_path, monkeypatch)) as reader, logging_as_before():
         for block in found:
             reader.read(block)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_blocks_that_do_not_run_are_known() -> None:
