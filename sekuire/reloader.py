@@ -14,13 +14,12 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .config import CREDENTIALS_FILE_VARIABLE
 from .errors import ConfigurationError
+from .exitcodes import INTERRUPTED, OK
 
 #: Seconds between two looks at the child.
 _SLICE = 0.1
 #: Milliseconds that changes are collected: an editor saves in several steps, a checkout in hundreds.
 _DEBOUNCE = 300
-#: Exit code after Ctrl-C.
-_INTERRUPTED = 130
 #: Seconds that the watch may take to be set up, and to end.
 _PATIENCE = 10.0
 
@@ -80,7 +79,7 @@ class Reloader:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
             if directory is not None:
                 shutil.rmtree(directory, ignore_errors=True)
-        return _INTERRUPTED if self._first_signal == signal.SIGINT else 0
+        return INTERRUPTED if self._first_signal == signal.SIGINT else OK
 
     # -- the main thread --
 

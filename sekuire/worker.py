@@ -300,6 +300,10 @@ class Worker:
         """Whether it was started and has not stopped; true while it drains."""
         return self._phase in ("running", "stopping")
 
+    def is_alive(self) -> bool:
+        """Whether it runs and its stream's thread lives, or it drains; for probes. The platform may be out of reach."""
+        return self._phase == "stopping" or (self._phase == "running" and self._stream_thread.is_alive())
+
     def is_connected(self) -> bool:
         """Whether the task stream is open."""
         return self._connected

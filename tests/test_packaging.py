@@ -70,6 +70,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 EXTRAS = {
     "local": {"flask", "cheroot"},
     "reload": {"watchfiles"},
+    "flask": {"flask"},
 }
 
 

@@ -10,8 +10,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 
-from sekuire import create_worker
-from sekuire.cli import worker as command
+from sekuire import create_worker, runner
 from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
 
@@ -403,12 +402,12 @@ def test_a_signal_after_the_worker_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the SDK shuts down, another signal ends the process with the worker's code."""
     codes: List[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    before: Dict[int, Any] = {number: signal.getsignal(number) for number in command._SIGNALS}
-    with command._Signals() as signals:
+    before: Dict[int, Any] = {number: signal.getsignal(number) for number in runner._SIGNALS}
+    with runner._Signals() as signals:
         signals.leave_with = 7
         signal.raise_signal(signal.SIGTERM)
     assert codes == [7]
-    assert {number: signal.getsignal(number) for number in command._SIGNALS} == before
+    assert {number: signal.getsignal(number) for number in runner._SIGNALS} == before
 
 
 def test_a_revoked_installation_is_not_started(run: Run, module: Write, platform: LocalPlatform) -> None:

@@ -45,6 +45,7 @@ NOT_RUN = {
 BACKGROUND = {
     "sekuire dev": signal.SIGINT,
     "sekuire worker": signal.SIGTERM,
+    "flask --app shop:create_app sekuire worker": signal.SIGTERM,
     "python summarizer.py": signal.SIGTERM,
 }
 
