@@ -27,14 +27,24 @@ class TaskSubmitter:
         self.credential = functools.partial(protocol.api_key_header, api_key)
 
     def submit(self, capability: str, input: Any, agent_id: str, **fields: Any) -> str:
-        """Submit one task, once: a second try could make a second task. Its id.
+        """Submit one task; as :meth:`prepare` and :meth:`send`."""
+        return self.send(self.prepare(capability, input, agent_id, **fields))
+
+    @staticmethod
+    def prepare(capability: str, input: Any, agent_id: str, **fields: Any) -> bytes:
+        """A task's body, for :meth:`send`.
 
         :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``.
         :raises ConfigurationError: a wrong capability, agent or field, or an input without a JSON form.
+        """
+        return _body(capability, input, agent_id, fields)
+
+    def send(self, body: bytes) -> str:
+        """Submit a task, once: a second try could make a second task. Its id.
+
         :raises TransportError: no answer came; whether the task was submitted is not known.
         :raises APIError: the platform refused it.
         """
-        body = _body(capability, input, agent_id, fields)
         problem = ""
         try:
             reply = self.http.request("POST", self.http.endpoints.path("tasks"), body=body, credential=self.credential)

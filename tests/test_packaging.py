@@ -71,6 +71,7 @@ EXTRAS = {
     "local": {"flask", "cheroot"},
     "reload": {"watchfiles"},
     "flask": {"flask"},
+    "django": {"django"},
 }
 
 

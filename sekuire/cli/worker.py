@@ -6,7 +6,6 @@ import argparse
 import difflib
 import importlib
 import inspect
-import math
 import os
 import sys
 import traceback
@@ -14,6 +13,7 @@ from types import ModuleType, TracebackType
 from typing import Any, Optional, Tuple
 
 from .. import runner
+from ..arguments import add_worker_arguments
 from ..errors import SekuireError
 from ..reloader import Reloader
 from ..sdk import SekuireSDK
@@ -37,51 +37,13 @@ LOG_LEVEL = "info"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODULE:WORKER", help="such as tasks:worker or package.tasks:make_worker")
-    parser.add_argument(
-        "--max-workers",
-        type=_count,
-        metavar="N",
-        help="handlers that run at once, instead of what the worker was made with; a function that takes max_workers "
-        "is given it",
-    )
-    parser.add_argument(
-        "--stop-when-idle",
-        type=_duration,
-        metavar="S",
-        help="end after so many seconds without a task, with exit code 0; for a drain that a scheduler starts",
-    )
-    parser.add_argument(
-        "--liveness-file",
-        metavar="PATH",
-        help="touch this file every 5 s while the worker is alive, and remove it at the end; for a probe",
-    )
-    parser.add_argument(
-        "--reload",
-        action="store_true",
-        help="for development: run it anew whenever a Python file is saved, after the run before has drained",
-    )
+    add_worker_arguments(parser)
     parser.add_argument(
         "--reload-dir",
         action="append",
         metavar="DIR",
         help="watch this directory and what is below it instead of the current one; may be repeated",
     )
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 10_000:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 10000, got {text!r}")
-    return int(text)
-
-
-def _duration(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return seconds
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple
+import os
+from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
 
 import attrs
 
-from ..config import ENVIRONMENT, SDKConfig, WorkerConfig
+from ..config import (
+    CREDENTIALS_FILE_VARIABLE,
+    ENVIRONMENT,
+    ConnectionConfig,
+    SDKConfig,
+    WorkerConfig,
+    from_options,
+    read_environment,
+)
 from ..credentials import RuntimeCredentialsStore
 from ..errors import ConfigurationError
 from ..sdk import SekuireSDK
+from ..secret import as_secret
+from ..submission import TaskSubmitter
 from ..worker import Worker
 
 PREFIX = "SEKUIRE_"
@@ -61,7 +72,7 @@ class Settings:
 
         :raises ConfigurationError: a setting or variable is wrong or missing; the text names it.
         """
-        options = {name: value for name, value in self._options.items() if name in _SDK}
+        options = _only(self._options, _SDK)
         try:
             if self._file is not None and "credentials_store" not in options:
                 options["credentials_store"] = RuntimeCredentialsStore(path=self._file)
@@ -85,6 +96,64 @@ class Settings:
             found = error
         raise self._named(found) if found.option in own else found
 
+    def check(self) -> None:
+        """Check every value that is set, here or in the environment, without needing those that are not.
+
+        :raises ConfigurationError: a wrong value; the text names it.
+        """
+        options, sources = self._resolved()
+        own = _only(self._options, _WORKER)
+        try:
+            if self._file is not None:
+                RuntimeCredentialsStore(path=self._file)
+            from_options(SDKConfig, {"agent_id": "unknown", **_only(options, _SDK)}, sources)
+            from_options(WorkerConfig, {**own, "agent_id": "unknown"})
+            return
+        except ConfigurationError as error:
+            found = error
+        finally:
+            options.clear()
+        raise self._named(found)
+
+    def options(self) -> Dict[str, Any]:
+        """All options that are set, here or in the environment; tokens among them as plain text."""
+        return self._resolved()[0]
+
+    def has_credentials_file(self) -> bool:
+        """Whether the credentials last."""
+        return self._file is not None or bool(os.environ.get(CREDENTIALS_FILE_VARIABLE))
+
+    def agent_id(self) -> str:
+        """Whose settings these are.
+
+        :raises ConfigurationError: nobody's.
+        """
+        agent_id: Optional[str] = self._resolved()[0].get("agent_id")
+        if agent_id is None:
+            raise ConfigurationError("is required; set SEKUIRE_AGENT_ID", self._label("AGENT_ID"))
+        return agent_id
+
+    def submitter(self) -> TaskSubmitter:
+        """What submits tasks with the API key.
+
+        :raises ConfigurationError: there is none, or another setting is wrong.
+        """
+        options, sources = self._resolved()
+        connection = frozenset(str(field.alias) for field in attrs.fields(ConnectionConfig))
+        try:
+            if options.get("api_key") is None:
+                raise ConfigurationError("is required to submit tasks; set SEKUIRE_API_KEY", self._label("API_KEY"))
+            config = from_options(ConnectionConfig, _only(options, connection), sources)
+            return TaskSubmitter(config, as_secret(options["api_key"], "api_key"))
+        except ConfigurationError as error:
+            found = error
+        finally:
+            options.clear()
+        raise self._named(found)
+
+    def _resolved(self) -> Tuple[Dict[str, Any], Dict[str, str]]:
+        return read_environment(self._options, tuple(ENVIRONMENT))
+
     def _named(self, error: ConfigurationError) -> ConfigurationError:
         """``error``, new and without its frames, with the name that the user knows its option by."""
         key = self._keys.get(error.option or "")
@@ -93,6 +162,10 @@ class Settings:
         if error.source is not None or key is None:
             return ConfigurationError(error.problem, error.option, error.source)
         return ConfigurationError(error.problem, self._label(key))
+
+
+def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
 
 
 def known_keys() -> Tuple[str, ...]:

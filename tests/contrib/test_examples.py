@@ -18,7 +18,7 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Run, clean_environ
 from ..conftest import AGENT
-from ..scripted import GUARD
+from ..scripted import GUARD, until
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
@@ -72,3 +72,31 @@ def test_flask(platform: LocalPlatform, tmp_path: pathlib.Path, run: Run, variab
     worker.signal(signal.SIGTERM)
     assert worker.end()[0] == 0
     assert os.path.exists(tmp_path / "notes.db")
+
+
+def test_django(platform: LocalPlatform, tmp_path: pathlib.Path, run: Run, variables: Dict[str, str]) -> None:
+    """A committed order is confirmed by the worker, in the project's language and time zone."""
+    pytest.importorskip("django")
+    shutil.copytree(EXAMPLES / "django", tmp_path, dirs_exist_ok=True)
+    manage = ("manage.py",)
+    env = {**variables, "SEKUIRE_API_KEY": platform.api_key}
+    command(tmp_path, *manage, "migrate", "--verbosity", "0", env=env)
+    assert "no issues" in command(tmp_path, *manage, "check", env=env)
+    worker = run("run_sekuire_worker", env=env, program=manage)
+    worker.line("stderr", "the task stream is open")
+    pages = run("runserver", "--noreload", "127.0.0.1:0", env={**env, "PYTHONUNBUFFERED": "1"}, program=manage)
+    url = pages.line("stdout", "Starting development server at ").split()[-1]
+    request = urllib.request.Request(url, b"item=tea")
+    with urllib.request.urlopen(request, timeout=GUARD) as answer:
+        assert json.load(answer) == {"order_id": 1}
+
+    def confirmed() -> Any:
+        with urllib.request.urlopen(url, timeout=GUARD) as answer:
+            (order,) = json.load(answer)["orders"]
+        return order["confirmation"]
+
+    assert until(confirmed) == "Ja: tea (Europe/Berlin)"
+    assert ask(platform, "confirm_order", {"order_id": 2}) == "no_such_order"
+    pages.signal(signal.SIGINT)
+    worker.signal(signal.SIGTERM)
+    assert worker.end()[0] == 0

@@ -45,6 +45,7 @@ NOT_RUN = {
 BACKGROUND = {
     "sekuire dev": signal.SIGINT,
     "sekuire worker": signal.SIGTERM,
+    "django-admin run_sekuire_worker": signal.SIGTERM,
     "flask --app shop:create_app sekuire worker": signal.SIGTERM,
     "python summarizer.py": signal.SIGTERM,
 }
@@ -113,7 +114,9 @@ class Reader:
 
     def read(self, block: Block) -> None:
         if "file" in block.marks:
-            (self._directory / block.marks["file"]).write_text(block.text, encoding="utf-8")
+            path = self._directory / block.marks["file"]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
             compile(block.text, block.name, "exec")
         elif "output" in block.marks:
             assert self._printed == block.text, block.name
