@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="something that goes wrong on purpose; may be repeated",
     )
     group.add_argument(
-        "--fault-seed", type=int, default=0, metavar="N", help="what chance comes from (default 0): the same, the same"
+        "--fault-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="what chance comes from (default 0); the same seed gives the same faults",
     )
 
 
