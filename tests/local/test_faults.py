@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import select
 import socket
@@ -120,15 +122,29 @@ def test_an_error_instead_of_a_stream_leaves_no_stream(platform: LocalPlatform, 
 # -- resets and half answers ------------------------------------------------------------------------------------------
 
 
+def raw(installation: Installation, head: str, body: bytes = b"") -> socket.socket:
+    """A connection on which a whole request was sent at once."""
+    sock = socket.create_connection(installation.client.address, timeout=GUARD)
+    text = (
+        f"{head} HTTP/1.1\r\nHost: 127.0.0.1:{installation.client.address[1]}\r\n"
+        f"Authorization: Bearer {installation.token}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    sock.sendall(text.encode() + body)
+    return sock
+
+
 @pytest.mark.parametrize(("when", "status"), [("before", "assigned"), ("after", "completed")])
 def test_a_reset_is_a_reset(platform: LocalPlatform, installation: Installation, when: str, status: str) -> None:
     """The client sees RST and no byte of an answer; before, nothing was done, and after, all was."""
     task_id = given(installation)
-    with platform.faults.reset(on="complete", when=when), pytest.raises(ConnectionResetError):
-        installation.complete(task_id)
+    body = json.dumps({"task_id": task_id, "status": "completed", "output": 1, "attempt": 1}).encode()
+    with platform.faults.reset(on="complete", when=when):
+        sock = raw(installation, f"POST /api/v1/tasks/{task_id}/complete", body)
+        with contextlib.closing(sock), pytest.raises(ConnectionResetError):
+            sock.recv(1)
     assert platform.task(task_id)["status"] == status
     assert platform.requests[-1] == ("complete", 0)
-    assert installation.complete(task_id).status == 200
+    assert installation.complete(task_id, output=1).status == (200 if when == "before" else 409)
     assert platform.faults.injected["reset"] == 1
 
 
@@ -136,8 +152,10 @@ def test_a_reset_is_a_reset(platform: LocalPlatform, installation: Installation,
 def test_a_reset_of_a_stream(platform: LocalPlatform, installation: Installation, when: str) -> None:
     """No stream is left of one that was reset as it opened."""
     task_id = installation.submit()
-    with platform.faults.reset(on="task_stream", when=when), pytest.raises(ConnectionResetError):
-        installation.open()
+    with platform.faults.reset(on="task_stream", when=when):
+        sock = raw(installation, f"GET /api/v1/tasks/stream?agent_id={installation.agent_id}&worker_id=w1")
+        with contextlib.closing(sock), pytest.raises(ConnectionResetError):
+            sock.recv(1)
     until(lambda: platform.streams() == [])
     with installation.stream() as stream:
         assert stream.next("task")["task_id"] == task_id
@@ -426,8 +444,9 @@ def test_an_outage(platform: LocalPlatform, installation: Installation) -> None:
     with platform.faults.outage() as fault:
         with pytest.raises(ConnectionResetError):
             idle.sock.recv(1)
+        stream_socket = response.fp.raw._sock  # type: ignore[attr-defined]
         with pytest.raises(ConnectionResetError):
-            while response.fp.raw._sock.recv(65536):  # type: ignore[attr-defined]
+            while stream_socket.recv(65536):
                 pass
         for _ in range(3):
             with pytest.raises(ConnectionRefusedError):
@@ -531,6 +550,9 @@ def test_an_outage_loses_what_is_on_its_way(platform: LocalPlatform, installatio
         for call in (first, second):
             with pytest.raises((ConnectionError, http.client.HTTPException)):
                 call.result()
+        # Neither goes on when the faults end, because neither is there any more.
+        until(lambda: platform.count("complete", 0) == 2)
+    platform.faults.clear()
     assert [platform.task(task_id)["status"] for task_id in (early, late)] == ["assigned", "completed"]
 
 
