@@ -926,13 +926,14 @@ class _Pool:
             except OSError:
                 pass
         _join(threads, deadline + timeout)
-        while True:
-            try:
+        with contextlib.suppress(queue.Empty):
+            while True:
                 conn = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if conn is not None:
-                conn.close()
+                if conn is not None:
+                    conn.close()
+        # Whoever still works finds its end later.
+        for _ in threads:
+            self._queue.put(None)
 
     def _spawn(self) -> None:
         name = f"sekuire-local-http-{len(self._threads) + 1}"
