@@ -28,6 +28,8 @@ log = logging.getLogger("sekuire.report")
 RETRY_MIN, RETRY_MAX = 0.1, 60.0
 #: Delay after an answer that repeating is unlikely to change, in seconds.
 STUBBORN = 60.0
+#: How often a result that is refused with 401, also after a renewal of the token, is taken to be so by bad luck.
+REFUSALS = 5
 #: Threads that send what was not sent by a handler's own thread.
 MAX_THREADS = 4
 #: Undelivered results at which intake pauses: their number and their bytes.
@@ -57,6 +59,7 @@ class Report:
         "is_final",
         "is_given_up",
         "is_stored",
+        "refused",
         "stubborn",
         "substituted",
         "task_id",
@@ -71,6 +74,7 @@ class Report:
         self.is_given_up = False
         self.is_stored = False
         self.tries = 0
+        self.refused = 0
         self.substituted = False
         self.stubborn = False
 
@@ -198,6 +202,10 @@ class Reporter:
             self._substitute(report, reply)
         elif protocol.is_transient(reply.status):
             self._retry(report, f"HTTP {reply.status}", reply.retry_after() or 0.0)
+        elif reply.status == 401 and report.refused < REFUSALS:
+            # The token was renewed, but can have been ended since, or one of several gateways not know it yet.
+            report.refused += 1
+            self._retry(report, protocol.decode_error(reply.status, reply.body))
         else:
             self._keep(report, reply)
 
@@ -449,7 +457,7 @@ class Reporter:
             otherwise()
         elif reply is None and not (isinstance(problem, TransportError) and problem.retryable):
             log.warning("[%s] the platform did not take the task back (%s)", task_id, problem)
-        elif reply is None or protocol.is_transient(reply.status):
+        elif reply is None or protocol.is_transient(reply.status) or (reply.status == 401 and tries < REFUSALS):
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
             self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, tries + 1))

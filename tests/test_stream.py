@@ -193,6 +193,27 @@ def test_the_servers_retry_sets_the_base_delay(
     assert bases == [base]
 
 
+def test_a_stream_that_was_open_for_a_while_comes_back_at_once(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts of a stream that worked do not add up; attempts that open none do, however long they take."""
+    from sekuire.transport import retry
+
+    monkeypatch.setattr(retry, "HEALING", 1e-9)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: high)
+    delays = recorded_delays(monkeypatch)
+    with worker:
+        for number in range(6):
+            works(scripted, f"t{number}")
+            scripted.end()
+            scripted.wait_for("stream", number + 2)
+        assert delays == [0.01] * 6
+        scripted.on["stream"] = lambda request: (503, {})
+        scripted.end()
+        until(lambda: len(delays) >= 11)
+    assert delays[6:11] == [0.01, 0.02, 0.04, 0.05, 0.05]
+
+
 def recorded_delays(monkeypatch: pytest.MonkeyPatch) -> List[float]:
     from sekuire.transport.retry import Backoff
 
