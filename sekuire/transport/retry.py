@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Callable, Optional, TypeVar
-
-import tenacity
+from typing import TYPE_CHECKING, Callable, Optional, TypeVar
 
 from .. import protocol
 from ..errors import APIError, SekuireError, TransportError
 from ..lifecycle import Deadline
+
+if TYPE_CHECKING:
+    import tenacity
 
 _T = TypeVar("_T")
 
@@ -77,6 +78,7 @@ def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadlin
     :raises Interrupted: ``stop`` was set during a wait.
     :raises SekuireError: what ``function`` raised last.
     """
+    import tenacity  # It imports asyncio, which would be a tenth of this library's import.
 
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
