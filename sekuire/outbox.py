@@ -41,9 +41,6 @@ _LOAD = (
     "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
 
-_Change = Tuple[str, Tuple[object, ...]]
-
-
 @attrs.frozen(slots=True)
 class Stored:
     """One completion kept on disk: its encoded head and what the request for it needs."""
@@ -54,40 +51,56 @@ class Stored:
     head: bytes = attrs.field(repr=False)
 
 
+_Key = Tuple[str, str, str]
+
+
 class _Ticket:
-    """One caller's changes on their way to the disk."""
+    """One caller that waits: for its row to be on disk, or (without a row) for its turn at the database.
 
-    __slots__ = ("changes", "done", "durable", "problem")
+    ``gate`` is held until another thread opens it; ``leads`` tells that the turn came, not the end.
+    """
 
-    def __init__(self, changes: List[_Change], durable: bool) -> None:
-        self.changes = changes
-        self.durable = durable
-        self.done = False
-        self.problem: Optional[str] = None
+    __slots__ = ("gate", "leads", "problem", "row")
+
+    def __init__(self, row: Optional[Tuple[object, ...]] = None) -> None:
+        self.row = row
+        self.gate = threading.Lock()
+        self.gate.acquire()
+        self.leads = False
+        self.problem: Optional[str] = "it was not reached"
+
+    def wait(self) -> None:
+        while not self.gate.acquire(timeout=_LONGEST_WAIT):
+            pass
 
 
 class Outbox:
     """The file of one process's undelivered completions, shared by all its Workers. :func:`open_outbox` makes it.
 
-    Any thread may call anything. ``_condition`` guards the queue of changes and who leads; the leader alone touches
-    SQLite, outside the lock, and commits everything that has queued meanwhile in one transaction: at eight threads the
-    cost of a sync to disk is shared by eight results.
+    Any thread may call anything. ``_lock`` guards what waits to be written, who owns what, and whether somebody leads;
+    the leader alone touches SQLite, outside the lock. It commits everything that has queued meanwhile in one
+    transaction, so that at eight threads the cost of a sync to disk is shared by eight results; then it opens the gate
+    of each thread whose row that was, hands the lead to the first that has queued since, and goes its way.
 
-    What is put is synced to the disk before :meth:`put` returns. A removal is written but not synced: it survives a
-    kill of the process, and should a power failure undo it, the result is sent once more under the same key.
+    What is put is synced to the disk before :meth:`put` returns. A removal is not waited for: it is written at once,
+    or, where somebody leads, by that thread or the next before they return. It is not synced: it survives a kill of the
+    process, and should a kill or a power failure come first, the result is sent once more under the same key.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.pid = os.getpid()
         self._lock_path = path + ".lock"
-        self._condition = threading.Condition()
-        self._queue: List[_Ticket] = []
+        self._lock = threading.Lock()
+        self._puts: List[_Ticket] = []
+        self._visitors: List[_Ticket] = []
+        self._removals: List[_Key] = []
         self._leading = False
         self._closed = False
         self._warned = False
         self._users = 0
-        self._owners: Dict[Tuple[str, str, str], object] = {}
+        self._owners: Dict[_Key, object] = {}
+        self._level = ""
         self._lock_file = self._take_lock()
         try:
             self._database = self._open()
@@ -105,21 +118,37 @@ class Outbox:
         :param owner: who delivers it; :meth:`claim` gives it to nobody else meanwhile.
         :returns: False where it could not be written (disk full); one warning is logged, the caller delivers without.
         """
-        row = (
-            api_url, agent_id, stored.task_id, installation_id,
-            stored.attempt, stored.substituted, stored.head, time.time(),
-        )  # fmt: skip
-        with self._condition:
-            self._owners[api_url, agent_id, stored.task_id] = owner
-        if self._change([(_PUT, row)], durable=True):
+        key = (api_url, agent_id, stored.task_id)
+        ticket = _Ticket((*key, installation_id, stored.attempt, stored.substituted, stored.head, time.time()))
+        with self._lock:
+            if self._closed:
+                return False
+            self._owners[key] = owner
+            self._puts.append(ticket)
+            leads = not self._leading
+            self._leading = True
+        if leads or self._wait(ticket):
+            self._lead(ticket)
+        if ticket.problem is None:
             return True
-        self._disown(api_url, agent_id, stored.task_id)
+        self._warn(ticket.problem)
+        self._disown(*key)
         return False
 
     def remove(self, api_url: str, agent_id: str, task_id: str) -> None:
         """Forget a completion that was accepted."""
-        self._change([(_REMOVE, (api_url, agent_id, task_id))], durable=False)
-        self._disown(api_url, agent_id, task_id)
+        key = (api_url, agent_id, task_id)
+        with self._lock:
+            self._owners.pop(key, None)
+            if self._closed:
+                return
+            self._removals.append(key)
+            if self._leading:
+                return
+            self._leading = True
+        problem = self._lead()
+        if problem is not None:
+            self._warn(problem)
 
     def holds(self, api_url: str, agent_id: str, task_id: str) -> bool:
         """Whether somebody in this process is delivering a completion of this task."""
@@ -127,28 +156,24 @@ class Outbox:
 
     def disown(self, owner: object) -> None:
         """``owner`` delivers no more; what it leaves may be claimed."""
-        with self._condition:
+        with self._lock:
             self._owners = {key: one for key, one in self._owners.items() if one is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
         """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now."""
-        with self._condition:
-            while self._leading:
-                self._condition.wait(_LONGEST_WAIT)
-            self._leading = True
         rows = []
+        self._take_lead()
         try:
             rows = self._database.execute(_LOAD, (api_url, agent_id)).fetchall()
-        finally:
-            with self._condition:
-                self._leading = False
+            with self._lock:
                 rows = [row for row in rows if (api_url, agent_id, row[0]) not in self._owners]
                 self._owners.update({(api_url, agent_id, row[0]): owner for row in rows})
-                self._condition.notify_all()
+        finally:
+            self._lead()
         return [Stored(task_id, attempt, bool(substituted), body) for task_id, attempt, substituted, body in rows]
 
     def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
-        with self._condition:
+        with self._lock:
             self._owners.pop((api_url, agent_id, task_id), None)
 
     # -- life --
@@ -160,12 +185,13 @@ class Outbox:
             if self._users > 0:
                 return
             _registry.pop(self.path, None)
-        with self._condition:
+        with self._lock:
             self._closed = True
-            while self._leading:
-                self._condition.wait(_LONGEST_WAIT)
+        self._take_lead()
+        self._write_queued()
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
+        self._lead()
         self._drop_lock()
 
     def __repr__(self) -> str:
@@ -173,40 +199,79 @@ class Outbox:
 
     # -- group commit --
 
-    def _change(self, changes: List[_Change], durable: bool) -> bool:
-        ticket = _Ticket(changes, durable)
-        batch: List[_Ticket] = []
-        with self._condition:
-            if self._closed:
-                return False
-            self._queue.append(ticket)
-            while self._leading and not ticket.done:
-                self._condition.wait(_LONGEST_WAIT)
-            if not ticket.done:
+    def _take_lead(self) -> None:
+        """Wait for a turn at the database; :meth:`_lead` ends it."""
+        ticket = _Ticket()
+        with self._lock:
+            if not self._leading:
                 self._leading = True
-                batch, self._queue = self._queue, []
-        if batch:
-            problem = self._commit(batch)
-            with self._condition:
-                for one in batch:
-                    one.done = True
-                    one.problem = problem
-                self._leading = False
-                self._condition.notify_all()
-        if ticket.problem is not None:
-            self._warn(ticket.problem)
-        return ticket.problem is None
+                return
+            self._visitors.append(ticket)
+        ticket.wait()
 
-    def _commit(self, batch: List[_Ticket]) -> Optional[str]:
+    @staticmethod
+    def _wait(ticket: _Ticket) -> bool:
+        """Wait until a row is on disk; whether the lead came instead."""
+        ticket.wait()
+        return ticket.leads
+
+    def _lead(self, mine: Optional[_Ticket] = None) -> Optional[str]:
+        """Write what has queued, then hand the lead on, or end it where nothing is left; the last problem, or None.
+
+        Only the leader calls this.
+        """
+        problem: Optional[str] = None
+        while True:
+            if mine is None:
+                with self._lock:
+                    if self._pass_on():
+                        return problem
+                    if not self._removals:
+                        self._leading = False
+                        return problem
+            mine = None
+            problem = self._write_queued()
+
+    def _write_queued(self) -> Optional[str]:
+        """Commit what has queued and open the gates of those who wait for it. Only the leader calls this."""
+        with self._lock:
+            puts, self._puts = self._puts, []
+            removals, self._removals = self._removals, []
+        problem: Optional[str] = "the commit did not end"
+        try:
+            problem = self._commit(puts, removals)
+        finally:
+            for ticket in puts:
+                ticket.problem = problem
+                ticket.gate.release()
+        return problem
+
+    def _pass_on(self) -> bool:
+        """Give the lead to whoever has waited for it, if anybody has. Needs the lock."""
+        if self._visitors:
+            heir = self._visitors.pop(0)
+        elif self._puts:
+            heir = self._puts[0]
+        else:
+            return False
+        heir.leads = True
+        heir.gate.release()
+        return True
+
+    def _commit(self, puts: List[_Ticket], removals: List[_Key]) -> Optional[str]:
         """Write a batch in one transaction; what was wrong, or None. Only the leader calls this."""
         database = self._database
         try:
-            level = "FULL" if any(ticket.durable for ticket in batch) else "NORMAL"
-            database.execute(f"PRAGMA synchronous = {level}")
+            level = "FULL" if puts else "NORMAL"
+            if level != self._level:
+                database.execute(f"PRAGMA synchronous = {level}")
+                self._level = level
             database.execute("BEGIN IMMEDIATE")
-            for ticket in batch:
-                for statement, values in ticket.changes:
-                    database.execute(statement, values)
+            # In this order: a removal is of what was put, and is on disk, before it; a put may be of the same task anew.
+            if removals:
+                database.executemany(_REMOVE, removals)
+            if puts:
+                database.executemany(_PUT, [ticket.row for ticket in puts])
             database.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):

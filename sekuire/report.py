@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 from . import protocol
 from .config import WorkerConfig
@@ -18,9 +18,11 @@ from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError, TransportError
 from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
 from .models import Completion, Task
-from .outbox import Outbox, Stored
 from .transport.http import Reply
 from .transport.retry import full_jitter
+
+if TYPE_CHECKING:
+    from .outbox import Outbox
 
 log = logging.getLogger("sekuire.report")
 
@@ -184,7 +186,7 @@ class Reporter:
                 return
             attempt, body, substituted = report.attempt, report.head, report.substituted
         if self._outbox is not None and not report.is_stored:
-            self._keep_on_disk(self._outbox, report, Stored(report.task_id, attempt, substituted, body))
+            self._keep_on_disk(self._outbox, report, attempt, substituted, body)
         key = protocol.completion_key(report.task_id, attempt, substituted)
         path = self._endpoints.path("complete", task_id=report.task_id)
         data = body + protocol.completion_tail(attempt, self._worker_id)
@@ -369,7 +371,10 @@ class Reporter:
             report.is_stored = False
             self._outbox.remove(*self._sender, report.task_id)
 
-    def _keep_on_disk(self, outbox: Outbox, report: Report, stored: Stored) -> None:
+    def _keep_on_disk(self, outbox: Outbox, report: Report, attempt: int, substituted: bool, head: bytes) -> None:
+        from .outbox import Stored  # Loaded already, by whoever made the outbox.
+
+        stored = Stored(report.task_id, attempt, substituted, head)
         report.is_stored = outbox.put(*self._sender, self._auth.store.current.installation_id, stored, self)
 
     def _remember(self, report: Report) -> None:
