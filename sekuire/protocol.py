@@ -309,6 +309,7 @@ _STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
 _ENCODE: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=True
 ).encode
+_PACK: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def decode_json(text: str) -> Any:
@@ -338,6 +339,23 @@ def encode_json(value: Any) -> bytes:
         included).
     """
     return _ENCODE(value).encode()
+
+
+def pack(value: Any) -> Optional[bytes]:
+    """A value that came from JSON as JSON again, for :func:`unpack` to give back just as it was; None where it is nested
+    too deep to be written.
+
+    Unlike :func:`encode_json` it takes all that a decoder gives: lone surrogates, and infinity for ``1e999``.
+    """
+    try:
+        return _PACK(value).encode("ascii")
+    except (ValueError, RecursionError, MemoryError):
+        return None
+
+
+def unpack(packed: bytes) -> Any:
+    """The value of :func:`pack`."""
+    return json.loads(packed)
 
 
 def decode_body(body: bytes) -> Any:
