@@ -8,7 +8,7 @@ import os
 import sqlite3
 import threading
 import time
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import attrs
 
@@ -62,7 +62,7 @@ class _Ticket:
 
     __slots__ = ("gate", "leads", "problem", "row")
 
-    def __init__(self, row: Optional[Tuple[object, ...]] = None) -> None:
+    def __init__(self, row: Tuple[Any, ...] = ()) -> None:
         self.row = row
         self.gate = threading.Lock()
         self.gate.acquire()
