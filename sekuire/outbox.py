@@ -41,6 +41,7 @@ _LOAD = (
     "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
 
+
 @attrs.frozen(slots=True)
 class Stored:
     """One completion kept on disk: its encoded head and what the request for it needs."""
@@ -267,7 +268,7 @@ class Outbox:
                 database.execute(f"PRAGMA synchronous = {level}")
                 self._level = level
             database.execute("BEGIN IMMEDIATE")
-            # In this order: a removal is of what was put, and is on disk, before it; a put may be of the same task anew.
+            # In this order: a removal is of a row that is on disk already; a put may be of the same task anew.
             if removals:
                 database.executemany(_REMOVE, removals)
             if puts:

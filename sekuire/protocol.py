@@ -342,8 +342,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def pack(value: Any) -> Optional[bytes]:
-    """A value that came from JSON as JSON again, for :func:`unpack` to give back just as it was; None where it is nested
-    too deep to be written.
+    """A value that came from JSON as JSON again, from which :func:`unpack` makes the same; None where it is too deep.
 
     Unlike :func:`encode_json` it takes all that a decoder gives: lone surrogates, and infinity for ``1e999``.
     """

@@ -861,3 +861,28 @@ def test_failures_of_our_own() -> None:
     assert retryable == {
         "worker_paused", "worker_terminated", "worker_shutdown", "policy_unavailable", "rate_limited", "timeout",
     }  # fmt: skip
+
+
+_JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(_JSON_VALUES)
+def test_a_packed_value_comes_back_as_it_was(value: Any) -> None:
+    """Any value that JSON gave is the same after it has waited as JSON: surrogates, infinity and -0.0 too."""
+    packed = protocol.pack(value)
+    assert packed is not None
+    assert repr(protocol.unpack(packed)) == repr(value)
+
+
+def test_a_value_too_deep_is_not_packed() -> None:
+    """What the encoder cannot write stays as it is; nothing is raised."""
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    assert protocol.pack(value) is None
+    while value:
+        value = value.pop()

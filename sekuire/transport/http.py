@@ -322,10 +322,8 @@ class HttpClient:
 
 def _are_plain(headers: Mapping[str, str]) -> bool:
     """Whether no value of ``headers`` could end its line; one that could is left to requests, which refuses it."""
-    for value in headers.values():
-        if not (value.isascii() and value.isprintable()) or value[:1] == " ":
-            return False
-    return True
+    values = "".join(headers.values())
+    return values.isascii() and values.isprintable()
 
 
 def is_framed(headers: Mapping[str, str]) -> bool:

@@ -21,6 +21,7 @@ import types
 from collections import deque
 from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Tuple, cast
 
+from urllib3._collections import HTTPHeaderDict
 from urllib3.util.wait import wait_for_read
 
 from .body import READ_SIZE, read_body
@@ -150,7 +151,9 @@ class Kept:
         if self._is_plain:
             self._socket.settimeout(None)
         self._limit(patience, always=True)
-        return Answer(response.status, cast(Mapping[str, str], response.headers), content), not response.will_close
+        # As urllib3 does, which joins what comes twice.
+        headers = cast(Mapping[str, str], HTTPHeaderDict(response.headers.items()))
+        return Answer(response.status, headers, content), not response.will_close and not source.is_more
 
     def _limit(self, seconds: float, always: bool = False) -> None:
         """Let no read or write wait longer than ``seconds``; a call of the system only where that changes."""
@@ -187,7 +190,7 @@ def _read_simple(data: bytes) -> Optional[Answer]:
         name = name.lower()
         if not colon or not name or " " in name or "\t" in name or dict.__contains__(headers, name):
             return None
-        headers[name] = value.strip(" \t")
+        headers[name] = value.lstrip(" \t")
     get = cast(Dict[str, str], headers).get
     status = int(code)
     length = get("content-length", "")
@@ -207,7 +210,8 @@ def _read_simple(data: bytes) -> Optional[Answer]:
 class _Replay(io.RawIOBase):
     """A socket's bytes, beginning with those that were read already; stands for the socket before http.client.
 
-    ``_sock`` is where :func:`~sekuire.transport.body.socket_of` finds the socket.
+    ``_sock`` is where :func:`~sekuire.transport.body.socket_of` finds the socket. ``is_more``: when the answer ended,
+    bytes had come beyond its end.
     """
 
     def __init__(self, begun: bytes, sock: socket.socket, patience: float, end: float) -> None:
@@ -215,14 +219,23 @@ class _Replay(io.RawIOBase):
         self._sock = sock
         self._patience = patience
         self._end = end
+        self._is_over = False
+        self.is_more = False
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self, READ_SIZE)
+        return _Buffer(self, READ_SIZE)
+
+    def look(self, buffer: io.BufferedReader) -> None:
+        """Note whether ``buffer`` still holds something; from now on it gets no more."""
+        self._is_over = True
+        self.is_more = bool(self._begun) or bool(buffer.peek(1))
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self._is_over:
+            return 0
         if self._begun:
             count = min(len(buffer), len(self._begun))
             buffer[:count] = self._begun[:count]
@@ -233,6 +246,15 @@ class _Replay(io.RawIOBase):
             raise socket.timeout("timed out")
         self._sock.settimeout(min(left, self._patience))
         return self._sock.recv_into(buffer)
+
+
+class _Buffer(io.BufferedReader):
+    """http.client's file over a :class:`_Replay`; it closes it as soon as the answer has been read."""
+
+    def close(self) -> None:
+        if not self.closed:
+            cast(_Replay, self.raw).look(self)
+        super().close()
 
 
 class Lane:
