@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sqlite3
 import threading
 import time
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import attrs
 
@@ -35,8 +36,12 @@ CREATE TABLE IF NOT EXISTS completion (
     PRIMARY KEY (api_url, agent_id, task_id)
 ) WITHOUT ROWID
 """
-_PUT = "INSERT OR REPLACE INTO completion VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id = ?"
+_PUT = "INSERT OR REPLACE INTO completion VALUES "
+_PUT_ROW = "(?, ?, ?, ?, ?, ?, ?, ?)"
+# The ids in one list: of whole keys in one, SQLite would look through all rows.
+_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id IN "
+#: Most rows of one statement; SQLite takes 999 values at least.
+_MOST_ROWS = 64
 _LOAD = (
     "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
@@ -52,6 +57,7 @@ class Stored:
     head: bytes = attrs.field(repr=False)
 
 
+_T = TypeVar("_T")
 _Key = Tuple[str, str, str]
 
 
@@ -269,10 +275,15 @@ class Outbox:
                 self._level = level
             database.execute("BEGIN IMMEDIATE")
             # In this order: a removal is of a row that is on disk already; a put may be of the same task anew.
-            if removals:
-                database.executemany(_REMOVE, removals)
-            if puts:
-                database.executemany(_PUT, [ticket.row for ticket in puts])
+            # Many rows a statement: each gives up the interpreter, and among eight threads must then wait for it.
+            senders: Dict[Tuple[str, str], List[str]] = {}
+            for api_url, agent_id, task_id in removals:
+                senders.setdefault((api_url, agent_id), []).append(task_id)
+            for sender, task_ids in senders.items():
+                for ids in _portions(task_ids):
+                    database.execute(f"{_REMOVE}({', '.join('?' * len(ids))})", [*sender, *ids])
+            for rows in _portions([ticket.row for ticket in puts]):
+                database.execute(_PUT + ", ".join([_PUT_ROW] * len(rows)), list(itertools.chain.from_iterable(rows)))
             database.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
@@ -358,6 +369,11 @@ class Outbox:
         with contextlib.suppress(OSError):
             filelock.unlock(self._lock_file)
         os.close(self._lock_file)
+
+
+def _portions(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(rows), _MOST_ROWS):
+        yield rows[start : start + _MOST_ROWS]
 
 
 _registry: Dict[str, Outbox] = {}
