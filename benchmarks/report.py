@@ -35,7 +35,8 @@ def is_saturated(phase: Message) -> bool:
     """Whether the platform, not its client, was the limit of this phase."""
     if phase["platform_busy"] > SATURATED and phase["busy"] < phase["platform_busy"]:
         return True
-    return bool(phase["wanted"] < IDLE)
+    # A peer's server is not this platform, and its client says nothing of what it wanted.
+    return bool(phase.get("wanted", 1.0) < IDLE)
 
 
 def ratio(above: Sequence[Message], below: Sequence[Message], field: str) -> Optional[Spread]:

@@ -445,7 +445,7 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
         seen[ctx.task_id] = input
         return "done"
 
-    registry = Registry()
+    registry = TaskRegistry()
     registry.add("a", handle)
     sink = Sink()
     config = WorkerConfig(agent_id="a", runtime_token="t", max_workers=1, max_queued=10)
