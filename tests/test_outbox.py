@@ -152,6 +152,26 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     outbox.close()
 
 
+def test_nobody_waits_for_the_next_to_come(tmp_path: Path) -> None:
+    """Threads that only put all get their answer: who has led hands on to who has come meanwhile."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    begin = threading.Barrier(8)
+    done = []
+
+    def work(name: int) -> None:
+        for number in range(20):
+            begin.wait(60)
+            done.append(outbox.put(URL, AGENT, None, stored(f"{name}-{number}")))
+
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert done == [True] * 160
+    outbox.close()
+
+
 def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     """Changes of many threads share commits, and each is on disk when its call returns."""
     outbox = open_outbox(tmp_path / "outbox.db")

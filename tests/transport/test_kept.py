@@ -261,15 +261,13 @@ def test_a_server_that_does_not_read_is_given_up() -> None:
 
 
 def test_an_early_answer_is_read() -> None:
-    """A server that answers before it has read a large body, and reads no more of it, is heard."""
+    """A server that answers before it has read a large body, and closes instead of reading on, is heard."""
 
     def talk(sock: socket.socket, number: int) -> None:
         assert read_request(sock)
         sock.sendall(FIRST)
         sock.recv(10)
         sock.sendall(b"HTTP/1.1 413 No\r\nContent-Length: 2\r\n\r\n{}")
-        while sock.recv(1 << 20):
-            pass
 
     with RawServer(talk) as server:
         one = client(server.url)
