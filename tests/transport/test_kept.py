@@ -437,3 +437,12 @@ def test_the_short_way_is_taken() -> None:
     assert kept._read_simple(data[:-1]) is None
     assert kept._read_simple(data + b"x") is None
     assert len(simple.body) <= MAX_ANSWER
+
+
+def test_a_proxy_stays_between() -> None:
+    """Calls through a proxy are requests' own, the second as the first: each names the whole URL to the proxy."""
+    with WebServer(lambda request: Answer(200, {"via": "proxy"})) as proxy:
+        one = client("http://platform.example", proxies={"http": proxy.url}, allow_insecure_http=True)
+        assert [post(one).json() for _ in range(2)] == [{"via": "proxy"}] * 2
+        one.close()
+    assert [request.path for request in proxy.requests] == ["http://platform.example/x"] * 2
