@@ -14,6 +14,7 @@ import attrs
 
 from . import filelock
 from .errors import ConfigurationError
+from .models import is_id
 
 log = logging.getLogger("sekuire.outbox")
 
@@ -37,8 +38,10 @@ CREATE TABLE IF NOT EXISTS completion (
 """
 _PUT = "INSERT OR REPLACE INTO completion VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id = ?"
+# As BLOBs: a text that is no UTF-8 would fail the whole query, and one damaged row must not hold up the others.
 _LOAD = (
-    "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
+    "SELECT CAST(task_id AS BLOB), attempt, substituted, CAST(body AS BLOB) FROM completion"
+    " WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
 
 _Change = Tuple[str, Tuple[object, ...]]
@@ -131,21 +134,31 @@ class Outbox:
             self._owners = {key: one for key, one in self._owners.items() if one is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
-        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now."""
+        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now.
+
+        A row that is damaged stays in the file and is named in the log; where nothing can be read, nothing is claimed.
+        """
         with self._condition:
             while self._leading:
                 self._condition.wait(_LONGEST_WAIT)
             self._leading = True
-        rows = []
+        found: List[Stored] = []
         try:
-            rows = self._database.execute(_LOAD, (api_url, agent_id)).fetchall()
+            for row in self._database.execute(_LOAD, (api_url, agent_id)):
+                stored = _stored(*row)
+                if stored is not None:
+                    found.append(stored)
+                else:
+                    log.error("the outbox %s holds a damaged row (task %r); it stays there", self.path, row[0])
+        except sqlite3.Error as error:
+            log.error("the outbox %s cannot be read (%s); what it holds is left for the next start", self.path, error)
         finally:
             with self._condition:
                 self._leading = False
-                rows = [row for row in rows if (api_url, agent_id, row[0]) not in self._owners]
-                self._owners.update({(api_url, agent_id, row[0]): owner for row in rows})
+                found = [one for one in found if (api_url, agent_id, one.task_id) not in self._owners]
+                self._owners.update({(api_url, agent_id, one.task_id): owner for one in found})
                 self._condition.notify_all()
-        return [Stored(task_id, attempt, bool(substituted), body) for task_id, attempt, substituted, body in rows]
+        return found
 
     def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
         with self._condition:
@@ -186,13 +199,17 @@ class Outbox:
                 self._leading = True
                 batch, self._queue = self._queue, []
         if batch:
-            problem = self._commit(batch)
-            with self._condition:
-                for one in batch:
-                    one.done = True
-                    one.problem = problem
-                self._leading = False
-                self._condition.notify_all()
+            problem: Optional[str] = "the thread that wrote was interrupted"
+            try:
+                problem = self._commit(batch)
+            finally:
+                # Whatever happened to this thread, the others must not wait for it.
+                with self._condition:
+                    for one in batch:
+                        one.done = True
+                        one.problem = problem
+                    self._leading = False
+                    self._condition.notify_all()
         if ticket.problem is not None:
             self._warn(ticket.problem)
         return ticket.problem is None
@@ -212,6 +229,11 @@ class Outbox:
             with contextlib.suppress(sqlite3.Error):
                 database.execute("ROLLBACK")
             return str(error)
+        except BaseException:
+            # A MemoryError, for example: an open transaction would refuse the next one.
+            with contextlib.suppress(sqlite3.Error):
+                database.execute("ROLLBACK")
+            raise
         self._warned = False
         return None
 
@@ -292,6 +314,17 @@ class Outbox:
         with contextlib.suppress(OSError):
             filelock.unlock(self._lock_file)
         os.close(self._lock_file)
+
+
+def _stored(task_id: object, attempt: object, substituted: object, body: object) -> Optional[Stored]:
+    """What a row holds; None where it cannot be sent. Whether the body is JSON is the platform's to say."""
+    try:
+        text = task_id.decode() if isinstance(task_id, bytes) else None
+    except UnicodeDecodeError:
+        return None
+    if not is_id(text) or type(attempt) is not int or not 1 <= attempt < 2**31 or not isinstance(body, bytes):
+        return None
+    return Stored(text, attempt, bool(substituted), body)
 
 
 _registry: Dict[str, Outbox] = {}

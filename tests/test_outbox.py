@@ -116,6 +116,82 @@ def test_a_damaged_page_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "was set aside" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("task_id", "attempt"),
+    [
+        ("CAST(X'74ff' AS TEXT)", 1),
+        ("''", 1),
+        ("'..'", 1),
+        ("'a' || char(10)", 1),
+        ("'t'", 0),
+        ("'t'", "'x'"),
+        ("'t'", 1.5),
+    ],
+)
+def test_a_damaged_row_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, task_id: str, attempt: object
+) -> None:
+    """A row that cannot be sent stays where it is, named in one log line; the others are delivered."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox._database.execute(
+        f"INSERT INTO completion VALUES ('{URL}', '{AGENT}', {task_id}, NULL, {attempt}, 0, X'7b', 1.0)"
+    )
+    outbox.put(URL, AGENT, None, stored("good"))
+    outbox.disown(None)
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["good"]
+    (count,) = outbox._database.execute("SELECT count(*) FROM completion").fetchone()
+    outbox.close()
+    (record,) = [record for record in caplog.records if "damaged row" in record.message]
+    assert record.message.isprintable()
+    assert count == 2
+
+
+def test_an_outbox_that_cannot_be_read_does_not_stop_a_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where reading fails, nothing is claimed, the log says so, and results are kept on all the same."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox.put(URL, AGENT, None, stored("a"))
+    outbox.disown(None)
+    outbox._database.execute("ALTER TABLE completion RENAME TO gone")
+    assert outbox.claim(URL, AGENT, object()) == []
+    assert "cannot be read (no such table" in caplog.text
+    outbox._database.execute("ALTER TABLE gone RENAME TO completion")
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a"]
+    outbox.close()
+
+
+class _Interrupted:
+    """A database whose next statement is interrupted in the middle of a transaction."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self.is_armed = True
+
+    def execute(self, statement: str, *values: object) -> object:
+        if self.is_armed and statement.startswith("INSERT"):
+            self.is_armed = False
+            raise MemoryError
+        return self._database.execute(statement, *values)
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def test_an_interrupted_writer_holds_up_no_other(tmp_path: Path) -> None:
+    """Whatever ends the thread that writes for all, nobody waits for it, and the next transaction is a new one."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox._database = _Interrupted(outbox._database)  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        outbox.put(URL, AGENT, None, stored("a"))
+    done = []
+    thread = threading.Thread(target=lambda: done.append(outbox.put(URL, AGENT, None, stored("b"))), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done == [True]
+    outbox.disown(None)
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["b"]
+    outbox.close()
+
+
 def test_another_programs_database_is_refused(tmp_path: Path) -> None:
     """A database that is not ours is left alone."""
     path = tmp_path / "theirs.db"
