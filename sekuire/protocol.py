@@ -76,6 +76,8 @@ RETRYABLE = {
 MAX_LIFETIME = 30 * 24 * 3600.0
 #: Longest ``Retry-After`` (seconds) that is honoured.
 MAX_RETRY_AFTER = 300.0
+#: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
+MAX_EVENT_ID_BYTES = 4096
 #: How much of an error body that is not JSON is kept, in characters.
 MAX_ERROR_TEXT = 500
 
@@ -224,6 +226,18 @@ def idempotency_key(endpoint: str, credential: Secret, agent_id: str) -> str:
 def completion_key(task_id: str, attempt: int, substituted: bool = False) -> str:
     """The ``Idempotency-Key`` of a completion: ``{task_id}:{attempt}``, ``:2`` for a substituted one."""
     return f"{encode_id(task_id)}:{attempt}" + (":2" if substituted else "")
+
+
+def event_id_header(event_id: str) -> Optional[bytes]:
+    """The value of ``Last-Event-ID``, or None where there is none to send.
+
+    As bytes: http.client would encode a str as Latin-1, and the standard says UTF-8. An id that is too long, or holds
+    control characters, is left out: servers and proxies answer 400 to such a header, and the stream would stay shut.
+    """
+    value = event_id.encode()
+    if not value or len(value) > MAX_EVENT_ID_BYTES or any(byte < 32 or byte == 127 for byte in value):
+        return None
+    return value
 
 
 def retry_after(header: Optional[str], now: dt.datetime) -> Optional[float]:
