@@ -681,8 +681,11 @@ def _build_task(payload: Any) -> Task:
     if not _is_attempt(attempt):
         raise MalformedTask("attempt must be an integer from 1", task_id)
     capability = _first(payload, "capability", "target_capability")
-    if not isinstance(capability, str) or not capability:
-        raise MalformedTask("capability must be a non-empty string", task_id, attempt)
+    if not is_id(capability):
+        # It stands in log lines, ours and the user's, and no handler can be registered under such a name.
+        raise MalformedTask(
+            "capability must be a non-empty string of at most 256 bytes without control characters", task_id, attempt
+        )
     timeout = get("timeout_ms")
     if timeout is not None:
         timeout = milliseconds(timeout)

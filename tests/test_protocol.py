@@ -239,7 +239,7 @@ def test_any_id_is_encoded_reversibly_or_malformed(value: str) -> None:
     assert encoded.isascii()
 
 
-@pytest.mark.parametrize("value", ["", ".", "..", "a\nb", "x" * 257, "\x7f", "\x85", "\ud800"])
+@pytest.mark.parametrize("value", ["", ".", "..", "a\nb", "x" * 257, "\x7f", "\x85", "\ud800", "a\u2028b", "a\u2029b"])
 def test_bad_ids_are_malformed(value: str) -> None:
     """Empty, special, long and controlling ids are Malformed."""
     with pytest.raises(Malformed):
@@ -486,6 +486,10 @@ def test_what_a_task_may_leave_out() -> None:
         ({"capability": None}, "capability"),
         ({"capability": ""}, "capability"),
         ({"capability": 5}, "capability"),
+        ({"capability": "c\n2026-01-01 ERROR forged"}, "capability"),
+        ({"capability": "c\u2028forged"}, "capability"),
+        ({"capability": "\ud800"}, "capability"),
+        ({"capability": "x" * 257}, "capability"),
         ({"attempt": 0}, "attempt"),
         ({"attempt": 1.0}, "attempt"),
         ({"attempt": True}, "attempt"),
