@@ -14,7 +14,7 @@ import attrs
 
 from . import filelock
 from .errors import ConfigurationError
-from .models import is_id
+from .protocol import is_id, one_line
 
 log = logging.getLogger("sekuire.outbox")
 
@@ -22,6 +22,8 @@ _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.
 _APPLICATION_ID = 0x534B554F
 _LONGEST_WAIT = 60.0
+#: What sqlite3 raises; the second where its message quotes a name in a damaged file that is no UTF-8.
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completion (
@@ -150,8 +152,9 @@ class Outbox:
                     found.append(stored)
                 else:
                     log.error("the outbox %s holds a damaged row (task %r); it stays there", self.path, row[0])
-        except sqlite3.Error as error:
-            log.error("the outbox %s cannot be read (%s); what it holds is left for the next start", self.path, error)
+        except _FAILURES as error:
+            problem = one_line(str(error))
+            log.error("the outbox %s cannot be read (%s); what it holds is left for the next start", self.path, problem)
         finally:
             with self._condition:
                 self._leading = False
@@ -225,13 +228,13 @@ class Outbox:
                 for statement, values in ticket.changes:
                     database.execute(statement, values)
             database.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
+        except _FAILURES as error:
+            with contextlib.suppress(*_FAILURES):
                 database.execute("ROLLBACK")
-            return str(error)
+            return one_line(str(error))
         except BaseException:
             # A MemoryError, for example: an open transaction would refuse the next one.
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(*_FAILURES):
                 database.execute("ROLLBACK")
             raise
         self._warned = False
@@ -252,11 +255,11 @@ class Outbox:
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connect()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             # Exactly this class means "not a database" or "malformed"; its subclasses (locked, cannot open) pass.
-            if type(error) is not sqlite3.DatabaseError:
+            if isinstance(error, sqlite3.DatabaseError) and type(error) is not sqlite3.DatabaseError:
                 raise
-            problem = str(error)
+            problem = one_line(str(error))
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):

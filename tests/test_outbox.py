@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from typing import List, Tuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sekuire import protocol
 from sekuire.errors import ConfigurationError
+from sekuire.models import is_id
 from sekuire.outbox import Stored, open_outbox
 
 URL, AGENT = "http://127.0.0.1:1", "agent"
@@ -116,6 +123,71 @@ def test_a_damaged_page_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "was set aside" in caplog.text
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            Stored,
+            st.text(min_size=1, max_size=60).filter(is_id),
+            st.integers(1, 2**31 - 1),
+            st.booleans(),
+            st.binary(max_size=200),
+        ),
+        max_size=5,
+        unique_by=lambda one: one.task_id,
+    )
+)
+def test_any_result_survives(results: List[Stored]) -> None:
+    """Whatever a result holds, it comes back as it was, in the order in which results were put."""
+    with tempfile.TemporaryDirectory() as directory:
+        for turn in range(2):
+            outbox = open_outbox(os.path.join(directory, "outbox.db"))
+            for one in results if not turn else ():
+                assert outbox.put(URL, AGENT, None, one)
+            outbox.disown(None)
+            assert outbox.claim(URL, AGENT, object()) == results
+            outbox.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**9), st.binary(min_size=1, max_size=40)), min_size=1, max_size=4))
+def test_any_damage_is_survived(damage: List[Tuple[int, bytes]]) -> None:
+    """Whatever bytes of the file are overwritten, it opens or is set aside; what it gives can be sent; it works on."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "outbox.db")
+        data = bytearray(_filled())
+        for place, content in damage:
+            at = place % len(data)
+            data[at : at + len(content)] = content
+        Path(path).write_bytes(data)
+        problem = ""
+        try:
+            outbox = open_outbox(path)
+        except ConfigurationError as error:
+            problem = str(error)
+        if problem:
+            # Its mark was hit: it may as well be another program's.
+            assert "another program's" in problem or "cannot open" in problem
+            assert Path(path).read_bytes() == data
+            return
+        for one in outbox.claim(URL, AGENT, object()):
+            assert protocol.completion_key(one.task_id, one.attempt)
+            assert isinstance(one.head, bytes)
+        outbox.put(URL, AGENT, None, stored("new"))
+        outbox.remove(URL, AGENT, "new")
+        outbox.close()
+
+
+@functools.lru_cache
+def _filled() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        outbox = open_outbox(os.path.join(directory, "outbox.db"))
+        for number in range(20):
+            outbox.put(URL, AGENT, "inst", stored(f"task-{number}", b'{"task_id":"t","output":"' + b"x" * 300))
+        outbox.close()
+        return Path(directory, "outbox.db").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("task_id", "attempt"),
     [
@@ -190,6 +262,18 @@ def test_an_interrupted_writer_holds_up_no_other(tmp_path: Path) -> None:
     outbox.disown(None)
     assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["b"]
     outbox.close()
+
+
+@pytest.mark.parametrize("name", [b"compl(\xff\non", b"a\n\x1b[31m\xc3b"])
+def test_a_damaged_schema_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: bytes) -> None:
+    """A file whose names are damaged is set aside, although SQLite's message about it may be no text."""
+    path = tmp_path / "outbox.db"
+    path.write_bytes(_filled().replace(b"completion", name))
+    outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    outbox.close()
+    (record,) = [record for record in caplog.records if "set aside" in record.message]
+    assert record.message.isprintable()
 
 
 def test_another_programs_database_is_refused(tmp_path: Path) -> None:
