@@ -491,12 +491,12 @@ def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] 
         payload = None
     if isinstance(payload, dict):
         details = payload
-        code = one_line(_str(payload.get("code")) or _str(payload.get("error")) or "")[:MAX_ERROR_TEXT] or None
+        code = _line(_str(payload.get("code")) or _str(payload.get("error")) or "") or None
         message = _str(payload.get("message")) or _str(payload.get("error")) or ""
     else:
-        message = one_line(body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace"))
+        message = body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace")
     error = PlanLimitError if status == 402 else APIError
-    return error(status, code, one_line(message)[:MAX_ERROR_TEXT], retry_after_seconds, details)
+    return error(status, code, _line(message), retry_after_seconds, details)
 
 
 def one_line(text: str) -> str:
@@ -774,7 +774,12 @@ def _str(value: Any) -> Optional[str]:
 
 
 def _reason(value: Any) -> Optional[str]:
-    return one_line(value)[:MAX_ERROR_TEXT] if isinstance(value, str) else None
+    return _line(value) if isinstance(value, str) else None
+
+
+def _line(text: str) -> str:
+    # Cut first as well: nobody needs the rest of ten megabytes looked through.
+    return one_line(text[: 4 * MAX_ERROR_TEXT])[:MAX_ERROR_TEXT]
 
 
 def _is_attempt(value: object) -> TypeGuard[int]:
