@@ -34,11 +34,11 @@ from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import RevokedError, TransportError
-from sekuire.handlers import Registry
 from sekuire.installation import Installation
 from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, RuntimeCredentials, Task
 from sekuire.outbox import open_outbox
+from sekuire.registry import TaskRegistry
 from sekuire.report import Reporter
 from sekuire.transport.http import Reply
 
@@ -281,7 +281,7 @@ class Life:
             on_revoked=self.revoked,
             outbox=self.disk,  # type: ignore[arg-type]
         )
-        registry = Registry()
+        registry = TaskRegistry()
         registry.add("wide", handlers)
         registry.add("narrow", handlers, None, 1)
         self.timer = Timer()

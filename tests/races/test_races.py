@@ -21,10 +21,10 @@ from sekuire.context import TaskContext
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials.store import Renewed
 from sekuire.dispatch import Dispatcher
-from sekuire.handlers import Registry
 from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Grant, RuntimeCredentials, Task
 from sekuire.outbox import Outbox, Stored, open_outbox
+from sekuire.registry import TaskRegistry
 from sekuire.report import Reporter
 
 from ..scripted import GUARD, until
@@ -271,7 +271,7 @@ def storm(end: str, chance: random.Random) -> None:
     platform = Platform()
     platform.is_lenient = True
     reporter = reporter_of(platform)
-    timer, registry = Timer(), Registry()
+    timer, registry = Timer(), TaskRegistry()
     runs: Counter[str] = Counter()
     lock = threading.Lock()
     lease = [True]
