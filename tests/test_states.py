@@ -250,9 +250,12 @@ class Handlers:
         return "done"
 
     def let_go(self, task_id: str) -> None:
+        """Let every run of this task end, and wait until it has."""
         with self.lock:
             for gate in self.gates.pop(task_id, []):
                 gate.set()
+        # Else the machine would take what was before for what came of it.
+        until(lambda: not self.inside[task_id] or task_id in self.gates)
 
     def let_all_go(self) -> None:
         for task_id in list(self.gates):
