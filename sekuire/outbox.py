@@ -15,6 +15,7 @@ import attrs
 
 from . import filelock
 from .errors import ConfigurationError
+from .protocol import is_id, one_line
 
 log = logging.getLogger("sekuire.outbox")
 
@@ -22,6 +23,8 @@ _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.
 _APPLICATION_ID = 0x534B554F
 _LONGEST_WAIT = 60.0
+#: What sqlite3 raises; the second where its message quotes a name in a damaged file that is no UTF-8.
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completion (
@@ -42,8 +45,10 @@ _PUT_ROW = "(?, ?, ?, ?, ?, ?, ?, ?)"
 _REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id IN "
 #: Most rows of one statement; SQLite takes 999 values at least.
 _MOST_ROWS = 64
+# As BLOBs: a text that is no UTF-8 would fail the whole query, and one damaged row must not hold up the others.
 _LOAD = (
-    "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
+    "SELECT CAST(task_id AS BLOB), attempt, substituted, CAST(body AS BLOB) FROM completion"
+    " WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
 
 
@@ -167,17 +172,30 @@ class Outbox:
             self._owners = {key: one for key, one in self._owners.items() if one is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
-        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now."""
-        rows = []
+        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now.
+
+        A row that is damaged stays in the file and is named in the log; where nothing can be read, nothing is claimed.
+        """
+        found: List[Stored] = []
         self._take_lead()
         try:
-            rows = self._database.execute(_LOAD, (api_url, agent_id)).fetchall()
+            try:
+                for row in self._database.execute(_LOAD, (api_url, agent_id)):
+                    stored = _stored(*row)
+                    if stored is not None:
+                        found.append(stored)
+                    else:
+                        log.error("the outbox %s holds a damaged row (task %r); it stays there", self.path, row[0])
+            except _FAILURES as error:
+                problem = one_line(str(error))
+                log.error("the outbox %s cannot be read (%s); what it holds is left for the next start",
+                          self.path, problem)  # fmt: skip
             with self._lock:
-                rows = [row for row in rows if (api_url, agent_id, row[0]) not in self._owners]
-                self._owners.update({(api_url, agent_id, row[0]): owner for row in rows})
+                found = [one for one in found if (api_url, agent_id, one.task_id) not in self._owners]
+                self._owners.update({(api_url, agent_id, one.task_id): owner for one in found})
         finally:
             self._lead()
-        return [Stored(task_id, attempt, bool(substituted), body) for task_id, attempt, substituted, body in rows]
+        return found
 
     def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
         with self._lock:
@@ -237,7 +255,14 @@ class Outbox:
                         self._leading = False
                         return problem
             mine = None
-            problem = self._write_queued()
+            try:
+                problem = self._write_queued()
+            except BaseException:
+                # Whatever ends this thread, the others must not wait for it.
+                with self._lock:
+                    if not self._pass_on():
+                        self._leading = False
+                raise
 
     def _write_queued(self) -> Optional[str]:
         """Commit what has queued and open the gates of those who wait for it. Only the leader calls this."""
@@ -285,10 +310,15 @@ class Outbox:
             for rows in _portions([ticket.row for ticket in puts]):
                 database.execute(_PUT + ", ".join([_PUT_ROW] * len(rows)), list(itertools.chain.from_iterable(rows)))
             database.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
+        except _FAILURES as error:
+            with contextlib.suppress(*_FAILURES):
                 database.execute("ROLLBACK")
-            return str(error)
+            return one_line(str(error))
+        except BaseException:
+            # A MemoryError, for example: an open transaction would refuse the next one.
+            with contextlib.suppress(*_FAILURES):
+                database.execute("ROLLBACK")
+            raise
         self._warned = False
         return None
 
@@ -307,11 +337,11 @@ class Outbox:
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connect()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             # Exactly this class means "not a database" or "malformed"; its subclasses (locked, cannot open) pass.
-            if type(error) is not sqlite3.DatabaseError:
+            if isinstance(error, sqlite3.DatabaseError) and type(error) is not sqlite3.DatabaseError:
                 raise
-            problem = str(error)
+            problem = one_line(str(error))
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -374,6 +404,17 @@ class Outbox:
 def _portions(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
     for start in range(0, len(rows), _MOST_ROWS):
         yield rows[start : start + _MOST_ROWS]
+
+
+def _stored(task_id: object, attempt: object, substituted: object, body: object) -> Optional[Stored]:
+    """What a row holds; None where it cannot be sent. Whether the body is JSON is the platform's to say."""
+    try:
+        text = task_id.decode() if isinstance(task_id, bytes) else None
+    except UnicodeDecodeError:
+        return None
+    if not is_id(text) or type(attempt) is not int or not 1 <= attempt < 2**31 or not isinstance(body, bytes):
+        return None
+    return Stored(text, attempt, bool(substituted), body)
 
 
 _registry: Dict[str, Outbox] = {}

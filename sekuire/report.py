@@ -52,7 +52,7 @@ class Report:
 
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
-    ``is_stored``: its present form is in the outbox.
+    ``is_stored``: its present form is in the outbox, under ``stored_attempt``.
     """
 
     __slots__ = (
@@ -62,6 +62,7 @@ class Report:
         "is_given_up",
         "is_stored",
         "refused",
+        "stored_attempt",
         "stubborn",
         "substituted",
         "task_id",
@@ -75,6 +76,7 @@ class Report:
         self.is_final = is_final
         self.is_given_up = False
         self.is_stored = False
+        self.stored_attempt = 0
         self.tries = 0
         self.refused = 0
         self.substituted = False
@@ -185,7 +187,7 @@ class Reporter:
             if self._held.get(report.task_id) is not report:
                 return
             attempt, body, substituted = report.attempt, report.head, report.substituted
-        if self._outbox is not None and not report.is_stored:
+        if self._outbox is not None and not (report.is_stored and report.stored_attempt == attempt):
             self._keep_on_disk(self._outbox, report, attempt, substituted, body)
         key = protocol.completion_key(report.task_id, attempt, substituted)
         path = self._endpoints.path("complete", task_id=report.task_id)
@@ -223,6 +225,7 @@ class Reporter:
             is_final = not protocol.is_retryable_failure(stored.head)
             report = Report(stored.task_id, stored.attempt, stored.head, is_final)
             report.is_stored = True
+            report.stored_attempt = stored.attempt
             report.substituted = stored.substituted
             reports.append(report)
         with self._condition:
@@ -375,6 +378,8 @@ class Reporter:
         from .outbox import Stored  # Loaded already, by whoever made the outbox.
 
         stored = Stored(report.task_id, attempt, substituted, head)
+        # Under the attempt that it is sent with: the next process must not make another result of that one.
+        report.stored_attempt = attempt
         report.is_stored = outbox.put(*self._sender, self._auth.store.current.installation_id, stored, self)
 
     def _remember(self, report: Report) -> None:

@@ -22,8 +22,6 @@ log = logging.getLogger("sekuire.stream")
 
 #: Bounds of a server's ``retry:``, in seconds.
 _RETRY_LOW, _RETRY_HIGH = 0.1, 60.0
-#: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
-_MAX_EVENT_ID = 4096
 
 
 class StreamListener(Protocol):
@@ -154,9 +152,8 @@ class TaskStream:
 
     def _open(self, snapshot: Snapshot) -> LiveAnswer:
         headers: Dict[str, Union[str, bytes]] = {}
-        event_id = self._last_event_id.encode()
-        if event_id and len(event_id) <= _MAX_EVENT_ID:
-            # As bytes: http.client would encode a str as Latin-1, and the standard says UTF-8.
+        event_id = protocol.event_id_header(self._last_event_id)
+        if event_id is not None:
             headers["Last-Event-ID"] = event_id
         path = f"{self._path}?{self._query(snapshot.credentials.installation_id)}"
         return self._live.open(path, credential=bearer_of(snapshot), headers=headers)

@@ -278,6 +278,7 @@ class Worker:
             if self._phase != "running":
                 return
             self._phase = "stopping"
+            self._stop_reason = "the program ends"
         log.warning(
             "the program ends while a Worker runs; its tasks are cancelled. Use start(block=True), or wait(), to keep "
             "it running, and stop() to end it in order"
@@ -290,6 +291,11 @@ class Worker:
                 step()
             except Exception:
                 log.exception("the program ends: a step failed (%s); going on", step.__name__)
+        # Nothing follows: a stop() of the user's own, in an atexit function, must not wait for more.
+        with self._state:
+            self._phase = "stopped"
+            self._connected = False
+            self._state.notify_all()
 
     def _cancel_at_exit(self) -> None:
         self._dispatcher.cancel_running("the program ends")
