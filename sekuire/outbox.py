@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from typing import Dict, List, Optional, Tuple, Union
+from urllib.parse import quote
 
 import attrs
 
@@ -21,6 +22,8 @@ _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.
 _APPLICATION_ID = 0x534B554F
 _LONGEST_WAIT = 60.0
+#: How SQLite says that there is no room on the disk, or none for the files beside the database.
+_FULL = ("disk is full", "disk I/O error")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completion (
@@ -89,6 +92,8 @@ class Outbox:
         self._users = 0
         self._owners: Dict[Tuple[str, str, str], object] = {}
         self._lock_file = self._take_lock()
+        #: None while the disk is too full even to open it; the next change tries again.
+        self._database: Optional[sqlite3.Connection] = None
         try:
             self._database = self._open()
         except BaseException:
@@ -121,9 +126,9 @@ class Outbox:
         self._change([(_REMOVE, (api_url, agent_id, task_id))], durable=False)
         self._disown(api_url, agent_id, task_id)
 
-    def holds(self, api_url: str, agent_id: str, task_id: str) -> bool:
-        """Whether somebody in this process is delivering a completion of this task."""
-        return (api_url, agent_id, task_id) in self._owners
+    def owner_of(self, api_url: str, agent_id: str, task_id: str) -> object:
+        """Who in this process is delivering a completion of this task; None where nobody is."""
+        return self._owners.get((api_url, agent_id, task_id))
 
     def disown(self, owner: object) -> None:
         """``owner`` delivers no more; what it leaves may be claimed."""
@@ -131,14 +136,20 @@ class Outbox:
             self._owners = {key: one for key, one in self._owners.items() if one is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
-        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now."""
+        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now.
+
+        Where the file cannot be read, which is logged, that is nothing; it stays as it is for the next process.
+        """
         with self._condition:
             while self._leading:
                 self._condition.wait(_LONGEST_WAIT)
             self._leading = True
         rows = []
         try:
-            rows = self._database.execute(_LOAD, (api_url, agent_id)).fetchall()
+            rows = self._load(api_url, agent_id)
+        except sqlite3.Error as error:
+            log.error("the outbox %s cannot be read (%s): what an earlier process left in it is not delivered now",
+                      self.path, error)  # fmt: skip
         finally:
             with self._condition:
                 self._leading = False
@@ -147,6 +158,18 @@ class Outbox:
                 self._condition.notify_all()
         return [Stored(task_id, attempt, bool(substituted), body) for task_id, attempt, substituted, body in rows]
 
+    def _load(self, api_url: str, agent_id: str) -> List[Tuple[str, int, int, bytes]]:
+        if self._database is not None:
+            return self._database.execute(_LOAD, (api_url, agent_id)).fetchall()
+        if not os.path.getsize(self.path):
+            return []
+        # Without a byte to spare there is no place for SQLite's journal, which reading would want too.
+        reader = sqlite3.connect(f"file:{quote(self.path)}?mode=ro&immutable=1", uri=True)
+        try:
+            return reader.execute(_LOAD, (api_url, agent_id)).fetchall()
+        finally:
+            reader.close()
+
     def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
         with self._condition:
             self._owners.pop((api_url, agent_id, task_id), None)
@@ -154,7 +177,9 @@ class Outbox:
     # -- life --
 
     def close(self) -> None:
-        """One user less; the last one closes the file."""
+        """One user less; the last one closes the file. In a forked child, whose file it is not, nothing happens."""
+        if self.pid != os.getpid():
+            return
         with _registry_lock:
             self._users -= 1
             if self._users > 0:
@@ -164,8 +189,9 @@ class Outbox:
             self._closed = True
             while self._leading:
                 self._condition.wait(_LONGEST_WAIT)
-        with contextlib.suppress(sqlite3.Error):
-            self._database.close()
+        if self._database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
         self._drop_lock()
 
     def __repr__(self) -> str:
@@ -199,7 +225,10 @@ class Outbox:
 
     def _commit(self, batch: List[_Ticket]) -> Optional[str]:
         """Write a batch in one transaction; what was wrong, or None. Only the leader calls this."""
-        database = self._database
+        try:
+            database = self._database = self._database or self._connect()
+        except (sqlite3.Error, OSError, ConfigurationError) as error:
+            return str(error)
         try:
             level = "FULL" if any(ticket.durable for ticket in batch) else "NORMAL"
             database.execute(f"PRAGMA synchronous = {level}")
@@ -227,10 +256,13 @@ class Outbox:
 
     # -- the file --
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> Optional[sqlite3.Connection]:
         try:
             return self._connect()
         except sqlite3.DatabaseError as error:
+            if any(words in str(error) for words in _FULL):
+                self._warn(str(error))
+                return None
             # Exactly this class means "not a database" or "malformed"; its subclasses (locked, cannot open) pass.
             if type(error) is not sqlite3.DatabaseError:
                 raise
@@ -264,10 +296,12 @@ class Outbox:
             (check,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if check != "ok":
                 raise sqlite3.DatabaseError(check)
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            database.execute(_SCHEMA)
+            if not tables:
+                # Nothing is written to a file that is there already: it must open on a full disk too.
+                database.execute("PRAGMA journal_mode = WAL")
+                database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                database.execute(_SCHEMA)
         except BaseException:
             database.close()
             raise
@@ -298,6 +332,23 @@ _registry: Dict[str, Outbox] = {}
 _registry_lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """In a forked child: let go of the parent's outboxes, so that none stays locked by a child that outlives it."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    for outbox in _registry.values():
+        with contextlib.suppress(OSError):
+            os.close(outbox._lock_file)
+    # Kept, and never closed here: SQLite's connection belongs to the parent too.
+    _inherited.extend(_registry.values())
+    _registry.clear()
+
+
+_inherited: List[Outbox] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
     """The outbox at ``path``: the one this process has open, or a new one. Each call wants its own ``close()``.
 
@@ -313,7 +364,7 @@ def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
         raise ConfigurationError(f"{name!r} is a directory; name a file in it", "outbox")
     with _registry_lock:
         outbox = _registry.get(name)
-        if outbox is None or outbox.pid != os.getpid():
+        if outbox is None:
             outbox = _registry[name] = _made(name)
         outbox._users += 1
         return outbox

@@ -155,27 +155,41 @@ class Reporter:
         platform tries the task again.
         """
         with self._condition:
-            report = self._held.get(task_id)
-            if report is not None:
+            held = self._held.get(task_id)
+            if held is not None:
+                report = held
+                is_news = attempt > report.attempt
                 report.attempt = max(report.attempt, attempt)
+                if is_news and report.stubborn:
+                    # What the platform refused it asks for now, for example in the name of a new installation.
+                    self._schedule(0.0, lambda: self.post(report))
                 return True
-            report = self._remembered.get(task_id)
-            if report is None:
-                # Another worker of this process may have run it and be delivering it.
-                return self._outbox is not None and self._outbox.holds(*self._sender, task_id)
-            if not report.is_final and attempt > report.attempt:
-                del self._remembered[task_id]
-                self._remembered_bytes -= len(report.head)
-                return False
-            if report.head:
-                # The platform asks again, so it does not have what it once accepted: give it once more.
-                del self._remembered[task_id]
-                self._remembered_bytes -= len(report.head)
-                report.attempt = max(report.attempt, attempt)
-                self._held[task_id] = report
-                self._held_bytes += len(report.head)
-                self._schedule(0.0, lambda: self.post(report))
-            return True
+            remembered = self._remembered.get(task_id)
+            if remembered is not None:
+                return self._recall_remembered(remembered, attempt)
+        if self._outbox is None:
+            return False
+        # Another worker of this process may have run it and be delivering it; outside our lock, as it has its own.
+        owner = self._outbox.owner_of(*self._sender, task_id)
+        return (
+            owner.recall(task_id, attempt) if isinstance(owner, Reporter) and owner is not self else owner is not None
+        )
+
+    def _recall_remembered(self, report: Report, attempt: int) -> bool:
+        """:meth:`recall` of a delivered result. Needs the lock."""
+        if not report.is_final and attempt > report.attempt:
+            del self._remembered[report.task_id]
+            self._remembered_bytes -= len(report.head)
+            return False
+        if report.head:
+            # The platform asks again, so it does not have what it once accepted: give it once more.
+            del self._remembered[report.task_id]
+            self._remembered_bytes -= len(report.head)
+            report.attempt = max(report.attempt, attempt)
+            self._held[report.task_id] = report
+            self._held_bytes += len(report.head)
+            self._schedule(0.0, lambda: self.post(report))
+        return True
 
     def post(self, report: Report) -> None:
         """Send a report once; where it is not settled then, it is sent again by the pool, later."""
@@ -270,7 +284,7 @@ class Reporter:
             self._progress[task_id] = (fraction, message)
             due = self._progress_at.get(task_id, 0.0) - time.monotonic()
         if not waiting:
-            self._schedule(max(due, 0.0), lambda: self._send_progress(task_id), counts=False)
+            self._schedule(max(due, 0.0), lambda: self._send_progress(context), counts=False)
 
     # -- ending --
 
@@ -464,7 +478,8 @@ class Reporter:
         elif not reply.is_success:
             log.warning("[%s] the platform did not take the task back (HTTP %d)", task_id, reply.status)
 
-    def _send_progress(self, task_id: str) -> None:
+    def _send_progress(self, context: TaskContext) -> None:
+        task_id = context.task_id
         with self._condition:
             newest = self._progress.pop(task_id, None)
             if newest is None or self._progress_off:
@@ -482,8 +497,17 @@ class Reporter:
                     self._progress.clear()
             if warn:
                 log.warning("the platform takes no progress reports (HTTP %d); none are sent any more", reply.status)
+        elif reply is not None and reply.status == 409 and self._is_open(task_id):
+            # Another worker, which the platform gave the task to meanwhile, was first: nobody waits for this result.
+            log.warning("[%s] the platform has the task's result already; the handler is cancelled", task_id)
+            context._cancel("superseded")
         elif reply is None or not reply.is_success:
             log.debug("[%s] progress was not taken (%s)", task_id, reply.status if reply else problem)
+
+    def _is_open(self, task_id: str) -> bool:
+        """Whether this task has no result here."""
+        with self._condition:
+            return task_id not in self._held and task_id not in self._remembered
 
     # -- inside: the pool --
 
