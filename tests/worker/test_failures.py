@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import logging
 import math
 import threading
+import urllib.parse
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
@@ -405,3 +407,120 @@ def test_the_task_log_carries_the_id(platform: Any, worker_of: Make, caplog: pyt
     (record,) = [record for record in caplog.records if "hello" in record.getMessage()]
     assert record.getMessage() == f"[{task_id}] hello you"
     assert (record.task_id, record.mine) == (task_id, 1)  # type: ignore[attr-defined]
+
+
+def test_a_superseded_task(scripted: Scripted, worker_of: Make) -> None:
+    """A handler whose progress is answered 409, because another worker was first, is cancelled as superseded."""
+    scripted.on["progress"] = lambda request: (409, {"error": "conflict", "code": "ALREADY_COMPLETED"})
+    scripted.on["complete"] = lambda request: (409, {"error": "conflict", "code": "ALREADY_COMPLETED"})
+    reasons = []
+
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0.5)
+        assert ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+        ctx.raise_if_cancelled()
+
+    worker = worker_of(scripted)
+    worker.on_task("echo", handler)
+    with worker:
+        scripted.task("t1")
+        assert scripted.completion("t1")["error"]["code"] == "cancelled"
+        until(lambda: worker.stats().undelivered == 0)
+        # The others still tell theirs.
+        scripted.on["progress"] = lambda request: (200, {})
+        scripted.task("t2")
+        until(lambda: any(request.task_id == "t2" for request in scripted.of("progress")))
+        worker.stop(0.1)
+    assert reasons[0] == "superseded"
+
+
+def test_a_superseded_task_of_two_workers(make_platform: Callable[..., Any], worker_of: Make) -> None:
+    """A worker that was away so long that another finished its task learns so, and its result changes nothing."""
+    platform = make_platform(redelivery_delay=0.0)
+    begun, resume = threading.Event(), threading.Event()
+    reasons = []
+    first = worker_of(platform, reconnect_min=30.0, reconnect_max=30.0)
+    second = worker_of(platform)
+
+    def slow(ctx: TaskContext, input: Any) -> str:
+        begun.set()
+        assert resume.wait(GUARD)
+        ctx.report_progress(0.9)
+        ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+        return "first"
+
+    first.on_task("echo", slow)
+    second.on_task("echo", lambda ctx, input: "second")
+    with first:
+        task_id = platform.submit("echo", {}, AGENT)
+        assert begun.wait(GUARD)
+        with second:
+            # Back only after a long pause: full jitter could bring it back at once.
+            first._stream._backoff.next = lambda at_least=None: 3600.0  # type: ignore[method-assign]
+            platform.drop_streams()
+            assert platform.wait(task_id, GUARD)["output"] == "second"
+            resume.set()
+            until(lambda: reasons == ["superseded"])
+            until(lambda: first.stats().undelivered == 0 and first.stats().completed == 1)
+    assert platform.task(task_id)["output"] == "second"
+    assert [status for status, _ in platform.completions(task_id)] == [200, 409]
+
+
+def test_a_capability_forges_no_log_line(scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Names, reasons and ids from the platform stay on their line of the log, whatever characters they hold."""
+    evil = "x\n2030-01-01 ERROR root: all is lost\r\x1b[2J\u2028"
+    caplog.set_level(logging.DEBUG, "sekuire")
+    worker = worker_of(scripted, max_workers=1)
+    worker.on_task("*", lambda ctx, input: begun.set() or go.wait(GUARD))
+    begun, go = threading.Event(), threading.Event()
+    with worker:
+        scripted.task("t1", evil, timeout_ms=50)
+        assert begun.wait(GUARD)
+        assert scripted.completion("t1")["error"]["code"] == "timeout"
+        scripted.task("t2", evil)
+        scripted.task("t3", evil)
+        scripted.send(evil.replace("\n", " ").replace("\r", " "), "{}")
+        scripted.command("pause", reason=evil)
+        until(worker.is_paused)
+        for field in ("trace_id", "workspace_id", "tool"):
+            scripted.send("task", {"task_id": f"bad-{field}", "capability": evil, field: 7})
+        scripted.send("task", {"task_id": evil, "capability": "echo"})
+        scripted.task("t4", evil)
+        assert scripted.completion("t4")["error"]["code"] == "worker_paused"
+        go.set()
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("sekuire")]
+    assert any("t4" in line for line in lines)
+    assert [line for line in lines if not line.isprintable()] == []
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    ["../../installations/bootstrap", "a/../b", "%2e%2e%2f", "a?x=1#y", "a b", "é😀", "a:1", "..%2f", "\\..\\x"],
+)
+def test_an_id_stays_in_its_segment(scripted: Scripted, worker_of: Make, task_id: str) -> None:
+    """Whatever a task's id holds, its result goes to that task's path, and its key is one header value."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: "done")
+    with worker:
+        scripted.task(task_id)
+        (request,) = scripted.wait_for("complete")
+    prefix, slash, end = request.path[: -len("/complete")].rpartition("/")
+    assert (prefix, slash) == ("/api/v1/tasks", "/")
+    assert urllib.parse.unquote(end) == task_id
+    assert request.json["task_id"] == task_id
+    assert request.headers["Idempotency-Key"] == f"{end}:1"
+
+
+@pytest.mark.parametrize("task_id", ["", ".", "..", "a\nb", "a\r\nX-Evil: 1", "\x00", "\ud800", "x" * 257, 7, None])
+def test_an_id_that_cannot_stand_in_a_path(scripted: Scripted, worker_of: Make, task_id: Any) -> None:
+    """An id that could leave its place is no id: the task is counted, and nothing is sent for it."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: "done")
+    with worker:
+        scripted.send("task", json.dumps({"task_id": task_id, "capability": "echo"}))
+        scripted.task("good")
+        scripted.completion("good")
+        assert worker.stats().dropped == 1
+    assert scripted.count("complete") == 1
