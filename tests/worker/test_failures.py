@@ -524,3 +524,42 @@ def test_an_id_that_cannot_stand_in_a_path(scripted: Scripted, worker_of: Make, 
         scripted.completion("good")
         assert worker.stats().dropped == 1
     assert scripted.count("complete") == 1
+
+
+STRANGE = {
+    "a hundred thousand levels": '{"task_id": "t1", "capability": "echo", "input": '
+    + "[" * 100_000
+    + "]" * 100_000
+    + "}",
+    "NaN": '{"task_id": "t1", "capability": "echo", "input": NaN}',
+    "Infinity": '{"task_id": "t1", "capability": "echo", "input": [-Infinity]}',
+    "a number of 5,000 digits": '{"task_id": "t1", "capability": "echo", "input": ' + "9" * 5000 + "}",
+    "a lone surrogate": '{"task_id": "t1", "capability": "echo", "input": "\\ud800"}',
+    "duplicate keys": '{"task_id": "t0", "capability": "x", "task_id": "t1", "capability": "echo", "input": 7}',
+    "a string of 10 MB": '{"task_id": "t1", "capability": "echo", "input": "' + "s" * (10 * 1024 * 1024) + '"}',
+}
+ENDS = {
+    "a lone surrogate": "result_not_serializable",
+    "duplicate keys": None,
+    "a string of 10 MB": None,
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strange_json(scripted: Scripted, worker_of: Make, what: str) -> None:
+    """A task whose JSON is extreme or no JSON is run or answered, and the worker takes the next one."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        scripted.send("task", STRANGE[what])
+        code = ENDS.get(what, "invalid_task")
+        assert (scripted.completion("t1").get("error") or {}).get("code") == code
+        scripted.task("t2")
+        assert scripted.completion("t2")["status"] == "completed"
+        # Answers of the same kind do no harm either.
+        for name in ("heartbeat", "complete"):
+            scripted.on[name] = lambda request: (200, STRANGE[what][:900_000].encode("utf-8", "surrogatepass"))
+        scripted.task("t3")
+        scripted.wait_for("heartbeat", scripted.count("heartbeat") + 2)
+        until(lambda: worker.stats().completed >= 2 and worker.stats().undelivered == 0)
+        assert worker.is_connected()
