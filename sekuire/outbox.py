@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS completion (
 ) WITHOUT ROWID
 """
 _PUT = "INSERT OR REPLACE INTO completion VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id = ?"
+_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id = ? AND attempt <= ?"
 _LOAD = (
     "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
@@ -121,9 +121,9 @@ class Outbox:
         self._disown(api_url, agent_id, stored.task_id)
         return False
 
-    def remove(self, api_url: str, agent_id: str, task_id: str) -> None:
-        """Forget a completion that was accepted."""
-        self._change([(_REMOVE, (api_url, agent_id, task_id))], durable=False)
+    def remove(self, api_url: str, agent_id: str, task_id: str, attempt: int) -> None:
+        """Forget a completion that was accepted; the next try of its task, with a higher ``attempt``, may be here."""
+        self._change([(_REMOVE, (api_url, agent_id, task_id, attempt))], durable=False)
         self._disown(api_url, agent_id, task_id)
 
     def owner_of(self, api_url: str, agent_id: str, task_id: str) -> object:

@@ -206,12 +206,11 @@ class Reporter:
         if reply is None:
             self._retry(report, problem, passing=isinstance(problem, TransportError) and problem.retryable)
         elif reply.is_success or reply.status == 409:
-            if not self._is_asked_again(report, attempt):
-                self._settle(report)
+            self._settle(report, attempt)
         elif reply.status in (404, 410):
             log.warning("[%s] the platform no longer knows this task (%d); its result is dropped",
                         report.task_id, reply.status)  # fmt: skip
-            self._settle(report, dropped=True)
+            self._settle(report, attempt, dropped=True)
         elif reply.status in (400, 413, 422) and not substituted:
             self._substitute(report, reply)
         elif protocol.is_transient(reply.status):
@@ -371,17 +370,26 @@ class Reporter:
             self._on_revoked(revoked)
         return None, problem
 
-    def _settle(self, report: Report, dropped: bool = False) -> None:
+    def _settle(self, report: Report, attempt: int, dropped: bool = False) -> None:
+        """The platform has, or does not want, what was sent under ``attempt``."""
+        again = False
         with self._condition:
-            if self._held.pop(report.task_id, None) is None:
+            if self._held.get(report.task_id) is not report:
                 return
-            self._held_bytes -= len(report.head)
-            self.dropped += dropped
-            self._remember(report)
-            self._condition.notify_all()
-        if self._outbox is not None and report.is_stored:
+            # The platform's next try of the task may have come before its answer to this one. It was taken for a
+            # repetition, so nobody runs it: it gets this result too. One look and one step, or it could come between.
+            again = not dropped and not report.is_final and report.attempt > attempt
+            if not again:
+                del self._held[report.task_id]
+                self._held_bytes -= len(report.head)
+                self.dropped += dropped
+                self._remember(report)
+                self._condition.notify_all()
+        if again:
+            self.enqueue(report)
+        elif self._outbox is not None and report.is_stored:
             report.is_stored = False
-            self._outbox.remove(*self._sender, report.task_id)
+            self._outbox.remove(*self._sender, report.task_id, report.attempt)
 
     def _keep_on_disk(self, outbox: Outbox, report: Report, stored: Stored) -> None:
         report.is_stored = outbox.put(*self._sender, self._auth.store.current.installation_id, stored, self)
@@ -418,17 +426,6 @@ class Reporter:
             report.is_stored = False
             report.tries = 0
         self.enqueue(report)
-
-    def _is_asked_again(self, report: Report, attempt: int) -> bool:
-        """Whether the platform's next try of the task came before its answer to this one; it gets the result too.
-
-        Nobody runs that try: when it came, the report was still under way, so it was taken for a repetition.
-        """
-        with self._condition:
-            again = not report.is_final and report.attempt > attempt
-        if again:
-            self.enqueue(report)
-        return again
 
     def _retry(self, report: Report, why: object, at_least: float = 0.0, passing: bool = True) -> None:
         """Send again after a backoff, or, where the problem is not ``passing``, slowly."""

@@ -34,7 +34,7 @@ def test_what_is_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     assert outbox.put(URL, AGENT, "inst", stored("a", b"one", attempt=3))
     assert outbox.put(URL, AGENT, "inst", stored("b", b"two"))
     assert outbox.put(URL, AGENT, "inst", stored("c"))
-    outbox.remove(URL, AGENT, "c")
+    outbox.remove(URL, AGENT, "c", 1)
     outbox.close()
     outbox = open_outbox(tmp_path / "outbox.db")
     owner = object()
@@ -173,7 +173,7 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
             if found is None:
                 missing.append(task_id)
             if number % 2:
-                outbox.remove(URL, AGENT, task_id)
+                outbox.remove(URL, AGENT, task_id, 1)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
     for thread in threads:
@@ -277,4 +277,16 @@ outbox.close()
     assert run.stderr.count("cannot be written") == 1
     outbox = open_outbox(tmp_path / "outbox.db")
     assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a", "b"]
+    outbox.close()
+
+
+def test_a_removal_leaves_the_next_try(tmp_path: Path) -> None:
+    """What is removed is the accepted result, not that of a later attempt which has taken its place meanwhile."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    owner = object()
+    outbox.put(URL, AGENT, None, stored("a", b"two", attempt=2), owner)
+    outbox.remove(URL, AGENT, "a", 1)
+    assert [one.head for one in outbox.claim(URL, AGENT, object())] == [b"two"]
+    outbox.remove(URL, AGENT, "a", 2)
+    assert outbox.claim(URL, AGENT, object()) == []
     outbox.close()
