@@ -90,7 +90,8 @@ class Outbox:
         self._closed = False
         self._warned = False
         self._users = 0
-        self._owners: Dict[Tuple[str, str, str], object] = {}
+        #: Who delivers a completion, and which attempt's it is.
+        self._owners: Dict[Tuple[str, str, str], Tuple[object, int]] = {}
         self._lock_file = self._take_lock()
         #: None while the disk is too full even to open it; the next change tries again.
         self._database: Optional[sqlite3.Connection] = None
@@ -115,25 +116,26 @@ class Outbox:
             stored.attempt, stored.substituted, stored.head, time.time(),
         )  # fmt: skip
         with self._condition:
-            self._owners[api_url, agent_id, stored.task_id] = owner
+            self._owners[api_url, agent_id, stored.task_id] = owner, stored.attempt
         if self._change([(_PUT, row)], durable=True):
             return True
-        self._disown(api_url, agent_id, stored.task_id)
+        self._disown(api_url, agent_id, stored.task_id, stored.attempt)
         return False
 
     def remove(self, api_url: str, agent_id: str, task_id: str, attempt: int) -> None:
         """Forget a completion that was accepted; the next try of its task, with a higher ``attempt``, may be here."""
         self._change([(_REMOVE, (api_url, agent_id, task_id, attempt))], durable=False)
-        self._disown(api_url, agent_id, task_id)
+        self._disown(api_url, agent_id, task_id, attempt)
 
     def owner_of(self, api_url: str, agent_id: str, task_id: str) -> object:
         """Who in this process is delivering a completion of this task; None where nobody is."""
-        return self._owners.get((api_url, agent_id, task_id))
+        found = self._owners.get((api_url, agent_id, task_id))
+        return None if found is None else found[0]
 
     def disown(self, owner: object) -> None:
         """``owner`` delivers no more; what it leaves may be claimed."""
         with self._condition:
-            self._owners = {key: one for key, one in self._owners.items() if one is not owner}
+            self._owners = {key: one for key, one in self._owners.items() if one[0] is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
         """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now.
@@ -154,7 +156,7 @@ class Outbox:
             with self._condition:
                 self._leading = False
                 rows = [row for row in rows if (api_url, agent_id, row[0]) not in self._owners]
-                self._owners.update({(api_url, agent_id, row[0]): owner for row in rows})
+                self._owners.update({(api_url, agent_id, row[0]): (owner, row[1]) for row in rows})
                 self._condition.notify_all()
         return [Stored(task_id, attempt, bool(substituted), body) for task_id, attempt, substituted, body in rows]
 
@@ -170,9 +172,11 @@ class Outbox:
         finally:
             reader.close()
 
-    def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
+    def _disown(self, api_url: str, agent_id: str, task_id: str, attempt: int) -> None:
+        key = api_url, agent_id, task_id
         with self._condition:
-            self._owners.pop((api_url, agent_id, task_id), None)
+            if key in self._owners and self._owners[key][1] <= attempt:
+                del self._owners[key]
 
     # -- life --
 

@@ -169,11 +169,12 @@ class Reporter:
                 return self._recall_remembered(remembered, attempt)
         if self._outbox is None:
             return False
-        # Another worker of this process may have run it and be delivering it; outside our lock, as it has its own.
+        # Another worker of this process may have run it and be delivering it; outside our lock, as it has its own. What
+        # is ours there and not here is on its way out.
         owner = self._outbox.owner_of(*self._sender, task_id)
-        return (
-            owner.recall(task_id, attempt) if isinstance(owner, Reporter) and owner is not self else owner is not None
-        )
+        if owner is None or owner is self:
+            return False
+        return owner.recall(task_id, attempt) if isinstance(owner, Reporter) else True
 
     def _recall_remembered(self, report: Report, attempt: int) -> bool:
         """:meth:`recall` of a delivered result. Needs the lock."""

@@ -286,7 +286,10 @@ def test_a_removal_leaves_the_next_try(tmp_path: Path) -> None:
     owner = object()
     outbox.put(URL, AGENT, None, stored("a", b"two", attempt=2), owner)
     outbox.remove(URL, AGENT, "a", 1)
-    assert [one.head for one in outbox.claim(URL, AGENT, object())] == [b"two"]
+    assert outbox.owner_of(URL, AGENT, "a") is owner
+    outbox.disown(owner)
+    assert [one.head for one in outbox.claim(URL, AGENT, owner)] == [b"two"]
     outbox.remove(URL, AGENT, "a", 2)
+    assert outbox.owner_of(URL, AGENT, "a") is None
     assert outbox.claim(URL, AGENT, object()) == []
     outbox.close()
