@@ -7,9 +7,13 @@ measure no code of the library; they say what the interpreter or a dependency co
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import json
+import os
+import shutil
 import statistics
+import tempfile
 import threading
 import time
 import timeit
@@ -135,6 +139,23 @@ def _post(port: int) -> Stage:
     return Stage("HttpClient.request: the POST, one thread", run)
 
 
+def _outbox(port: int) -> Stage:
+    outbox = importlib.import_module("sekuire.outbox")
+    directory = tempfile.mkdtemp(prefix="sekuire-bench-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    box = outbox.open_outbox(os.path.join(directory, "outbox.db"))
+    made = outbox.Stored
+    head = payloads.compact(payloads.completion()).encode()
+    url, agent, task_id = f"http://127.0.0.1:{port}", payloads.AGENT_ID, payloads.task_id(1)
+
+    def run() -> None:
+        box.put(url, agent, payloads.INSTALLATION_ID, made(task_id, 1, False, head))
+        box.remove(url, agent, task_id, 1)
+
+    # Only where outbox= is set; its CPU time, without what the disk takes to sync.
+    return Stage("with an outbox: put and remove a result", run, in_task=False)
+
+
 def _executor_reference(port: int) -> Stage:
     executor = ThreadPoolExecutor(1)
 
@@ -182,6 +203,7 @@ _MAKERS: Dict[str, Maker] = {
     "encode-reference": _completion_reference,
     "target": _completion_target,
     "post": _post,
+    "outbox": _outbox,
     "executor-reference": _executor_reference,
     "wake-reference": _wake_reference,
 }

@@ -122,11 +122,11 @@ class Beacon:
             if self._is_started or self._is_stopped:
                 raise ConfigurationError("a Beacon starts once; make a new one", "Beacon.start")
             self._is_started = True
-        self._change("connecting", None)
-        at_exit(self)
-        self._installation.heartbeat.attach(self)
-        self._installation.heartbeat.start()
         try:
+            self._change("connecting", None)
+            at_exit(self)
+            self._installation.heartbeat.attach(self)
+            self._installation.heartbeat.start()
             self._verdict.wait(START_TIMEOUT)
         except BaseException:
             self.stop(0)
@@ -143,15 +143,22 @@ class Beacon:
         """
         check_process(self.pid, "Beacon")
         deadline = Deadline(STOP_TIMEOUT if timeout is None else timeout)
-        with self._lock:
-            is_first = not self._is_stopped
-            self._is_stopped = True
-        if is_first:
-            try:
+        is_first = False
+        try:
+            with self._lock:
+                is_first = not self._is_stopped
+                self._is_stopped = True
+            if is_first:
                 self._shut_down(deadline)
-            finally:
+        except BaseException:
+            if is_first:
+                # An interrupt: the next stop() goes on with it.
+                self._is_stopped = False
+            raise
+        finally:
+            if is_first:
                 self._ended.set()
-        elif not is_owned_by(self):
+        if not is_first and not is_owned_by(self):
             self._ended.wait(deadline.remaining())
 
     def _shut_down(self, deadline: Deadline) -> None:

@@ -111,7 +111,8 @@ class TaskContext:
 
     @property
     def cancel_reason(self) -> Optional[str]:
-        """Why: such as ``"timeout"``, ``"terminated"``, ``"shutdown"``, ``"lease lost"``; None while it is not."""
+        """Why: ``"timeout"``, ``"terminated"``, ``"shutdown"``, ``"lease lost"``, ``"superseded"`` (the platform told
+        that it has the task's result already) or ``"the program ends"``; None while it is not."""
         return self._reason
 
     def raise_if_cancelled(self) -> None:

@@ -168,7 +168,7 @@ class Dispatcher:
     def straggler_names(self) -> List[str]:
         """Tasks whose handler still runs although they have been answered."""
         with self._condition:
-            return [f"{record.task.capability} {record.task.task_id}" for record in self._stragglers]
+            return [_name(record.task) for record in self._stragglers]
 
     def is_paused(self) -> bool:
         return bool(self._pauses)
@@ -194,10 +194,11 @@ class Dispatcher:
                     self.counts.duplicates += 1
                     return
                 refusal = self._refusal(task, entry)
-                if refusal is not None or self._closed is not None:
+                has_room = self._sink.has_room()
+                # An answer takes room too: a platform that floods without taking answers must not fill the memory.
+                if self._closed is not None or (refusal is not None and has_room):
                     break
-                assert entry is not None
-                if self._lease_held() and self._sink.has_room():
+                if entry is not None and refusal is None and has_room and self._lease_held():
                     record = _Record(task, entry)
                     record.packed = packed
                     if self._permits and entry.has_room():
@@ -231,6 +232,9 @@ class Dispatcher:
             log.error("the platform sent a task that cannot be read and has no id to answer: %s", error)
             return
         log.error("[%s] the platform sent a malformed task: %s", error.task_id, error)
+        with self._condition:
+            while self._closed is None and not self._sink.has_room():
+                self._condition.wait(_LOOK_AGAIN)
         task = Task(task_id=error.task_id, capability="?", attempt=error.attempt)
         if not self._sink.recall(task.task_id, task.attempt):
             self._reject(task, task.attempt, protocol.failure("invalid_task", str(error)))
@@ -338,7 +342,7 @@ class Dispatcher:
             if record.context is not None:
                 record.context._cancel(reason)
             self._finish_early(record, failure)
-        return [f"{record.task.capability} {record.task.task_id}" for record in records]
+        return [_name(record.task) for record in records]
 
     def end_pool(self, deadline: Deadline) -> None:
         """End the pool's threads; a foreign executor is its owner's to end."""
@@ -609,14 +613,14 @@ class Dispatcher:
     def _reject(self, task: Task, attempt: int, failure: Failure) -> None:
         with self._condition:
             self.counts.rejected += 1
-        log.info("[%s] %s is answered %s: %s", task.task_id, task.capability, failure.code, failure.message)
+        _log_answer(task, failure)
         report = self._sink.accept(Completion(task_id=task.task_id, attempt=attempt, failure=failure))
         if report is not None:
             self._sink.enqueue(report)
 
     def _reject_record(self, record: _Record, failure: Failure) -> None:
         task = record.task
-        log.info("[%s] %s is answered %s: %s", task.task_id, task.capability, failure.code, failure.message)
+        _log_answer(task, failure)
         completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=failure)
         report = self._answer(record, completion, "rejected")
         if report is not None:
@@ -630,7 +634,7 @@ class Dispatcher:
     def _give_back(self, task: Task, attempt: int) -> None:
         with self._condition:
             self.counts.released += 1
-        log.info("[%s] %s is given back unbegun", task.task_id, task.capability)
+        log.info("[%s] %s is given back unbegun", task.task_id, _capability(task))
 
         def answer() -> None:
             with self._condition:
@@ -638,3 +642,16 @@ class Dispatcher:
             self._reject(task, attempt, protocol.failure("worker_shutdown", "the worker gave the task back unbegun"))
 
         self._sink.release(task, attempt, answer)
+
+
+def _capability(task: Task) -> str:
+    """A task's capability for a log line: whatever the platform sent, which must not forge one."""
+    return protocol.one_line(task.capability)[:200]
+
+
+def _name(task: Task) -> str:
+    return f"{_capability(task)} {task.task_id}"
+
+
+def _log_answer(task: Task, failure: Failure) -> None:
+    log.info("[%s] %s is answered %s: %s", task.task_id, _capability(task), failure.code, failure.message)

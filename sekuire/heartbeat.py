@@ -152,11 +152,12 @@ class Heartbeat:
     def stop(self, deadline: Deadline) -> bool:
         """End the thread after the beat in progress; whether it ended before ``deadline``."""
         with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is None:
-            return True
-        thread.stop()
-        return thread.join(deadline)
+            thread = self._thread
+            if thread is not None:
+                # Before it is forgotten: an interrupt in between must not leave it running unknown.
+                thread.stop()
+            self._thread = None
+        return thread is None or thread.join(deadline)
 
     def interval(self) -> float:
         """Seconds between beats: the shortest that a participant or the platform wants."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread
 import contextlib
 import heapq
 import itertools
@@ -300,6 +301,11 @@ def _after_fork() -> None:
     # A thread of the parent may have held it; in the child nobody would ever let it go.
     global _leave_lock
     _leave_lock = threading.Lock()
+    # A handler's thread that forks is the child's main thread. At the child's end concurrent.futures would have it join
+    # itself, and multiprocessing would take the error for a failed child: exit code 1.
+    thread = threading.current_thread()
+    if thread.name.startswith("sekuire-"):
+        getattr(concurrent.futures.thread, "_threads_queues", {}).pop(thread, None)
 
 
 if hasattr(os, "register_at_fork"):

@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from urllib.parse import quote
 
 import attrs
 
@@ -25,6 +26,8 @@ _APPLICATION_ID = 0x534B554F
 _LONGEST_WAIT = 60.0
 #: What sqlite3 raises; the second where its message quotes a name in a damaged file that is no UTF-8.
 _FAILURES = (sqlite3.Error, UnicodeDecodeError)
+#: How SQLite says that there is no room on the disk, or none for the files beside the database.
+_FULL = ("disk is full", "disk I/O error")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completion (
@@ -42,7 +45,7 @@ CREATE TABLE IF NOT EXISTS completion (
 _PUT = "INSERT OR REPLACE INTO completion VALUES "
 _PUT_ROW = "(?, ?, ?, ?, ?, ?, ?, ?)"
 # The ids in one list: of whole keys in one, SQLite would look through all rows.
-_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id IN "
+_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND attempt <= ? AND task_id IN "
 #: Most rows of one statement; SQLite takes 999 values at least.
 _MOST_ROWS = 64
 # As BLOBs: a text that is no UTF-8 would fail the whole query, and one damaged row must not hold up the others.
@@ -64,6 +67,8 @@ class Stored:
 
 _T = TypeVar("_T")
 _Key = Tuple[str, str, str]
+#: A completion to be removed, if it is of this attempt or an earlier one.
+_Removal = Tuple[str, str, str, int]
 
 
 class _Ticket:
@@ -106,14 +111,17 @@ class Outbox:
         self._lock = threading.Lock()
         self._puts: List[_Ticket] = []
         self._visitors: List[_Ticket] = []
-        self._removals: List[_Key] = []
+        self._removals: List[_Removal] = []
         self._leading = False
         self._closed = False
         self._warned = False
         self._users = 0
-        self._owners: Dict[_Key, object] = {}
+        #: Who delivers a completion, and which attempt's it is.
+        self._owners: Dict[_Key, Tuple[object, int]] = {}
         self._level = ""
         self._lock_file = self._take_lock()
+        #: None while the disk is too full even to open it; the next change tries again.
+        self._database: Optional[sqlite3.Connection] = None
         try:
             self._database = self._open()
         except BaseException:
@@ -135,7 +143,7 @@ class Outbox:
         with self._lock:
             if self._closed:
                 return False
-            self._owners[key] = owner
+            self._owners[key] = owner, stored.attempt
             self._puts.append(ticket)
             leads = not self._leading
             self._leading = True
@@ -144,17 +152,16 @@ class Outbox:
         if ticket.problem is None:
             return True
         self._warn(ticket.problem)
-        self._disown(*key)
+        self._disown(*key, stored.attempt)
         return False
 
-    def remove(self, api_url: str, agent_id: str, task_id: str) -> None:
-        """Forget a completion that was accepted."""
-        key = (api_url, agent_id, task_id)
+    def remove(self, api_url: str, agent_id: str, task_id: str, attempt: int) -> None:
+        """Forget a completion that was accepted; the next try of its task, with a higher ``attempt``, may be here."""
         with self._lock:
-            self._owners.pop(key, None)
+            self._drop_owner((api_url, agent_id, task_id), attempt)
             if self._closed:
                 return
-            self._removals.append(key)
+            self._removals.append((api_url, agent_id, task_id, attempt))
             if self._leading:
                 return
             self._leading = True
@@ -162,14 +169,15 @@ class Outbox:
         if problem is not None:
             self._warn(problem)
 
-    def holds(self, api_url: str, agent_id: str, task_id: str) -> bool:
-        """Whether somebody in this process is delivering a completion of this task."""
-        return (api_url, agent_id, task_id) in self._owners
+    def owner_of(self, api_url: str, agent_id: str, task_id: str) -> object:
+        """Who in this process is delivering a completion of this task; None where nobody is."""
+        found = self._owners.get((api_url, agent_id, task_id))
+        return None if found is None else found[0]
 
     def disown(self, owner: object) -> None:
         """``owner`` delivers no more; what it leaves may be claimed."""
         with self._lock:
-            self._owners = {key: one for key, one in self._owners.items() if one is not owner}
+            self._owners = {key: one for key, one in self._owners.items() if one[0] is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
         """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now.
@@ -180,7 +188,7 @@ class Outbox:
         self._take_lead()
         try:
             try:
-                for row in self._database.execute(_LOAD, (api_url, agent_id)):
+                for row in self._load(api_url, agent_id):
                     stored = _stored(*row)
                     if stored is not None:
                         found.append(stored)
@@ -192,19 +200,39 @@ class Outbox:
                           self.path, problem)  # fmt: skip
             with self._lock:
                 found = [one for one in found if (api_url, agent_id, one.task_id) not in self._owners]
-                self._owners.update({(api_url, agent_id, one.task_id): owner for one in found})
+                self._owners.update({(api_url, agent_id, one.task_id): (owner, one.attempt) for one in found})
         finally:
             self._lead()
         return found
 
-    def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
+    def _load(self, api_url: str, agent_id: str) -> Iterator[Tuple[Any, ...]]:
+        """The rows of a sender. Only the leader calls this."""
+        if self._database is not None:
+            yield from self._database.execute(_LOAD, (api_url, agent_id))
+        elif os.path.getsize(self.path):
+            # Without a byte to spare there is no place for SQLite's journal, which reading would want too.
+            reader = sqlite3.connect(f"file:{quote(self.path)}?mode=ro&immutable=1", uri=True)
+            try:
+                yield from reader.execute(_LOAD, (api_url, agent_id))
+            finally:
+                reader.close()
+
+    def _disown(self, api_url: str, agent_id: str, task_id: str, attempt: int) -> None:
         with self._lock:
-            self._owners.pop((api_url, agent_id, task_id), None)
+            self._drop_owner((api_url, agent_id, task_id), attempt)
+
+    def _drop_owner(self, key: _Key, attempt: int) -> None:
+        """Needs the lock."""
+        found = self._owners.get(key)
+        if found is not None and found[1] <= attempt:
+            del self._owners[key]
 
     # -- life --
 
     def close(self) -> None:
-        """One user less; the last one closes the file."""
+        """One user less; the last one closes the file. In a forked child, whose file it is not, nothing happens."""
+        if self.pid != os.getpid():
+            return
         with _registry_lock:
             self._users -= 1
             if self._users > 0:
@@ -214,8 +242,9 @@ class Outbox:
             self._closed = True
         self._take_lead()
         self._write_queued()
-        with contextlib.suppress(sqlite3.Error):
-            self._database.close()
+        if self._database is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.close()
         self._lead()
         self._drop_lock()
 
@@ -290,9 +319,12 @@ class Outbox:
         heir.gate.release()
         return True
 
-    def _commit(self, puts: List[_Ticket], removals: List[_Key]) -> Optional[str]:
+    def _commit(self, puts: List[_Ticket], removals: List[_Removal]) -> Optional[str]:
         """Write a batch in one transaction; what was wrong, or None. Only the leader calls this."""
-        database = self._database
+        try:
+            database = self._database = self._database or self._connect()
+        except (*_FAILURES, OSError, ConfigurationError) as error:
+            return one_line(str(error))
         try:
             level = "FULL" if puts else "NORMAL"
             if level != self._level:
@@ -301,9 +333,9 @@ class Outbox:
             database.execute("BEGIN IMMEDIATE")
             # In this order: a removal is of a row that is on disk already; a put may be of the same task anew.
             # Many rows a statement: each gives up the interpreter, and among eight threads must then wait for it.
-            senders: Dict[Tuple[str, str], List[str]] = {}
-            for api_url, agent_id, task_id in removals:
-                senders.setdefault((api_url, agent_id), []).append(task_id)
+            senders: Dict[Tuple[str, str, int], List[str]] = {}
+            for api_url, agent_id, task_id, attempt in removals:
+                senders.setdefault((api_url, agent_id, attempt), []).append(task_id)
             for sender, task_ids in senders.items():
                 for ids in _portions(task_ids):
                     database.execute(f"{_REMOVE}({', '.join('?' * len(ids))})", [*sender, *ids])
@@ -334,10 +366,13 @@ class Outbox:
 
     # -- the file --
 
-    def _open(self) -> sqlite3.Connection:
+    def _open(self) -> Optional[sqlite3.Connection]:
         try:
             return self._connect()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if any(words in str(error) for words in _FULL):
+                self._warn(str(error))
+                return None
             # Exactly this class means "not a database" or "malformed"; its subclasses (locked, cannot open) pass.
             if isinstance(error, sqlite3.DatabaseError) and type(error) is not sqlite3.DatabaseError:
                 raise
@@ -371,10 +406,12 @@ class Outbox:
             (check,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if check != "ok":
                 raise sqlite3.DatabaseError(check)
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            database.execute(_SCHEMA)
+            if not tables:
+                # Nothing is written to a file that is there already: it must open on a full disk too.
+                database.execute("PRAGMA journal_mode = WAL")
+                database.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                database.execute(_SCHEMA)
         except BaseException:
             database.close()
             raise
@@ -421,6 +458,23 @@ _registry: Dict[str, Outbox] = {}
 _registry_lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    """In a forked child: let go of the parent's outboxes, so that none stays locked by a child that outlives it."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    for outbox in _registry.values():
+        with contextlib.suppress(OSError):
+            os.close(outbox._lock_file)
+    # Kept, and never closed here: SQLite's connection belongs to the parent too.
+    _inherited.extend(_registry.values())
+    _registry.clear()
+
+
+_inherited: List[Outbox] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
     """The outbox at ``path``: the one this process has open, or a new one. Each call wants its own ``close()``.
 
@@ -436,7 +490,7 @@ def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
         raise ConfigurationError(f"{name!r} is a directory; name a file in it", "outbox")
     with _registry_lock:
         outbox = _registry.get(name)
-        if outbox is None or outbox.pid != os.getpid():
+        if outbox is None:
             outbox = _registry[name] = _made(name)
         outbox._users += 1
         return outbox

@@ -159,27 +159,42 @@ class Reporter:
         platform tries the task again.
         """
         with self._condition:
-            report = self._held.get(task_id)
-            if report is not None:
+            held = self._held.get(task_id)
+            if held is not None:
+                report = held
+                is_news = attempt > report.attempt
                 report.attempt = max(report.attempt, attempt)
+                if is_news and report.stubborn:
+                    # What the platform refused it asks for now, for example in the name of a new installation.
+                    self._schedule(0.0, lambda: self.post(report))
                 return True
-            report = self._remembered.get(task_id)
-            if report is None:
-                # Another worker of this process may have run it and be delivering it.
-                return self._outbox is not None and self._outbox.holds(*self._sender, task_id)
-            if not report.is_final and attempt > report.attempt:
-                del self._remembered[task_id]
-                self._remembered_bytes -= len(report.head)
-                return False
-            if report.head:
-                # The platform asks again, so it does not have what it once accepted: give it once more.
-                del self._remembered[task_id]
-                self._remembered_bytes -= len(report.head)
-                report.attempt = max(report.attempt, attempt)
-                self._held[task_id] = report
-                self._held_bytes += len(report.head)
-                self._schedule(0.0, lambda: self.post(report))
-            return True
+            remembered = self._remembered.get(task_id)
+            if remembered is not None:
+                return self._recall_remembered(remembered, attempt)
+        if self._outbox is None:
+            return False
+        # Another worker of this process may have run it and be delivering it; outside our lock, as it has its own. What
+        # is ours there and not here is on its way out.
+        owner = self._outbox.owner_of(*self._sender, task_id)
+        if owner is None or owner is self:
+            return False
+        return owner.recall(task_id, attempt) if isinstance(owner, Reporter) else True
+
+    def _recall_remembered(self, report: Report, attempt: int) -> bool:
+        """:meth:`recall` of a delivered result. Needs the lock."""
+        if not report.is_final and attempt > report.attempt:
+            del self._remembered[report.task_id]
+            self._remembered_bytes -= len(report.head)
+            return False
+        if report.head:
+            # The platform asks again, so it does not have what it once accepted: give it once more.
+            del self._remembered[report.task_id]
+            self._remembered_bytes -= len(report.head)
+            report.attempt = max(report.attempt, attempt)
+            self._held[report.task_id] = report
+            self._held_bytes += len(report.head)
+            self._schedule(0.0, lambda: self.post(report))
+        return True
 
     def post(self, report: Report) -> None:
         """Send a report once; where it is not settled then, it is sent again by the pool, later."""
@@ -196,12 +211,11 @@ class Reporter:
         if reply is None:
             self._retry(report, problem, passing=isinstance(problem, TransportError) and problem.retryable)
         elif reply.is_success or reply.status == 409:
-            if not self._is_asked_again(report, attempt):
-                self._settle(report)
+            self._settle(report, attempt)
         elif reply.status in (404, 410):
             log.warning("[%s] the platform no longer knows this task (%d); its result is dropped",
                         report.task_id, reply.status)  # fmt: skip
-            self._settle(report, dropped=True)
+            self._settle(report, attempt, dropped=True)
         elif reply.status in (400, 413, 422) and not substituted:
             self._substitute(report, reply)
         elif protocol.is_transient(reply.status):
@@ -275,7 +289,7 @@ class Reporter:
             self._progress[task_id] = (fraction, message)
             due = self._progress_at.get(task_id, 0.0) - time.monotonic()
         if not waiting:
-            self._schedule(max(due, 0.0), lambda: self._send_progress(task_id), counts=False)
+            self._schedule(max(due, 0.0), lambda: self._send_progress(context), counts=False)
 
     # -- ending --
 
@@ -362,17 +376,26 @@ class Reporter:
             self._on_revoked(revoked)
         return None, problem
 
-    def _settle(self, report: Report, dropped: bool = False) -> None:
+    def _settle(self, report: Report, attempt: int, dropped: bool = False) -> None:
+        """The platform has, or does not want, what was sent under ``attempt``."""
+        again = False
         with self._condition:
-            if self._held.pop(report.task_id, None) is None:
+            if self._held.get(report.task_id) is not report:
                 return
-            self._held_bytes -= len(report.head)
-            self.dropped += dropped
-            self._remember(report)
-            self._condition.notify_all()
-        if self._outbox is not None and report.is_stored:
+            # The platform's next try of the task may have come before its answer to this one. It was taken for a
+            # repetition, so nobody runs it: it gets this result too. One look and one step, or it could come between.
+            again = not dropped and not report.is_final and report.attempt > attempt
+            if not again:
+                del self._held[report.task_id]
+                self._held_bytes -= len(report.head)
+                self.dropped += dropped
+                self._remember(report)
+                self._condition.notify_all()
+        if again:
+            self.enqueue(report)
+        elif self._outbox is not None and report.is_stored:
             report.is_stored = False
-            self._outbox.remove(*self._sender, report.task_id)
+            self._outbox.remove(*self._sender, report.task_id, report.attempt)
 
     def _keep_on_disk(self, outbox: Outbox, report: Report, attempt: int, substituted: bool, head: bytes) -> None:
         from .outbox import Stored  # Loaded already, by whoever made the outbox.
@@ -414,17 +437,6 @@ class Reporter:
             report.is_stored = False
             report.tries = 0
         self.enqueue(report)
-
-    def _is_asked_again(self, report: Report, attempt: int) -> bool:
-        """Whether the platform's next try of the task came before its answer to this one; it gets the result too.
-
-        Nobody runs that try: when it came, the report was still under way, so it was taken for a repetition.
-        """
-        with self._condition:
-            again = not report.is_final and report.attempt > attempt
-        if again:
-            self.enqueue(report)
-        return again
 
     def _retry(self, report: Report, why: object, at_least: float = 0.0, passing: bool = True) -> None:
         """Send again after a backoff, or, where the problem is not ``passing``, slowly."""
@@ -474,7 +486,8 @@ class Reporter:
         elif not reply.is_success:
             log.warning("[%s] the platform did not take the task back (HTTP %d)", task_id, reply.status)
 
-    def _send_progress(self, task_id: str) -> None:
+    def _send_progress(self, context: TaskContext) -> None:
+        task_id = context.task_id
         with self._condition:
             newest = self._progress.pop(task_id, None)
             if newest is None or self._progress_off:
@@ -492,8 +505,17 @@ class Reporter:
                     self._progress.clear()
             if warn:
                 log.warning("the platform takes no progress reports (HTTP %d); none are sent any more", reply.status)
+        elif reply is not None and reply.status == 409 and self._is_open(task_id):
+            # Another worker, which the platform gave the task to meanwhile, was first: nobody waits for this result.
+            log.warning("[%s] the platform has the task's result already; the handler is cancelled", task_id)
+            context._cancel("superseded")
         elif reply is None or not reply.is_success:
             log.debug("[%s] progress was not taken (%s)", task_id, reply.status if reply else problem)
+
+    def _is_open(self, task_id: str) -> bool:
+        """Whether this task has no result here."""
+        with self._condition:
+            return task_id not in self._held and task_id not in self._remembered
 
     # -- inside: the pool --
 

@@ -69,7 +69,8 @@ class Worker:
     and decides; ``sekuire-heartbeat`` beats; ``sekuire-task_N`` run handlers and send their first report;
     ``sekuire-report-N`` send the others; ``sekuire-timer`` ends tasks and watches the lease; ``sekuire-callback`` runs
     the user's callbacks; ``sekuire-shutdown`` runs the stop. ``_state`` guards the life's state and the connection
-    flag; it is never held over I/O, a callback or another room's lock.
+    flag; it is never held over I/O, a callback or another room's lock. ``_shutdown_lock`` is for starting
+    ``sekuire-shutdown`` once.
 
     :param config: the settings; :func:`create_worker` makes them from keyword arguments.
     :raises ConfigurationError: a wrong setting, or nothing to authenticate with.
@@ -102,6 +103,8 @@ class Worker:
         self._error: Optional[SekuireError] = None
         self._deadline = Deadline(0)
         self._is_terminated = False
+        #: Set where the stop needs no thread (any more): the interpreter is ending.
+        self._is_leaving = False
         self._is_revoked = False
         self._stop_reason: Optional[str] = None
         self._timer = Timer(owner=self)
@@ -138,6 +141,8 @@ class Worker:
         )
         self._stream = TaskStream(config, self._auth, self._control, query=self._query, stop=self._stop)
         self._stream_thread = threading.Thread(target=self._run_stream, name="sekuire-stream", daemon=True)
+        self._shutdown_lock = threading.Lock()
+        self._shutdown_thread = threading.Thread(target=self._shut_down, name="sekuire-shutdown", daemon=True)
 
     # -- registering --
 
@@ -219,8 +224,9 @@ class Worker:
         self._check_startable()
         signals = _Signals() if block and threading.current_thread() is threading.main_thread() else None
         try:
-            self._begin()
+            self._take_start()
             try:
+                self._begin()
                 if block:
                     self._wait_for_end(signals)
                 else:
@@ -279,6 +285,7 @@ class Worker:
                 return
             self._phase = "stopping"
             self._stop_reason = "the program ends"
+            self._is_leaving = True
         log.warning(
             "the program ends while a Worker runs; its tasks are cancelled. Use start(block=True), or wait(), to keep "
             "it running, and stop() to end it in order"
@@ -388,13 +395,15 @@ class Worker:
         if self._config.credentials_store is None:
             self._auth.require_a_way()
 
-    def _begin(self) -> None:
+    def _take_start(self) -> None:
         with self._state:
             if self._phase != "new":
                 raise ConfigurationError(
                     f"this worker is {self._phase}; a worker starts once, make a new one", "Worker.start"
                 )
             self._phase = "running"
+
+    def _begin(self) -> None:
         self._registry.freeze()
         if not self._registry.has_catch_all:
             unhandled = [name for name in self._config.capabilities if self._registry.find(name) is None]
@@ -533,19 +542,21 @@ class Worker:
             if phase == "new":
                 self._phase = "stopped"
             elif phase == "running":
-                self._phase = "stopping"
                 self._deadline = Deadline(seconds)
                 self._stop_reason = reason or "stop()"
+                # Last: whoever sees it, such as a second stop() after an interrupt of this one, sees the others too.
+                self._phase = "stopping"
             elif timeout is not None:
                 self._deadline.shorten(seconds)
             self._is_terminated = self._is_terminated or terminated
             self._state.notify_all()
         if phase == "new":
             self._close_unstarted()
-        elif phase == "running":
+        else:
+            # Also where the stop was asked for before: an interrupt may have kept that call from beginning it.
             self._start_shutdown()
-        elif terminated:
-            self._close_intake()
+            if terminated and phase == "stopping":
+                self._close_intake()
         self._dispatcher.wake()
 
     def _close_unstarted(self) -> None:
@@ -555,17 +566,16 @@ class Worker:
             self._installation.close()
 
     def _start_shutdown(self) -> None:
-        self._stop.set()
-        if self._owns_installation:
-            self._installation.stop.set()
-        self._stream.wake()
-        # The platform must hear soon that this is a drain: a worker whose stream ended without a word has vanished.
-        self._heartbeat.nudge()
-        thread = threading.Thread(target=self._shut_down, name="sekuire-shutdown", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            # No new thread any more: the interpreter is ending.
+        """Begin the stop, once. All of it is done on a thread of its own, where no Ctrl-C gets in between."""
+        must_run_here = False
+        with self._shutdown_lock:
+            if self._shutdown_thread.ident is None and not self._is_leaving:
+                try:
+                    self._shutdown_thread.start()
+                except RuntimeError:
+                    # No new thread any more: the interpreter is ending.
+                    must_run_here = self._is_leaving = True
+        if must_run_here:
             self._shut_down()
 
     def _shut_down(self) -> None:
@@ -577,6 +587,7 @@ class Worker:
         """
         with owned_by(self):
             steps: List[Callable[[], None]] = [
+                self._end_waits,
                 self._close_intake,
                 self._end_stream,
                 self._drain,
@@ -594,6 +605,14 @@ class Worker:
             self._phase = "stopped"
             self._connected = False
             self._state.notify_all()
+
+    def _end_waits(self) -> None:
+        self._stop.set()
+        if self._owns_installation:
+            self._installation.stop.set()
+        self._stream.wake()
+        # The platform must hear soon that this is a drain: a worker whose stream ended without a word has vanished.
+        self._heartbeat.nudge()
 
     def _close_intake(self) -> None:
         self._dispatcher.close(self._is_terminated)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
+from email.utils import format_datetime
 from typing import Any, Callable, Dict, List
 
 import pytest
@@ -337,3 +338,130 @@ def test_the_log_level_of_a_missed_beat(scripted: Scripted, worker: Worker, capl
     with worker:
         scripted.wait_for("heartbeat", 4)
         until(lambda: {r.levelname for r in caplog.records if "was not taken" in r.message} == {"DEBUG", "WARNING"})
+
+
+def test_a_stalled_heartbeat_does_not_delay_the_end_of_the_lease(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a heartbeat call hangs the lease ends on time, and a later beat that is taken begins work again."""
+    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
+    hang, go = threading.Event(), threading.Event()
+    hung: List[int] = []
+    ends: List[Any] = []
+
+    def beat(request: Any) -> Any:
+        if hang.is_set() and not go.is_set():
+            hung.append(1)
+            assert go.wait(GUARD)
+            return None
+        return 200, lease_of(0.6)
+
+    def hold(ctx: TaskContext, input: Any) -> None:
+        ctx.wait_cancelled(GUARD)
+        # The call that hung had begun, and was not over.
+        ends.append((ctx.cancel_reason, bool(hung), go.is_set()))
+
+    scripted.on["heartbeat"] = beat
+    # A beat may take half of its interval: longer than this lease.
+    worker = worker_of(scripted, heartbeat_interval=0.3)
+    monkeypatch.setattr(heartbeat, "BEAT_LEAST", 5.0)
+    worker.on_task("hold", hold)
+    worker.on_task("echo", lambda ctx, input: "ran")
+    with worker:
+        until(lambda: worker.stats().lease_expires_at)
+        scripted.task("t1", "hold")
+        until(lambda: worker.stats().running == 1)
+        hang.set()
+        until(lambda: ends)
+        assert ends == [("lease lost", True, False)]
+        scripted.task("t2")
+        until(lambda: worker.stats().received == 2)
+        assert scripted.completions("t2") == []
+        go.set()
+        assert scripted.completion("t2")["output"] == "ran"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lease_expires_at": "1970-01-01T00:00:00Z"},
+        {"lease_expires_at": "9999-12-31T23:59:59Z"},
+        {"lease_expires_at": "0001-01-01T00:00:00+14:00"},
+        {"lease_expires_at": "yesterday"},
+        {"lease_expires_at": 1e308},
+        {"heartbeat_interval_seconds": 0},
+        {"heartbeat_interval_seconds": -5},
+        {"heartbeat_interval_seconds": 1e300},
+        {"heartbeat_interval_seconds": "NaN"},
+        {"shutdown_timeout_ms": -1, "desired_state": "running"},
+        {"refreshed_token": "rt-9", "refreshed_token_expires_at": "1970-01-01T00:00:00Z"},
+    ],
+    ids=str,
+)
+def test_absurd_times_do_no_harm(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch, fields: Any
+) -> None:
+    """Times that are past, endless or no times at all end no lease, and beats go on at the worker's own interval."""
+    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
+    scripted.on["heartbeat"] = lambda request: (200, fields)
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", lambda ctx, input: (ctx.wait_cancelled(0.2), "ran")[1])
+    with worker:
+        scripted.wait_for("heartbeat", 3)
+        scripted.task("t1")
+        assert scripted.completion("t1")["output"] == "ran"
+        scripted.wait_for("heartbeat", scripted.count("heartbeat") + 2)
+        assert worker._heartbeat.interval() == 0.05
+
+
+@pytest.mark.parametrize("skew", [-86_400 * 365, 86_400 * 365], ids=["a year slow", "a year fast"])
+def test_a_platform_whose_clock_is_wrong(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch, skew: int
+) -> None:
+    """A lease counts by the platform's own Date: however wrong its clock, it ends neither early nor never."""
+    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
+    now = dt.datetime.now(dt.timezone.utc).replace(microsecond=0) + dt.timedelta(seconds=skew)
+    answer = {"lease_expires_at": (now + dt.timedelta(seconds=1)).isoformat()}
+    date = {"Date": format_datetime(now, usegmt=True)}
+    ok = threading.Event()
+    ok.set()
+    scripted.on["heartbeat"] = lambda request: (200, answer, date) if ok.is_set() else (503, {})
+    reasons: List[Any] = []
+
+    def hold(ctx: TaskContext, input: Any) -> None:
+        ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", hold)
+    with worker:
+        until(lambda: worker.stats().lease_expires_at)
+        scripted.task("t1")
+        until(lambda: worker.stats().running == 1)
+        scripted.wait_for("heartbeat", scripted.count("heartbeat") + 5)
+        assert reasons == []
+        ok.clear()
+        until(lambda: reasons == ["lease lost"])
+
+
+def test_heartbeats_go_on_until_the_last_report(scripted: Scripted, worker_of: Make) -> None:
+    """During a drain the lease is kept until the last result has been taken; only then comes the last heartbeat."""
+    accept, begun = threading.Event(), threading.Event()
+    scripted.on["complete"] = lambda request: (200, {}) if accept.is_set() else (503, {})
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", lambda ctx, input: begun.set() or "done")
+    worker.start()
+    scripted.task("t1")
+    assert begun.wait(GUARD)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    until(lambda: worker.stop_reason and worker.stats().running == 0)
+    beats = scripted.count("heartbeat")
+    scripted.wait_for("heartbeat", beats + 4)
+    accept.set()
+    stopper.join(GUARD)
+    assert not stopper.is_alive()
+    statuses = [request.json["status"] for request in scripted.of("heartbeat")]
+    assert statuses.count("stopped") == 1
+    assert statuses[-1] == "stopped"
+    assert set(statuses[beats + 1 : -1]) == {"stopping"}

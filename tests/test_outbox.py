@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sekuire import protocol
 from sekuire.errors import ConfigurationError
 from sekuire.models import is_id
-from sekuire.outbox import Stored, open_outbox
+from sekuire.outbox import Outbox, Stored, open_outbox
 
 URL, AGENT = "http://127.0.0.1:1", "agent"
 
@@ -30,18 +30,23 @@ def stored(task_id: str, head: bytes = b'{"task_id":"t"', attempt: int = 1) -> S
     return Stored(task_id, attempt, False, head)
 
 
+def database_of(outbox: Outbox) -> sqlite3.Connection:
+    assert outbox._database is not None
+    return outbox._database
+
+
 def test_what_is_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     """A completion lasts until it is removed, with its attempt and its bytes, oldest first."""
     outbox = open_outbox(tmp_path / "outbox.db")
     assert outbox.put(URL, AGENT, "inst", stored("a", b"one", attempt=3))
     assert outbox.put(URL, AGENT, "inst", stored("b", b"two"))
     assert outbox.put(URL, AGENT, "inst", stored("c"))
-    outbox.remove(URL, AGENT, "c")
+    outbox.remove(URL, AGENT, "c", 1)
     outbox.close()
     outbox = open_outbox(tmp_path / "outbox.db")
     owner = object()
     assert outbox.claim(URL, AGENT, owner) == [Stored("a", 3, False, b"one"), Stored("b", 1, False, b"two")]
-    assert outbox.holds(URL, AGENT, "a")
+    assert outbox.owner_of(URL, AGENT, "a") is owner
     assert outbox.claim(URL, AGENT, object()) == []
     outbox.disown(owner)
     assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a", "b"]
@@ -174,7 +179,7 @@ def test_any_damage_is_survived(damage: List[Tuple[int, bytes]]) -> None:
             assert protocol.completion_key(one.task_id, one.attempt)
             assert isinstance(one.head, bytes)
         outbox.put(URL, AGENT, None, stored("new"))
-        outbox.remove(URL, AGENT, "new")
+        outbox.remove(URL, AGENT, "new", 1)
         outbox.close()
 
 
@@ -301,13 +306,13 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What cannot be written is told to the caller, and to the log once until writing works again."""
     outbox = open_outbox(tmp_path / "outbox.db")
     outbox.put(URL, AGENT, None, stored("small"))
-    (pages,) = outbox._database.execute("PRAGMA page_count").fetchone()
-    outbox._database.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    (pages,) = database_of(outbox).execute("PRAGMA page_count").fetchone()
+    database_of(outbox).execute(f"PRAGMA max_page_count = {pages}").fetchall()
     for number in range(3):
         assert not outbox.put(URL, AGENT, None, stored(f"big{number}", b"x" * 100_000))
-        assert not outbox.holds(URL, AGENT, f"big{number}")
+        assert outbox.owner_of(URL, AGENT, f"big{number}") is None
     assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 1
-    outbox._database.execute("PRAGMA max_page_count = 100000").fetchall()
+    database_of(outbox).execute("PRAGMA max_page_count = 100000").fetchall()
     assert outbox.put(URL, AGENT, None, stored("big", b"x" * 100_000))
     outbox.close()
 
@@ -348,7 +353,7 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
             if found is None:
                 missing.append(task_id)
             if number % 2:
-                outbox.remove(URL, AGENT, task_id)
+                outbox.remove(URL, AGENT, task_id, 1)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
     for thread in threads:
@@ -360,3 +365,111 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     outbox.close()
     assert missing == []
     assert left == 8 * 15
+
+
+def test_an_orphaned_child_does_not_keep_it(tmp_path: Path) -> None:
+    """A forked child that outlives its killed parent does not hold the parent's outbox."""
+    script = """
+import os, signal, sys
+from sekuire.outbox import Stored, open_outbox
+outbox = open_outbox(sys.argv[1])
+outbox.put("http://127.0.0.1:1", "agent", None, Stored("a", 1, False, b"one"))
+read, write = os.pipe()
+if os.fork() == 0:
+    outbox.close()
+    os.write(write, b"x")
+    sys.stdin.read()
+    os._exit(0)
+os.read(read, 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "outbox.db")]
+    # Its standard input ends with this test, and with it the child.
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        process.wait(60)
+        outbox = open_outbox(tmp_path / "outbox.db")
+        assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a"]
+        outbox.close()
+
+
+def test_a_child_begins_with_none(tmp_path: Path) -> None:
+    """A forked child may open an outbox of its own, is refused its parent's, and its end harms the parent's nothing."""
+    script = """
+import os, sys
+from sekuire.outbox import Stored, open_outbox
+parent = open_outbox(sys.argv[1])
+parent.put("http://127.0.0.1:1", "agent", None, Stored("a", 1, False, b"one"))
+child = os.fork()
+if child == 0:
+    own = open_outbox(sys.argv[1] + "-own")
+    own.put("http://127.0.0.1:1", "agent", None, Stored("b", 1, False, b"two"))
+    own.close()
+    try:
+        open_outbox(sys.argv[1])
+    except Exception as error:
+        print(error)
+    parent.close()
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert parent.put("http://127.0.0.1:1", "agent", None, Stored("c", 1, False, b"three"))
+parent.close()
+again = open_outbox(sys.argv[1])
+assert [one.task_id for one in again.claim("http://127.0.0.1:1", "agent", object())] == ["a", "c"]
+again.close()
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "outbox.db")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "another process uses it" in run.stdout
+
+
+def test_a_file_that_cannot_be_read_any_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What an earlier process left is not lost to a read error: it is told, and stays for the next process."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    mine = object()
+    outbox.put(URL, AGENT, None, stored("a"), mine)
+    outbox.disown(mine)
+    database_of(outbox).execute("ALTER TABLE completion RENAME TO hidden")
+    assert outbox.claim(URL, AGENT, object()) == []
+    assert "cannot be read" in caplog.text
+    database_of(outbox).execute("ALTER TABLE hidden RENAME TO completion")
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a"]
+    outbox.close()
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """A real refusal of the kernel (RLIMIT_FSIZE) is told to the caller; what was there before stays."""
+    script = """
+import resource, sys
+from sekuire.outbox import Stored, open_outbox
+outbox = open_outbox(sys.argv[1])
+assert outbox.put("http://127.0.0.1:1", "agent", None, Stored("a", 1, False, b"one"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+for number in range(3):
+    assert not outbox.put("http://127.0.0.1:1", "agent", None, Stored(f"big{number}", 1, False, b"x" * 300_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert outbox.put("http://127.0.0.1:1", "agent", None, Stored("b", 1, False, b"x" * 300_000))
+outbox.close()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "outbox.db")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("cannot be written") == 1
+    outbox = open_outbox(tmp_path / "outbox.db")
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a", "b"]
+    outbox.close()
+
+
+def test_a_removal_leaves_the_next_try(tmp_path: Path) -> None:
+    """What is removed is the accepted result, not that of a later attempt which has taken its place meanwhile."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    owner = object()
+    outbox.put(URL, AGENT, None, stored("a", b"two", attempt=2), owner)
+    outbox.remove(URL, AGENT, "a", 1)
+    assert outbox.owner_of(URL, AGENT, "a") is owner
+    outbox.disown(owner)
+    assert [one.head for one in outbox.claim(URL, AGENT, owner)] == [b"two"]
+    outbox.remove(URL, AGENT, "a", 2)
+    assert outbox.owner_of(URL, AGENT, "a") is None
+    assert outbox.claim(URL, AGENT, object()) == []
+    outbox.close()

@@ -7,7 +7,8 @@ from typing import Any, Callable, List
 
 import pytest
 
-from sekuire import TaskContext, Worker, report
+from sekuire import TaskContext, TaskError, Worker, report
+from sekuire.models import Task
 
 from .conftest import AGENT
 from .scripted import GUARD, Request, Scripted, until
@@ -437,3 +438,34 @@ def test_the_local_platform_accepts_each_result_once(platform: Any, worker_of: M
         until(lambda: worker.stats().undelivered == 0)
     assert all([status for status, _ in platform.completions(task_id)].count(200) >= 1 for task_id in ids)
     assert worker.stats().completed == 60
+
+
+@pytest.mark.parametrize("status", [200, 409])
+def test_a_next_try_that_comes_with_the_answer(scripted: Scripted, worker_of: Make, status: int) -> None:
+    """A new try that comes at the moment in which the failure of the last one is settled is not forgotten."""
+    scripted.on["complete"] = lambda request: (status, {})
+    worker = worker_of(scripted)
+    runs: List[int] = []
+
+    def flaky(ctx: Any, input: Any) -> str:
+        runs.append(ctx.attempt)
+        if ctx.attempt == 1:
+            raise TaskError("busy", retryable=True)
+        return "done"
+
+    worker.on_task("echo", flaky)
+    reporter = worker._reporter
+    original = reporter._settle
+
+    def settle(report: Any, *args: Any, **options: Any) -> None:
+        # The platform is faster than its answer: the next try is here before the answer is acted upon.
+        if report.attempt == 1:
+            worker._dispatcher.submit(Task(task_id="t1", capability="echo", attempt=2))
+        original(report, *args, **options)
+
+    reporter._settle = settle  # type: ignore[method-assign]
+    with worker:
+        scripted.task("t1")
+        until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
+        until(lambda: worker.stats().undelivered == 0)
+    assert runs == [1]

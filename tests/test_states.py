@@ -329,8 +329,8 @@ class Disk:
         if not self.is_dead:
             self._outbox.remove(*args)
 
-    def holds(self, *args: Any) -> bool:
-        return self._outbox.holds(*args)
+    def owner_of(self, *args: Any) -> object:
+        return self._outbox.owner_of(*args)
 
     def claim(self, *args: Any, owner: object) -> Any:
         return self._outbox.claim(*args, owner=owner)
@@ -543,10 +543,12 @@ class TaskStates(RuleBasedStateMachine):
         if free and able:
             return f"{free} threads are free, but these wait: {able}"
         if self.submitter is not None:
-            if self.kinds[self.submitted] == "none" or self.submitted in held | platform.answered | platform.released:
+            if self.submitted in held | platform.answered | platform.released:
                 return f"{self.submitted} is answered, but the stream's thread is not free"
+            is_refused = dispatcher.is_paused() or self.kinds[self.submitted] == "none"
             fits = dispatcher.waiting < QUEUE or (free and not (narrow and self.kinds[self.submitted] == "narrow"))
-            if life.closed or dispatcher.is_paused() or (self.lease and life.reporter.has_room() and fits):
+            # An answer takes room too.
+            if life.closed or (life.reporter.has_room() and (is_refused or (self.lease and fits))):
                 return f"{self.submitted} is not taken although there is room"
         if platform.mode == "revoked" and held and life.closed != "terminated":
             return "a revocation is not heard"

@@ -23,7 +23,7 @@ class Ended(Exception):
 
 
 class Child:
-    """A module of this package, run with ``settings`` as a process and a process group of its own.
+    """A module (of this package, or named whole), run with ``settings`` as a process and a process group of its own.
 
     It ends when its standard input does, so it does not outlive a parent that was killed. One thread of the parent
     uses it; another reads its lines. Its standard error goes to ``log``.
@@ -35,7 +35,7 @@ class Child:
         self._asked = 0
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.{module}", json.dumps(settings)],
+                [sys.executable, "-m", module if "." in module else f"{__package__}.{module}", json.dumps(settings)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

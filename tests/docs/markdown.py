@@ -7,7 +7,12 @@ import re
 from typing import Dict, Iterator, List, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 
 _FENCE = re.compile(r"(`{3,})(.*)")
 _MARK = re.compile(r"<!-- ([a-z ]+?)(?:: (.+))? -->")

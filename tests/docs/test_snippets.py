@@ -36,6 +36,7 @@ NOT_RUN = {
         "it needs the network, and .ci/run has done it"
     ),
     "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
+    "docs/reliability.md: tox -e chaos -- --tasks 100000 --faults 0.05 --kill-every 5": "the long runs take minutes",
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
@@ -51,7 +52,7 @@ BACKGROUND = {
 }
 
 #: Blocks that are no code: directives of the documentation's builder, and text.
-NO_CODE = ("text", "ini", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md")
+NO_CODE = ("text", "ini", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md", "{include} ../SECURITY.md")
 
 
 @pytest.mark.parametrize("page", PAGES)

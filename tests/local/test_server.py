@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -13,6 +14,7 @@ import pytest
 
 from sekuire.local import LocalPlatform
 from sekuire.local.app import Hosts
+from sekuire.protocol import API_PREFIX, DEFAULT_ENDPOINTS
 
 from ..contract.client import Installation
 from .conftest import client_of, until
@@ -224,3 +226,50 @@ def test_a_thread_that_works_beyond_the_stop_ends_after_it(platform: LocalPlatfo
     assert any(thread.is_alive() for thread in pool._threads)
     may_end.set()
     until(lambda: not any(thread.is_alive() for thread in pool._threads))
+
+
+def test_it_has_no_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure of the platform shows no traceback and offers no console, whatever the environment asks of Flask."""
+    monkeypatch.setenv("FLASK_DEBUG", "1")
+    monkeypatch.setenv("FLASK_ENV", "development")
+    monkeypatch.setenv("WERKZEUG_DEBUG_PIN", "off")
+    with LocalPlatform() as platform:
+        client = client_of(platform)
+        monkeypatch.setattr(platform._store, "installations", lambda: 1 / 0)
+        answer = client.call("GET", "/installations", headers={"X-API-Key": client.api_key})
+        assert (answer.status, answer.code) == (500, "INTERNAL_ERROR")
+        assert "ZeroDivisionError" not in json.dumps(answer.body)
+        for path in ("/?__debugger__=yes&cmd=resource", "/console", "/installations?__debugger__=yes&cmd=printpin"):
+            answer = client.call("GET", path)
+            assert answer.status in (401, 404)
+            assert "debugger" not in json.dumps(answer.body).lower()
+
+
+def test_it_listens_on_this_machine_only(platform: LocalPlatform) -> None:
+    """By default no other address of this machine leads to it, so that no other machine can."""
+    host, _, port = platform.url[7:].rpartition(":")
+    assert host == "127.0.0.1"
+    others = {"127.0.0.2"}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        # Sends nothing; the system says from which address it would.
+        probe.connect(("192.0.2.1", 9))
+        others.add(probe.getsockname()[0])
+    for other in others - {"127.0.0.1"}:
+        with pytest.raises(OSError), socket.create_connection((other, int(port)), timeout=10):
+            pass
+
+
+def test_nothing_is_done_without_a_credential(platform: LocalPlatform) -> None:
+    """Every endpoint refuses a request without credentials, and one with those of somebody else."""
+    client = client_of(platform)
+    seen = set()
+    for name, path in DEFAULT_ENDPOINTS.items():
+        target = path[len(API_PREFIX) :].format(installation_id="i", task_id="t", workspace_id="w")
+        for method in ("GET", "POST", "PUT"):
+            for headers in ({}, {"X-API-Key": "sk_live_guess"}, {"Authorization": "Bearer guess"}):
+                answer = client.call(method, target, {}, headers=headers)
+                assert answer.status in (400, 401, 404, 405), (name, method, headers, answer)
+                seen.add((name, answer.status))
+    # Those that take a credential in their body say what is missing there.
+    assert {name for name, status in seen if status == 400} <= {"bootstrap", "refresh"}
+    assert all((name, 401) in seen for name in DEFAULT_ENDPOINTS if name not in ("bootstrap", "refresh"))

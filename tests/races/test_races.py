@@ -172,12 +172,12 @@ def share_an_outbox(path: str) -> None:
         for turn in range(12):
             task_id = f"{owner}-{name}-{turn}"
             assert outbox.put("u", "a", "i", Stored(task_id, turn + 1, False, b"{"), owner)
-            assert outbox.holds("u", "a", task_id)
+            assert outbox.owner_of("u", "a", task_id) == owner
             if turn % 3 == 0:
                 assert outbox.put("u", "a", "i", Stored(task_id, turn + 2, True, b"[}"), owner)
             if turn % 2:
-                outbox.remove("u", "a", task_id)
-                assert not outbox.holds("u", "a", task_id)
+                outbox.remove("u", "a", task_id, turn + 2)
+                assert outbox.owner_of("u", "a", task_id) is None
 
     def claim(owner: str) -> None:
         for _ in range(10):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import logging
 import math
 import threading
+import urllib.parse
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
@@ -448,3 +450,132 @@ def test_no_line_of_the_log_can_be_forged(
         "sekuire.report",
         "sekuire.dispatch",
     }
+
+
+def test_a_superseded_task(scripted: Scripted, worker_of: Make) -> None:
+    """A handler whose progress is answered 409, because another worker was first, is cancelled as superseded."""
+    scripted.on["progress"] = lambda request: (409, {"error": "conflict", "code": "ALREADY_COMPLETED"})
+    scripted.on["complete"] = lambda request: (409, {"error": "conflict", "code": "ALREADY_COMPLETED"})
+    reasons = []
+
+    def handler(ctx: TaskContext, input: Any) -> None:
+        ctx.report_progress(0.5)
+        assert ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+        ctx.raise_if_cancelled()
+
+    worker = worker_of(scripted)
+    worker.on_task("echo", handler)
+    with worker:
+        scripted.task("t1")
+        assert scripted.completion("t1")["error"]["code"] == "cancelled"
+        until(lambda: worker.stats().undelivered == 0)
+        # The others still tell theirs.
+        scripted.on["progress"] = lambda request: (200, {})
+        scripted.task("t2")
+        until(lambda: any(request.task_id == "t2" for request in scripted.of("progress")))
+        worker.stop(0.1)
+    assert reasons[0] == "superseded"
+
+
+def test_a_superseded_task_of_two_workers(make_platform: Callable[..., Any], worker_of: Make) -> None:
+    """A worker that was away so long that another finished its task learns so, and its result changes nothing."""
+    platform = make_platform(redelivery_delay=0.0)
+    begun, resume = threading.Event(), threading.Event()
+    reasons = []
+    first = worker_of(platform, reconnect_min=30.0, reconnect_max=30.0)
+    second = worker_of(platform)
+
+    def slow(ctx: TaskContext, input: Any) -> str:
+        begun.set()
+        assert resume.wait(GUARD)
+        ctx.report_progress(0.9)
+        ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+        return "first"
+
+    first.on_task("echo", slow)
+    second.on_task("echo", lambda ctx, input: "second")
+    with first:
+        task_id = platform.submit("echo", {}, AGENT)
+        assert begun.wait(GUARD)
+        with second:
+            # Back only after a long pause: full jitter could bring it back at once.
+            first._stream._backoff.next = lambda at_least=None: 3600.0  # type: ignore[method-assign]
+            platform.drop_streams()
+            assert platform.wait(task_id, GUARD)["output"] == "second"
+            resume.set()
+            until(lambda: reasons == ["superseded"])
+            until(lambda: first.stats().undelivered == 0 and first.stats().completed == 1)
+    assert platform.task(task_id)["output"] == "second"
+    assert [status for status, _ in platform.completions(task_id)] == [200, 409]
+
+
+@pytest.mark.parametrize(
+    "task_id",
+    ["../../installations/bootstrap", "a/../b", "%2e%2e%2f", "a?x=1#y", "a b", "é😀", "a:1", "..%2f", "\\..\\x"],
+)
+def test_an_id_stays_in_its_segment(scripted: Scripted, worker_of: Make, task_id: str) -> None:
+    """Whatever a task's id holds, its result goes to that task's path, and its key is one header value."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: "done")
+    with worker:
+        scripted.task(task_id)
+        (request,) = scripted.wait_for("complete")
+    prefix, slash, end = request.path[: -len("/complete")].rpartition("/")
+    assert (prefix, slash) == ("/api/v1/tasks", "/")
+    assert urllib.parse.unquote(end) == task_id
+    assert request.json["task_id"] == task_id
+    assert request.headers["Idempotency-Key"] == f"{end}:1"
+
+
+@pytest.mark.parametrize("task_id", ["", ".", "..", "a\nb", "a\r\nX-Evil: 1", "\x00", "\ud800", "x" * 257, 7, None])
+def test_an_id_that_cannot_stand_in_a_path(scripted: Scripted, worker_of: Make, task_id: Any) -> None:
+    """An id that could leave its place is no id: the task is counted, and nothing is sent for it."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: "done")
+    with worker:
+        scripted.send("task", json.dumps({"task_id": task_id, "capability": "echo"}))
+        scripted.task("good")
+        scripted.completion("good")
+        assert worker.stats().dropped == 1
+    assert scripted.count("complete") == 1
+
+
+STRANGE = {
+    "a hundred thousand levels": '{"task_id": "t1", "capability": "echo", "input": '
+    + "[" * 100_000
+    + "]" * 100_000
+    + "}",
+    "NaN": '{"task_id": "t1", "capability": "echo", "input": NaN}',
+    "Infinity": '{"task_id": "t1", "capability": "echo", "input": [-Infinity]}',
+    "a number of 5,000 digits": '{"task_id": "t1", "capability": "echo", "input": ' + "9" * 5000 + "}",
+    "a lone surrogate": '{"task_id": "t1", "capability": "echo", "input": "\\ud800"}',
+    "duplicate keys": '{"task_id": "t0", "capability": "x", "task_id": "t1", "capability": "echo", "input": 7}',
+    "a string of 10 MB": '{"task_id": "t1", "capability": "echo", "input": "' + "s" * (10 * 1024 * 1024) + '"}',
+}
+ENDS = {
+    "a lone surrogate": "result_not_serializable",
+    "duplicate keys": None,
+    "a string of 10 MB": None,
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strange_json(scripted: Scripted, worker_of: Make, what: str) -> None:
+    """A task whose JSON is extreme or no JSON is run or answered, and the worker takes the next one."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        scripted.send("task", STRANGE[what])
+        code = ENDS.get(what, "invalid_task")
+        assert (scripted.completion("t1").get("error") or {}).get("code") == code
+        scripted.task("t2")
+        assert scripted.completion("t2")["status"] == "completed"
+        # Answers of the same kind do no harm either.
+        for name in ("heartbeat", "complete"):
+            scripted.on[name] = lambda request: (200, STRANGE[what][:900_000].encode("utf-8", "surrogatepass"))
+        scripted.task("t3")
+        scripted.wait_for("heartbeat", scripted.count("heartbeat") + 2)
+        until(lambda: worker.stats().completed >= 2 and worker.stats().undelivered == 0)
+        assert worker.is_connected()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, Iterator, List
 
-from sekuire import SekuireSDK, Worker
+import pytest
+
+from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
+from sekuire.models import Task
 
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..scripted import GUARD, Scripted, until
 
 SCRIPT = """
 import os, sys, threading
@@ -146,3 +152,263 @@ def test_a_restored_failure_does_not_answer_a_new_try(make_platform: Callable[..
         finally:
             second.terminate()
     assert runs.read_text().split() == [task_id, task_id]
+
+
+# -- kill -9 at each stage --
+
+#: Where the first process is killed: a line that makes it happen, and how often the handler may run then.
+STAGES = {
+    "in the handler": ("", 2),
+    "before the result is on disk": ("before(Outbox, 'put')", 2),
+    "when the result is on disk": ("after(Outbox, 'put')", 1),
+    "before the POST": ("before(HttpClient, 'request', '/complete')", 1),
+    "after the POST": ("after(HttpClient, 'request', '/complete')", 1),
+    "before the result leaves the disk": ("before(Outbox, 'remove')", 1),
+    "when the result has left the disk": ("after(Outbox, 'remove')", 1),
+}
+
+KILLER = """
+import os, signal
+from sekuire.outbox import Outbox
+from sekuire.transport.http import HttpClient
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, path=""):
+    real = getattr(owner, name)
+    def call(*args, **options):
+        if path in str(args):
+            die()
+        return real(*args, **options)
+    setattr(owner, name, call)
+
+def after(owner, name, path=""):
+    real = getattr(owner, name)
+    def call(*args, **options):
+        result = real(*args, **options)
+        if path in str(args):
+            die()
+        return result
+    setattr(owner, name, call)
+"""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_kill_at_each_stage(make_platform: Callable[..., Any], tmp_path: Path, stage: str) -> None:
+    """Killed at any stage of a task, the next process ends it: one accepted result, one run once it was on disk."""
+    line, most_runs = STAGES[stage]
+    platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.0)
+    token = platform.create_install_token(AGENT)
+    script = SCRIPT if line else SCRIPT.replace('return {"done"', 'os.kill(os.getpid(), 9)\n    return {"done"')
+    (tmp_path / "go-on").touch()
+    task_id = platform.submit("work", {"number": 7}, agent_id=AGENT)
+    arguments = [platform.url, token, str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", KILLER + line + script, *arguments]) as first:
+        try:
+            assert first.wait(60) == -signal.SIGKILL
+        finally:
+            first.kill()
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments]) as second:
+        try:
+            assert platform.wait(task_id, GUARD)["output"] == {"done": 7}
+            until(lambda: stored(tmp_path) == [] and platform.streams())
+        finally:
+            second.terminate()
+    assert second.returncode == 0
+    assert len((tmp_path / "runs").read_text().split()) == most_runs
+    accepted = {body["output"]["done"] for status, body in platform.completions(task_id) if status == 200}
+    assert accepted == {7}
+
+
+def test_a_new_installation_delivers_what_an_earlier_one_left(
+    make_platform: Callable[..., Any], worker_of: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """A result that the platform refuses to a new installation is sent again at once when the task is given to it."""
+    platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.5)
+    runs: List[str] = []
+
+    def worker() -> Worker:
+        made = worker_of(platform, outbox=tmp_path / "outbox.db", shutdown_timeout=1.0)
+
+        @made.on_task("work")
+        def work(ctx: Any, input: Any) -> str:
+            runs.append(ctx.task_id)
+            platform.stop()
+            return "done"
+
+        return made
+
+    first = worker()
+    first.start()
+    task_id = platform.submit("work", {}, agent_id=AGENT)
+    until(lambda: stored(tmp_path) == [task_id])
+    first.stop()
+    platform.start()
+    with worker():
+        assert platform.wait(task_id, GUARD)["output"] == "done"
+    assert runs == [task_id]
+    assert [status for status, _ in platform.completions(task_id)][-1] == 200
+
+
+def test_a_sibling_delivers_the_next_try_too(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """A new try that comes to one worker while another delivers the failure before it gets that failure too."""
+    go, sent = threading.Event(), threading.Event()
+
+    def complete(request: Any) -> Any:
+        sent.set()
+        return (200, {}) if go.wait(GUARD) else (500, {})
+
+    scripted.on["complete"] = complete
+    options = {"outbox": tmp_path / "outbox.db", "heartbeat_interval": 30.0}
+    first, second = worker_of(scripted, **options), worker_of(scripted, **options)
+
+    def work(ctx: Any, input: Any) -> None:
+        raise TaskError("busy", retryable=True)
+
+    first.on_task("work", work)
+    with first:
+        scripted.task("t1", "work")
+        assert sent.wait(GUARD)
+        second._dispatcher.submit(Task(task_id="t1", capability="work", attempt=2))
+        assert second.stats().duplicates == 1
+        go.set()
+        until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
+        until(lambda: first.stats().undelivered == 0)
+
+
+# -- a full disk --
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount; test_a_limit_on_the_size_of_files needs none")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 1024)
+    return filler
+
+
+def test_a_full_disk(
+    make_platform: Callable[..., Any],
+    worker_of: Callable[..., Worker],
+    small_disk: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On a full disk results are delivered without the outbox, with one warning, and with it when there is room."""
+    platform = make_platform(path=tmp_path / "platform.db")
+    worker = worker_of(platform, outbox=small_disk / "outbox.db", shutdown_timeout=1.0)
+    worker.on_task("work", lambda ctx, input: "y" * 50_000)
+    down = threading.Event()
+
+    @worker.on_task("last")
+    def last(ctx: Any, input: Any) -> str:
+        platform.stop()
+        down.set()
+        return "kept"
+
+    with worker:
+        filler = fill(small_disk)
+        for _ in range(3):
+            assert platform.wait(platform.submit("work", {}, AGENT), GUARD)["output"] == "y" * 50_000
+        assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 1
+        filler.unlink()
+        task_id = platform.submit("last", {}, AGENT)
+        assert down.wait(GUARD)
+        until(lambda: stored(small_disk) == [task_id])
+
+
+def test_a_disk_that_is_full_at_the_start(
+    make_platform: Callable[..., Any],
+    worker_of: Callable[..., Worker],
+    small_disk: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A worker whose disk is full when it starts delivers what its outbox holds, and works."""
+    platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.0)
+    store = RuntimeCredentialsStore()
+
+    def worker() -> Worker:
+        made = worker_of(
+            platform,
+            outbox=small_disk / "outbox.db",
+            shutdown_timeout=1.0,
+            credentials_store=store,
+            install_token=platform.create_install_token(AGENT),
+        )
+
+        @made.on_task("work")
+        def work(ctx: Any, input: Any) -> str:
+            if input == "first":
+                platform.stop()
+            return "done"
+
+        return made
+
+    first = worker()
+    first.start()
+    task_id = platform.submit("work", "first", AGENT)
+    until(lambda: stored(small_disk) == [task_id])
+    first.stop()
+    platform.start()
+    fill(small_disk)
+    with worker():
+        assert platform.wait(task_id, GUARD)["output"] == "done"
+        assert platform.wait(platform.submit("work", "second", AGENT), GUARD)["output"] == "done"
+    assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_next_try_while_the_last_result_leaves_the_disk(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new try that waits for room while the failure before it is taken off the disk is run, not taken for known."""
+    monkeypatch.setattr("sekuire.dispatch._LOOK_AGAIN", 0.01)
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=1, max_queued=0)
+    runs: List[int] = []
+    looks: List[int] = []
+
+    @worker.on_task("work")
+    def work(ctx: Any, input: Any) -> str:
+        runs.append(ctx.attempt)
+        if ctx.attempt == 1:
+            raise TaskError("busy", retryable=True)
+        return "done"
+
+    assert worker._outbox is not None
+    remove, recall = worker._outbox.remove, worker._reporter.recall
+
+    def slow_remove(*args: Any) -> None:
+        if len(runs) == 1:
+            scripted.task("t1", "work", attempt=2)
+            # The handler's thread is here: there is no room meanwhile, so the task is looked at again and again.
+            until(lambda: len(looks) >= 4 or worker.stats().duplicates)
+        remove(*args)
+
+    def counted_recall(task_id: str, attempt: int) -> bool:
+        looks.append(attempt)
+        return recall(task_id, attempt)
+
+    monkeypatch.setattr(worker._outbox, "remove", slow_remove)
+    monkeypatch.setattr(worker._reporter, "recall", counted_recall)
+    with worker:
+        scripted.task("t1", "work")
+        until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
+        until(lambda: stored(tmp_path) == [])
+    assert runs == [1, 2]

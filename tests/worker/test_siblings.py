@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, List, Tuple
 
-from sekuire import create_worker
+from sekuire import TaskContext, Worker, create_worker
 from sekuire.local import LocalPlatform
+
+from ..scripted import GUARD, until
 
 
 def test_a_draining_worker_keeps_what_it_runs() -> None:
@@ -51,3 +54,72 @@ def test_a_draining_worker_keeps_what_it_runs() -> None:
         assert platform.wait(task_id, 30)["output"] == "first"
         assert runs == ["first"]
         second.stop()
+
+
+def worker_on(platform: LocalPlatform, name: str, runs: List[Tuple[str, Any]], **options: Any) -> Worker:
+    """A worker of an installation of its own, that notes what it runs and holds tasks whose input is ``"hold"``."""
+    worker = create_worker(
+        api_base_url=platform.url,
+        agent_id="agent",
+        install_token=platform.create_install_token("agent"),
+        heartbeat_interval=0.1,
+        **options,
+    )
+
+    @worker.on_task("work")
+    def work(ctx: TaskContext, input: Any) -> str:
+        runs.append((name, input))
+        if input == "hold":
+            ctx.wait_cancelled(60)
+        return name
+
+    return worker
+
+
+def test_a_paused_worker_leaves_its_share_to_a_sibling(platform: Any) -> None:
+    """Once the platform knows that a worker is paused, its sibling gets all tasks; resumed, it gets some again."""
+    runs: List[Tuple[str, Any]] = []
+    first, second = worker_on(platform, "first", runs), worker_on(platform, "second", runs)
+    with first, second:
+        first.pause("for lunch")
+        installation = first._installation.store.current.installation_id
+        until(lambda: platform.heartbeats(installation)[-1]["status"] == "paused")
+        for number in range(20):
+            task = platform.wait(platform.submit("work", number, "agent"), GUARD)
+            assert task["output"] == "second"
+        assert first.stats().rejected == 0
+        first.resume()
+        until(lambda: platform.wait(platform.submit("work", "again", "agent"), GUARD)["output"] == "first")
+
+
+def test_a_full_worker_leaves_the_rest_to_a_sibling(platform: Any) -> None:
+    """Tasks above what a worker takes are not stuck behind it: its sibling runs them."""
+    runs: List[Tuple[str, Any]] = []
+    first = worker_on(platform, "first", runs, max_workers=1, max_queued=0)
+    second = worker_on(platform, "second", runs)
+    with first:
+        held = platform.submit("work", "hold", "agent")
+        until(lambda: runs == [("first", "hold")])
+        with second:
+            for number in range(20):
+                assert platform.wait(platform.submit("work", number, "agent"), GUARD)["output"] == "second"
+        assert platform.task(held)["status"] == "assigned"
+        first.stop(0.1)
+
+
+def test_a_drained_worker_gives_its_queue_to_a_sibling(platform: Any) -> None:
+    """What a worker that stops has not begun is run by its sibling; nothing is lost and nothing runs twice."""
+    runs: List[Tuple[str, Any]] = []
+    first = worker_on(platform, "first", runs, max_workers=1, max_queued=10)
+    second = worker_on(platform, "second", runs)
+    with first:
+        held = platform.submit("work", "hold", "agent")
+        until(lambda: runs == [("first", "hold")])
+        ids = [platform.submit("work", number, "agent") for number in range(5)]
+        until(lambda: first.stats().waiting == 5)
+        with second:
+            first.stop(0.5)
+            for task_id in ids:
+                assert platform.wait(task_id, GUARD)["output"] == "second"
+        assert platform.wait(held, GUARD)["error"]["code"] == "worker_shutdown"
+    assert sorted(runs, key=str) == sorted([("first", "hold"), *(("second", n) for n in range(5))], key=str)
