@@ -191,7 +191,7 @@ class Outbox:
                 log.error("the outbox %s cannot be read (%s); what it holds is left for the next start",
                           self.path, problem)  # fmt: skip
             with self._lock:
-                # A removal that waits for this thread's end has no owner any more, and its row has been read all the same.
+                # A removal that waits for this thread has no owner any more, but its row has been read.
                 taken = {*self._owners, *self._removals}
                 found = [one for one in found if (api_url, agent_id, one.task_id) not in taken]
                 self._owners.update({(api_url, agent_id, one.task_id): owner for one in found})
