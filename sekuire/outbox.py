@@ -199,11 +199,17 @@ class Outbox:
                 log.error("the outbox %s cannot be read (%s); what it holds is left for the next start",
                           self.path, problem)  # fmt: skip
             with self._lock:
-                found = [one for one in found if (api_url, agent_id, one.task_id) not in self._owners]
+                # A removal that waits for this thread has no owner any more, but its row has been read.
+                removed = {removal[:3]: removal[3] for removal in self._removals}
+                found = [one for one in found if self._is_free((api_url, agent_id, one.task_id), one.attempt, removed)]
                 self._owners.update({(api_url, agent_id, one.task_id): (owner, one.attempt) for one in found})
         finally:
             self._lead()
         return found
+
+    def _is_free(self, key: _Key, attempt: int, removed: Dict[_Key, int]) -> bool:
+        """Whether a row that was read may be claimed. Needs the lock."""
+        return key not in self._owners and attempt > removed.get(key, 0)
 
     def _load(self, api_url: str, agent_id: str) -> Iterator[Tuple[Any, ...]]:
         """The rows of a sender. Only the leader calls this."""

@@ -23,6 +23,8 @@ from sekuire.errors import ConfigurationError
 from sekuire.models import is_id
 from sekuire.outbox import Outbox, Stored, open_outbox
 
+from .scripted import GUARD, until
+
 URL, AGENT = "http://127.0.0.1:1", "agent"
 
 
@@ -50,6 +52,27 @@ def test_what_is_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
     assert outbox.claim(URL, AGENT, object()) == []
     outbox.disown(owner)
     assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a", "b"]
+    outbox.close()
+
+
+def test_a_removal_that_waits_is_not_claimed(tmp_path: Path) -> None:
+    """A result that was accepted while another worker starts is not given to that one, though its row is there yet."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    for task_id in ("a", "b"):
+        outbox.put(URL, AGENT, None, stored(task_id), "first")
+    outbox._take_lead()
+    outbox.remove(URL, AGENT, "a")
+    claimed: List[Stored] = []
+    thread = threading.Thread(target=lambda: claimed.extend(outbox.claim(URL, AGENT, "second")), daemon=True)
+    thread.start()
+    until(lambda: outbox._visitors)
+    outbox.disown("first")
+    outbox._lead()
+    thread.join(GUARD)
+    assert [one.task_id for one in claimed] == ["b"]
+    outbox.close()
+    outbox = open_outbox(tmp_path / "outbox.db")
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["b"]
     outbox.close()
 
 

@@ -167,15 +167,35 @@ class Platform:
 
 
 class Wire:
-    """``Authenticator`` as a reporter sees it, with the platform behind it; ``is_dead``: the process was killed."""
+    """``Authenticator`` as a reporter sees it, until the process that it belongs to is killed."""
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
-        self.is_dead = False
-        self.store = self
+        self.store: Any = self
         self.current = RuntimeCredentials(installation_id="inst-1", runtime_token="rt-1")
+        self._condition = threading.Condition()
+        self._is_dead = False
+        self._in_flight = 0
 
-    def request(
+    def kill(self) -> None:
+        """What is on its way arrives; nothing is sent any more."""
+        with self._condition:
+            self._is_dead = True
+            assert self._condition.wait_for(lambda: not self._in_flight, GUARD)
+
+    def request(self, *args: Any, **options: Any) -> Any:
+        with self._condition:
+            if self._is_dead:
+                raise TransportError("dead")
+            self._in_flight += 1
+        try:
+            return self.send(*args, **options)
+        finally:
+            with self._condition:
+                self._in_flight -= 1
+                self._condition.notify_all()
+
+    def send(
         self,
         method: str,
         path: Callable[[Any], str],
@@ -183,10 +203,8 @@ class Wire:
         body: bytes,
         idempotency_key: Optional[str],
         deadline: Deadline,
-    ) -> Tuple[Reply, None]:
+    ) -> Any:
         where = path(None).split("/")
-        if self.is_dead:
-            raise TransportError("dead")
         if where[-1] == "release":
             status: Any = self.platform.release(where[-2])
         else:
@@ -201,13 +219,14 @@ class Wire:
     def close(self) -> None: ...
 
 
-class HttpWire:
+class HttpWire(Wire):
     """The same over HTTP: a real Authenticator, and the platform behind a server."""
 
     def __init__(self, platform: Platform, server: Scripted, config: WorkerConfig) -> None:
+        super().__init__(platform)
         self.installation = Installation(config, pool_size=8)
-        self.auth = self.installation.auth
-        self.is_dead = False
+        self.store = self.installation.store
+        self.send = self.installation.auth.request  # type: ignore[method-assign]
 
         def complete(request: Request) -> Any:
             status = platform.complete(request.json, request.headers["Idempotency-Key"], request.raw)
@@ -279,7 +298,7 @@ class Life:
         self.disk = Disk(machine.path) if machine.path else None
         self.reporter = Reporter(
             config,
-            getattr(self.wire, "auth", self.wire),
+            self.wire,
             "worker-1",
             on_revoked=self.revoked,
             outbox=self.disk,  # type: ignore[arg-type]
@@ -465,6 +484,7 @@ class TaskStates(RuleBasedStateMachine):
 
     def begin_anew(self) -> None:
         """The next process after a kill; with an outbox it delivers what this one left, and does not run it again."""
+        self.life.wire.kill()
         held = set(self.life.reporter.undelivered())
         kept = held if self.path else set()
         self.gone |= self.elsewhere()[0] | (held - kept)
@@ -482,7 +502,6 @@ class TaskStates(RuleBasedStateMachine):
     def bury(self) -> None:
         """End a life whose process was killed: what its threads still do must reach neither platform nor disk."""
         life = self.life
-        life.wire.is_dead = True
         if life.disk is not None:
             life.disk.is_dead = True
         life.dispatcher.close(False)
@@ -517,6 +536,18 @@ class TaskStates(RuleBasedStateMachine):
         return set(self.inputs) - away, self.handlers.inside - late
 
     def unrest(self) -> str:
+        """Why the machine is not at rest; empty where it is, and was while it was looked at."""
+        before = self.picture()
+        problem = self.motion()
+        return problem or ("" if self.picture() == before else "something changed meanwhile")
+
+    def picture(self) -> Tuple[Any, ...]:
+        dispatcher, counts = self.life.dispatcher, self.life.dispatcher.counts
+        is_submitting = self.submitter is not None and self.submitter.is_alive()
+        ended = counts.completed + counts.failed + counts.rejected + counts.released
+        return dispatcher.running, dispatcher.waiting, counts.received, counts.duplicates, ended, is_submitting
+
+    def motion(self) -> str:
         life, platform = self.life, self.platform
         dispatcher = life.dispatcher
         if self.submitter is not None and not self.submitter.is_alive():

@@ -64,6 +64,8 @@ def reference(stream: bytes, last_event_id: str = "") -> Facts:
 
 def without_large_events(stream: bytes, limit: int) -> Tuple[bytes, int]:
     """``stream`` as a parser with ``limit`` should take it, in LF form, and how many events it should skip."""
+    if BOM.startswith(stream):
+        return BOM, 0  # What may yet become a BOM is not content.
     # bytes.splitlines() knows CR, LF and CRLF only, and none of their bytes is part of a multibyte character.
     lines = (stream[3:] if stream.startswith(BOM) else stream).splitlines(True)
     kept: List[bytes] = []

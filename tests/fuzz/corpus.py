@@ -63,6 +63,8 @@ def _all() -> Iterator[bytes]:
         content = stream_of(case)
         for limit, cuts in ((0, b"\0"), (0, b"\1\1"), (0, b"\2\3\5"), (9, b"\1\2")):
             yield of("stream", bytes([limit]) + cuts + content)
+    # Part of a BOM, and no more.
+    yield of("stream", b"\1\1\2\xef\xbb")
     events: List[Tuple[str, str]] = [
         ("task", json.dumps(_TASK)),
         ("message", json.dumps(_TASK)),
