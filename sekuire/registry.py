@@ -6,7 +6,7 @@ import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
 
-from .calls import Handler, Middleware, accepts, compose, is_async, where
+from .calls import Handler, Middleware, accepts, compose, is_async, structure_of, where, with_structure
 from .config import check_capability
 from .errors import ConfigurationError
 
@@ -22,9 +22,21 @@ class HandlerEntry:
     """One registered handler. ``running`` and ``parked`` are the dispatcher's, under its lock.
 
     ``function`` is the handler as it was registered; ``call`` is what runs it, with everything around it.
+    ``structure`` builds the input that it asks for, where that is not just JSON.
     """
 
-    __slots__ = ("call", "function", "layers", "max_concurrency", "name", "parked", "running", "timeout", "where")
+    __slots__ = (
+        "call",
+        "function",
+        "layers",
+        "max_concurrency",
+        "name",
+        "parked",
+        "running",
+        "structure",
+        "timeout",
+        "where",
+    )
 
     def __init__(
         self,
@@ -33,14 +45,16 @@ class HandlerEntry:
         timeout: Optional[float] = None,
         max_concurrency: Optional[int] = None,
         layers: Tuple[Middleware, ...] = (),
+        structure: Optional[Callable[[Any], Any]] = None,
     ) -> None:
         self.name = name
         self.function = function
         self.timeout = timeout
         self.max_concurrency = max_concurrency
         self.layers = layers
+        self.structure = structure
         self.where = where(function)
-        self.call = function
+        self.call = with_structure(function, structure)
         self.running = 0
         self.parked: Deque[Any] = deque()
 
@@ -49,7 +63,9 @@ class HandlerEntry:
 
     def within(self, layers: Tuple[Middleware, ...]) -> HandlerEntry:
         """The same handler for another registry, with ``layers`` around those that it has."""
-        return HandlerEntry(self.name, self.function, self.timeout, self.max_concurrency, layers + self.layers)
+        return HandlerEntry(
+            self.name, self.function, self.timeout, self.max_concurrency, layers + self.layers, self.structure
+        )
 
 
 class TaskRegistry:
@@ -124,7 +140,7 @@ class TaskRegistry:
         if name != CATCH_ALL:
             check_capability(name, self._option)
         _check(option, function, timeout, max_concurrency)
-        entry = HandlerEntry(name, function, timeout, max_concurrency)
+        entry = HandlerEntry(name, function, timeout, max_concurrency, structure=_structure_of(option, function))
         self._check_free(entry, option)
         self._put(entry)
 
@@ -184,7 +200,7 @@ class TaskRegistry:
             self._frozen = "the worker has started; {} before start()"
         layers = tuple(self._layers)
         for entry in self:
-            entry.call = compose(layers + entry.layers, entry.function)
+            entry.call = compose(layers + entry.layers, with_structure(entry.function, entry.structure))
 
     def find(self, capability: str) -> Optional[HandlerEntry]:
         return self._entries.get(capability, self._catch_all)
@@ -226,6 +242,14 @@ class TaskRegistry:
             self._catch_all = entry
         else:
             self._entries[entry.name] = entry
+
+
+def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], Any]]:
+    try:
+        return structure_of(function)
+    except ConfigurationError as error:
+        problem = error.problem
+    raise ConfigurationError(f"{where(function)}: {problem}", option)
 
 
 def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> None:

@@ -72,6 +72,7 @@ EXTRAS = {
     "reload": {"watchfiles"},
     "flask": {"flask"},
     "django": {"django"},
+    "typed": {"cattrs"},
 }
 
 
