@@ -15,6 +15,9 @@ __all__ = ["HandlerEntry", "TaskRegistry"]
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)
 
+#: Takes an option's name, for errors, and a handler; gives what runs that handler elsewhere.
+Carrier = Callable[[str, Handler], Handler]
+
 CATCH_ALL = "*"
 
 
@@ -194,13 +197,21 @@ class TaskRegistry:
 
     # -- used --
 
-    def freeze(self) -> None:
-        """Take nothing more, and put the middleware around the handlers, once for all tasks."""
+    def freeze(self, carrier: Optional[Carrier] = None) -> None:
+        """Take nothing more, and put the middleware around the handlers, once for all tasks.
+
+        :param carrier: what makes of a handler one that runs elsewhere; None: handlers run where they are called.
+        :raises ConfigurationError: a handler that cannot be carried.
+        """
         if self._frozen is None:
             self._frozen = "the worker has started; {} before start()"
         layers = tuple(self._layers)
         for entry in self:
-            entry.call = compose(layers + entry.layers, with_structure(entry.function, entry.structure))
+            if carrier is None:
+                inner = with_structure(entry.function, entry.structure)
+            else:
+                inner = carrier(f"{self._option}({entry.name!r})", entry.function)
+            entry.call = compose(layers + entry.layers, inner)
 
     def find(self, capability: str) -> Optional[HandlerEntry]:
         return self._entries.get(capability, self._catch_all)

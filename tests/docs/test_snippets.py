@@ -36,6 +36,9 @@ NOT_RUN = {
         "it needs the network, and .ci/run has done it"
     ),
     "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
+    "docs/executors.md: from distributed import Client": (
+        "it needs a cluster; tests/full/test_dask.py runs the same on one of two processes"
+    ),
     "docs/handlers.md: pip install 'sekuire[typed]'": "it is installed here already",
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
