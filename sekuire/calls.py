@@ -67,10 +67,10 @@ _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _PLAIN = (Any, object, Dict, Mapping, MutableMapping, *_MAPPINGS)
 
 
-def structure_of(function: Handler) -> Optional[Callable[[Any], Any]]:
-    """What builds the input that the annotation of ``function`` asks for; None where it takes JSON as it comes.
+def asked_for(function: Handler) -> Any:
+    """What the annotation of ``function`` asks its input to be; None where it takes JSON as it comes.
 
-    :raises ConfigurationError: the annotation cannot be resolved or built, or needs an extra that is not installed.
+    :raises ConfigurationError: the annotation cannot be resolved.
     """
     annotation = _annotation(function)
     if annotation in _PLAIN:
@@ -79,6 +79,16 @@ def structure_of(function: Handler) -> Optional[Callable[[Any], Any]]:
         key, value = typing.get_args(annotation)
         if key in (str, Any) and value in (Any, object):
             return None
+    return annotation
+
+
+def structure_of(annotation: Any) -> Optional[Callable[[Any], Any]]:
+    """What builds an input that is :func:`asked_for`; None where there is nothing to build.
+
+    :raises ConfigurationError: it cannot be built, or needs an extra that is not installed.
+    """
+    if annotation is None:
+        return None
     from . import typed
 
     return typed.structure_of(annotation)

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
 
-from .calls import Handler, Middleware, accepts, compose, is_async, structure_of, where, with_structure
+from .calls import Handler, Middleware, accepts, asked_for, compose, is_async, structure_of, where, with_structure
 from .config import check_capability
 from .errors import ConfigurationError
 
@@ -257,7 +257,7 @@ class TaskRegistry:
 
 def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], Any]]:
     try:
-        return structure_of(function)
+        return structure_of(asked_for(function))
     except ConfigurationError as error:
         problem = error.problem
     raise ConfigurationError(f"{where(function)}: {problem}", option)

@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, Optional, Protocol, Tuple
 import attrs
 
 from . import lifecycle
-from .calls import Handler, call, structure_of, where, with_structure
+from .calls import Handler, asked_for, call, structure_of, where, with_structure
 from .config import WorkerConfig
 from .context import TaskContext
 from .errors import ConfigurationError, TaskCancelled, TaskError
@@ -94,7 +94,8 @@ def carrier_of(config: WorkerConfig) -> Optional[Carrier]:
 
     def carry(option: str, function: Handler) -> Handler:
         try:
-            code = dumps(function)
+            # What it asks for is resolved here: there, a function that was sent along may lack its module.
+            code = dumps((function, asked_for(function)))
         except Exception as error:  # noqa: BLE001
             problem = f"{type(error).__name__}: {error}"
         else:
@@ -433,8 +434,8 @@ def run_remote(data: bytes) -> bytes:
             raise _unbegun(context)
         function = _loaded.get(code)
         if function is None:
-            loaded = pickle.loads(code)
-            function = _loaded[code] = with_structure(loaded, structure_of(loaded))
+            loaded, annotation = pickle.loads(code)
+            function = _loaded[code] = with_structure(loaded, structure_of(annotation))
         context._progress = context._tell
         result = call(function, context, input)
         try:

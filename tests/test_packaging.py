@@ -73,6 +73,7 @@ EXTRAS = {
     "flask": {"flask"},
     "django": {"django"},
     "typed": {"cattrs"},
+    "dask": {"distributed"},
 }
 
 

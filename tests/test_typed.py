@@ -27,7 +27,8 @@ from hypothesis import strategies as st
 from typing_extensions import Annotated, NotRequired, TypedDict
 
 from sekuire import TaskContext, TaskError, TaskRegistry, Worker
-from sekuire.calls import structure_of
+from sekuire.calls import Handler, asked_for
+from sekuire.calls import structure_of as structure_of_annotation
 from sekuire.errors import ConfigurationError
 from sekuire.jsonform import to_json
 from sekuire.models import Task
@@ -206,6 +207,10 @@ MISMATCHES: List[Tuple[Any, Any, List[str]]] = [
     (List[Person], [{"fullName": 5}], ["input[0].fullName: Input should be a valid string"]),
     (Strict, {"count": "1", "at": "2024-01-01T00:00:00Z"}, ["input.count: Input should be a valid integer"]),
 ]  # fmt: skip
+
+
+def structure_of(function: Handler) -> Any:
+    return structure_of_annotation(asked_for(function))
 
 
 def handler_of(annotation: Any) -> Any:
