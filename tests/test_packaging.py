@@ -74,6 +74,7 @@ EXTRAS = {
     "django": {"django"},
     "typed": {"cattrs"},
     "dask": {"distributed"},
+    "opentelemetry": {"opentelemetry-api"},
 }
 
 
