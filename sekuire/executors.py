@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -339,17 +340,13 @@ class _Child:
                     log.exception("a message of a call could not be used")
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(OSError, ValueError):  # Gone already, or closed.
             self._process.kill()
-        except (OSError, ValueError):  # Gone already, or closed.
-            pass
 
     def end(self) -> None:
         """Let the process end, or make it."""
-        try:
+        with contextlib.suppress(OSError):
             self._pipe.close()
-        except OSError:
-            pass
         self._process.join(_END_TIME)
         if self._process.is_alive():
             self._process.kill()

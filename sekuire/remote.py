@@ -41,6 +41,8 @@ log = logging.getLogger("sekuire.remote")
 _STEP = 0.05
 #: The same where a look is a call over the network.
 _FAR_STEP = 0.25
+#: Seconds until a process that could not be killed is tried again.
+_LOOK_AGAIN = 0.5
 #: Seconds between two reports of progress by one process.
 _PROGRESS_PAUSE = 0.2
 
@@ -176,12 +178,17 @@ class _Remote:
             if watch.is_answered and kill_at is None and self._kill_after is not None:
                 kill_at = time.monotonic() + self._kill_after
             if kill_at is not None and time.monotonic() >= kill_at and not future.done():
-                kill_at = math.inf
-                if isinstance(self._executor, ProcessExecutor) and self._executor.kill(future):
-                    log.warning(
-                        "[%s] the handler has not ended %.1f s after its task was answered; its process is killed",
-                        context.task_id, self._kill_after,
-                    )  # fmt: skip
+                # One that is still being started cannot be killed yet.
+                kill_at = math.inf if self._kill(context, future) else time.monotonic() + _LOOK_AGAIN
+
+    def _kill(self, context: TaskContext, future: Future[Any]) -> bool:
+        if not isinstance(self._executor, ProcessExecutor) or not self._executor.kill(future):
+            return False
+        log.warning(
+            "[%s] the handler has not ended %.1f s after its task was answered; its process is killed",
+            context.task_id, self._kill_after,
+        )  # fmt: skip
+        return True
 
     def _outcome(self, context: TaskContext, future: Future[Any], is_answered: bool) -> Any:
         try:

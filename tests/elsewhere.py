@@ -10,6 +10,7 @@ import time
 from typing import Any, Dict, List
 
 from sekuire import TaskContext, TaskError, TaskRegistry
+from sekuire.executors import tell
 
 GUARD = 60.0
 
@@ -134,3 +135,27 @@ def write_pid_and_wait(path: str, let_go: str) -> str:
     """Writes its process's number, then waits for the file ``let_go`` to go; without a name for ever."""
     note(path)
     return until_gone(let_go)
+
+
+class OnlyThere:
+    """Cannot be built in the process that sent for it."""
+
+    def __init__(self, here: int) -> None:
+        self.here = here
+
+    def __reduce__(self) -> Any:
+        return not_here, (self.here,)
+
+
+def not_here(pid: int) -> OnlyThere:
+    if os.getpid() == pid:
+        raise RuntimeError("not here")
+    return OnlyThere(pid)
+
+
+def only_there(pid: int) -> OnlyThere:
+    return OnlyThere(pid)
+
+
+def tell_twice() -> bool:
+    return tell(1) and tell(2)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import multiprocessing
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 
 from sekuire import ProcessExecutor
 from sekuire.errors import ConfigurationError, SekuireError
-from sekuire.executors import ProcessDied, RemoteError, RemoteTraceback
+from sekuire.executors import ProcessDied, RemoteError, RemoteTraceback, dump_error, load_error, tell
 
 from . import elsewhere
 from .scripted import GUARD, until
@@ -105,6 +107,47 @@ def test_an_idle_process_that_dies_costs_nothing(shared: ProcessExecutor) -> Non
     assert list(shared.map(elsewhere.square, range(4))) == [0, 1, 4, 9]
 
 
+def test_a_result_that_does_not_load_here(shared: ProcessExecutor) -> None:
+    """A result that was sent and cannot be built here ends its call with the reason."""
+    assert isinstance(shared.submit(elsewhere.only_there, os.getpid()).exception(GUARD), RuntimeError)
+    assert shared.submit(elsewhere.square, 2).result(GUARD) == 4
+
+
+def test_messages_before_the_end(shared: ProcessExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    """What a call tells on its way is given to who submitted it; a receiver that fails harms nothing."""
+    heard: List[Any] = []
+    assert shared.submit_call(elsewhere.tell_twice, (), None, heard.append).result(GUARD) is True
+    assert heard == [1, 2]
+    assert shared.submit_call(elsewhere.tell_twice, (), None, lambda told: 1 // 0).result(GUARD) is True
+    assert shared.submit(elsewhere.tell_twice).result(GUARD) is True
+    assert sum("a message of a call could not be used" in record.message for record in caplog.records) == 2
+    assert tell("nobody hears") is False
+
+
+def test_a_machine_without_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """When no process can be made, calls end with an error, and the pool tries again with the next."""
+    with ProcessExecutor(1) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(multiprocessing.get_context("spawn").Process, "start", lambda self: os.open("/no such", 0))
+            error = executor.submit(elsewhere.square, 2).exception(GUARD)
+        assert isinstance(error, ProcessDied)
+        assert str(error) == "its process could not be used (FileNotFoundError)"
+        assert executor.submit(elsewhere.square, 2).result(GUARD) == 4
+
+
+def test_errors_that_do_not_load() -> None:
+    """An error that cannot be brought back at all keeps its name and its text, if it has one."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    error = load_error(pickle.dumps((b"not a pickle", "Name", "text", "trace")))
+    assert (type(error).__name__, str(error), str(error.__cause__)) == ("Name", "text", '\n"""\ntrace"""')
+    error = load_error(dump_error(Mute()))
+    assert (type(error).__name__, str(error)) == ("Mute", "(its text cannot be made)")
+
+
 def test_kill(shared: ProcessExecutor, tmp_path: pathlib.Path) -> None:
     """kill() ends a running call with its process, and leaves one that does not run alone."""
     future = shared.submit(elsewhere.write_pid_and_wait, str(tmp_path / "pid"), "")
@@ -127,10 +170,26 @@ def test_the_end_of_a_pool(tmp_path: pathlib.Path) -> None:
     executor.shutdown(wait=False)
     with pytest.raises(RuntimeError, match="after shutdown"):
         executor.submit(elsewhere.square, 2)
+    assert not executor.kill(waits)
     let_go.unlink()
     executor.shutdown()
     assert (runs.result(0), waits.result(0)) == ("let go", 4)
     assert is_gone(pids_in(tmp_path / "pid")[0])
+
+
+def test_waiting_calls_can_be_dropped(tmp_path: pathlib.Path) -> None:
+    """shutdown(cancel_futures=True) cancels what has not begun."""
+    executor = ProcessExecutor(1)
+    let_go = tmp_path / "let go"
+    let_go.touch()
+    runs = executor.submit(elsewhere.write_pid_and_wait, str(tmp_path / "pid"), str(let_go))
+    waits = executor.submit(elsewhere.square, 2)
+    until(lambda: pids_in(tmp_path / "pid"))
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert waits.cancelled()
+    let_go.unlink()
+    executor.shutdown()
+    assert runs.result(0) == "let go"
 
 
 def test_kill_workers(tmp_path: pathlib.Path) -> None:
@@ -207,11 +266,11 @@ def test_no_process_outlives_the_program(tmp_path: pathlib.Path, end: str) -> No
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=tmp_path)
     assert process.stdin is not None
     try:
-        until(lambda: len(pids_in(path)) == 2)
+        until(lambda: len(pids_in(path)) == 2, 4 * GUARD)
         if end == "exit":
             process.stdin.write(b"\n")
             process.stdin.flush()
-            assert process.wait(GUARD) == 0
+            assert process.wait(4 * GUARD) == 0
         else:
             process.kill()
             process.wait()

@@ -19,9 +19,10 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskContext, TaskRegistry, Worker
-from sekuire.errors import ConfigurationError, PolicyViolationError
+from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
+from sekuire.executors import load_error
 from sekuire.models import Task
-from sekuire.remote import _FileFlag, is_remote
+from sekuire.remote import _FileFlag, is_remote, run_remote
 
 from .. import elsewhere
 from ..conftest import AGENT
@@ -61,7 +62,8 @@ def flags(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pa
 
 
 def ended(platform: Any, capability: str, input: Any, **fields: Any) -> Dict[str, Any]:
-    task: Dict[str, Any] = platform.wait(platform.submit(capability, input, AGENT, **fields), GUARD)
+    # Longer than any other wait: what runs it may have to be started first, on a machine that has much to do.
+    task: Dict[str, Any] = platform.wait(platform.submit(capability, input, AGENT, **fields), 4 * GUARD)
     return task
 
 
@@ -322,6 +324,51 @@ def test_a_handler_that_cannot_travel(scripted: Scripted, worker_of: Make) -> No
         assert not worker.is_running()
 
 
+def test_an_executor_that_gives_a_call_up(platform: Any, worker_of: Make) -> None:
+    """A future that somebody cancels, or that ends with an error of the executor's own, is a retryable failure."""
+
+    class GivesUp(concurrent.futures.Executor):
+        def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            future.cancel()
+            return future
+
+    worker = worker_of(platform, executor=RemoteExecutor(GivesUp()))
+    worker.include(elsewhere.tasks)
+    with worker:
+        error = ended(platform, "sum", {"numbers": []})["error"]
+    assert (error["code"], error["retryable"]) == ("handler_error", True)
+    assert error["message"] == "the handler's process was lost: the executor has given the call up"
+
+
+def test_a_flag_that_cannot_be_raised(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a place for its file a cancellation is not seen there, and the log says so."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such directory"))
+    flag = _FileFlag()
+    flag.raise_("enough")
+    assert flag.read() is None
+    flag.lower()
+    assert any("cannot be told of its cancellation" in record.getMessage() for record in caplog.records)
+
+
+def test_a_task_that_is_cancelled_before_its_process_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that comes to a process after its task was cancelled does not begin."""
+    late = TaskContext(Task(task_id="t1", capability="echo"))
+    late._deadline = 0.0
+    context = RemoteTaskContext._of(late, _FileFlag())
+    code = pickle.dumps((elsewhere.fail, None))
+    # Or this process would be taken for one that runs handlers from now on.
+    monkeypatch.setattr("sekuire.lifecycle._in_executor", False)
+    kind, value = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
+    error = load_error(value)
+    assert kind == "raised"
+    assert isinstance(error, TaskError)
+    assert (error.code, error.retryable) == ("worker_shutdown", True)
+    assert error.message == "cancelled before the task began (timeout)"
+
+
 def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:
     """What a middleware puts in place of the input must be picklable, or the task fails and says so."""
     worker = make(platform)
@@ -389,7 +436,7 @@ def test_a_program_whose_main_module_is_guarded(platform: Any, tmp_path: pathlib
             task = ended(platform, "echo", "hello")
         finally:
             process.terminate()
-        assert process.wait(GUARD) == 0, process.stderr.read()
+        assert process.wait(4 * GUARD) == 0, process.stderr.read()
     assert task["output"] == "hello"
 
 
@@ -403,7 +450,7 @@ def test_a_program_whose_main_module_is_not_guarded(platform: Any, tmp_path: pat
         finally:
             process.terminate()
         said = process.stderr.read()
-        assert process.wait(GUARD) == 0
+        assert process.wait(4 * GUARD) == 0
     assert (error["code"], error["retryable"]) == ("handler_error", True)
     assert "before it could run the call" in error["message"]
     assert "start it under `if __name__ == '__main__':`" in said
