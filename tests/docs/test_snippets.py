@@ -40,6 +40,8 @@ NOT_RUN = {
         "it needs a cluster; tests/full/test_dask.py runs the same on one of two processes"
     ),
     "docs/handlers.md: pip install 'sekuire[typed]'": "it is installed here already",
+    "docs/performance.md: tox -e bench-parts": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/scaling.md: tox -e bench-scaling": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
