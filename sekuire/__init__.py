@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from .context import TaskContext
     from .credentials import RuntimeCredentialsStore
     from .errors import SekuireError, TaskCancelled, TaskError
+    from .executors import ProcessExecutor
     from .models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
     from .registry import TaskRegistry
+    from .remote import RemoteExecutor, RemoteTaskContext
     from .sdk import SekuireSDK
     from .worker import Worker, create_worker
 
@@ -31,6 +33,9 @@ __all__ = [
     "Command",
     "Handler",
     "Middleware",
+    "ProcessExecutor",
+    "RemoteExecutor",
+    "RemoteTaskContext",
     "RuntimeCredentials",
     "RuntimeCredentialsStore",
     "SekuireError",
@@ -55,6 +60,9 @@ _HOMES = {
     "Command": "models",
     "Handler": "calls",
     "Middleware": "calls",
+    "ProcessExecutor": "executors",
+    "RemoteExecutor": "remote",
+    "RemoteTaskContext": "remote",
     "RuntimeCredentials": "models",
     "RuntimeCredentialsStore": "credentials",
     "SekuireError": "errors",

@@ -15,7 +15,7 @@ from .config import BeaconConfig, from_options
 from .credentials import RuntimeCredentialsStore
 from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
 from .installation import Installation
-from .lifecycle import CallbackThread, Deadline, at_exit, check_process, forget_exit, is_owned_by
+from .lifecycle import CallbackThread, Deadline, at_exit, check_process, check_starter, forget_exit, is_owned_by
 from .models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
 from .secret import Secret
 from .transport.retry import Backoff
@@ -117,6 +117,7 @@ class Beacon:
         :raises RevokedError: the installation is revoked.
         :raises ConfigurationError: it was started or stopped before.
         """
+        check_starter("Beacon")
         check_process(self.pid, "Beacon")
         with self._lock:
             if self._is_started or self._is_stopped:

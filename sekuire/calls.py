@@ -1,12 +1,16 @@
-"""How a handler is called: its types, its middleware, and an async one awaited."""
+"""How a handler is called: its middleware, the input it asks for, and an async one awaited."""
 
 from __future__ import annotations
 
+import collections.abc
 import functools
 import inspect
-from typing import Any, Callable, Sequence
+import types
+import typing
+from typing import Any, Callable, Dict, Mapping, MutableMapping, Optional, Sequence
 
 from .context import TaskContext
+from .errors import ConfigurationError, TaskError
 
 #: What a capability is given: ``handler(ctx, input)``; its return, awaited where it is async, is the task's output.
 Handler = Callable[[TaskContext, Any], Any]
@@ -55,6 +59,93 @@ def _around(layer: Middleware, inner: Handler) -> Handler:
             is_open = False
 
     return run
+
+
+# -- the input that a handler asks for --------------------------------------------------------------------------------
+
+_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+_PLAIN = (Any, object, Dict, Mapping, MutableMapping, *_MAPPINGS)
+
+
+def asked_for(function: Handler) -> Any:
+    """What the annotation of ``function`` asks its input to be; None where it takes JSON as it comes.
+
+    :raises ConfigurationError: the annotation cannot be resolved.
+    """
+    annotation = _annotation(function)
+    if annotation in _PLAIN:
+        return None
+    if typing.get_origin(annotation) in _MAPPINGS:
+        key, value = typing.get_args(annotation)
+        if key in (str, Any) and value in (Any, object):
+            return None
+    return annotation
+
+
+def structure_of(annotation: Any) -> Optional[Callable[[Any], Any]]:
+    """What builds an input that is :func:`asked_for`; None where there is nothing to build.
+
+    :raises ConfigurationError: it cannot be built, or needs an extra that is not installed.
+    """
+    if annotation is None:
+        return None
+    from . import typed
+
+    return typed.structure_of(annotation)
+
+
+def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]]) -> Handler:
+    """``function`` given what ``structure`` builds of its input; a mismatch is the failure ``invalid_task``."""
+    if structure is None:
+        return function
+    from .typed import Mismatch
+
+    def run(context: TaskContext, input: Any) -> Any:
+        try:
+            built = structure(input)
+        except Mismatch as error:
+            mismatch = error
+        else:
+            return function(context, built)
+        context.logger.warning("the input does not fit: %s", mismatch)
+        raise TaskError("invalid_task", str(mismatch), details=mismatch.details())
+
+    return run
+
+
+def _annotation(function: Any) -> Any:
+    """The resolved annotation of the second positional parameter."""
+    try:
+        signature = inspect.signature(function)
+        names = list(signature.bind(None, None).arguments)
+    except (TypeError, ValueError):
+        return Any
+    parameter = signature.parameters[names[-1]]
+    annotation = parameter.annotation
+    if annotation is parameter.empty or len(names) < 2 or parameter.kind is parameter.VAR_POSITIONAL:
+        return Any
+    # This one alone: a context that is imported for type checkers only must not matter.
+    holder = types.SimpleNamespace(__annotations__={"input": annotation})
+    try:
+        return typing.get_type_hints(holder, globalns=_globals(function), include_extras=True)["input"]
+    except Exception as error:  # noqa: BLE001  # The annotation is code.
+        problem = f"{type(error).__name__}: {error}"
+    raise ConfigurationError(
+        f"the annotation {annotation!r} of {parameter.name!r} cannot be resolved ({problem}); define or import it at "
+        "the top level of the handler's module, above the handler"
+    )
+
+
+def _globals(function: Any) -> Dict[str, Any]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not inspect.isroutine(function):
+        function = inspect.unwrap(type(function).__call__)
+    return getattr(getattr(function, "__func__", function), "__globals__", {})
+
+
+# -- what a function is -----------------------------------------------------------------------------------------------
 
 
 def where(function: Any) -> str:

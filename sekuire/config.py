@@ -137,8 +137,13 @@ def _offers(*names: str) -> Callable[[object, Any, object], None]:
 def _executor(instance: object, attribute: Any, value: Any) -> None:
     if value is not None and not isinstance(value, concurrent.futures.Executor):
         _fail(attribute, f"must be a concurrent.futures.Executor, got {type(value).__name__}")
-    if isinstance(value, concurrent.futures.ProcessPoolExecutor):
-        _fail(attribute, "must run handlers in threads of this process; a process pool cannot take a TaskContext")
+    context = getattr(value, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        _fail(
+            attribute,
+            "must not fork this process, whose threads and locks a fork copies in any state; use "
+            "sekuire.ProcessExecutor(), or give the pool mp_context=multiprocessing.get_context('spawn')",
+        )
 
 
 def _secret(option: str) -> Any:

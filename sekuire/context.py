@@ -38,6 +38,7 @@ class TaskContext:
         "_progress",
         "_reason",
         "_task",
+        "_watcher",
     )
 
     def __init__(
@@ -50,6 +51,7 @@ class TaskContext:
         self._reason: Optional[str] = None
         self._event: Optional[threading.Event] = None
         self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
+        self._watcher: Optional[Callable[[bool], None]] = None
 
     # -- identity --
 
@@ -132,16 +134,29 @@ class TaskContext:
                         event.set()
         return event.wait(timeout)
 
-    def _cancel(self, reason: str) -> bool:
-        """Cancel with ``reason``; whether this call was the first."""
+    def _cancel(self, reason: str, answered: bool = False) -> bool:
+        """Cancel with ``reason``; whether this call was the first.
+
+        :param answered: the task has its answer already; what its handler still does is of no use.
+        """
         with _event_lock:
-            if self._reason is not None:
-                return False
-            self._reason = reason
-            event = self._event
-        if event is not None:
+            is_first = self._reason is None
+            if is_first:
+                self._reason = reason
+            event, watcher = self._event, self._watcher
+        if is_first and event is not None:
             event.set()
-        return True
+        if watcher is not None:
+            watcher(answered)
+        return is_first
+
+    def _watch(self, watcher: Callable[[bool], None]) -> None:
+        """Have ``watcher(answered)`` called, quick as it is, with every cancellation, one that came before included."""
+        with _event_lock:
+            self._watcher = watcher
+            is_late = self._reason is not None
+        if is_late:
+            watcher(False)
 
     # -- telling --
 

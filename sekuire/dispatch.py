@@ -146,8 +146,9 @@ class Dispatcher:
         self._stragglers: Set[_Record] = set()
         self._pauses: Dict[str, Optional[str]] = {}
         self._closed: Optional[str] = None
-        self._foreign = config.executor
-        self._pool: Optional[Executor] = config.executor
+        # An executor of other processes is called from threads of our own, with all that is around a call (remote.py).
+        self._foreign = None if _is_remote(config.executor) else config.executor
+        self._pool: Optional[Executor] = self._foreign
 
     def resize(self, config: WorkerConfig) -> None:
         """Take ``max_workers`` and the queue's size from ``config``; before the first task."""
@@ -340,7 +341,7 @@ class Dispatcher:
         failure = protocol.failure("worker_shutdown", "the worker stopped before the task ended")
         for record in records:
             if record.context is not None:
-                record.context._cancel(reason)
+                record.context._cancel(reason, answered=True)
             self._finish_early(record, failure)
         return [_name(record.task) for record in records]
 
@@ -579,7 +580,7 @@ class Dispatcher:
                 return
             self._claim_early(record)
         if record.context is not None:
-            record.context._cancel("timeout")
+            record.context._cancel("timeout", answered=True)
         self._finish_early(record, protocol.failure("timeout", "the task's time was over before its handler ended"))
         with self._condition:
             self._replace_stragglers()
@@ -655,3 +656,12 @@ def _name(task: Task) -> str:
 
 def _log_answer(task: Task, failure: Failure) -> None:
     log.info("[%s] %s is answered %s: %s", task.task_id, _capability(task), failure.code, failure.message)
+
+
+def _is_remote(executor: Optional[Executor]) -> bool:
+    """Whether ``executor`` runs calls in other processes."""
+    if executor is None:
+        return False
+    from . import remote  # Only here: it loads what most workers never need.
+
+    return remote.is_remote(executor)

@@ -9,6 +9,7 @@ import heapq
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -352,4 +353,34 @@ def check_process(pid: int, what: str) -> None:
         raise SekuireError(
             f"this {what} was started in process {pid}, and its threads and sockets stayed there; "
             f"after fork() make a new {what} in the child (in gunicorn: in post_fork, not before preload)"
+        )
+
+
+# -- processes that run handlers for another --------------------------------------------------------------------------
+
+_in_executor = False
+
+
+def enter_executor() -> None:
+    """This process runs handlers for the worker of another one: nothing that it imports may start a worker."""
+    global _in_executor
+    _in_executor = True
+
+
+def is_in_executor() -> bool:
+    """Whether this process runs handlers for the worker of another one."""
+    # The second: a spawned process that imports its parent's main module has told nobody yet what it is for.
+    spawned = sys.modules.get("multiprocessing.process")
+    return _in_executor or (spawned is not None and getattr(spawned.current_process(), "_inheriting", False))
+
+
+def check_starter(what: str) -> None:
+    """Refuse to start in a process that runs handlers for another one, which has imported the module that starts it.
+
+    :raises SekuireError: it is such a process.
+    """
+    if is_in_executor():
+        raise SekuireError(
+            f"a process that runs handlers was about to start a {what} of its own, because it imports the module that "
+            "does so; start it under `if __name__ == '__main__':`, or keep handlers in a module apart (TaskRegistry)"
         )

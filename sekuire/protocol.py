@@ -461,7 +461,14 @@ def completion_head(completion: Completion) -> bytes:
         body["status"] = "failed"
         body["error"] = error
     body["execution_time_ms"] = completion.execution_time_ms
-    return encode_json(body)[:-1]
+    try:
+        return encode_json(body)[:-1]
+    except TypeError:
+        # It holds what JSON lacks: a class, a date. What is JSON already is never searched for such.
+        pass
+    from .jsonform import to_json
+
+    return encode_json(to_json(body))[:-1]
 
 
 def completion_tail(attempt: int, worker_id: str) -> bytes:

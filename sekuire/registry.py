@@ -6,7 +6,7 @@ import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
 
-from .calls import Handler, Middleware, accepts, compose, is_async, where
+from .calls import Handler, Middleware, accepts, asked_for, compose, is_async, structure_of, where, with_structure
 from .config import check_capability
 from .errors import ConfigurationError
 
@@ -15,6 +15,9 @@ __all__ = ["HandlerEntry", "TaskRegistry"]
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)
 
+#: Takes an option's name, for errors, and a handler; gives what runs that handler elsewhere.
+Carrier = Callable[[str, Handler], Handler]
+
 CATCH_ALL = "*"
 
 
@@ -22,9 +25,21 @@ class HandlerEntry:
     """One registered handler. ``running`` and ``parked`` are the dispatcher's, under its lock.
 
     ``function`` is the handler as it was registered; ``call`` is what runs it, with everything around it.
+    ``structure`` builds the input that it asks for, where that is not just JSON.
     """
 
-    __slots__ = ("call", "function", "layers", "max_concurrency", "name", "parked", "running", "timeout", "where")
+    __slots__ = (
+        "call",
+        "function",
+        "layers",
+        "max_concurrency",
+        "name",
+        "parked",
+        "running",
+        "structure",
+        "timeout",
+        "where",
+    )
 
     def __init__(
         self,
@@ -33,14 +48,16 @@ class HandlerEntry:
         timeout: Optional[float] = None,
         max_concurrency: Optional[int] = None,
         layers: Tuple[Middleware, ...] = (),
+        structure: Optional[Callable[[Any], Any]] = None,
     ) -> None:
         self.name = name
         self.function = function
         self.timeout = timeout
         self.max_concurrency = max_concurrency
         self.layers = layers
+        self.structure = structure
         self.where = where(function)
-        self.call = function
+        self.call = with_structure(function, structure)
         self.running = 0
         self.parked: Deque[Any] = deque()
 
@@ -49,7 +66,9 @@ class HandlerEntry:
 
     def within(self, layers: Tuple[Middleware, ...]) -> HandlerEntry:
         """The same handler for another registry, with ``layers`` around those that it has."""
-        return HandlerEntry(self.name, self.function, self.timeout, self.max_concurrency, layers + self.layers)
+        return HandlerEntry(
+            self.name, self.function, self.timeout, self.max_concurrency, layers + self.layers, self.structure
+        )
 
 
 class TaskRegistry:
@@ -124,7 +143,7 @@ class TaskRegistry:
         if name != CATCH_ALL:
             check_capability(name, self._option)
         _check(option, function, timeout, max_concurrency)
-        entry = HandlerEntry(name, function, timeout, max_concurrency)
+        entry = HandlerEntry(name, function, timeout, max_concurrency, structure=_structure_of(option, function))
         self._check_free(entry, option)
         self._put(entry)
 
@@ -178,13 +197,21 @@ class TaskRegistry:
 
     # -- used --
 
-    def freeze(self) -> None:
-        """Take nothing more, and put the middleware around the handlers, once for all tasks."""
+    def freeze(self, carrier: Optional[Carrier] = None) -> None:
+        """Take nothing more, and put the middleware around the handlers, once for all tasks.
+
+        :param carrier: what makes of a handler one that runs elsewhere; None: handlers run where they are called.
+        :raises ConfigurationError: a handler that cannot be carried.
+        """
         if self._frozen is None:
             self._frozen = "the worker has started; {} before start()"
         layers = tuple(self._layers)
         for entry in self:
-            entry.call = compose(layers + entry.layers, entry.function)
+            if carrier is None:
+                inner = with_structure(entry.function, entry.structure)
+            else:
+                inner = carrier(f"{self._option}({entry.name!r})", entry.function)
+            entry.call = compose(layers + entry.layers, inner)
 
     def find(self, capability: str) -> Optional[HandlerEntry]:
         return self._entries.get(capability, self._catch_all)
@@ -226,6 +253,14 @@ class TaskRegistry:
             self._catch_all = entry
         else:
             self._entries[entry.name] = entry
+
+
+def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], Any]]:
+    try:
+        return structure_of(asked_for(function))
+    except ConfigurationError as error:
+        problem = error.problem
+    raise ConfigurationError(f"{where(function)}: {problem}", option)
 
 
 def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> None:

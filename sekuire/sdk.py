@@ -24,7 +24,7 @@ from .config import (
 )
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError
-from .lifecycle import check_process, is_owned_by
+from .lifecycle import check_process, check_starter, is_owned_by
 from .models import BeaconStatus, RuntimeCredentials
 from .secret import Secret
 from .worker import POOL_SIZE, Worker
@@ -127,6 +127,7 @@ class SekuireSDK:
         :raises AuthenticationError: the platform refused every way of authenticating.
         :raises RevokedError: the installation is revoked.
         """
+        check_starter("SekuireSDK")
         check_process(self.pid, "SekuireSDK")
         with self._lock:
             if self._is_started or self._is_shut_down:

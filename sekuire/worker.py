@@ -26,13 +26,15 @@ from .lifecycle import (
     Timer,
     at_exit,
     check_process,
+    check_starter,
     forget_exit,
+    is_in_executor,
     is_owned_by,
     join_all,
     owned_by,
 )
 from .models import Command, WorkerReport, WorkerStats
-from .registry import TaskRegistry
+from .registry import Carrier, TaskRegistry
 from .report import Reporter
 from .stream import TaskStream
 
@@ -110,7 +112,8 @@ class Worker:
         self._timer = Timer(owner=self)
         self._callbacks = CallbackThread(owner=self)
         self._outbox: Optional[Outbox] = None
-        if config.outbox is not None:
+        # A process that runs handlers may import the module that makes this worker; it will not start it.
+        if config.outbox is not None and not is_in_executor():
             from .outbox import open_outbox  # SQLite is for those who keep results on disk.
 
             self._outbox = open_outbox(config.outbox)
@@ -220,6 +223,7 @@ class Worker:
         :raises ConfigurationError: no handler, or a worker that was started or stopped before.
         :raises SekuireError: with ``block``, the error because of which the worker stopped.
         """
+        check_starter("Worker")
         check_process(self.pid, "Worker")
         self._check_startable()
         signals = _Signals() if block and threading.current_thread() is threading.main_thread() else None
@@ -390,10 +394,19 @@ class Worker:
         self._dispatcher.resize(self._config)
 
     def _check_startable(self) -> None:
+        if self._phase == "new":
+            self._registry.freeze(self._carrier())
         if self._registry.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
         if self._config.credentials_store is None:
             self._auth.require_a_way()
+
+    def _carrier(self) -> Optional[Carrier]:
+        if self._config.executor is None:
+            return None
+        from .remote import carrier_of  # Only here: it loads what most workers never need.
+
+        return carrier_of(self._config)
 
     def _take_start(self) -> None:
         with self._state:
@@ -404,7 +417,6 @@ class Worker:
             self._phase = "running"
 
     def _begin(self) -> None:
-        self._registry.freeze()
         if not self._registry.has_catch_all:
             unhandled = [name for name in self._config.capabilities if self._registry.find(name) is None]
             if unhandled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import multiprocessing
 import pathlib
 from typing import Any, Dict
 
@@ -42,6 +43,9 @@ class Gateway:
     check_request = check_capability = on_heartbeat_response = None
 
 
+# A pool makes its processes with the first call: this one never has any.
+FORKING = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
+
 SECONDS = [0, -1, float("nan"), float("inf"), 10**400, "5", None, True, [1]]
 COUNTS = [0, -1, 1.0, "5", None, True]
 FLAGS = [0, 1, "yes", None]
@@ -77,7 +81,7 @@ WRONG: Dict[str, Any] = {
     "environment": ["", None, 5, "a\nb"],
     "token_provider": ["token", 5],
     "on_status_change": ["f", 5],
-    "executor": [5, concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor(1)],
+    "executor": [5, concurrent.futures.ThreadPoolExecutor, FORKING],
     "credentials_store": [5, {}, object()],
     "policy_gateway": [5, {}, object()],
     "capabilities": ["summarize", b"x", 5, None, [5], ["a,b"], ["a\nb"], [""], [" a"], ["a "], ["x" * 257], [b"x"]],
@@ -343,12 +347,13 @@ def test_objects_must_offer_what_is_used() -> None:
 
 
 def test_executors() -> None:
-    """Any executor of this process is accepted, a process pool told why not."""
+    """Any executor is accepted, but for a pool that forks, which is told what to use instead."""
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         assert WorkerConfig(agent_id="a", executor=executor).executor is executor
-    with concurrent.futures.ProcessPoolExecutor(1) as pool:
-        with pytest.raises(ConfigurationError, match="threads of this process"):
-            WorkerConfig(agent_id="a", executor=pool)
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert WorkerConfig(agent_id="a", executor=pool).executor is pool
+    with pytest.raises(ConfigurationError, match=r"use sekuire.ProcessExecutor\(\), or give the pool mp_context="):
+        WorkerConfig(agent_id="a", executor=FORKING)
 
 
 def test_settings_that_belong_together() -> None:

@@ -72,6 +72,9 @@ EXTRAS = {
     "reload": {"watchfiles"},
     "flask": {"flask"},
     "django": {"django"},
+    "typed": {"cattrs"},
+    "dask": {"distributed"},
+    "opentelemetry": {"opentelemetry-api"},
 }
 
 

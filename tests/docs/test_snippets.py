@@ -37,6 +37,12 @@ NOT_RUN = {
     ),
     "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
     "docs/reliability.md: tox -e chaos -- --tasks 100000 --faults 0.05 --kill-every 5": "the long runs take minutes",
+    "docs/executors.md: from distributed import Client": (
+        "it needs a cluster; tests/full/test_dask.py runs the same on one of two processes"
+    ),
+    "docs/handlers.md: pip install 'sekuire[typed]'": "it is installed here already",
+    "docs/performance.md: tox -e bench-parts": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/scaling.md: tox -e bench-scaling": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
@@ -141,7 +147,7 @@ class Reader:
 
     def _python(self, block: Block) -> None:
         # Lines are numbered as in the page.
-        code = compile("\n" * block.line + block.text, str(ROOT / block.page), "exec")
+        code = compile("\n" * block.line + block.text, str(ROOT / block.page), "exec", dont_inherit=True)
         printed = io.StringIO()
         with LocalPlatform() as platform, contextlib.redirect_stdout(printed):
             for name, value in {

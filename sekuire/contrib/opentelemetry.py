@@ -1,0 +1,77 @@
+"""OpenTelemetry: a span around each task, as a middleware. The extra is ``opentelemetry``.
+
+Only OpenTelemetry's API is used: without an SDK that the program sets up, spans go nowhere and cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional
+
+from opentelemetry import trace
+from opentelemetry.trace import Link, SpanKind, Status, StatusCode, TracerProvider
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from ..calls import CallNext, Middleware
+from ..context import TaskContext
+from ..errors import TaskCancelled, TaskError
+from ..version import __version__
+
+__all__ = ["tracing"]
+
+_FACTS = ("workspace_id", "requester_id", "parent_task_id", "workflow_id", "trace_id", "tool")
+
+
+def tracing(tracer_provider: Optional[TracerProvider] = None) -> Middleware:
+    """A middleware that opens a span for each task: ``worker.middleware(tracing())``.
+
+    The span is of the kind *consumer* and named after the capability. It is current in the handler, also in an async
+    one (not in another process), so that spans made there are its children. Its attributes are the task's facts:
+    ``messaging.message.id`` is the task's id, ``sekuire.trace_id`` the task's ``trace_id``. Where that is a W3C
+    ``traceparent``, the span is also linked to the span of whoever submitted the task. Neither the input nor the
+    result is in it; the text of an exception is. A failure is the span's error, with its code as ``error.type``.
+
+    :param tracer_provider: None: the program's own.
+    """
+    tracer = trace.get_tracer("sekuire", __version__, tracer_provider)
+
+    def traced(ctx: TaskContext, input: Any, call_next: CallNext) -> Any:
+        attributes: Dict[str, Any] = {
+            "messaging.system": "sekuire",
+            "messaging.operation.type": "process",
+            "messaging.destination.name": ctx.capability,
+            "messaging.message.id": ctx.task_id,
+            "sekuire.attempt": ctx.attempt,
+        }
+        for name in _FACTS:
+            value = getattr(ctx, name)
+            if value is not None:
+                attributes[f"sekuire.{name}"] = value
+        with tracer.start_as_current_span(
+            f"process {ctx.capability}",
+            kind=SpanKind.CONSUMER,
+            attributes=attributes,
+            links=_links(ctx.trace_id),
+            set_status_on_exception=False,
+        ) as span:
+            try:
+                return call_next(input)
+            except BaseException as error:
+                span.set_attribute("error.type", _code(error))
+                span.set_status(Status(StatusCode.ERROR))
+                raise
+
+    return traced
+
+
+def _links(trace_id: Optional[str]) -> List[Link]:
+    if trace_id is None or trace_id.count("-") < 3:
+        return []
+    context = TraceContextTextMapPropagator().extract({"traceparent": trace_id})
+    submitter = trace.get_current_span(context).get_span_context()
+    return [Link(submitter)] if submitter.is_valid else []
+
+
+def _code(error: BaseException) -> str:
+    if isinstance(error, TaskError) and isinstance(error.code, str):
+        return error.code
+    return "cancelled" if isinstance(error, TaskCancelled) else type(error).__name__

@@ -1,0 +1,492 @@
+"""A pool of processes in which one that dies, or is killed, costs only the call that it held."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections import deque
+from concurrent.futures import BrokenExecutor, Executor, Future
+from multiprocessing.connection import Connection, wait
+from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
+
+from . import lifecycle
+from .errors import ConfigurationError
+
+__all__ = ["ProcessDied", "ProcessExecutor"]
+
+log = logging.getLogger("sekuire.executors")
+
+#: Seconds between two looks at whether a process that says nothing still lives.
+_LOOK_AGAIN = 1.0
+#: Seconds an idle process gets to end, and a killed one to be gone.
+_END_TIME = 2.0
+
+# The first byte of what a process sends: ready for calls; a call has begun; a message before its end; a result; an
+# exception.
+_READY, _BEGUN, _MESSAGE, _RESULT, _ERROR = b"!", b"b", b"m", b"r", b"e"
+
+
+def unpicklable(value: Any) -> str:
+    """Why ``value`` cannot be pickled; nothing where it can."""
+    try:
+        pickle.dumps(value)
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class ProcessDied(BrokenExecutor):
+    """The process that ran a call ended before the call did; the call may have begun. The pool goes on."""
+
+
+class _DiedIdle(Exception):
+    """The process had died when it was given a call: nothing of it has run."""
+
+
+class ProcessExecutor(Executor):
+    """Runs calls in processes of its own, made by spawn on first need; for handlers that compute.
+
+    It differs from ``concurrent.futures.ProcessPoolExecutor`` in what a lost process means. A process that dies costs
+    the one call it held, which ends with :class:`ProcessDied`; the others run on, and a new process takes its place. A
+    call can be killed with its process, which is what becomes of a task that ignores the end of its time. No process
+    outlives this one, however it ends.
+
+    Any thread may call its methods. ``sekuire-process-N``, one thread for each process, gives it its calls and takes
+    the results; ``_condition`` guards the queue and the lists, and is never held over I/O. :meth:`shutdown`, or
+    leaving a ``with`` block, ends processes and threads.
+
+    :param max_workers: processes at most; None: as many as this machine has processors.
+    :param initializer: called with ``initargs`` in each new process, before its first call; to set up logging, say.
+    :param max_tasks_per_child: calls after which a process is replaced by a new one; None: never.
+    :param kill_after: seconds from when a running task was answered without its handler (its time was over, or the
+        worker stopped) until its process is killed; None: never.
+    :raises ConfigurationError: a wrong value.
+    """
+
+    def __init__(
+        self,
+        max_workers: Optional[int] = None,
+        *,
+        initializer: Optional[Callable[..., object]] = None,
+        initargs: Tuple[Any, ...] = (),
+        max_tasks_per_child: Optional[int] = None,
+        kill_after: Optional[float] = 5.0,
+    ) -> None:
+        _check_count("max_workers", max_workers)
+        _check_count("max_tasks_per_child", max_tasks_per_child)
+        if initializer is not None and not callable(initializer):
+            raise ConfigurationError(f"must be callable, got {type(initializer).__name__}", "initializer")
+        problem = unpicklable((initializer, initargs))
+        if problem:
+            raise ConfigurationError(f"it and initargs must be picklable ({problem})", "initializer")
+        if kill_after is not None and (
+            isinstance(kill_after, bool) or not isinstance(kill_after, (int, float)) or not kill_after >= 0
+        ):
+            raise ConfigurationError(
+                f"must be a number of seconds, 0 or more, or None, got {kill_after!r}", "kill_after"
+            )
+        self.pid = os.getpid()
+        self.max_workers = max_workers or os.cpu_count() or 1
+        self.kill_after = kill_after
+        self._start = (initializer, tuple(initargs))
+        self._calls_of_one = max_tasks_per_child
+        self._condition = threading.Condition()
+        self._queue: Deque[_Call] = deque()
+        self._running: Dict[Future[Any], _Child] = {}
+        self._children: Set[_Child] = set()
+        self._threads: List[threading.Thread] = []
+        self._made = 0
+        self._idle = 0
+        self._closed = False
+        self._killed = False
+
+    # -- the interface of an executor --
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Have ``fn(*args, **kwargs)`` run in a process; all of it must be picklable, and so must the result.
+
+        :raises RuntimeError: after :meth:`shutdown`.
+        """
+        return self.submit_call(fn, args, kwargs)
+
+    def submit_call(
+        self,
+        fn: Callable[..., Any],
+        args: Tuple[Any, ...],
+        kwargs: Optional[Dict[str, Any]] = None,
+        on_message: Optional[Callable[[Any], object]] = None,
+    ) -> Future[Any]:
+        """As :meth:`submit`; ``on_message`` gets, in one of the pool's threads, what the call gives to :func:`tell`."""
+        lifecycle.check_process(self.pid, "ProcessExecutor")
+        call = _Call(on_message)
+        try:
+            call.data = pickle.dumps((fn, args, kwargs or {}))
+        except Exception as error:  # noqa: BLE001  # It tells by the future, as other executors do.
+            call.future.set_exception(error)
+            return call.future
+        with self._condition:
+            if self._closed:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if not self._made:
+                lifecycle.at_exit(self)
+            self._queue.append(call)
+            if self._idle < len(self._queue) and len(self._threads) < self.max_workers:
+                self._made += 1
+                name = f"sekuire-process-{self._made}"
+                thread = threading.Thread(target=self._serve, args=(name,), name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._condition.notify()
+        return call.future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and end the processes when those that were taken are done.
+
+        :param wait: return only then.
+        :param cancel_futures: cancel those that have not begun.
+        """
+        with self._condition:
+            self._closed = True
+            dropped = list(self._queue) if cancel_futures else []
+            if cancel_futures:
+                self._queue.clear()
+            threads = list(self._threads)
+            self._condition.notify_all()
+        for call in dropped:
+            call.future.cancel()
+        if wait:
+            for thread in threads:
+                while thread.is_alive() and thread is not threading.current_thread():
+                    thread.join(lifecycle.LONG_WAIT)
+        lifecycle.forget_exit(self)
+
+    # -- beyond it --
+
+    def kill(self, future: Future[Any]) -> bool:
+        """Kill the process that runs the call of ``future``, which ends with :class:`ProcessDied`; whether one did."""
+        with self._condition:
+            child = self._running.get(future)
+        if child is None:
+            return False
+        child.kill()
+        return True
+
+    def kill_workers(self) -> None:
+        """Kill every process and take no more calls; calls that run or wait end with an error."""
+        with self._condition:
+            self._closed = self._killed = True
+            calls = list(self._queue)
+            self._queue.clear()
+            children = list(self._children)
+            self._condition.notify_all()
+        for call in calls:
+            call.future.cancel()
+        for child in children:
+            child.kill()
+
+    def leave(self) -> None:
+        """The interpreter ends: so do the processes."""
+        self.kill_workers()
+
+    def __repr__(self) -> str:
+        return f"<ProcessExecutor of {self.max_workers}, {len(self._children)} running>"
+
+    # -- inside (the pool's threads) --
+
+    def _serve(self, name: str) -> None:
+        child: Optional[_Child] = None
+        try:
+            while True:
+                call = self._next()
+                if call is None:
+                    return
+                if not call.future.set_running_or_notify_cancel():
+                    continue
+                if child is not None and (child.calls == self._calls_of_one or not child.is_alive()):
+                    self._end(child)
+                    child = None
+                outcome = ProcessDied("no process could be started for the call")
+                try:
+                    if child is None:
+                        child = self._make(name)
+                    try:
+                        self._give(call, child)
+                    except _DiedIdle:
+                        self._end(child)
+                        child = self._make(name)
+                        self._give(call, child)
+                except ProcessDied as died:
+                    outcome = died
+                except Exception as error:
+                    log.exception("%s: a process could not be started, or spoken to", name)
+                    outcome = ProcessDied(f"its process could not be used ({type(error).__name__})")
+                else:
+                    continue
+                if child is not None:
+                    self._end(child)
+                    child = None
+                call.future.set_exception(outcome)
+        finally:
+            if child is not None:
+                self._end(child)
+            with self._condition:
+                self._threads.remove(threading.current_thread())
+
+    def _next(self) -> Optional[_Call]:
+        with self._condition:
+            self._idle += 1
+            while not self._queue and not self._closed:
+                self._condition.wait(lifecycle.LONG_WAIT)
+            self._idle -= 1
+            return self._queue.popleft() if self._queue else None
+
+    def _make(self, name: str) -> _Child:
+        child = _Child(name, *self._start)
+        with self._condition:
+            self._children.add(child)
+            is_late = self._killed
+        if is_late:
+            child.kill()
+        return child
+
+    def _give(self, call: _Call, child: _Child) -> None:
+        """Run one call.
+
+        :raises ProcessDied: the process ended first.
+        """
+        with self._condition:
+            self._running[call.future] = child
+        try:
+            kind, data = child.run(call)
+        finally:
+            with self._condition:
+                del self._running[call.future]
+        if kind == _RESULT:
+            try:
+                result = pickle.loads(data)
+            except Exception as error:  # noqa: BLE001  # What was pickled there need not load here.
+                call.future.set_exception(error)
+            else:
+                call.future.set_result(result)
+        else:
+            call.future.set_exception(load_error(data))
+
+    def _end(self, child: _Child) -> None:
+        with self._condition:
+            self._children.discard(child)
+        child.end()
+
+
+class _Call:
+    __slots__ = ("data", "future", "on_message")
+
+    def __init__(self, on_message: Optional[Callable[[Any], object]]) -> None:
+        self.data = b""
+        self.on_message = on_message
+        self.future: Future[Any] = Future()
+
+
+class _Child:
+    """One process and the pipe to it. Used by its own thread; :meth:`kill` by any."""
+
+    def __init__(self, name: str, initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
+        self.calls = 0
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        try:
+            self._process = context.Process(target=_main, args=(theirs, initializer, initargs), name=name, daemon=True)
+            self._process.start()
+        except BaseException:
+            self._pipe.close()
+            raise
+        finally:
+            theirs.close()
+        self._is_ready = False
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def run(self, call: _Call) -> Tuple[bytes, bytes]:
+        """The kind and the data of what the call came to.
+
+        :raises ProcessDied: the process ended first.
+        """
+        was_idle = self._is_ready
+        if not was_idle:
+            self._receive()
+            self._is_ready = True
+        self.calls += 1
+        try:
+            self._pipe.send_bytes(call.data)
+            self._receive()
+        except (OSError, ProcessDied):
+            if was_idle:
+                raise _DiedIdle from None
+            raise
+        while True:
+            kind, data = self._receive()
+            if kind != _MESSAGE:
+                return kind, data
+            if call.on_message is not None:
+                try:
+                    call.on_message(pickle.loads(data))
+                except Exception:
+                    log.exception("a message of a call could not be used")
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # Gone already, or closed.
+            self._process.kill()
+
+    def end(self) -> None:
+        """Let the process end, or make it."""
+        with contextlib.suppress(OSError):
+            self._pipe.close()
+        self._process.join(_END_TIME)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(_END_TIME)
+        if not self._process.is_alive():
+            self._process.close()
+
+    def _receive(self) -> Tuple[bytes, bytes]:
+        try:
+            # A process of the handler's own may keep the pipe open when the child has died: the pipe's end alone is
+            # no sure sign.
+            while not self._pipe.poll(_LOOK_AGAIN):
+                if not self._process.is_alive() and not self._pipe.poll(0):
+                    raise EOFError
+            message = self._pipe.recv_bytes()
+        except (EOFError, OSError):
+            message = b""
+        if not message:
+            raise ProcessDied(self._epitaph())
+        return message[:1], message[1:]
+
+    def _epitaph(self) -> str:
+        self._process.join(_END_TIME)
+        code = self._process.exitcode
+        if code is None:
+            how = "closed its pipe"
+        elif code >= 0:
+            how = f"ended with exit code {code}"
+        else:
+            known = {number.value: number.name for number in signal.Signals}
+            how = f"was ended by {known.get(-code, f'signal {-code}')}"
+        if not self._is_ready:
+            return f"the process {how} before it could run the call; its error output says why"
+        return f"the process that ran the call {how}"
+
+
+# -- errors on their way between processes ----------------------------------------------------------------------------
+
+
+class RemoteTraceback(Exception):
+    """The traceback of another process, as text; the cause of an exception that came from there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+class RemoteError(Exception):
+    """An exception of another process that cannot be brought here; its class has the name of the original's."""
+
+
+def dump_error(error: BaseException) -> bytes:
+    """``error`` with its traceback, for :func:`load_error`; nothing that it raises gets out."""
+    try:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        shown = str(error)
+    except Exception:  # noqa: BLE001
+        text, shown = "", "(its text cannot be made)"
+    try:
+        data = pickle.dumps(error)
+        # An exception with a constructor of its own may be picklable and yet not come back.
+        if type(pickle.loads(data)) is not type(error):
+            data = b""
+    except Exception:  # noqa: BLE001
+        data = b""
+    return pickle.dumps((data, type(error).__name__, shown, text))
+
+
+def load_error(dumped: bytes) -> BaseException:
+    """The exception that :func:`dump_error` was given, or one that says the same."""
+    data, name, shown, text = pickle.loads(dumped)
+    error: Optional[BaseException] = None
+    if data:
+        try:
+            error = pickle.loads(data)
+        except Exception:  # noqa: BLE001  # Its module may be there only.
+            error = None
+    if not isinstance(error, BaseException):
+        error = type(name, (RemoteError,), {})(shown)
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+# -- in the process ---------------------------------------------------------------------------------------------------
+
+_pipe: Optional[Connection[Any, Any]] = None
+
+
+def tell(message: Any) -> bool:
+    """In a process of a :class:`ProcessExecutor`: give ``message`` to who submitted the call; whether there is one."""
+    if _pipe is None:
+        return False
+    _pipe.send_bytes(_MESSAGE + pickle.dumps(message))
+    return True
+
+
+def _main(pipe: Connection[Any, Any], initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
+    """What a process does: calls, one after the other, until the pipe or its parent ends."""
+    global _pipe
+    # Ctrl-C, and a supervisor's SIGTERM to the whole group, are for the worker, which lets running tasks end first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="sekuire-parent", daemon=True).start()
+    lifecycle.enter_executor()
+    if initializer is not None:
+        initializer(*initargs)
+    pipe.send_bytes(_READY)
+    _pipe = pipe
+    while True:
+        try:
+            data = pipe.recv_bytes()
+            pipe.send_bytes(_BEGUN)
+        except (EOFError, OSError):
+            return
+        answer = _run(data)
+        try:
+            pipe.send_bytes(answer)
+        except OSError:
+            return
+
+
+def _run(data: bytes) -> bytes:
+    try:
+        function, args, kwargs = pickle.loads(data)
+        return _RESULT + pickle.dumps(function(*args, **kwargs))
+    except BaseException as error:  # noqa: BLE001  # sys.exit() of a call must not end the process.
+        return _ERROR + dump_error(error)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has died: nobody could take the result any more."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _check_count(option: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(f"must be a whole number, 1 or more, or None, got {value!r}", option)

@@ -1,0 +1,161 @@
+"""Handlers at the top level of a module, for other processes to import."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import time
+from typing import Any, Dict, List
+
+from sekuire import TaskContext, TaskError, TaskRegistry
+from sekuire.executors import tell
+
+GUARD = 60.0
+
+tasks = TaskRegistry()
+
+
+def until_gone(path: str) -> str:
+    """Wait until the file is gone; without a name for ever."""
+    end = time.monotonic() + GUARD
+    while not path or os.path.exists(path):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return "let go"
+
+
+@dataclasses.dataclass
+class Sum:
+    numbers: List[int]
+    by: str = ""
+
+
+class Odd(Exception):
+    """Picklable, but not to be brought back."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not this one")
+
+
+@tasks.task("sum")
+def sum_of(ctx: TaskContext, input: Sum) -> Any:
+    return {"sum": sum(input.numbers), "pid": os.getpid(), "built": Sum([1], input.by)}
+
+
+@tasks.task("facts")
+async def facts(ctx: TaskContext, input: Any) -> Dict[str, Any]:
+    ctx.logger.info("here")
+    return {
+        "kind": type(ctx).__name__, "is_a": isinstance(ctx, TaskContext), "task_id": ctx.task_id,
+        "capability": ctx.capability, "tool": ctx.tool, "workspace_id": ctx.workspace_id,
+        "requester_id": ctx.requester_id, "parent_task_id": ctx.parent_task_id, "workflow_id": ctx.workflow_id,
+        "trace_id": ctx.trace_id, "attempt": ctx.attempt, "remaining": ctx.remaining(), "deadline": ctx.deadline,
+        "is_cancelled": ctx.is_cancelled(), "reason": ctx.cancel_reason, "input": input,
+        "waited": ctx.wait_cancelled(0.01), "repr": repr(ctx),
+    }  # fmt: skip
+
+
+@tasks.task("fail")
+def fail(ctx: TaskContext, input: str) -> Any:
+    ctx.raise_if_cancelled()
+    if input == "own":
+        raise TaskError("own", "said", retryable=True, details={"x": 1})
+    if input == "odd":
+        raise Odd(1, 2)
+    if input == "exit":
+        raise SystemExit(3)
+    if input == "local":
+        raise type("Local", (ValueError,), {})("of no module")
+    if input == "result":
+        return Unpicklable()
+    if input == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "still here"
+    raise ValueError("plain")
+
+
+@tasks.task("die")
+def die(ctx: TaskContext, input: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@tasks.task("hang")
+def hang(ctx: TaskContext, input: Any) -> Any:
+    """Writes its process's number, then waits for its cancellation, or for the file to go, or for nothing at all."""
+    with open(input["path"], "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()}\n")
+    if input["until"] == "cancelled":
+        assert ctx.wait_cancelled(GUARD)
+        with open(input["path"], "a", encoding="utf-8") as file:
+            file.write(f"{ctx.cancel_reason}\n")
+        ctx.raise_if_cancelled()
+    if input["until"] == "gone":
+        return until_gone(input["path"])
+    return until_gone("")
+
+
+@tasks.task("progress")
+def progress(ctx: TaskContext, input: Any) -> None:
+    ctx.report_progress(0.5, "half")
+    assert ctx.wait_cancelled(0.3) is False
+    ctx.report_progress(0.75)
+
+
+def set_up(path: str) -> None:
+    """An initializer."""
+    logging.basicConfig(filename=path, level=logging.INFO, force=True)
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def fail_in(path: str) -> None:
+    raise RuntimeError(path)
+
+
+def raise_odd() -> None:
+    raise Odd(1, 2)
+
+
+def note(path: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+def write_pid_and_wait(path: str, let_go: str) -> str:
+    """Writes its process's number, then waits for the file ``let_go`` to go; without a name for ever."""
+    note(path)
+    return until_gone(let_go)
+
+
+class OnlyThere:
+    """Cannot be built in the process that sent for it."""
+
+    def __init__(self, here: int) -> None:
+        self.here = here
+
+    def __reduce__(self) -> Any:
+        return not_here, (self.here,)
+
+
+def not_here(pid: int) -> OnlyThere:
+    if os.getpid() == pid:
+        raise RuntimeError("not here")
+    return OnlyThere(pid)
+
+
+def only_there(pid: int) -> OnlyThere:
+    return OnlyThere(pid)
+
+
+def tell_twice() -> bool:
+    return tell(1) and tell(2)

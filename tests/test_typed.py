@@ -1,0 +1,508 @@
+"""Inputs built from JSON for their annotation, mismatches told with their place, and results that are no JSON."""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+import types
+import typing
+import uuid
+from typing import Any, Callable, Dict, List, Literal, Mapping, MutableMapping, Optional, Sequence, Set, Tuple, Union
+
+import attrs
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typing_extensions import Annotated, NotRequired, TypedDict
+
+from sekuire import TaskContext, TaskError, TaskRegistry, Worker
+from sekuire.calls import Handler, asked_for
+from sekuire.calls import structure_of as structure_of_annotation
+from sekuire.errors import ConfigurationError
+from sekuire.jsonform import to_json
+from sekuire.models import Task
+
+from .scripted import GUARD
+
+if typing.TYPE_CHECKING:
+    from sekuire.worker import Worker as OnlyForCheckers
+
+Make = Callable[..., Worker]
+SECRET = "hunter2-do-not-show"
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Shape(enum.Enum):
+    ROUND = "round"
+
+
+@attrs.frozen
+class Item:
+    sku: str
+    count: int = attrs.field(default=1, validator=attrs.validators.in_([1, 2, 3]))
+
+
+@dataclasses.dataclass
+class Order:
+    items: List[Item]
+    at: Optional[dt.datetime] = None
+    price: float = 0.0
+    colour: Colour = Colour.RED
+    before: Optional[Order] = None
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.items) > 3:
+            raise ValueError("an order has at most 3 items")
+
+
+class Address(TypedDict):
+    street: str
+    number: NotRequired[int]
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(alias="fullName")
+    born: Optional[dt.date] = None
+    address: Optional[Address] = None
+
+
+class Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+
+    count: int
+    at: dt.datetime
+
+
+@pydantic.dataclasses.dataclass
+class Point:
+    x: int
+
+
+@attrs.frozen
+class Left:
+    left: int
+
+
+@attrs.frozen
+class Right:
+    right: int
+
+
+UTC = dt.timezone.utc
+ID = "12345678-1234-5678-1234-567812345678"
+
+FITS: List[Tuple[Any, Any, Any]] = [
+    (str, "x", "x"),
+    (int, 5, 5),
+    (float, 5, 5.0),
+    (float, 0.5, 0.5),
+    (bool, True, True),
+    (None, None, None),
+    (Any, {"x": 1}, {"x": 1}),
+    (dt.datetime, "2024-02-29T12:00:00+02:00", dt.datetime(2024, 2, 29, 10, tzinfo=UTC)),
+    (dt.datetime, "2024-02-29T12:00:00.5Z", dt.datetime(2024, 2, 29, 12, 0, 0, 500000, UTC)),
+    (dt.date, "2024-02-29", dt.date(2024, 2, 29)),
+    (dt.time, "23:59:59", dt.time(23, 59, 59)),
+    (uuid.UUID, ID, uuid.UUID(ID)),
+    (decimal.Decimal, "1.10", decimal.Decimal("1.10")),
+    (decimal.Decimal, 1.1, decimal.Decimal("1.1")),
+    (pathlib.Path, "a/b", pathlib.Path("a/b")),
+    (Colour, "red", Colour.RED),
+    (Level, 1, Level.LOW),
+    (Shape, "round", Shape.ROUND),
+    (Literal["a", 1], 1, 1),
+    (List[int], [1, 2], [1, 2]),
+    (Sequence[int], [1], [1]),
+    (Set[str], ["a", "a"], {"a"}),
+    (typing.FrozenSet[str], ["a"], frozenset("a")),
+    (Tuple[int, ...], [1, 2], (1, 2)),
+    (Tuple[int, str], [1, "a"], (1, "a")),
+    (Dict[str, int], {"a": 1}, {"a": 1}),
+    (Mapping[uuid.UUID, Item], {ID: {"sku": "a"}}, {uuid.UUID(ID): Item("a")}),
+    (Item, {"sku": "a", "unknown": 1}, Item("a")),
+    (Annotated[Item, "a note"], {"sku": "a"}, Item("a")),
+    (Optional[Item], None, None),
+    (Optional[Item], {"sku": "a"}, Item("a")),
+    (List[Item], [{"sku": "a"}], [Item("a")]),
+    (Union[int, str, Item], "x", "x"),
+    (Union[int, str, Item], {"sku": "a"}, Item("a")),
+    (Union[Left, Right, str], {"right": 1}, Right(1)),
+    (Union[Left, Right, str], "x", "x"),
+    (Order, {"items": [], "before": {"items": [{"sku": "a"}]}}, Order([], before=Order([Item("a")]))),
+    (Order, {"items": [], "colour": "blue", "price": 2}, Order([], price=2.0, colour=Colour.BLUE)),
+    (Address, {"street": "s", "unknown": 1}, {"street": "s"}),
+    (Person, {"fullName": "Ada", "born": "1815-12-10"}, Person(fullName="Ada", born=dt.date(1815, 12, 10))),
+    (List[Person], [{"fullName": "Ada"}], [Person(fullName="Ada")]),
+    (Strict, {"count": 1, "at": "2024-01-01T00:00:00Z"}, Strict(count=1, at=dt.datetime(2024, 1, 1, tzinfo=UTC))),
+    (Point, {"x": 1}, Point(x=1)),
+]
+
+MISMATCHES: List[Tuple[Any, Any, List[str]]] = [
+    (str, 5, ["input: expected a string, got an integer"]),
+    (int, "5", ["input: expected an integer, got a string"]),
+    (int, True, ["input: expected an integer, got a boolean"]),
+    (int, 1.0, ["input: expected an integer, got a number"]),
+    (float, "1", ["input: expected a number, got a string"]),
+    (float, False, ["input: expected a number, got a boolean"]),
+    (float, 10**400, ["input: expected a number, got another integer"]),
+    (bool, 0, ["input: expected a boolean, got an integer"]),
+    (dt.datetime, "2024-02-29T12:00:00", ["input: expected a string with a date, a time and its offset (RFC 3339), got another string"]),  # noqa: E501
+    (dt.date, "29.2.", ["input: expected a string with a date, such as 2024-12-31, got another string"]),
+    (uuid.UUID, SECRET, ["input: expected a string with a UUID, got another string"]),
+    (decimal.Decimal, "NaN", ["input: expected a number, or a string with one, got another string"]),
+    (decimal.Decimal, True, ["input: expected a number, or a string with one, got a boolean"]),
+    (Colour, SECRET, ['input: expected one of "red", "blue", got another string']),
+    (Level, True, ["input: expected one of 1, got another boolean"]),
+    (Shape, None, ['input: expected one of "round", got null']),
+    (Literal["a", 1], True, ['input: expected one of "a", 1, got another boolean']),
+    (Literal["a"], ["a"], ['input: expected one of "a", got another array']),
+    (List[int], SECRET, ["input: expected an array, got a string"]),
+    (List[int], [1, "x", None], ["input[1]: expected an integer, got a string",
+                                 "input[2]: expected an integer, got null"]),
+    (Set[str], SECRET, ["input: expected an array, got a string"]),
+    (Tuple[int, str], [1], ["input: expected an array of 2, got one of 1"]),
+    (Tuple[int, str], {}, ["input: expected an array, got an object"]),
+    (Tuple[int, str], [1, 2], ["input[1]: expected a string, got an integer"]),
+    (Dict[str, int], {"a b": "x", "c": 1}, ["input['a b']: expected an integer, got a string"]),
+    (Dict[str, int], [], ["input: expected an object, got an array"]),
+    (Dict[Colour, int], {"green": 1}, ['input.green: expected one of "red", "blue", got another string']),
+    (Item, SECRET, ["input: expected an object, got a string"]),
+    (Item, {}, ["input.sku: is missing"]),
+    (Item, {"sku": "a", "count": 9}, ["input: is refused: 'count' must be in [1, 2, 3]"]),
+    (Optional[Item], 5, ["input: expected an object, got an integer"]),
+    (Optional[Item], {"sku": 5}, ["input.sku: expected a string, got an integer"]),
+    (Union[int, str], None, ["input: expected an integer or a string, got null"]),
+    (Union[Left, Right, str], {}, ["input: expected an object with the fields of Left or Right or a string, got an object"]),  # noqa: E501
+    (Union[Left, Right, str], 5, ["input: expected an object or a string, got an integer"]),
+    (Union[Left, Right, str], {"left": SECRET}, ["input.left: expected an integer, got a string"]),
+    (Order, {"items": [{"sku": "a"}, {"count": SECRET}], "price": True, "before": {"items": None}},
+     ["input.items[1].sku: is missing", "input.items[1].count: expected an integer, got a string",
+      "input.price: expected a number, got a boolean", "input.before.items: expected an array, got null"]),
+    (Order, {"items": [{"sku": "a"}] * 4}, ["input: is refused: an order has at most 3 items"]),
+    (Address, {"number": SECRET}, ["input.street: is missing", "input.number: expected an integer, got a string"]),
+    (Address, SECRET, ["input: expected an object, got a string"]),
+    (Person, {}, ["input.fullName: Field required"]),
+    (Person, {"fullName": "A", "address": {"street": None}},
+     ["input.address.street: Input should be a valid string"]),
+    (List[Person], [{"fullName": 5}], ["input[0].fullName: Input should be a valid string"]),
+    (Strict, {"count": "1", "at": "2024-01-01T00:00:00Z"}, ["input.count: Input should be a valid integer"]),
+]  # fmt: skip
+
+
+def structure_of(function: Handler) -> Any:
+    return structure_of_annotation(asked_for(function))
+
+
+def handler_of(annotation: Any) -> Any:
+    def handler(ctx: Any, input: Any) -> Any:
+        return input
+
+    handler.__annotations__["input"] = annotation
+    return handler
+
+
+def built(annotation: Any, value: Any) -> Any:
+    structure = structure_of(handler_of(annotation))
+    return value if structure is None else structure(value)
+
+
+@pytest.mark.parametrize(("annotation", "value", "wanted"), FITS)
+def test_what_fits(annotation: Any, value: Any, wanted: Any) -> None:
+    """Each kind of annotation is built from the JSON that it describes."""
+    found = built(annotation, value)
+    assert found == wanted
+    assert type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(("annotation", "value", "wanted"), MISMATCHES)
+def test_what_does_not_fit(annotation: Any, value: Any, wanted: List[str]) -> None:
+    """Each mismatch is told with its path and what was expected; no value of the input is quoted."""
+    from sekuire.typed import Mismatch
+
+    with pytest.raises(Mismatch) as caught:
+        built(annotation, value)
+    problems = caught.value.details()["problems"]
+    assert [f"{one['path']}: {one['problem']}" for one in problems] == wanted
+    assert str(caught.value) == wanted[0] + (f" (and {len(wanted) - 1} more)" if len(wanted) > 1 else "")
+    assert SECRET not in str(caught.value) + json.dumps(problems)
+    assert caught.value.__context__ is None
+
+
+def test_many_mismatches_are_cut() -> None:
+    """A long list of wrong elements gives a short list of problems, with short names."""
+    from sekuire.typed import Mismatch
+
+    for annotation, value in ((List[int], ["x"] * 1000), (Dict[str, int], {f"{n}" * 1000: "x" for n in range(1000)})):
+        with pytest.raises(Mismatch) as caught:
+            built(annotation, value)
+        assert len(json.dumps(caught.value.details())) < 2000
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["items", "sku", "at"]), inner),
+    max_leaves=10,
+)
+
+
+@given(st.sampled_from([annotation for annotation, _, _ in FITS]), json_values)
+def test_any_json_fits_or_not(annotation: Any, value: Any) -> None:
+    """Whatever JSON comes, it is built or it is a mismatch; nothing else is raised."""
+    from sekuire.typed import Mismatch
+
+    with contextlib.suppress(Mismatch):
+        built(annotation, value)
+
+
+# -- which annotations are looked at ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        Any, object, dict, Dict, Mapping, MutableMapping, Dict[str, Any], Mapping[str, Any], Mapping[str, object],
+        collections.abc.Mapping, "dict", "Dict[str, Any]",
+    ],
+)  # fmt: skip
+def test_json_as_it_comes(annotation: Any) -> None:
+    """Handlers that ask for plain JSON are called themselves."""
+    assert structure_of(handler_of(annotation)) is None
+    tasks = TaskRegistry()
+    function = handler_of(annotation)
+    tasks.task("echo", function)
+    tasks.freeze()
+    entry = tasks.find("echo")
+    assert entry is not None
+    assert entry.call is function
+
+
+def test_where_the_annotation_is_found() -> None:
+    """The second positional parameter counts, whatever it is called and whatever the handler is."""
+
+    def by_name(ctx: OnlyForCheckers, payload: Item) -> None: ...
+
+    class Service:
+        def method(self, ctx: Any, input: Item) -> None: ...
+
+        def __call__(self, ctx: Any, input: Item) -> None: ...
+
+    def prefixed(prefix: str, ctx: Any, input: Item) -> None: ...
+
+    @functools.wraps(by_name)
+    def wrapped(*args: Any) -> None: ...
+
+    async def later(ctx: Any, input: Item) -> None: ...
+
+    for function in (
+        by_name, Service().method, Service(), functools.partial(prefixed, "x"), wrapped, later,
+    ):  # fmt: skip
+        structure = structure_of(function)
+        assert structure is not None
+        assert structure({"sku": "a"}) == Item("a")
+
+    def collecting(*args: Item) -> None: ...
+
+    for other in (print, int, lambda ctx, input: None, collecting):
+        assert structure_of(other) is None
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        ("NoSuchClass", "'NoSuchClass' of 'input' cannot be resolved (NameError: name 'NoSuchClass' is not defined)"),
+        (List["NoSuchClass"], "cannot be resolved"),  # type: ignore[name-defined]  # noqa: F821
+        ("1 +", "cannot be resolved"),
+        (complex, "complex cannot be built from JSON"),
+        (List[bytes], "bytes has no form in JSON"),
+        (Dict[int, str], "the keys of an object are strings in JSON, never int"),
+        (types.SimpleNamespace, "SimpleNamespace has no form in JSON"),
+    ],
+)  # fmt: skip
+def test_annotations_that_cannot_be_built(annotation: Any, text: str) -> None:
+    """An annotation that is unknown, or has no JSON form, is refused at registration with the handler's place."""
+    tasks = TaskRegistry()
+    with pytest.raises(ConfigurationError) as caught:
+        tasks.task("echo", handler_of(annotation))
+    assert str(caught.value).startswith(f"task('echo'): handler_of.<locals>.handler ({__file__}:")
+    assert text in str(caught.value)
+    assert caught.value.__context__ is None
+
+
+def test_classes_that_cannot_be_told_apart() -> None:
+    """A union of classes without a field of their own is refused at registration."""
+
+    @attrs.frozen
+    class Same:
+        left: int
+
+    with pytest.raises(ConfigurationError, match="cannot be built from JSON"):
+        TaskRegistry().task("echo", handler_of(Union[Left, Same]))
+
+
+def test_without_the_extra(tmp_path: pathlib.Path) -> None:
+    """Without cattrs a typed input is refused with the extra's name; plain handlers and pydantic models are not."""
+    code = """if True:
+        import importlib.util, attrs, pydantic, sys
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *more: None if name == "cattrs" else find(name, *more)
+        from sekuire import TaskRegistry, errors
+
+        @attrs.define
+        class Item:
+            sku: str
+
+        class Model(pydantic.BaseModel):
+            sku: str
+
+        def typed(ctx, input: Item): ...
+        def plain(ctx, input: dict): ...
+        def model(ctx, input: Model): ...
+
+        tasks = TaskRegistry()
+        tasks.task("plain", plain)
+        print("sekuire.typed" in sys.modules)
+        tasks.task("model", model)
+        try:
+            tasks.task("typed", typed)
+        except errors.ConfigurationError as error:
+            print(error)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    first, second = ran.stdout.splitlines()
+    assert first == "False"
+    assert second.startswith("task('typed'): typed (<string>:")
+    assert second.endswith("a typed input needs an extra: pip install 'sekuire[typed]'")
+
+
+# -- through a worker -------------------------------------------------------------------------------------------------
+
+
+def test_through_a_worker(platform: Any, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Typed handlers get their classes, and their results go out as JSON; a mismatch is invalid_task with its path."""
+    worker = worker_of(platform)
+    seen: List[Any] = []
+
+    @worker.middleware
+    def watch(ctx: TaskContext, input: Any, call_next: Any) -> Any:
+        seen.append(input)
+        return call_next(input)
+
+    @worker.on_task("order")
+    def order(ctx: TaskContext, input: Order) -> Order:
+        return dataclasses.replace(input, at=dt.datetime(2024, 1, 1, tzinfo=UTC))
+
+    @worker.on_task("person")
+    async def person(ctx: TaskContext, input: Person) -> Any:
+        return {"person": input, "born": input.born}
+
+    sent = {"items": [{"sku": "a", "count": 2}]}
+    with worker:
+        output = platform.wait(platform.submit("order", sent), GUARD)["output"]
+        assert output == {
+            "items": [{"sku": "a", "count": 2}], "at": "2024-01-01T00:00:00+00:00", "price": 0.0, "colour": "red",
+            "before": None, "notes": {},
+        }  # fmt: skip
+        assert seen == [sent]
+        output = platform.wait(platform.submit("person", {"fullName": "Ada", "born": "1815-12-10"}), GUARD)["output"]
+        assert output["person"] == {"fullName": "Ada", "born": "1815-12-10", "address": None}
+        assert output["born"] == "1815-12-10"
+        with caplog.at_level(logging.WARNING, "sekuire.task"):
+            task = platform.wait(platform.submit("order", {"items": [{"sku": SECRET, "count": SECRET}]}), GUARD)
+    assert task["error"] == {
+        "code": "invalid_task",
+        "message": "input.items[0].count: expected an integer, got a string",
+        "retryable": False,
+        "details": {
+            "problems": [{"path": "input.items[0].count", "problem": "expected an integer, got a string"}]
+        },
+    }  # fmt: skip
+    assert any("the input does not fit" in record.getMessage() for record in caplog.records)
+    assert SECRET not in caplog.text
+
+
+def test_a_task_error_may_carry_values(platform: Any, worker_of: Make) -> None:
+    """The details of a TaskError are put into JSON as results are."""
+    worker = worker_of(platform)
+
+    @worker.on_task("echo")
+    def handler(ctx: TaskContext, input: Any) -> None:
+        raise TaskError("own", details={"item": Item("a")})
+
+    with worker:
+        error = platform.wait(platform.submit("echo", None), GUARD)["error"]
+    assert error["details"] == {"item": {"sku": "a", "count": 1}}
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (Item("a"), {"sku": "a", "count": 1}),
+        ([{"x": (Item("a"), Left(1))}], [{"x": [{"sku": "a", "count": 1}, {"left": 1}]}]),
+        (Person(fullName="Ada"), {"fullName": "Ada", "born": None, "address": None}),
+        (Point(x=1), {"x": 1}),
+        (types.MappingProxyType({"a": Left(1)}), {"a": {"left": 1}}),
+        ({1}, [1]),
+        (frozenset(), []),
+        ([Colour.RED, Level.LOW, Shape.ROUND], ["red", 1, "round"]),
+        ({Colour.RED: 1, Level.LOW: 2, uuid.UUID(ID): 3, None: 4}, {"red": 1, 1: 2, ID: 3, None: 4}),
+        (dt.datetime(2024, 1, 1, tzinfo=UTC), "2024-01-01T00:00:00+00:00"),
+        (dt.date(2024, 1, 1), "2024-01-01"),
+        (dt.time(1, 2), "01:02:00"),
+        (decimal.Decimal("1.10"), "1.10"),
+        (pathlib.PurePosixPath("a/b"), "a/b"),
+    ],
+)  # fmt: skip
+def test_the_json_form_of_results(value: Any, wanted: Any) -> None:
+    """What JSON lacks becomes what the documentation says, at any depth."""
+    found = to_json(value)
+    assert found == wanted
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("value", [b"x", object(), 1j, dt.timedelta(1), {(1, 2): 1}, {object(): 1}, Item, len])
+def test_what_has_no_json_form(value: Any) -> None:
+    """What has no agreed form is refused, not guessed."""
+    with pytest.raises(TypeError, match="has no JSON form"):
+        to_json([value])
+
+
+def test_a_context_is_no_input() -> None:
+    """The built value takes the input's place and nothing else's."""
+    tasks = TaskRegistry()
+    seen: List[Any] = []
+
+    @tasks.task("echo")
+    def handler(ctx: TaskContext, input: Item) -> None:
+        seen.append((ctx.task_id, input))
+
+    tasks.freeze()
+    entry = tasks.find("echo")
+    assert entry is not None
+    entry.call(TaskContext(Task(task_id="t1", capability="echo")), {"sku": "a"})
+    assert seen == [("t1", Item("a"))]
