@@ -67,7 +67,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:
-    """The core needs five packages; Flask and cheroot come only with the extra."""
+    """The core needs five packages; what else is needed comes only with an extra."""
     folder = f"sekuire-{__version__}.dist-info"
     metadata = email.message_from_bytes(wheel.read(f"{folder}/METADATA"))
     assert metadata["Version"] == __version__
@@ -76,8 +76,8 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     needs = [one.replace(" ", "") for one in metadata.get_all("Requires-Dist")]
     core = {one.split(">")[0].split("!")[0].split(";")[0] for one in needs if "extra==" not in one}
     assert core == {"requests", "sseclient-py", "attrs", "tenacity", "urllib3"}
-    assert metadata.get_all("Provides-Extra") == ["local"]
-    assert len([one for one in needs if "extra==" in one]) == 2
+    assert metadata.get_all("Provides-Extra") == ["local", "policy"]
+    assert len([one for one in needs if "extra==" in one]) == 7
     assert "sekuire = sekuire.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
 
 
