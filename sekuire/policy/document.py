@@ -14,7 +14,7 @@ import difflib
 import json
 import math
 import types
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple, Union
 
 import attrs
 
@@ -37,6 +37,8 @@ __all__ = [
 
 #: How deep a policy's objects and lists may be nested.
 MAX_DEPTH = 64
+#: How many unknown keys are named.
+MAX_WARNINGS = 50
 #: The largest integer that every JSON reader takes for the same number (RFC 7493), and the highest version.
 MAX_INTEGER = 2**53 - 1
 #: Bytes of an Ed25519 public key and of a signature.
@@ -143,7 +145,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
     return blake3(canonical(content)).hexdigest()
 
 
-def signed_message(hash: str, policy_id: str, version: int, workspace_id: str) -> bytes:
+def signed_message(hash: str, policy_id: str, version: Union[int, str], workspace_id: str) -> bytes:
     """The bytes that a policy's signature covers: the RFC 8785 form of these four values."""
     return canonical({"hash": hash, "policy_id": policy_id, "version": version, "workspace_id": workspace_id})
 
@@ -518,6 +520,9 @@ def _items(
         raise _Wrong(path, f"must be an object, not {_kind(value)}", "an object", _kind(value))
     for key, item in value.items():
         if key not in known:
+            if len(warnings) >= MAX_WARNINGS:
+                # Whoever sends thousands must not make us search for thousands of likely names.
+                continue
             close = difflib.get_close_matches(str(key)[:100], known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
             warnings.append(f"{_cut(_join(path, str(key)))} is unknown and not enforced{hint}")
@@ -600,8 +605,11 @@ def decode_policy(body: bytes, *, workspace_id: str, trusted_keys: Sequence[byte
     :raises PolicyIntegrityError: with what was expected and found.
     :raises ConfigurationError: the extra is not installed.
     """
+    keys = tuple(trusted_keys)
+    if any(not isinstance(key, bytes) or len(key) != KEY_BYTES for key in keys):
+        raise ConfigurationError(f"must be keys of {KEY_BYTES} bytes, as parse_key() gives them", "trusted_keys")
     try:
-        return _decode_policy(body, workspace_id, tuple(trusted_keys))
+        return _decode_policy(body, workspace_id, keys)
     except _Wrong as error:
         wrong = error.error()
     raise wrong
@@ -684,13 +692,18 @@ def _check_signature(
     keys, note = _candidates(payload.get("signing_public_key"), trusted)
     if not keys:
         return ORIGIN_UNSIGNED, (note,)
-    message = signed_message(digest, policy_id, version, workspace_id)
-    if any(_verifies(key, signature, message) for key in keys):
-        return (ORIGIN_PINNED if trusted else ORIGIN_INTEGRITY), ()
-    if not trusted and _verifies(keys[0], signature, digest.encode("ascii")):
-        return ORIGIN_INTEGRITY, ("signature covers the hash alone, not id, version and workspace",)
+    # A version that is sent as a string may have been signed as one.
+    for stated in dict.fromkeys((version, payload["version"])):
+        message = signed_message(digest, policy_id, stated, workspace_id)
+        if any(_verifies(key, signature, message) for key in keys):
+            return (ORIGIN_PINNED if trusted else ORIGIN_INTEGRITY), ()
     names = " or ".join(key.hex() for key in keys)
-    raise _Wrong("signature", f"is not by the key {names}", f"a signature by {names}", "another")
+    if not any(_verifies(key, signature, digest.encode("ascii")) for key in keys):
+        raise _Wrong("signature", f"is not by the key {names}", f"a signature by {names}", "another")
+    note = "signature covers the hash alone, not id, version and workspace"
+    if trusted:
+        raise _Wrong("signature", f"{note[10:]}; with a pinned key it must", "a signature over all", "over the hash")
+    return ORIGIN_INTEGRITY, (note,)
 
 
 def _candidates(text: Any, trusted: Tuple[bytes, ...]) -> Tuple[Tuple[bytes, ...], str]:

@@ -9,10 +9,10 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import attrs
 
-from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
-from .document import Policy, Rate, Rules, read_rules
-from .limits import RateLimiter
-from .matching import Domains, Extensions, Names, Paths, Unreadable, name_problem, read_host, read_path
+from ..errors import ConfigurationError, PolicyIntegrityError, PolicyUnavailableError, PolicyViolationError
+from .document import Filesystem, Policy, Rate, Rules, read_rules
+from .limits import RateLimiter, check_request
+from .matching import Domains, Extensions, Names, Paths, Unreadable, name_problem, path_text, read_host, read_path
 
 __all__ = ["MESSAGES", "TLS_PROTOCOLS", "Decision", "PolicyEnforcer"]
 
@@ -124,7 +124,8 @@ class PolicyEnforcer:
         thread that asks, also with ``warn_only``; what it raises is logged and ignored.
     :param limiter: counts for the rate limits. Give the same one to the enforcers of successive policies, and to all
         that share a limit. Default: one in this process for this enforcer alone.
-    :raises PolicyIntegrityError: the policy was made by hand, and an enforced part of it is wrong.
+    :raises PolicyIntegrityError: an entry for paths cannot be resolved on this machine, or the policy was made by hand
+        and an enforced part of it is wrong.
     """
 
     def __init__(
@@ -190,11 +191,7 @@ class PolicyEnforcer:
                 network.allowed_domains, "permissions.network.allowed_domains",
             )  # fmt: skip
         if filesystem is not None:
-            self._paths = _Pair(
-                Paths,
-                filesystem.blocked_paths, "permissions.filesystem.blocked_paths",
-                filesystem.allowed_paths, "permissions.filesystem.allowed_paths",
-            )  # fmt: skip
+            self._paths = self._compile_paths(filesystem)
             known = filesystem.allowed_extensions
             self._extensions = None if known is None else Extensions(known)
         self._tools = (
@@ -233,6 +230,18 @@ class PolicyEnforcer:
             ),
         )  # fmt: skip
         self._rates: Dict[str, Rate] = {"requests": rules.requests, "tokens": rules.tokens}
+
+    @staticmethod
+    def _compile_paths(section: Filesystem) -> _Pair:
+        try:
+            return _Pair(
+                Paths,
+                section.blocked_paths, "permissions.filesystem.blocked_paths",
+                section.allowed_paths, "permissions.filesystem.allowed_paths",
+            )  # fmt: skip
+        except Unreadable as error:
+            problem = str(error)
+        raise PolicyIntegrityError(f"permissions.filesystem: {problem}")
 
     # -- tools, services, models, capabilities --
 
@@ -425,7 +434,8 @@ class PolicyEnforcer:
         if pair.allowed is not None:
             found = pair.allowed.find(subject)
             if found is None:
-                return _deny("fs.not_allowed", operation=done, subject=_quote(path), list=pair.allowed_name)
+                decision = _deny("fs.not_allowed", operation=done, subject=_quote(path), list=pair.allowed_name)
+                return attrs.evolve(decision, reason=decision.reason + pair.allowed.hint(subject))
             decision = found
         if self._extensions is not None and not self._extensions.holds(subject.real):
             name = "permissions.filesystem.allowed_extensions"
@@ -433,6 +443,7 @@ class PolicyEnforcer:
         return decision
 
     def _rate_limit(self, kind: str, amount: int) -> Decision:
+        check_request(kind, amount)
         general = self._general("rate", kind)
         if general is not None:
             return general
@@ -440,7 +451,7 @@ class PolicyEnforcer:
         assert limiter is not None
         problem = ""
         try:
-            excess = limiter.hit(kind, self._rates.get(kind, _NO_RATE), amount)
+            excess = limiter.hit(kind, self._rates[kind], amount)
         except PolicyUnavailableError as error:
             problem = str(error)
         if problem:
@@ -486,7 +497,6 @@ class PolicyEnforcer:
                 log.exception("on_violation failed; the decision stands")
 
 
-_NO_RATE = Rate()
 _NOUNS = {"tool": "tool", "api": "service", "model": "model", "capability": "capability"}
 
 
@@ -513,6 +523,9 @@ def _host(value: object) -> str:
 def _quote(value: object) -> str:
     """What was asked for, for a reason: escaped, on one line, cut."""
     if isinstance(value, (bytes, os.PathLike)):
-        value = os.fsdecode(value)
+        try:
+            value = path_text(value)
+        except Unreadable:
+            pass
     text = repr(value) if isinstance(value, str) or value is None else f"of type {_type(value)}"
     return text if len(text) <= 200 else f"{text[:199]}…"

@@ -20,9 +20,9 @@ WINDOWS = (("minute", 60), ("hour", 3600))
 
 #: How much of its length a window is remembered by: what falls into one such step is kept as one entry.
 _STEPS = 6000
-#: Entries that a shared window has at most. A store keeps one entry for each unit, so that higher limits are counted
-#: in larger units.
-MAX_ENTRIES = 100_000
+#: Units that a shared window of tokens has at most. A store keeps one entry for each unit, and what is counted at once
+#: must fit into one call of a script, so that higher limits are counted in larger units.
+MAX_UNITS = 5000
 #: Seconds to connect to a shared store, and to wait for an answer.
 STORE_TIMEOUT = 2.0
 
@@ -38,13 +38,21 @@ class Excess(NamedTuple):
     retry_after: Optional[float]
 
 
+def check_request(kind: object, amount: object) -> None:
+    """:raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more."""
+    if kind not in KINDS:
+        raise ConfigurationError(f"must be one of {', '.join(KINDS)}, got {kind!r}", "kind")
+    if not isinstance(amount, int) or isinstance(amount, bool) or amount < 0:
+        raise ConfigurationError(f"must be a whole number, 0 or more, got {amount!r}", "amount")
+
+
 class RateLimiter:
     """Counts requests and tokens over the last minute and the last hour.
 
     Without ``storage_uri`` it counts in this process, exactly. With one, for example ``"redis://localhost:6379/0"``,
     all processes that name the same store and ``namespace`` share their counts; the store is one of those that the
-    package ``limits`` supports for a moving window, and the clocks of the machines must agree. A shared limit above
-    100,000 is counted in units of a hundred-thousandth of it, rounded up: never too little.
+    package ``limits`` supports for a moving window, and the clocks of the machines must agree. Tokens of a shared limit
+    above 5,000 are counted in units of a five-thousandth of it, rounded up: never too little.
 
     Any thread may call. ``_lock`` guards the windows in memory; it is never held over I/O, and a shared
     limit does not take it.
@@ -83,10 +91,7 @@ class RateLimiter:
         :raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more.
         :raises PolicyUnavailableError: the shared store cannot be asked.
         """
-        if kind not in KINDS:
-            raise ConfigurationError(f"must be one of {', '.join(KINDS)}, got {kind!r}", "kind")
-        if not isinstance(amount, int) or isinstance(amount, bool) or amount < 0:
-            raise ConfigurationError(f"must be a whole number, 0 or more, got {amount!r}", "amount")
+        check_request(kind, amount)
         limits = [
             (window, seconds, limit)
             for (window, seconds), limit in zip(WINDOWS, (rate.max_per_minute, rate.max_per_hour))
@@ -141,7 +146,7 @@ class RateLimiter:
 
     def _scale(self, kind: str, window: str, limit: int, amount: int) -> Tuple[str, int, int]:
         """The store's key, its limit and what ``amount`` counts there."""
-        unit = -(-limit // MAX_ENTRIES)
+        unit = -(-limit // MAX_UNITS) if kind == "tokens" else 1
         # The limit is not in the key: what was counted goes on counting when a policy changes it.
         return f"sekuire/{self._namespace}/{kind}/{window}/{unit}", limit // unit, -(-amount // unit)
 

@@ -360,7 +360,7 @@ _DEVICES = frozenset(
     + [f"{name}{number}" for name in ("com", "lpt") for number in "0123456789\u00b9\u00b2\u00b3"]
 )
 #: Where file systems ignore case unless someone chose otherwise.
-_USUALLY_IGNORES_CASE = sys.platform in ("darwin", "win32", "cygwin")
+_USUALLY_IGNORES_CASE = sys.platform in ("darwin", "cygwin")
 
 
 def path_problem(text: str) -> str:
@@ -387,9 +387,15 @@ def path_problem(text: str) -> str:
 
 def _split_entry(entry: str) -> Tuple[str, bool]:
     """The directory or file that an entry names, and whether everything under it is meant."""
-    if entry.endswith(("/*", "\\*")):
+    if entry.endswith("/*"):
         return entry[:-2] or "/", True
+    if entry.endswith("\\*") and len(entry) > 2:
+        return entry[:-2], True
     return entry, False
+
+
+def _is_of_windows(entry: str) -> bool:
+    return bool(_DRIVE.match(entry)) or entry.startswith("\\\\") or entry.endswith("\\*")
 
 
 class Subject(NamedTuple):
@@ -399,15 +405,29 @@ class Subject(NamedTuple):
     real: str
 
 
+def path_text(path: Any) -> str:
+    """A str, bytes or path object as a str.
+
+    :raises Unreadable: it is none of these.
+    """
+    text = path
+    if not isinstance(path, str):
+        try:
+            text = os.fsdecode(path)
+        except Exception:  # noqa: BLE001
+            # A path object is code of the user's own.
+            text = None
+    if not isinstance(text, str):
+        raise Unreadable(f"it is a {type(path).__name__}, not a path")
+    return text
+
+
 def read_path(path: Any, flavour: Any = os.path) -> Subject:
     """The readings of a path, both absolute.
 
     :raises Unreadable: it can be none that a program opens as it stands.
     """
-    if isinstance(path, (bytes, os.PathLike)):
-        path = os.fsdecode(path)
-    if not isinstance(path, str):
-        raise Unreadable(f"it is a {type(path).__name__}, not a path")
+    path = path_text(path)
     if not path:
         raise Unreadable("it is empty")
     if "\0" in path:
@@ -424,11 +444,17 @@ def read_path(path: Any, flavour: Any = os.path) -> Subject:
         if problem:
             raise Unreadable(problem)
     try:
-        return Subject(_one_root(flavour.abspath(path), flavour), _one_root(flavour.realpath(path), flavour))
+        written = _one_root(flavour.abspath(path), flavour)
+        real = _one_root(flavour.realpath(path), flavour)
     except (OSError, ValueError):
         # The working directory is gone, or the path cannot be encoded.
-        pass
-    raise Unreadable("it cannot be resolved")
+        real = ""
+    if not real:
+        raise Unreadable("it cannot be resolved")
+    if written != real and _identity(path) != _identity(real):
+        # A link of /proc leads where its text does not say: into another container, to a deleted file.
+        raise Unreadable("its links lead elsewhere than they say")
+    return Subject(written, real)
 
 
 def _one_root(path: str, flavour: Any) -> str:
@@ -492,6 +518,7 @@ class Paths(Generic[V]):
     all when the list is made. An entry written for another system (a drive letter on POSIX) matches nothing here.
 
     :param value: what :meth:`find` gives for an entry.
+    :raises Unreadable: an entry cannot be resolved on this machine.
     :param generous: for what is blocked, match either reading of a path; a directory with everything under it, also
         where the entry names it alone; differences in case where the file system ignores them; other names of the file.
     """
@@ -520,12 +547,19 @@ class Paths(Generic[V]):
             return
         flavour = self._flavour
         text, is_tree = _split_entry(entry)
-        if flavour is posixpath and (_DRIVE.match(text) or text.startswith("\\\\")):
+        if flavour is posixpath and _is_of_windows(entry):
             return
         if text[0] == "~":
             text = flavour.expanduser("~") + text[1:]
-        written = _one_root(flavour.abspath(text), flavour)
-        real = _one_root(flavour.realpath(text), flavour)
+        if text[0] == "~":
+            raise Unreadable(f"{entry!r} begins at the home directory, which is not known here")
+        try:
+            written = _one_root(flavour.abspath(text), flavour)
+            real = _one_root(flavour.realpath(text), flavour)
+        except (OSError, ValueError):
+            written = real = ""
+        if not real:
+            raise Unreadable(f"{entry!r} cannot be resolved here (is the working directory gone?)")
         for path in dict.fromkeys((written, real)):
             if self._generous:
                 self._trees.setdefault(compose(path), made)
@@ -543,6 +577,13 @@ class Paths(Generic[V]):
         if self._any is not None:
             return self._any
         return self._find_blocked(subject) if self._generous else self._find_allowed(subject.real)
+
+    def hint(self, subject: Subject) -> str:
+        """Why a path was perhaps meant to match; empty where nothing suggests it."""
+        for path in _ancestors(subject.real, self._flavour)[1:]:
+            if path in self._exact:
+                return f"; {path!r} there is that path alone, and {path + '/*'!r} would be what is under it"
+        return ""
 
     def _find_allowed(self, real: str) -> Optional[V]:
         found = self._exact.get(real)
@@ -613,7 +654,7 @@ def _ignores_case(path: str, flavour: Any) -> bool:
             if answer:
                 return True
             known = answer is not None
-    return _USUALLY_IGNORES_CASE and not known
+    return not known and (flavour is ntpath or _USUALLY_IGNORES_CASE)
 
 
 def _directory_ignores_case(directory: str, flavour: Any) -> Optional[bool]:
