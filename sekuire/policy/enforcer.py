@@ -108,6 +108,10 @@ class _Pair:
         )
 
 
+def _used(*pairs: _Pair) -> Tuple[_Pair, ...]:
+    return tuple(pair for pair in pairs if pair.blocked is not None or pair.allowed is not None)
+
+
 class PolicyEnforcer:
     """Asks one policy. ``enforce_...`` raises for what it forbids; ``check_...`` gives a :class:`Decision` instead.
 
@@ -194,7 +198,7 @@ class PolicyEnforcer:
             self._paths = self._compile_paths(filesystem)
             known = filesystem.allowed_extensions
             self._extensions = None if known is None else Extensions(known)
-        self._tools = (
+        self._tools = _used(
             _Pair(
                 Names,
                 tools.blocked_tools, "permissions.tools.blocked_tools",
@@ -206,14 +210,14 @@ class PolicyEnforcer:
                 capabilities.allowed_tools, "agent.capabilities.allowed_tools",
             ),
         )  # fmt: skip
-        self._services = (
+        self._services = _used(
             _Pair(
                 Names,
                 api.blocked_services, "permissions.api.blocked_services",
                 api.allowed_services, "permissions.api.allowed_services",
             ),
         )  # fmt: skip
-        self._models = (
+        self._models = _used(
             _Pair(
                 Names,
                 models.denied_models, "agent.models.denied_models",
@@ -222,7 +226,7 @@ class PolicyEnforcer:
             ),
         )  # fmt: skip
         self._providers = _Pair(Names, None, "", models.allowed_providers, "agent.models.allowed_providers")
-        self._capabilities = (
+        self._capabilities = _used(
             _Pair(
                 Names,
                 capabilities.denied_capabilities, "agent.capabilities.denied_capabilities",
@@ -325,13 +329,19 @@ class PolicyEnforcer:
     # -- what the policy says --
 
     def _tool(self, name: str) -> Decision:
-        return self._general("tool", name) or self._names("tool", name, self._tools)
+        general = self._general("tool", name)
+        # Not "or": a decision that refuses is false.
+        return self._names("tool", name, self._tools) if general is None else general
 
     def _api(self, service: str) -> Decision:
-        return self._general("service", service) or self._names("api", service, self._services)
+        general = self._general("service", service)
+        # Not "or": a decision that refuses is false.
+        return self._names("api", service, self._services) if general is None else general
 
     def _capability(self, name: str) -> Decision:
-        return self._general("capability", name) or self._names("capability", name, self._capabilities)
+        general = self._general("capability", name)
+        # Not "or": a decision that refuses is false.
+        return self._names("capability", name, self._capabilities) if general is None else general
 
     def _model(self, model: str, provider: Optional[str]) -> Decision:
         general = self._general("model", model)
@@ -355,7 +365,7 @@ class PolicyEnforcer:
             return _refuse(
                 f"{prefix}.not_allowed", f"{_NOUNS[prefix]} {_quote(name)}", f"it is a {_type(name)}, not a str"
             )
-        if not restricted and all(pair.blocked is None and pair.allowed is None for pair in pairs):
+        if not pairs and not restricted:
             return _UNRESTRICTED
         problem = name_problem(name)
         if problem:

@@ -227,7 +227,7 @@ def _ascii_host(text: str) -> str:
         raise Unreadable("it holds characters that no host name has; give the host alone, not a URL")
     if len(host) > 253:
         raise Unreadable("it is longer than a host name can be")
-    if host[0] == "." or ".." in host:
+    if host[0] == "." or host[-1] == "." or ".." in host:
         raise Unreadable("it has an empty label")
     if len(host) > 63 and any(len(label) > 63 for label in host.split(".")):
         raise Unreadable("it has a label of more than 63 characters")
@@ -461,7 +461,8 @@ def _one_root(path: str, flavour: Any) -> str:
     # POSIX lets "//" mean something else than "/"; no system in use does.
     if flavour is posixpath and path.startswith("//"):
         return "/" + path.lstrip("/")
-    return path
+    # A share of Windows is the same directory with and without a slash at its end.
+    return path if flavour.splitdrive(path)[1] else path + flavour.sep
 
 
 def windows_problem(path: str) -> str:
