@@ -39,7 +39,7 @@ __all__ = [
 MAX_DEPTH = 64
 #: How many unknown keys are named.
 MAX_WARNINGS = 50
-#: The largest integer that every JSON reader takes for the same number (RFC 7493), and the highest version.
+#: The largest integer below which a double holds every one (RFC 7493), and the highest version.
 MAX_INTEGER = 2**53 - 1
 #: Bytes of an Ed25519 public key and of a signature.
 KEY_BYTES = 32
@@ -118,15 +118,15 @@ def canonical(value: Any) -> bytes:
     """``value`` in the form of RFC 8785 (JSON Canonicalization Scheme).
 
     :raises ConfigurationError: the extra is not installed.
-    :raises PolicyIntegrityError: ``value`` has no such form: a number that is not finite or an integer beyond 2^53 - 1,
-        a lone surrogate, a key that is no string, a type that JSON lacks, or too deep a nesting.
+    :raises PolicyIntegrityError: ``value`` has no such form: a number that is not finite or too large for a
+        double, a lone surrogate, a key that is no string, a type that JSON lacks, or too deep a nesting.
     """
     with _extra():
         import rfc8785
     problem = ""
     try:
         check_value(value, "")
-        return rfc8785.dumps(thaw(value))
+        return rfc8785.dumps(_doubles(value))
     except _Wrong as error:
         problem = error.problem if not error.path else f"{error.path}: {error.problem}"
     except (ValueError, RecursionError) as error:
@@ -251,13 +251,32 @@ def _constant(name: str) -> NoReturn:
     raise _Wrong("", f"holds {name}, which is not JSON")
 
 
-def _integer(text: str) -> int:
-    # Python takes quadratic time for the digits of a number; no number in a policy has more than these.
-    if len(text) <= 17:
-        number = int(text)
-        if abs(number) <= MAX_INTEGER:
-            return number
-    raise _Wrong("", f"holds the integer {text[:20]}{'...' if len(text) > 20 else ''}, beyond 2^53 - 1")
+def _integer(text: str) -> Union[int, float]:
+    # Python takes quadratic time for the digits of a number; no double has more than these.
+    number = int(text) if len(text) <= 310 else None
+    if number is not None and _is_double(number):
+        return number if abs(number) <= MAX_INTEGER else float(number)
+    raise _Wrong("", f"holds the integer {text[:20]}..., which is too large for a double")
+
+
+def _is_double(number: int) -> bool:
+    """Whether there is a double for ``number``; beyond 2^53 it is the nearest one, as RFC 8785 has no other numbers."""
+    try:
+        float(number)
+    except OverflowError:
+        return False
+    return True
+
+
+def _doubles(value: Any) -> Any:
+    """As :func:`thaw`, with integers beyond 2^53 - 1 as the doubles that they are."""
+    if isinstance(value, Mapping):
+        return {key: _doubles(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_doubles(item) for item in value]
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return float(value)
+    return value
 
 
 def _float(text: str) -> float:
@@ -306,8 +325,8 @@ def check_value(value: Any, path: str) -> None:
         elif item is None or isinstance(item, bool):
             continue
         elif isinstance(item, int):
-            if abs(item) > MAX_INTEGER:
-                raise _Wrong(_cut(where), "is an integer beyond 2^53 - 1")
+            if not _is_double(item):
+                raise _Wrong(_cut(where), "is an integer too large for a double")
         elif isinstance(item, float):
             if not math.isfinite(item):
                 raise _Wrong(_cut(where), "is a number that is not finite")

@@ -423,7 +423,9 @@ class PolicyEnforcer:
         if general is not None:
             return general
         section = self._rules.filesystem
-        done = operation if isinstance(operation, str) and operation.isidentifier() else _quote(operation)
+        done = _quote(operation)
+        if isinstance(operation, str) and operation.isidentifier() and len(operation) <= 40:
+            done = operation
         if section is None:
             return _deny("fs.missing", operation=done, subject=_quote(path))
         if not section.enabled:

@@ -87,7 +87,7 @@ def blake3(data: bytes) -> str:
 
 P = 2**255 - 19
 L = 2**252 + 27742317777372353535851937790883648493
-D = -121665 * pow(121666, P - 2, P) % P
+D = -121665 * pow(121666, -1, P) % P
 
 Point = Tuple[int, int]
 
@@ -96,8 +96,8 @@ def _add(one: Point, other: Point) -> Point:
     """The addition law of the twisted Edwards curve, in affine coordinates."""
     (x1, y1), (x2, y2) = one, other
     product = D * x1 * x2 * y1 * y2
-    x = (x1 * y2 + x2 * y1) * pow(1 + product, P - 2, P) % P
-    y = (y1 * y2 + x1 * x2) * pow(1 - product, P - 2, P) % P
+    x = (x1 * y2 + x2 * y1) * pow(1 + product, -1, P) % P
+    y = (y1 * y2 + x1 * x2) * pow(1 - product, -1, P) % P
     return x, y
 
 
@@ -112,7 +112,7 @@ def multiply(scalar: int, point: Point) -> Point:
 
 
 def find_x(y: int, sign: int) -> Optional[int]:
-    square = (y * y - 1) * pow(D * y * y + 1, P - 2, P) % P
+    square = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
     x = pow(square, (P + 3) // 8, P)
     if (x * x - square) % P:
         x = x * pow(2, (P - 1) // 4, P) % P
@@ -121,7 +121,7 @@ def find_x(y: int, sign: int) -> Optional[int]:
     return P - x if x % 2 != sign and x else x
 
 
-_Y = 4 * pow(5, P - 2, P) % P
+_Y = 4 * pow(5, -1, P) % P
 BASE: Point = (find_x(_Y, 0) or 0, _Y)
 
 
