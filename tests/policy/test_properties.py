@@ -126,9 +126,8 @@ def test_the_canonical_form_is_one(value: Any) -> None:
         form = canonical(value)
     except PolicyIntegrityError:
         return
-    again = json.loads(form)
-    assert canonical(again) == form
-    assert again == json.loads(json.dumps(value))
+    assert canonical(json.loads(form)) == form
+    assert canonical(json.loads(json.dumps(value))) == form
 
 
 # -- blocked beats allowed --------------------------------------------------------------------------------------------
