@@ -347,6 +347,7 @@ class WorkerConfig(AgentConfig):
     :param task_timeout: longest run of a handler, or None for no limit.
     :param start_timeout: how long :meth:`~sekuire.Worker.start` waits for the login's first verdict.
     :param shutdown_timeout: how long a stop lets running handlers go on, reports included.
+    :param stop_when_idle: stop by itself after this long without a task; None: never.
     :param stream_idle_timeout: a stream on which nothing came for this long is opened anew.
     :param outbox: a file that keeps results until the platform has them, also through a crash; one process at a time.
     :param expose_errors: whether the message of an unexpected exception goes to the platform, or only its type.
@@ -362,6 +363,7 @@ class WorkerConfig(AgentConfig):
     task_timeout: Optional[float] = attrs.field(default=None, validator=_optional_seconds)
     start_timeout: float = attrs.field(default=10.0, validator=_seconds_or_zero)
     shutdown_timeout: float = attrs.field(default=30.0, validator=_seconds_or_zero)
+    stop_when_idle: Optional[float] = attrs.field(default=None, validator=_optional_seconds)
     stream_idle_timeout: float = attrs.field(default=45.0, validator=_seconds)
     reconnect_min: float = attrs.field(default=0.5, validator=_seconds)
     reconnect_max: float = attrs.field(default=30.0, validator=_seconds)

@@ -14,9 +14,9 @@ from . import handlers, protocol
 from .config import WorkerConfig
 from .context import TaskContext
 from .errors import PolicyUnavailableError, PolicyViolationError
-from .handlers import HandlerEntry, Registry
 from .lifecycle import Deadline, Timer, owned_by
 from .models import Completion, Failure, Task
+from .registry import HandlerEntry, TaskRegistry
 
 log = logging.getLogger("sekuire.dispatch")
 
@@ -91,7 +91,7 @@ class Dispatcher:
     def __init__(
         self,
         config: WorkerConfig,
-        registry: Registry,
+        registry: TaskRegistry,
         sink: ResultSink,
         *,
         timer: Timer,

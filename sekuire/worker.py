@@ -14,11 +14,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Un
 import attrs
 
 from . import protocol
+from .calls import Handler, Middleware
 from .config import WorkerConfig, from_options
 from .control import Control
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, RevokedError, SekuireError
-from .handlers import Handler, Registry
+from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from .idle import Activity, IdleWatch
 from .installation import Installation
 from .lifecycle import (
     CallbackThread,
@@ -33,12 +34,14 @@ from .lifecycle import (
 )
 from .models import Command, WorkerReport, WorkerStats
 from .outbox import open_outbox
+from .registry import TaskRegistry
 from .report import Reporter
 from .stream import TaskStream
 
 log = logging.getLogger("sekuire.worker")
 
 _H = TypeVar("_H", bound=Handler)
+_M = TypeVar("_M", bound=Middleware)
 CommandCallback = Callable[[Command], object]
 _C = TypeVar("_C", bound=CommandCallback)
 
@@ -87,7 +90,7 @@ class Worker:
         self._sdk: Any = None
         self._auth = self._installation.auth
         self._heartbeat = self._installation.heartbeat
-        self._registry = Registry()
+        self._registry = TaskRegistry(_option="on_task")
         self._stop = threading.Event()
         self._state = threading.Condition()
         self._phase = "new"
@@ -156,16 +159,29 @@ class Worker:
         :param max_concurrency: how many of its runs may go on at once.
         :raises ConfigurationError: a wrong argument, a name taken, or a worker that has started.
         """
-        if not isinstance(name, str):
-            raise ConfigurationError(
-                f"needs the capability's name first: @worker.on_task('summarize'), got {type(name).__name__}", "on_task"
-            )
+        if handler is None:
+            return self._registry.task(name, timeout=timeout, max_concurrency=max_concurrency)
+        return self._registry.task(name, handler, timeout=timeout, max_concurrency=max_concurrency)
 
-        def register(function: _H) -> _H:
-            self._registry.add(name, function, timeout, max_concurrency)
-            return function
+    def include(self, registry: TaskRegistry) -> None:
+        """Take over every handler of ``registry``, with its middleware around them; the registry is frozen by it.
 
-        return register if handler is None else register(handler)
+        :raises ConfigurationError: a name that is taken (both places are named; nothing is taken over then), or a
+            worker that has started.
+        """
+        self._registry.include(registry)
+
+    def middleware(self, function: _M) -> _M:
+        """Put ``function(ctx, input, call_next)`` around every handler of this worker; also ``@worker.middleware``.
+
+        It runs in the handler's thread, within the task's time, after lease and policy have allowed the task. The
+        first one registered is outermost; that of included registries is inside. ``call_next(input)`` runs what is
+        inside it, once, and returns the output (of an async handler: awaited) or raises; what the middleware returns
+        or raises takes its place. Without a call of ``call_next`` the handler does not run.
+
+        :raises ConfigurationError: it cannot be called so, is async, or the worker has started.
+        """
+        return self._registry.middleware(function)
 
     def on_command(self, callback: _C) -> _C:
         """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own.
@@ -187,7 +203,7 @@ class Worker:
         error, the login goes on in the background.
 
         :param block: return only when the worker has stopped: by :meth:`stop`, a ``terminate`` command, a revocation,
-            SIGINT or SIGTERM (in the main thread; a second one stops at once).
+            ``stop_when_idle``, SIGINT or SIGTERM (in the main thread; a second one stops at once).
         :raises AuthenticationError: the platform refused every way of authenticating.
         :raises ConfigurationError: no handler, or a worker that was started or stopped before.
         :raises SekuireError: with ``block``, the error because of which the worker stopped.
@@ -284,6 +300,10 @@ class Worker:
         """Whether it was started and has not stopped; true while it drains."""
         return self._phase in ("running", "stopping")
 
+    def is_alive(self) -> bool:
+        """Whether it runs and its stream's thread lives, or it drains; for probes. The platform may be out of reach."""
+        return self._phase == "stopping" or (self._phase == "running" and self._stream_thread.is_alive())
+
     def is_connected(self) -> bool:
         """Whether the task stream is open."""
         return self._connected
@@ -341,12 +361,12 @@ class Worker:
 
     # -- starting --
 
-    def _resize(self, max_workers: int) -> None:
-        """Change ``max_workers`` of a worker that has not started, as ``sekuire worker --max-workers`` does."""
+    def _reconfigure(self, **options: Any) -> None:
+        """Change options of a worker that has not started, as command lines do: ``max_workers``, ``stop_when_idle``."""
         with self._state:
             if self._phase != "new":
-                raise ConfigurationError("cannot be changed once the worker was started", "max_workers")
-            self._config = attrs.evolve(self._config, max_workers=max_workers)
+                raise ConfigurationError("cannot be changed once the worker was started", ", ".join(options))
+            self._config = attrs.evolve(self._config, **options)
         self._dispatcher.resize(self._config)
 
     def _check_startable(self) -> None:
@@ -370,6 +390,8 @@ class Worker:
         self._installation.declare(*self.capabilities)
         at_exit(self)
         self._stream_thread.start()
+        if self._config.stop_when_idle is not None:
+            IdleWatch(self._config.stop_when_idle, self._timer, self._activity, self._stop_idle).start()
 
     def _wait_for_verdict(self) -> None:
         if is_owned_by(self):
@@ -449,6 +471,20 @@ class Worker:
             self._state.notify_all()
 
     # -- stopping --
+
+    def _activity(self) -> Activity:
+        # Results that the outbox keeps need no waiting for; without one they would be lost.
+        unsent = self._outbox is None and self._reporter.backlog > 0
+        is_busy = bool(self._dispatcher.running or self._dispatcher.waiting or unsent)
+        return Activity(self._dispatcher.counts.received, is_busy)
+
+    def _stop_idle(self) -> None:
+        seconds = self._config.stop_when_idle
+        if self._control.was_connected:
+            self._request_stop(None, reason=f"idle for {seconds:g} s")
+        else:
+            # Whoever waits for the work to be done must not take this for it.
+            self._fail(TransportError(f"there was no task stream within stop_when_idle ({seconds:g} s)"))
 
     def _terminate(self, timeout: Optional[float], reason: str) -> None:
         self._request_stop(timeout, terminated=True, reason=reason)

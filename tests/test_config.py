@@ -61,6 +61,7 @@ WRONG: Dict[str, Any] = {
     "reconnect_min": SECONDS,
     "reconnect_max": SECONDS,
     "task_timeout": [value for value in SECONDS if value is not None],
+    "stop_when_idle": [value for value in SECONDS if value is not None],
     "start_timeout": [-1, float("nan"), 10**400, "5", None, True],
     "shutdown_timeout": [-1, float("inf"), "5", None, True],
     "max_workers": COUNTS,

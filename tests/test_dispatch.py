@@ -23,9 +23,9 @@ from hypothesis.stateful import (
 from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
 from sekuire.dispatch import Dispatcher
-from sekuire.handlers import Registry
 from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Task
+from sekuire.registry import TaskRegistry
 
 from .scripted import GUARD, until
 
@@ -130,7 +130,7 @@ class Handlers:
 
 
 def dispatcher_of(handlers: Handlers, sink: Sink, timer: Timer, **options: Any) -> Dispatcher:
-    registry = Registry()
+    registry = TaskRegistry()
     registry.add("wide", handlers)
     registry.add("narrow", handlers, None, 1)
     config = WorkerConfig(

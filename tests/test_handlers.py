@@ -9,12 +9,13 @@ import pytest
 
 from sekuire.context import TaskContext
 from sekuire.errors import ConfigurationError, TaskCancelled, TaskError
-from sekuire.handlers import Registry, run
+from sekuire.handlers import run
 from sekuire.models import Completion, Task
+from sekuire.registry import TaskRegistry
 
 
 def ended(function: Any, expose_errors: bool = True) -> Completion:
-    registry = Registry()
+    registry = TaskRegistry()
     registry.add("echo", function)
     entry = registry.find("echo")
     assert entry is not None
@@ -66,7 +67,7 @@ def test_a_text_that_has_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_registry_finds_the_own_handler_first() -> None:
     """A capability's own handler comes before the catch-all."""
-    registry = Registry()
+    registry = TaskRegistry()
     assert registry.is_empty()
     registry.add("*", lambda ctx, input: None)
     registry.add("echo", print)

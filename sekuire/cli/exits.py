@@ -1,4 +1,4 @@
-"""Exit codes, the error that carries one, and how any error is told to the user."""
+"""The error that carries an exit code, and how any error is told to the user."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import sys
 from typing import Tuple
 
 from ..errors import ConfigurationError
+from ..exitcodes import FAILED as FAILED
+from ..exitcodes import INTERRUPTED as INTERRUPTED
+from ..exitcodes import OK as OK
+from ..exitcodes import USAGE as USAGE
 from ..protocol import one_line
-
-#: Fine; failed; wrong usage or configuration; interrupted.
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class CommandError(Exception):

@@ -8,16 +8,19 @@ import math
 import os
 import sys
 import time
-from typing import Any, Dict, NoReturn, Optional
+from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
 
 from .. import protocol
 from ..config import ENVIRONMENT, check_capability
-from ..errors import APIError, SekuireError, TransportError
-from ..transport.http import Credential, HttpClient, Reply
+from ..errors import APIError, SekuireError
+from ..submission import TaskSubmitter
+from ..transport.http import Reply
 from ..transport.retry import is_retryable
 from . import terminal
 from .exits import FAILED, OK, CommandError, complain
-from .options import add_connection, api_key, connection, key_header
+from .options import add_connection, api_key, connection
+
+_T = TypeVar("_T")
 
 HELP = "submit a task, and wait for its result with --wait"
 DESCRIPTION = """\
@@ -85,18 +88,19 @@ def run(args: argparse.Namespace) -> int:
     config = connection(args)
     key, key_source = api_key(args.api_key_file)
     fields = {name: getattr(args, name) for name in ("timeout_ms", "max_attempts", "trace_id")}
-    body = _body(capability, value, agent_id, {name: one for name, one in fields.items() if one is not None})
-    http = HttpClient(config, pool_size=1)
+    submitter = TaskSubmitter(config, key, pool_size=1)
     try:
-        client = _Client(http, key_header(key), key_source)
-        task_id = client.submit(body)
+        client = _Client(submitter, key_source)
+        task_id = client.submit(
+            capability, value, agent_id, {name: one for name, one in fields.items() if one is not None}
+        )
         if args.wait is None:
             terminal.say(task_id)
             return OK
         terminal.note(f"task {task_id}")
         return _show(client.wait(task_id, args.wait, f"agent {agent_id!r} with the capability {capability!r}"))
     finally:
-        http.close()
+        submitter.close()
 
 
 # -- the input --------------------------------------------------------------------------------------------------------
@@ -141,38 +145,20 @@ def _parse(text: str, where: str) -> Any:
     raise CommandError(f"{where}: {problem}")
 
 
-def _body(capability: str, value: Any, agent_id: str, fields: Dict[str, Any]) -> bytes:
-    try:
-        return protocol.submit_body(capability, value, agent_id, fields)
-    except (ValueError, TypeError, RecursionError, OverflowError) as error:
-        problem = str(error)
-    raise CommandError(f"the task cannot be written as JSON: {problem}")
-
-
 # -- the platform -----------------------------------------------------------------------------------------------------
 
 
 class _Client:
     """The two calls, with an API key."""
 
-    def __init__(self, http: HttpClient, credential: Credential, key_source: str) -> None:
-        self._http = http
-        self._credential = credential
+    def __init__(self, submitter: TaskSubmitter, key_source: str) -> None:
+        self._submitter = submitter
+        self._http = submitter.http
         self._key_source = key_source
 
-    def submit(self, body: bytes) -> str:
-        """Submit once: a second try could make a second task. The task's id."""
-        problem: Optional[SekuireError] = None
-        try:
-            task = _task(self._call("POST", self._http.endpoints.path("tasks"), body))
-        except TransportError as error:
-            problem = error
-        if problem is not None:
-            raise CommandError(f"{problem}; whether the task was submitted is not known", code=FAILED)
-        task_id = task.get("task_id") or task.get("id")
-        if not protocol.is_id(task_id):
-            raise CommandError("the platform's answer names no task_id; is the URL a Sekuire platform's?", code=FAILED)
-        return task_id
+    def submit(self, capability: str, value: Any, agent_id: str, fields: Dict[str, Any]) -> str:
+        """The task's id."""
+        return self._told(lambda: self._submitter.submit(capability, value, agent_id, **fields))
 
     def wait(self, task_id: str, seconds: float, whose: str) -> Dict[str, Any]:
         """The task once it has ended, asked for again and again.
@@ -187,7 +173,7 @@ class _Client:
         while True:
             now = time.monotonic()
             try:
-                task = _task(self._call("GET", path))
+                task = _task(self._ask(path))
             except SekuireError as error:
                 lost_since = now if lost_since is None else lost_since
                 if not is_retryable(error) or now - lost_since > _PATIENCE:
@@ -205,11 +191,13 @@ class _Client:
         hint = f"; is a worker running for {whose}?" if status == "queued" else ""
         raise CommandError(f"task {task_id} is still {status} after {seconds:g} s{hint}", code=FAILED)
 
-    def _call(self, method: str, path: str, body: Optional[bytes] = None) -> Reply:
-        refusal: Optional[APIError] = None
-        reply = self._http.request(method, path, body=body, credential=self._credential)
+    def _ask(self, path: str) -> Reply:
+        return self._told(lambda: self._http.request("GET", path, credential=self._submitter.credential).check())
+
+    def _told(self, call: Callable[[], _T]) -> _T:
+        """What ``call`` gives; a refused key is told with its origin."""
         try:
-            return reply.check()
+            return call()
         except APIError as error:
             refusal = error
         if refusal.status in (401, 403):

@@ -6,21 +6,20 @@ import argparse
 import difflib
 import importlib
 import inspect
-import logging
 import os
-import signal
 import sys
-import threading
 import traceback
-from types import FrameType, ModuleType, TracebackType
-from typing import Any, Callable, List, NoReturn, Optional, Tuple
+from types import ModuleType, TracebackType
+from typing import Any, Optional, Tuple
 
-from .. import lifecycle
+from .. import runner
+from ..arguments import add_worker_arguments
 from ..errors import SekuireError
-from ..lifecycle import Deadline, join_all
+from ..reloader import Reloader
 from ..sdk import SekuireSDK
 from ..worker import Worker
-from .exits import INTERRUPTED, OK, CommandError, report
+from . import terminal
+from .exits import CommandError, report
 
 HELP = "run a worker from a module of yours"
 DESCRIPTION = """\
@@ -29,128 +28,55 @@ without arguments that returns one. SIGTERM and Ctrl-C let running tasks end, gi
 heartbeat; a second signal ends the process at once."""
 EPILOG = """\
 example:  sekuire worker tasks:worker          (tasks.py holds worker = create_worker(...))
+          sekuire worker tasks:worker --reload (while you write tasks.py)
 
-Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself; 1 the platform refused it, or it
-failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
+Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself (idle); 1 the platform refused it,
+or it failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
 LOG_LEVEL = "info"
-
-#: Seconds that flushing may take where handlers still run, and that idle threads get to end.
-_FLUSH_TIME = 3.0
-_IDLE_TIME = 1.0
-
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
-)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODULE:WORKER", help="such as tasks:worker or package.tasks:make_worker")
+    add_worker_arguments(parser)
     parser.add_argument(
-        "--max-workers",
-        type=_count,
-        metavar="N",
-        help="handlers that run at once, instead of what the worker was made with; a function that takes max_workers "
-        "is given it",
+        "--reload-dir",
+        action="append",
+        metavar="DIR",
+        help="watch this directory and what is below it instead of the current one; may be repeated",
     )
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 10_000:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 10000, got {text!r}")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
-    with _Signals() as signals:
-        try:
-            worker = find(args.target, args.max_workers)
-        except _Ended as ended:
-            return ended.code
-        signals.leave_with = INTERRUPTED
-        code = _serve(worker)
-        signals.leave_with = code
-        if _is_busy(worker):
-            _leave_at_once(code)
-    return code
+    if args.reload:
+        if args.stop_when_idle is not None:
+            raise CommandError("--stop-when-idle does not go with --reload, which waits for the next save")
+        return _reload(args)
+    if args.reload_dir:
+        raise CommandError("--reload-dir goes with --reload")
+
+    def make() -> Worker:
+        worker = find(args.target, args.max_workers)
+        if args.stop_when_idle is not None:
+            worker._reconfigure(stop_when_idle=args.stop_when_idle)
+        return worker
+
+    return runner.run(make, lambda error: report("worker", error), args.liveness_file)
 
 
-class _Ended(BaseException):
-    """SIGTERM before the worker ran; not an Exception, so that the user's module does not take it for a failure."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
-class _Signals:
-    """The signals while the Worker does not hold them itself: before it runs they end the import, after it the process.
-
-    The Worker replaces these handlers for the time of ``start(block=True)``, and puts them back. Main thread only; a
-    context manager.
-    """
-
-    def __init__(self) -> None:
-        #: The exit code for a signal after the worker ran; None before.
-        self.leave_with: Optional[int] = None
-        self._previous: List[Tuple[int, Any]] = []
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = [(number, signal.signal(number, self._note)) for number in _SIGNALS]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous:
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _note(self, number: int, frame: Optional[FrameType]) -> None:
-        if self.leave_with is not None:
-            os._exit(self.leave_with)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
-            raise _Ended(OK)
-
-
-# -- running ----------------------------------------------------------------------------------------------------------
-
-
-def _serve(worker: Worker) -> int:
-    """Run ``worker`` until it has stopped, then its SDK; the exit code."""
-    try:
-        worker.start(block=True)
-        code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
-    except SekuireError as error:
-        code = report("worker", error)
-    if worker._sdk is not None:
-        # The SDK's Beacon keeps the lease as long as it beats: its last heartbeat says that the agent has stopped.
-        worker._sdk.shutdown()
-    return code
-
-
-def _is_busy(worker: Worker) -> bool:
-    """Whether handlers still run. The interpreter would wait for them for ever."""
-    threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
-    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().stragglers)
-
-
-def _leave_at_once(code: int) -> NoReturn:
-    """End the process without waiting for any thread, after what is still held back has been written."""
-    # On a thread with a limit: a handler that hangs in a write to stdout holds the lock that a flush needs.
-    thread = threading.Thread(target=_flush, name="sekuire-flush", daemon=True)
-    thread.start()
-    thread.join(_FLUSH_TIME)
-    os._exit(code)
-
-
-def _flush() -> None:
-    steps: List[Callable[[], object]] = [lifecycle._leave, logging.shutdown]
-    steps += [stream.flush for stream in (sys.stdout, sys.stderr) if stream is not None]
-    for step in steps:
-        try:
-            step()
-        except Exception:  # noqa: BLE001  # Nothing is left that could hear of it.
-            pass
+def _reload(args: argparse.Namespace) -> int:
+    # Only the form: what the module holds is the child's to say, and to say again after each save.
+    _split(args.target)
+    command = [sys.executable, "-m", "sekuire", "worker", args.target]
+    if args.max_workers is not None:
+        command += ["--max-workers", str(args.max_workers)]
+    if args.liveness_file is not None:
+        command += ["--liveness-file", args.liveness_file]
+    if getattr(args, "verbose", False):
+        command.append("--verbose")
+    elif hasattr(args, "log_level"):
+        command += ["--log-level", args.log_level]
+    paths = args.reload_dir or [os.getcwd()]
+    return Reloader(command, paths, say=lambda line: terminal.note(f"reload: {line}")).run()
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
@@ -162,12 +88,7 @@ def find(target: str, max_workers: Optional[int] = None) -> Worker:
     :raises CommandError: there is none; it says why.
     :raises SekuireError: raised by the user's module.
     """
-    name, _, attribute = target.partition(":")
-    if not name or not attribute:
-        raise CommandError(f"{target!r} is not of the form MODULE:WORKER, such as tasks:worker")
-    if name.endswith(".py") or "/" in name or "\\" in name:
-        dotted = (name[:-3] if name.endswith(".py") else name).replace("\\", ".").replace("/", ".").strip(".")
-        raise CommandError(f"{name!r} is a file; name the module, such as {dotted}:{attribute}")
+    name, attribute = _split(target)
     module = _import(name)
     found: Any = module
     for part in attribute.split("."):
@@ -178,6 +99,20 @@ def find(target: str, max_workers: Optional[int] = None) -> Worker:
     else:
         return _checked(_made(target, found, max_workers), target, max_workers)
     raise CommandError(f"the module {name!r} has no {attribute!r}; {_candidates(module, attribute)}")
+
+
+def _split(target: str) -> Tuple[str, str]:
+    """The module's name and the attribute.
+
+    :raises CommandError: ``target`` is not of this form.
+    """
+    name, _, attribute = target.partition(":")
+    if not name or not attribute:
+        raise CommandError(f"{target!r} is not of the form MODULE:WORKER, such as tasks:worker")
+    if name.endswith(".py") or "/" in name or "\\" in name:
+        dotted = (name[:-3] if name.endswith(".py") else name).replace("\\", ".").replace("/", ".").strip(".")
+        raise CommandError(f"{name!r} is a file; name the module, such as {dotted}:{attribute}")
+    return name, attribute
 
 
 def _import(name: str) -> ModuleType:
@@ -276,7 +211,7 @@ def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
             f"{target} was already started by its module; put worker.start(...) under: if __name__ == '__main__':"
         )
     if max_workers is not None:
-        worker._resize(max_workers)
+        worker._reconfigure(max_workers=max_workers)
     return worker
 
 

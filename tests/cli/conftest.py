@@ -30,12 +30,19 @@ def clean_environ(**variables: str) -> Dict[str, str]:
 
 
 class Process:
-    """``python -m sekuire ...`` with its output collected line by line, so that a test can wait for a line."""
+    """``python -m sekuire ...``, or another ``program``, with its output collected line by line, to be waited for."""
 
-    def __init__(self, args: Tuple[str, ...], cwd: Path, environ: Dict[str, str], **options: Any) -> None:
+    def __init__(
+        self,
+        args: Tuple[str, ...],
+        cwd: Path,
+        environ: Dict[str, str],
+        program: Tuple[str, ...] = ("-m", "sekuire"),
+        **options: Any,
+    ) -> None:
         # -X dev: what is left open is told on stderr.
         self.popen = subprocess.Popen(
-            [sys.executable, "-X", "dev", "-m", "sekuire", *args],
+            [sys.executable, "-X", "dev", *program, *args],
             cwd=str(cwd),
             env=environ,
             stdin=subprocess.DEVNULL,

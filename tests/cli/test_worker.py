@@ -10,8 +10,7 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 
-from sekuire import create_worker
-from sekuire.cli import worker as command
+from sekuire import create_worker, runner
 from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
 
@@ -396,19 +395,19 @@ def test_a_started_worker_is_not_resized() -> None:
     worker = create_worker(agent_id=AGENT, install_token="skt_x")
     worker.stop()
     with pytest.raises(ConfigurationError, match="max_workers: cannot be changed once the worker was started"):
-        worker._resize(2)
+        worker._reconfigure(max_workers=2)
 
 
 def test_a_signal_after_the_worker_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the SDK shuts down, another signal ends the process with the worker's code."""
     codes: List[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    before: Dict[int, Any] = {number: signal.getsignal(number) for number in command._SIGNALS}
-    with command._Signals() as signals:
+    before: Dict[int, Any] = {number: signal.getsignal(number) for number in runner._SIGNALS}
+    with runner._Signals() as signals:
         signals.leave_with = 7
         signal.raise_signal(signal.SIGTERM)
     assert codes == [7]
-    assert {number: signal.getsignal(number) for number in command._SIGNALS} == before
+    assert {number: signal.getsignal(number) for number in runner._SIGNALS} == before
 
 
 def test_a_revoked_installation_is_not_started(run: Run, module: Write, platform: LocalPlatform) -> None:
@@ -431,3 +430,22 @@ def test_a_revoked_installation_is_not_started(run: Run, module: Write, platform
     last = err.splitlines()[-1]
     assert last.startswith("sekuire worker: error: the installation was revoked: ")
     assert last.endswith("leaked")
+
+
+def test_stops_when_idle(run: Run, module: Write, platform: LocalPlatform) -> None:
+    """The queued task is worked off, and the process ends by itself with 0."""
+    module(BASE, PLAIN, "open('go', 'w').close()\n")
+    task_id = platform.submit("slow", {"n": 7}, agent_id=AGENT)
+    process = run("worker", "tasks:worker", "--stop-when-idle", "0.2", env=variables(platform))
+    code, _, err = process.end()
+    assert code == 0
+    assert platform.task(task_id)["output"]["answer"] == 7
+    assert "the worker has stopped (idle for 0.2 s)" in err
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+def test_an_idle_time_that_is_none(call: Call, text: str) -> None:
+    """It is refused before the module is imported."""
+    code, _, err = call("worker", "tasks:worker", f"--stop-when-idle={text}")
+    assert code == 2
+    assert "must be a number of seconds above 0" in err

@@ -37,12 +37,16 @@ NOT_RUN = {
     ),
     "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
 }
 
 #: Command lines that run until they are stopped, by how they begin, and the signal for it.
 BACKGROUND = {
     "sekuire dev": signal.SIGINT,
     "sekuire worker": signal.SIGTERM,
+    "django-admin run_sekuire_worker": signal.SIGTERM,
+    "flask --app shop:create_app sekuire worker": signal.SIGTERM,
     "python summarizer.py": signal.SIGTERM,
 }
 
@@ -57,11 +61,16 @@ def test_snippets_of_a_page_run(page: str, tmp_path: pathlib.Path, monkeypatch: 
     for name in [name for name in os.environ if name.startswith("SEKUIRE_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    # As for a script of that directory: the page's files can be imported.
+    monkeypatch.syspath_prepend(tmp_path)
     if any(block.language == "sh" for block in found) and os.name != "posix":
         pytest.skip("shell snippets need a POSIX shell")
     with contextlib.closing(Reader(tmp_path, monkeypatch)) as reader, logging_as_before():
         for block in found:
             reader.read(block)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def test_blocks_that_do_not_run_are_known() -> None:
@@ -105,7 +114,9 @@ class Reader:
 
     def read(self, block: Block) -> None:
         if "file" in block.marks:
-            (self._directory / block.marks["file"]).write_text(block.text, encoding="utf-8")
+            path = self._directory / block.marks["file"]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
             compile(block.text, block.name, "exec")
         elif "output" in block.marks:
             assert self._printed == block.text, block.name

@@ -1,0 +1,7 @@
+"""The app of the orders."""
+
+from django.apps import AppConfig
+
+
+class OrdersConfig(AppConfig):
+    name = "orders"

@@ -1,0 +1,6 @@
+"""The one page."""
+
+from django.urls import path
+from orders import views
+
+urlpatterns = [path("", views.orders)]

@@ -1,0 +1,1 @@
+"""Thin bridges to other projects; each needs an extra of its own and is imported by name."""

@@ -1,0 +1,49 @@
+"""The project's handlers, and what is around each of them in a worker: clean connections, language and time zone."""
+
+from __future__ import annotations
+
+from typing import Any, List
+
+from django.conf import settings
+from django.db import close_old_connections, reset_queries
+from django.utils import timezone, translation
+from django.utils.module_loading import autodiscover_modules
+
+from ...calls import CallNext
+from ...context import TaskContext
+from ...registry import TaskRegistry
+
+__all__ = ["around", "discover", "middleware", "task", "tasks"]
+
+#: The module that is looked for in each installed app.
+MODULE = "sekuire_tasks"
+
+#: All handlers of the project, whichever app declares them.
+tasks = TaskRegistry()
+task = tasks.task
+middleware = tasks.middleware
+
+
+def discover() -> List[str]:
+    """Import ``sekuire_tasks.py`` of every installed app; the capabilities that are declared then.
+
+    A second call imports nothing. What a module raises passes.
+    """
+    autodiscover_modules(MODULE)
+    return tasks.names
+
+
+def around(ctx: TaskContext, input: Any, call_next: CallNext) -> Any:
+    """The middleware of the bridge: a task begins and ends as a request does.
+
+    A connection that is older than ``CONN_MAX_AGE``, that fails its health check or that a handler left broken is
+    closed, or given back to its pool; the others stay open for this thread's next task.
+    """
+    reset_queries()
+    close_old_connections()
+    try:
+        # As in a request: a handler that activates another language or zone does so for its own task only.
+        with translation.override(settings.LANGUAGE_CODE), timezone.override(None):
+            return call_next(input)
+    finally:
+        close_old_connections()

@@ -1,0 +1,66 @@
+"""Tasks that are submitted when a transaction is committed, and not when it is rolled back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any, Optional
+
+from django.core.signals import setting_changed
+from django.db import transaction
+
+from ...submission import TaskSubmitter
+from ..settings import Settings
+from . import conf
+
+__all__ = ["submit_on_commit"]
+
+_lock = threading.Lock()
+_submitter: Optional[TaskSubmitter] = None
+_pid = 0
+
+
+def submit_on_commit(
+    capability: str,
+    input: Any,
+    *,
+    agent_id: Optional[str] = None,
+    using: Optional[str] = None,
+    robust: bool = False,
+    **fields: Any,
+) -> None:
+    """Submit a task with the API key once the running transaction is committed; at once where there is none.
+
+    It is submitted in one try, after the commit, by the thread that commits: where that fails, the data is committed
+    and the error is raised from the block (with ``robust=True`` it is logged by Django, and what else waits for the
+    commit goes on). The input is written as JSON at once, so that what is changed in it later does not matter.
+
+    :param agent_id: whose task it is; the default is that of the settings.
+    :param using: the database whose transaction counts.
+    :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``.
+    :raises ConfigurationError: no API key or agent, or a task that cannot be; at once, before the commit.
+    """
+    settings = conf.read()
+    body = TaskSubmitter.prepare(capability, input, settings.agent_id() if agent_id is None else agent_id, **fields)
+    submitter = _shared(settings)
+    transaction.on_commit(lambda: submitter.send(body), using=using, robust=robust)
+
+
+def _shared(settings: Settings) -> TaskSubmitter:
+    """One for the process: its connections are kept open."""
+    global _submitter, _pid
+    with _lock:
+        # A child must not use its parent's sockets.
+        if _submitter is None or _pid != os.getpid():
+            _submitter, _pid = settings.submitter(), os.getpid()
+        return _submitter
+
+
+def _forget(*, setting: str, **kwargs: Any) -> None:
+    global _submitter
+    if setting == conf.NAME:
+        with _lock:
+            _submitter = None
+
+
+setting_changed.connect(_forget)

@@ -1,0 +1,213 @@
+"""Flask: handlers with an application context, settings from the application's config, and ``flask sekuire worker``.
+
+The extra is ``flask``. The extension keeps no state of an application in itself, so that one object serves factories
+and tests with many applications: what belongs to an application is in ``app.extensions["sekuire"]``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Callable, List, Optional, TypeVar
+
+import click
+import flask
+from flask.cli import AppGroup, ScriptInfo
+
+from .. import runner
+from ..calls import CallNext, Handler, Middleware
+from ..context import TaskContext
+from ..errors import ConfigurationError, SekuireError
+from ..exitcodes import FAILED, USAGE
+from ..registry import TaskRegistry
+from ..reloader import Reloader
+from ..sdk import SekuireSDK
+from ..worker import Worker
+from .settings import PREFIX, Settings
+
+__all__ = ["Sekuire", "tasks_of"]
+
+_H = TypeVar("_H", bound=Handler)
+_M = TypeVar("_M", bound=Middleware)
+
+_NAME = "sekuire"
+
+
+class _State:
+    """What one application has: its extension, and what its blueprints declare."""
+
+    def __init__(self) -> None:
+        self.extension: Optional[Sekuire] = None
+        self.registries: List[TaskRegistry] = []
+
+
+def _state(app: Any) -> _State:
+    state: _State = app.extensions.setdefault(_NAME, _State())
+    return state
+
+
+def _settings(app: flask.Flask) -> Settings:
+    values = {key[len(PREFIX) :]: value for key, value in app.config.items() if key.startswith(PREFIX)}
+    return Settings(values, lambda key: f"app.config[{PREFIX + key!r}]")
+
+
+class Sekuire:
+    """The extension: ``Sekuire(app)``, or ``Sekuire()`` and later ``init_app(app)``.
+
+    Handlers declared with :meth:`task` belong to every application that the extension is initialised with; those of a
+    blueprint (:func:`tasks_of`) to the applications that register the blueprint. Around each handler there is an
+    application context: ``current_app`` and ``g`` work, and what is torn down with it (a session of Flask-SQLAlchemy,
+    for example) is gone after the task, with the handler's exception if there was one.
+
+    Declared by one thread, before a worker is made; a worker takes what is there then.
+    """
+
+    def __init__(self, app: Optional[flask.Flask] = None) -> None:
+        self._declared: List[Callable[[TaskRegistry], object]] = []
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: flask.Flask) -> None:
+        """Attach the extension to ``app``, with the command ``flask sekuire worker``.
+
+        :raises ConfigurationError: another extension object is attached already.
+        """
+        state = _state(app)
+        if state.extension is not None and state.extension is not self:
+            raise ConfigurationError("the application has a Sekuire extension already; use one for all", "init_app")
+        state.extension = self
+        app.cli.add_command(_commands)
+
+    # -- declaring --
+
+    def task(
+        self, name: str, *, timeout: Optional[float] = None, max_concurrency: Optional[int] = None
+    ) -> Callable[[_H], _H]:
+        """``@sekuire.task("summarize")``: as :meth:`TaskRegistry.task() <sekuire.TaskRegistry.task>`."""
+
+        def register(function: _H) -> _H:
+            def declare(registry: TaskRegistry) -> object:
+                return registry.task(name, function, timeout=timeout, max_concurrency=max_concurrency)
+
+            # On a registry of its own first: a wrong argument is told where it stands.
+            declare(TaskRegistry())
+            self._declared.append(declare)
+            return function
+
+        if not isinstance(name, str):
+            raise ConfigurationError(
+                f"needs the capability's name first: @sekuire.task('summarize'), got {type(name).__name__}", "task"
+            )
+        return register
+
+    def include(self, registry: TaskRegistry) -> None:
+        """Have every worker include ``registry``."""
+        if not isinstance(registry, TaskRegistry):
+            raise ConfigurationError(f"must be a TaskRegistry, got {type(registry).__name__}", "include")
+        self._declared.append(lambda own: own.include(registry))
+
+    def middleware(self, function: _M) -> _M:
+        """Put ``function(ctx, input, call_next)`` around every handler, inside the application context."""
+        TaskRegistry().middleware(function)
+        self._declared.append(lambda own: own.middleware(function))
+        return function
+
+    # -- running --
+
+    def sdk(self, app: flask.Flask) -> SekuireSDK:
+        """An SDK with the application's settings, not yet started.
+
+        ``SEKUIRE_…`` keys of ``app.config`` win over environment variables of the same name.
+
+        :raises ConfigurationError: a setting is wrong, missing or unknown; the text names the key.
+        """
+        return _settings(app).sdk()
+
+    def create_worker(self, app: flask.Flask, sdk: Optional[SekuireSDK] = None, **options: Any) -> Worker:
+        """A worker for ``app``'s handlers, not yet started; ``sdk`` is made from the settings where it is not given.
+
+        :param options: options of :meth:`SekuireSDK.create_task_worker() <sekuire.SekuireSDK.create_task_worker>`,
+            which win over the settings.
+        :raises ConfigurationError: a wrong setting, a name declared twice, or no handler at all.
+        """
+        state = _state(app)
+        if state.extension is not self:
+            raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
+        settings = _settings(app)
+        worker = settings.worker(settings.sdk() if sdk is None else sdk, **options)
+
+        def in_context(ctx: TaskContext, input: Any, call_next: CallNext) -> Any:
+            with app.app_context():
+                return call_next(input)
+
+        worker.middleware(in_context)
+        registry = TaskRegistry()
+        for declare in self._declared:
+            declare(registry)
+        for one in state.registries:
+            registry.include(one)
+        worker.include(registry)
+        return worker
+
+
+def tasks_of(blueprint: flask.Blueprint) -> TaskRegistry:
+    """A registry whose handlers belong to every application that registers ``blueprint``."""
+    registry = TaskRegistry()
+    # Under the state that init_app finds or makes: blueprints may be registered before it or after.
+    blueprint.record(lambda setup: _state(setup.app).registries.append(registry))
+    return registry
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+_commands = AppGroup(_NAME, help="Work for a Sekuire platform.")
+
+
+@_commands.command("worker", with_appcontext=False)
+@click.option("--max-workers", type=click.IntRange(1, 10_000), help="Handlers that run at once.")
+@click.option(
+    "--stop-when-idle",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="End after so many seconds without a task.",
+)
+@click.option("--liveness-file", metavar="PATH", help="Touch this file every 5 s while the worker is alive.")
+@click.option("--reload", is_flag=True, help="For development: run it anew whenever a Python file is saved.")
+@click.pass_obj
+def _worker(
+    info: ScriptInfo,
+    max_workers: Optional[int],
+    stop_when_idle: Optional[float],
+    liveness_file: Optional[str],
+    reload: bool,
+) -> None:
+    """Run the application's handlers until SIGTERM or Ctrl-C, which drain it; a second one stops at once."""
+    if reload:
+        sys.exit(_reload())
+    changed = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
+    options = {name: value for name, value in changed.items() if value is not None}
+
+    def make() -> Worker:
+        app = info.load_app()
+        extension = _state(app).extension
+        assert extension is not None  # Else this command would not be there.
+        sdk = extension.sdk(app)
+        worker = extension.create_worker(app, sdk, **options)
+        sdk.start()
+        return worker
+
+    try:
+        code = runner.run(make, _report, liveness_file)
+    except SekuireError as error:
+        code = _report(error)
+    sys.exit(code)
+
+
+def _reload() -> int:
+    command = [sys.executable, "-m", "flask", *(one for one in sys.argv[1:] if one != "--reload")]
+    return Reloader(command, [os.getcwd()], say=lambda line: click.echo(f"reload: {line}", err=True)).run()
+
+
+def _report(error: SekuireError) -> int:
+    click.echo(f"flask sekuire worker: error: {error}", err=True)
+    return USAGE if isinstance(error, ConfigurationError) else FAILED

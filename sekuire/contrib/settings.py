@@ -1,0 +1,173 @@
+"""A framework's settings as options of the SDK and of its workers, with the environment behind them."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
+
+import attrs
+
+from ..config import (
+    CREDENTIALS_FILE_VARIABLE,
+    ENVIRONMENT,
+    ConnectionConfig,
+    SDKConfig,
+    WorkerConfig,
+    from_options,
+    read_environment,
+)
+from ..credentials import RuntimeCredentialsStore
+from ..errors import ConfigurationError
+from ..sdk import SekuireSDK
+from ..secret import as_secret
+from ..submission import TaskSubmitter
+from ..worker import Worker
+
+PREFIX = "SEKUIRE_"
+
+_SDK = frozenset(str(field.alias) for field in attrs.fields(SDKConfig)) - {"on_status_change"}
+#: What a worker has from its SDK is the SDK's; the interval is both's.
+_WORKER = (frozenset(str(field.alias) for field in attrs.fields(WorkerConfig)) - _SDK - {"token_provider"}) | {
+    "heartbeat_interval"
+}
+_CREDENTIALS_FILE = "CREDENTIALS_FILE"
+#: Key without its prefix → option: named as the environment variable where there is one, else as the option.
+_OPTIONS: Dict[str, str] = {name.upper(): name for name in sorted(_SDK | _WORKER)}
+for _option, _variable in ENVIRONMENT.items():
+    _OPTIONS.pop(_option.upper(), None)
+    _OPTIONS[_variable[len(PREFIX) :]] = _option
+
+
+class Settings:
+    """Options read from a framework's settings.
+
+    :param values: key without the prefix ``SEKUIRE_`` → value; None counts as not set. Keys are named as the
+        environment variables (``API_URL``, ``INSTALL_TOKEN``, ``CREDENTIALS_FILE``) or as the options
+        (``MAX_WORKERS``, ``TASK_TIMEOUT``).
+    :param label: the name under which the user knows a key, for errors.
+    :raises ConfigurationError: an unknown key.
+    """
+
+    def __init__(self, values: Mapping[str, Any], label: Callable[[str], str]) -> None:
+        self._label = label
+        self._keys: Dict[str, str] = {}
+        self._options: Dict[str, Any] = {}
+        self._file: Optional[Any] = None
+        for key, value in values.items():
+            if key == _CREDENTIALS_FILE:
+                self._file = value
+                continue
+            option = _OPTIONS.get(key)
+            if option is None:
+                close = difflib.get_close_matches(key, [*_OPTIONS, _CREDENTIALS_FILE], n=1)
+                hint = f"did you mean {label(close[0])}?" if close else "the configuration page lists all settings"
+                raise ConfigurationError(f"is no setting of sekuire; {hint}", label(key))
+            if value is not None:
+                self._keys[option] = key
+                self._options[option] = value
+
+    def sdk(self) -> SekuireSDK:
+        """An SDK from these settings and, behind them, the environment; not yet started.
+
+        :raises ConfigurationError: a setting or variable is wrong or missing; the text names it.
+        """
+        options = _only(self._options, _SDK)
+        try:
+            if self._file is not None and "credentials_store" not in options:
+                options["credentials_store"] = RuntimeCredentialsStore(path=self._file)
+            return SekuireSDK.from_env(**options)
+        except ConfigurationError as error:
+            found = error
+        finally:
+            # An error's frames must not hold plain tokens.
+            options.clear()
+        raise self._named(found)
+
+    def worker(self, sdk: SekuireSDK, **options: Any) -> Worker:
+        """A worker of ``sdk`` from these settings; ``options`` win over them.
+
+        :raises ConfigurationError: as :meth:`sdk`.
+        """
+        own = {name: value for name, value in self._options.items() if name in _WORKER and name not in options}
+        try:
+            return sdk.create_task_worker(**own, **options)
+        except ConfigurationError as error:
+            found = error
+        raise self._named(found) if found.option in own else found
+
+    def check(self) -> None:
+        """Check every value that is set, here or in the environment, without needing those that are not.
+
+        :raises ConfigurationError: a wrong value; the text names it.
+        """
+        options, sources = self._resolved()
+        own = _only(self._options, _WORKER)
+        try:
+            if self._file is not None:
+                RuntimeCredentialsStore(path=self._file)
+            from_options(SDKConfig, {"agent_id": "unknown", **_only(options, _SDK)}, sources)
+            from_options(WorkerConfig, {**own, "agent_id": "unknown"})
+            return
+        except ConfigurationError as error:
+            found = error
+        finally:
+            options.clear()
+        raise self._named(found)
+
+    def options(self) -> Dict[str, Any]:
+        """All options that are set, here or in the environment; tokens among them as plain text."""
+        return self._resolved()[0]
+
+    def has_credentials_file(self) -> bool:
+        """Whether the credentials last."""
+        return self._file is not None or bool(os.environ.get(CREDENTIALS_FILE_VARIABLE))
+
+    def agent_id(self) -> str:
+        """Whose settings these are.
+
+        :raises ConfigurationError: nobody's.
+        """
+        agent_id: Optional[str] = self._resolved()[0].get("agent_id")
+        if agent_id is None:
+            raise ConfigurationError("is required; set SEKUIRE_AGENT_ID", self._label("AGENT_ID"))
+        return agent_id
+
+    def submitter(self) -> TaskSubmitter:
+        """What submits tasks with the API key.
+
+        :raises ConfigurationError: there is none, or another setting is wrong.
+        """
+        options, sources = self._resolved()
+        connection = frozenset(str(field.alias) for field in attrs.fields(ConnectionConfig))
+        try:
+            if options.get("api_key") is None:
+                raise ConfigurationError("is required to submit tasks; set SEKUIRE_API_KEY", self._label("API_KEY"))
+            config = from_options(ConnectionConfig, _only(options, connection), sources)
+            return TaskSubmitter(config, as_secret(options["api_key"], "api_key"))
+        except ConfigurationError as error:
+            found = error
+        finally:
+            options.clear()
+        raise self._named(found)
+
+    def _resolved(self) -> Tuple[Dict[str, Any], Dict[str, str]]:
+        return read_environment(self._options, tuple(ENVIRONMENT))
+
+    def _named(self, error: ConfigurationError) -> ConfigurationError:
+        """``error``, new and without its frames, with the name that the user knows its option by."""
+        key = self._keys.get(error.option or "")
+        if error.option == "path" and self._file is not None:
+            key = _CREDENTIALS_FILE
+        if error.source is not None or key is None:
+            return ConfigurationError(error.problem, error.option, error.source)
+        return ConfigurationError(error.problem, self._label(key))
+
+
+def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
+
+
+def known_keys() -> Tuple[str, ...]:
+    """All keys, without the prefix."""
+    return (*_OPTIONS, _CREDENTIALS_FILE)

@@ -1,0 +1,192 @@
+"""A command run again whenever source files change, each time after the run before has ended in order."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from types import FrameType
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+from .config import CREDENTIALS_FILE_VARIABLE
+from .errors import ConfigurationError
+from .exitcodes import INTERRUPTED, OK
+
+#: Seconds between two looks at the child.
+_SLICE = 0.1
+#: Milliseconds that changes are collected: an editor saves in several steps, a checkout in hundreds.
+_DEBOUNCE = 300
+#: Seconds that the watch may take to be set up, and to end.
+_PATIENCE = 10.0
+
+#: What happened: changed files, or the number of a signal.
+_Event = Union[Tuple[str, ...], int]
+
+
+class Reloader:
+    """Runs ``command`` as a child, and anew when a Python file below ``paths`` was saved (extra ``reload``).
+
+    The child gets SIGTERM (on Windows CTRL_BREAK), which lets a worker drain; the next one starts when it has ended. A
+    child that ends by itself, because of a syntax error for example, is not started again before the next save. Where
+    the environment names no credentials file, one that only this user can read is kept for the children: an install
+    token can be used up by the first of them.
+
+    :meth:`run` belongs to the main thread, which alone starts and ends children. ``sekuire-reload`` watches the files
+    and tells it by a queue; it ends with :meth:`run`. A signal handler puts one item into the same queue.
+
+    :param say: called with each line for the user, on the main thread.
+    :raises ConfigurationError: the extra is not installed, or a path is no directory.
+    """
+
+    def __init__(self, command: Sequence[str], paths: Sequence[str], *, say: Callable[[str], None]) -> None:
+        for path in paths:
+            if not os.path.isdir(path):
+                raise ConfigurationError(f"there is no directory {path!r} to watch", "reload")
+        self._watch = _watcher()
+        self._command = list(command)
+        self._paths = list(paths)
+        self._say = say
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._over = threading.Event()
+        self._child: Optional[subprocess.Popen[bytes]] = None
+        self._first_signal: Optional[int] = None
+        self._is_watching = threading.Event()
+
+    def run(self) -> int:
+        """Until a signal, and the end of the child after it; the exit code: 130 after Ctrl-C, else 0."""
+        previous = self._take_signals()
+        thread = threading.Thread(target=self._report_changes, name="sekuire-reload", daemon=True)
+        directory = None if os.environ.get(CREDENTIALS_FILE_VARIABLE) else tempfile.mkdtemp(prefix="sekuire-")
+        environ = dict(os.environ)
+        if directory is not None:
+            environ[CREDENTIALS_FILE_VARIABLE] = os.path.join(directory, "credentials.json")
+        try:
+            thread.start()
+            # A save between the import of a file and the first look at it would be missed.
+            self._is_watching.wait(_PATIENCE)
+            self._loop(environ)
+        finally:
+            self._over.set()
+            if self._child is not None:
+                self._child.kill()
+                self._child.wait()
+            thread.join(_PATIENCE)
+            for number, handler in previous.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
+        return INTERRUPTED if self._first_signal == signal.SIGINT else OK
+
+    # -- the main thread --
+
+    def _loop(self, environ: Mapping[str, str]) -> None:
+        self._begin(environ)
+        while self._first_signal is None:
+            event = self._next_event()
+            if isinstance(event, int):
+                self._first_signal = event
+            elif event is not None:
+                self._say(f"{_named(event)} changed; {'restarting' if self._child is None else 'draining'}")
+                self._end()
+                if self._first_signal is None:
+                    self._begin(environ)
+            else:
+                self._notice_end()
+        self._end()
+
+    def _begin(self, environ: Mapping[str, str]) -> None:
+        # Apart from this process's terminal and group: else Ctrl-C would reach it twice, and cut its drain short.
+        options: Dict[str, Any] = {"start_new_session": True}
+        if os.name == "nt":
+            options = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+        self._child = subprocess.Popen(self._command, env=environ, stdin=subprocess.DEVNULL, **options)
+
+    def _notice_end(self) -> None:
+        code = None if self._child is None else self._child.poll()
+        if code is not None:
+            self._child = None
+            self._say(f"the worker has ended (exit code {code}); it starts again when a file is saved")
+
+    def _end(self) -> None:
+        """End the child in order; further signals hurry it, changes meanwhile belong to this restart."""
+        child, hurries = self._child, 0
+        if child is None:
+            return
+        _send(child)
+        while child.poll() is None:
+            event = self._next_event()
+            if not isinstance(event, int):
+                continue
+            self._first_signal = self._first_signal or event
+            hurries += 1
+            if hurries > 2:
+                child.kill()
+            else:
+                _send(child)
+        self._child = None
+
+    def _next_event(self) -> Optional[_Event]:
+        try:
+            return self._events.get(timeout=_SLICE)
+        except queue.Empty:
+            return None
+
+    def _take_signals(self) -> Dict[int, Any]:
+        previous: Dict[int, Any] = {}
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # nohup ignores SIGHUP; otherwise a closed terminal would leave the child behind.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, self._note)
+        return previous
+
+    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+        self._events.put(number)
+
+    # -- the watching thread --
+
+    def _report_changes(self) -> None:
+        changes = self._watch(
+            *self._paths, stop_event=self._over, debounce=_DEBOUNCE, rust_timeout=200, yield_on_timeout=True,
+            raise_interrupt=False,
+        )  # fmt: skip
+        for found in changes:
+            # The first yield, of no change, says that the watch is set up.
+            self._is_watching.set()
+            if found:
+                self._events.put(tuple(sorted(path for _, path in found)))
+
+
+def _watcher() -> Callable[..., Any]:
+    try:
+        import watchfiles
+    except ImportError as error:
+        problem = f"needs the package watchfiles ({error}); run: pip install 'sekuire[reload]'"
+    else:
+        only_python = watchfiles.PythonFilter()
+
+        def watch(*paths: str, **options: Any) -> Any:
+            return watchfiles.watch(*paths, watch_filter=only_python, **options)
+
+        return watch
+    raise ConfigurationError(problem, "reload")
+
+
+def _named(paths: Sequence[str]) -> str:
+    names: List[str] = []
+    for path in paths[:3]:
+        # Another drive, on Windows, has no relative path.
+        try:
+            names.append(os.path.relpath(path))
+        except ValueError:
+            names.append(path)
+    return ", ".join(names) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _send(child: subprocess.Popen[bytes]) -> None:
+    """Ask the child to stop in order; where it has ended meanwhile, nothing happens."""
+    child.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM) if os.name == "nt" else signal.SIGTERM)

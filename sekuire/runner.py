@@ -1,0 +1,174 @@
+"""A Worker as a process: signals from the first line on, the SDK's end, a liveness file, and an exit that comes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple, Union
+
+from . import lifecycle
+from .errors import ConfigurationError, SekuireError
+from .exitcodes import INTERRUPTED, OK
+from .lifecycle import Deadline, PeriodicThread, join_all
+from .worker import Worker
+
+#: Seconds that flushing may take where handlers still run, and that idle threads get to end.
+_FLUSH_TIME = 3.0
+_IDLE_TIME = 1.0
+#: Seconds between two touches of the liveness file.
+LIVENESS_INTERVAL = 5.0
+
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+)  # fmt: skip
+
+
+def run(
+    make: Callable[[], Worker],
+    report: Callable[[SekuireError], int],
+    liveness_file: Union[str, os.PathLike[str], None] = None,
+) -> int:
+    """Make a worker, run it until it has stopped, and shut its SDK down; the exit code.
+
+    SIGTERM and Ctrl-C end the making; once the worker runs they drain it, and a second one hurries that. Where a
+    handler still runs after all, the process ends here: the interpreter would wait for it for ever.
+
+    :param make: makes the worker, for example by importing the user's module.
+    :param report: tells the user of the error because of which the worker stopped; the exit code that it means.
+    :param liveness_file: touched every 5 s while the worker is alive, removed at its end; for a probe.
+    :raises ConfigurationError: the liveness file cannot be written.
+    """
+    with _Signals() as signals:
+        try:
+            worker = make()
+        except _Ended as ended:
+            return ended.code
+        with _liveness(worker, liveness_file):
+            signals.leave_with = INTERRUPTED
+            code = _serve(worker, report)
+            signals.leave_with = code
+        if _is_busy(worker):
+            _leave_at_once(code)
+    return code
+
+
+class _Ended(BaseException):
+    """SIGTERM before the worker ran; not an Exception, so that the user's module does not take it for a failure."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _Signals:
+    """The signals while the Worker does not hold them itself: before it runs they end the import, after it the process.
+
+    The Worker replaces these handlers for the time of ``start(block=True)``, and puts them back. Main thread only; a
+    context manager.
+    """
+
+    def __init__(self) -> None:
+        #: The exit code for a signal after the worker ran; None before.
+        self.leave_with: Optional[int] = None
+        self._previous: List[Tuple[int, Any]] = []
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = [(number, signal.signal(number, self._note)) for number in _SIGNALS]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous:
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+        if self.leave_with is not None:
+            os._exit(self.leave_with)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise _Ended(OK)
+
+
+def _serve(worker: Worker, report: Callable[[SekuireError], int]) -> int:
+    """Run ``worker`` until it has stopped, then its SDK; the exit code."""
+    try:
+        worker.start(block=True)
+        code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
+    except SekuireError as error:
+        code = report(error)
+    if worker._sdk is not None:
+        # The SDK's Beacon keeps the lease as long as it beats: its last heartbeat says that the agent has stopped.
+        worker._sdk.shutdown()
+    return code
+
+
+def _is_busy(worker: Worker) -> bool:
+    """Whether handlers still run. The interpreter would wait for them for ever."""
+    threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
+    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().stragglers)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End the process without waiting for any thread, after what is still held back has been written."""
+    # On a thread with a limit: a handler that hangs in a write to stdout holds the lock that a flush needs.
+    thread = threading.Thread(target=_flush, name="sekuire-flush", daemon=True)
+    thread.start()
+    thread.join(_FLUSH_TIME)
+    os._exit(code)
+
+
+def _flush() -> None:
+    steps: List[Callable[[], object]] = [lifecycle._leave, logging.shutdown]
+    steps += [stream.flush for stream in (sys.stdout, sys.stderr) if stream is not None]
+    for step in steps:
+        try:
+            step()
+        except Exception:  # noqa: BLE001  # Nothing is left that could hear of it.
+            pass
+
+
+# -- the liveness file ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Iterator[None]:
+    """Keep the file's time fresh while the worker's own threads live.
+
+    Whether the platform can be reached does not matter: a restart would not mend that, and would lose what runs.
+    """
+    if path is None:
+        yield
+        return
+    _touch(path)
+    thread = PeriodicThread("sekuire-liveness", lambda: _touch_if_alive(worker, path), lambda: LIVENESS_INTERVAL)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.stop()
+        thread.join(Deadline(_IDLE_TIME))
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def _touch(path: Union[str, os.PathLike[str]]) -> None:
+    problem = ""
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        problem = error.strerror or type(error).__name__
+    if problem:
+        raise ConfigurationError(f"cannot write {os.fspath(path)!r}: {problem}", "liveness_file")
+
+
+def _touch_if_alive(worker: Worker, path: Union[str, os.PathLike[str]]) -> None:
+    if worker.is_alive():
+        with contextlib.suppress(ConfigurationError):
+            _touch(path)

@@ -1,0 +1,83 @@
+"""Submitting tasks with an API key: the other side of a worker, for programs that give work away."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from . import protocol
+from .config import ConnectionConfig, check_capability
+from .errors import ConfigurationError, SekuireError, TransportError
+from .secret import Secret
+from .transport.http import HttpClient
+
+#: Fields of a task that its submitter may give (docs/protocol.md, "Platform side").
+FIELDS = ("workspace_id", "trace_id", "timeout_ms", "max_attempts")
+
+
+class TaskSubmitter:
+    """Submits tasks to agents. Any thread may call it; it has no thread and no lock of its own.
+
+    :param api_key: the platform's key, ``sk_live_...``.
+    :param pool_size: connections kept open: the threads that submit.
+    """
+
+    def __init__(self, config: ConnectionConfig, api_key: Secret, *, pool_size: int = 10) -> None:
+        self.http = HttpClient(config, pool_size=pool_size)
+        self.credential = functools.partial(protocol.api_key_header, api_key)
+
+    def submit(self, capability: str, input: Any, agent_id: str, **fields: Any) -> str:
+        """Submit one task; as :meth:`prepare` and :meth:`send`."""
+        return self.send(self.prepare(capability, input, agent_id, **fields))
+
+    @staticmethod
+    def prepare(capability: str, input: Any, agent_id: str, **fields: Any) -> bytes:
+        """A task's body, for :meth:`send`.
+
+        :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``.
+        :raises ConfigurationError: a wrong capability, agent or field, or an input without a JSON form.
+        """
+        return _body(capability, input, agent_id, fields)
+
+    def send(self, body: bytes) -> str:
+        """Submit a task, once: a second try could make a second task. Its id.
+
+        :raises TransportError: no answer came; whether the task was submitted is not known.
+        :raises APIError: the platform refused it.
+        """
+        problem = ""
+        try:
+            reply = self.http.request("POST", self.http.endpoints.path("tasks"), body=body, credential=self.credential)
+        except TransportError as error:
+            problem = str(error)
+        if problem:
+            raise TransportError(f"{problem}; whether the task was submitted is not known")
+        reply.check()
+        task_id = None
+        try:
+            task = reply.json()
+            task_id = task.get("task_id") or task.get("id")
+        except (protocol.Malformed, AttributeError):
+            pass
+        if not protocol.is_id(task_id):
+            raise SekuireError("the platform's answer names no task_id; is the URL a Sekuire platform's?")
+        return task_id
+
+    def close(self) -> None:
+        self.http.close()
+
+
+def _body(capability: str, input: Any, agent_id: str, fields: Any) -> bytes:
+    check_capability(capability, "capability")
+    if not protocol.is_id(agent_id):
+        raise ConfigurationError(
+            f"must be a non-empty str of at most 256 bytes without control characters, got {agent_id!r}", "agent_id"
+        )
+    for name in fields:
+        if name not in FIELDS:
+            raise ConfigurationError(f"is no field of a task; known are {', '.join(FIELDS)}", name)
+    try:
+        return protocol.submit_body(capability, input, agent_id, fields)
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ConfigurationError(f"the task cannot be written as JSON: {problem}")

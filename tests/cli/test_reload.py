@@ -1,0 +1,214 @@
+"""sekuire worker --reload: new code after each save, and nothing lost between."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import pytest
+
+from sekuire.local import LocalPlatform
+
+from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, until, variables
+
+pytest.importorskip("watchfiles")
+pytestmark = POSIX_ONLY
+
+#: A worker from the environment alone; the second part differs from save to save.
+MODULE = """
+import os, time
+from sekuire import SekuireSDK
+
+def make_worker():
+    sdk = SekuireSDK.from_env(heartbeat_interval=0.2)
+    sdk.start()
+    worker = sdk.create_task_worker()
+    worker.on_task("answer", answer)
+    return worker
+
+def answer(ctx, input):
+    ctx.report_progress(0.5)
+    while input and not os.path.exists(input["until"]):
+        time.sleep(0.01)
+    return {version!r}
+"""
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[str], None]:
+    """Write the user's module in one step, as an editor does."""
+
+    def write(text: str) -> None:
+        part = tmp_path / "tasks.py.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(tmp_path / "tasks.py")
+
+    return write
+
+
+@pytest.fixture
+def environment(platform: LocalPlatform, tmp_path: Path) -> Dict[str, str]:
+    """An agent whose install token can be used once, and a folder for temporary files that can be looked into."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return variables(platform, TMPDIR=str(folder), PYTHONDONTWRITEBYTECODE="1")
+
+
+def begin(run: Run, environment: Dict[str, str], *args: str) -> Process:
+    process = run("worker", "tasks:make_worker", "--reload", "-v", *args, env=environment)
+    process.line("stderr", "the task stream is open")
+    return process
+
+
+def answer(platform: LocalPlatform, input: Any = None) -> Any:
+    return platform.wait(platform.submit("answer", input, agent_id=AGENT), timeout=30)["output"]
+
+
+def children(process: Process) -> List[int]:
+    """Processes that ``process`` has started and that have not ended."""
+    text = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children").read_text()
+    return [int(number) for number in text.split()]
+
+
+needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+
+
+@needs_proc
+def test_a_save_drains_and_restarts(
+    run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
+) -> None:
+    """The running task ends with the old code, the next one runs the new, and all is one installation."""
+    save(MODULE.replace("{version!r}", "'one'"))
+    process = begin(run, environment)
+    (first,) = children(process)
+    running = platform.submit("answer", {"until": "go"}, agent_id=AGENT)
+    until(lambda: platform.progress(running))
+    save(MODULE.replace("{version!r}", "'two'"))
+    process.line("stderr", "tasks.py changed; draining")
+    process.line("stderr", "signal 15: stopping")
+    assert platform.task(running)["status"] == "assigned"
+    (tmp_path / "go").touch()
+    assert platform.wait(running, timeout=30)["output"] == "one"
+    assert answer(platform) == "two"
+    (second,) = children(process)
+    assert second != first
+    assert len(platform.installations()) == 1
+    process.signal(signal.SIGTERM)
+    code, out, _ = process.end()
+    assert (code, out) == (0, "")
+    assert platform.heartbeats(platform.installations()[0]["installation_id"])[-1]["status"] == "stopped"
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_syntax_error_waits_for_the_next_save(
+    run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str]
+) -> None:
+    """It is shown once, nothing is restarted meanwhile, and the mended file runs."""
+    save(MODULE.replace("{version!r}", "'one'"))
+    process = begin(run, environment)
+    save("def broken(:\n")
+    process.line("stderr", "SyntaxError")
+    process.line("stderr", "the worker has ended (exit code 2); it starts again when a file is saved")
+    save(MODULE.replace("{version!r}", "'mended'"))
+    process.line("stderr", "tasks.py changed; restarting")
+    assert answer(platform) == "mended"
+    process.signal(signal.SIGTERM)
+    code, _, err = process.end()
+    assert code == 0
+    assert err.count("error: importing 'tasks' failed") == 1
+
+
+@needs_proc
+def test_ctrl_c(
+    run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
+) -> None:
+    """The child drains; a second Ctrl-C stops it at once. No process and no file stays."""
+    save(MODULE.replace("{version!r}", "'one'"))
+    process = begin(run, environment)
+    (child,) = children(process)
+    running = platform.submit("answer", {"until": "never"}, agent_id=AGENT)
+    until(lambda: platform.progress(running))
+    process.signal(signal.SIGINT)
+    process.line("stderr", "signal 15: stopping")
+    process.signal(signal.SIGINT)
+    process.line("stderr", "a second signal: stopping at once")
+    code, _, err = process.end()
+    assert code == 130
+    assert "Traceback" not in err
+    assert platform.task(running)["error"]["code"] == "worker_shutdown"
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_credentials_are_private_while_it_runs(
+    run: Run, save: Callable[[str], None], environment: Dict[str, str], tmp_path: Path
+) -> None:
+    """The children's credentials lie in a folder of this user alone; a file that the user named is left to him."""
+    save(MODULE.replace("{version!r}", "'one'"))
+    process = begin(run, environment)
+    folder = tmp_path / "temporary"
+    (made,) = folder.iterdir()
+    assert made.stat().st_mode & 0o777 == 0o700
+    until((made / "credentials.json").exists)
+    assert (made / "credentials.json").stat().st_mode & 0o777 == 0o600
+    process.signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+    mine = tmp_path / "mine.json"
+    process = begin(run, {**environment, "SEKUIRE_CREDENTIALS_FILE": str(mine)})
+    assert list(folder.iterdir()) == []
+    process.signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+    assert mine.exists()
+
+
+def test_watches_the_directories_that_are_named(
+    run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
+) -> None:
+    """A save elsewhere, or of a file that is not Python, restarts nothing."""
+    (tmp_path / "library").mkdir()
+    save(MODULE.replace("{version!r}", "'one'"))
+    process = begin(run, environment, "--reload-dir", "library")
+    save(MODULE.replace("{version!r}", "'two'"))
+    (tmp_path / "library" / "notes.txt").write_text("no code")
+    (tmp_path / "library" / "helper.py").write_text("X = 1")
+    line = process.line("stderr", "changed; draining")
+    assert re.search(r"reload: library.helper\.py changed", line)
+    assert answer(platform) == "two"
+    process.signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("tasks:worker", "--reload", "--reload-dir", "nowhere"), "there is no directory 'nowhere' to watch"),
+        (("tasks:worker", "--reload-dir", "."), "--reload-dir goes with --reload"),
+        (("tasks.py", "--reload"), "is not of the form MODULE:WORKER"),
+    ],
+)
+def test_wrong_usage(call: Call, arguments: List[str], text: str) -> None:
+    """It is told before anything is started."""
+    code, _, err = call("worker", *arguments)
+    assert code == 2
+    assert text in err
+
+
+def test_without_the_extra(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the extra."""
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    code, _, err = call("worker", "tasks:worker", "--reload")
+    assert code == 2
+    assert "pip install 'sekuire[reload]'" in err
+
+
+def test_nothing_is_kept_where_the_extra_is_missing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No temporary folder is made before everything is known to be right."""
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: pytest.fail("too early"))
+    assert call("worker", "tasks:worker", "--reload")[0] == 2

@@ -1,0 +1,1 @@
+"""An installed app for the tests of the bridge to Django."""

@@ -1,0 +1,377 @@
+"""Django: what is around a handler, tasks on commit, checks and settings, with the real framework."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List
+
+import pytest
+
+from sekuire.errors import ConfigurationError, TransportError
+from sekuire.local import LocalPlatform
+
+from ..cli.conftest import POSIX_ONLY, Run
+from ..conftest import AGENT
+from ..scripted import GUARD, until
+
+django = pytest.importorskip("django")
+
+from django.conf import settings  # noqa: E402
+
+if not settings.configured:
+    # A file, because a database in memory is never closed, and settings are made once for the process.
+    DIRECTORY = tempfile.mkdtemp(prefix="sekuire-django-")
+    atexit.register(shutil.rmtree, DIRECTORY, ignore_errors=True)
+    settings.configure(
+        DATABASES={
+            "default": {
+                "ENGINE": "django.db.backends.sqlite3",
+                "NAME": f"{DIRECTORY}/notes.db",
+                "OPTIONS": {"timeout": 20},
+            }
+        },
+        INSTALLED_APPS=["tests.contrib.djangoapp", "sekuire.contrib.django"],
+        DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
+        LANGUAGE_CODE="de",
+        TIME_ZONE="Europe/Berlin",
+        USE_TZ=True,
+        SECRET_KEY="for tests",
+        DEBUG=True,
+    )
+    django.setup()
+
+from django.core.management import CommandError, call_command  # noqa: E402
+from django.db import connection, connections, transaction  # noqa: E402
+from django.test import override_settings  # noqa: E402
+
+from sekuire.contrib.django import checks, conf, handlers, submit_on_commit  # noqa: E402
+
+from .djangoapp.models import Note  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def database() -> Iterator[None]:
+    """The table, and no connection that stays."""
+    with connection.schema_editor() as editor:
+        editor.create_model(Note)
+    yield
+    with connection.schema_editor() as editor:
+        editor.delete_model(Note)
+    connections.close_all()
+
+
+@pytest.fixture
+def configured(platform: LocalPlatform) -> Iterator[None]:
+    values = {
+        "API_URL": platform.url,
+        "AGENT_ID": AGENT,
+        "INSTALL_TOKEN": platform.create_install_token(AGENT),
+        "API_KEY": platform.api_key,
+        "HEARTBEAT_INTERVAL": 0.2,
+    }
+    with override_settings(SEKUIRE=values):
+        yield
+
+
+def submitted(platform: LocalPlatform) -> List[Dict[str, Any]]:
+    """All tasks, as the platform lists them."""
+    request = urllib.request.Request(f"{platform.url}/api/v1/tasks", headers={"X-API-Key": platform.api_key})
+    with urllib.request.urlopen(request, timeout=GUARD) as answer:
+        found: List[Dict[str, Any]] = json.load(answer)["tasks"]
+    return found
+
+
+def results(platform: LocalPlatform, *capabilities: str) -> List[Any]:
+    """What a worker with one thread makes of the tasks, one after the other."""
+    found = []
+    with conf.read().sdk() as sdk, conf.make_worker(sdk, max_workers=1):
+        for name in capabilities:
+            found.append(platform.wait(platform.submit(name, None, agent_id=AGENT), timeout=GUARD))
+    return [one["output"] if one["status"] == "completed" else one["error"] for one in found]
+
+
+@pytest.mark.usefixtures("configured")
+class TestAround:
+    def test_a_task_begins_as_a_request_does(self, platform: LocalPlatform) -> None:
+        """Nothing of the task before is there: connection, queries, language, time zone."""
+        first, second = results(platform, "look", "look")
+        for one in (first, second):
+            assert (one["was_open"], one["queries"]) == (False, 0)
+            assert (one["language"], one["zone"]) == ("de", "Europe/Berlin")
+
+    def test_persistent_connections_stay(self, platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With CONN_MAX_AGE a thread's next task finds the connection open."""
+        monkeypatch.setitem(settings.DATABASES["default"], "CONN_MAX_AGE", None)
+        monkeypatch.setitem(connections.settings["default"], "CONN_MAX_AGE", None)
+        first, second = results(platform, "look", "look")
+        assert (first["was_open"], second["was_open"]) == (False, True)
+        assert first["connection"] == second["connection"]
+        assert second["queries"] == 0
+
+    def test_an_open_transaction_is_rolled_back(self, platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a handler left uncommitted is gone with its connection; the next task has a clean one."""
+        monkeypatch.setitem(connections.settings["default"], "CONN_MAX_AGE", None)
+        _, second = results(platform, "spoil", "look")
+        assert (second["was_open"], second["count"]) == (False, 0)
+
+    def test_an_async_handler(self, platform: LocalPlatform) -> None:
+        """It may use the async interface of the ORM."""
+        Note.objects.create(text="one")
+        assert results(platform, "async") == [1]
+
+
+@pytest.mark.usefixtures("configured")
+class TestSubmitOnCommit:
+    def test_waits_for_the_commit(self, platform: LocalPlatform) -> None:
+        """The task is not there before the commit, and has the input of the call, not of later."""
+        input = {"note": 1}
+        with transaction.atomic():
+            Note.objects.create(text="kept")
+            submit_on_commit("look", input, trace_id="trace-1", timeout_ms=5000, max_attempts=2)
+            input["note"] = 2
+            assert submitted(platform) == []
+        (task,) = submitted(platform)
+        assert (task["capability"], task["agent_id"], task["input"]) == ("look", AGENT, {"note": 1})
+        assert (task["trace_id"], task["timeout_ms"]) == ("trace-1", 5000)
+
+    def test_a_rollback_submits_nothing(self, platform: LocalPlatform) -> None:
+        """Neither of a whole transaction nor of a savepoint."""
+        with pytest.raises(ValueError, match="on purpose"):
+            with transaction.atomic():
+                submit_on_commit("look", None)
+                raise ValueError("on purpose")
+        with transaction.atomic():
+            with pytest.raises(ValueError, match="on purpose"):
+                with transaction.atomic():
+                    submit_on_commit("look", None)
+                    raise ValueError("on purpose")
+        assert submitted(platform) == []
+
+    def test_without_a_transaction(self, platform: LocalPlatform) -> None:
+        """It goes out at once."""
+        submit_on_commit("look", [1], agent_id="another-agent")
+        assert [task["agent_id"] for task in submitted(platform)] == ["another-agent"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (("a,b", None), "cannot name a capability"),
+            (("look", {1, 2}), "the task cannot be written as JSON: TypeError"),
+            (("look", float("nan")), "the task cannot be written as JSON: ValueError"),
+        ],
+    )
+    def test_a_wrong_task(self, arguments: Any, text: str) -> None:
+        """It is told at the call: after the commit it would be too late."""
+        with transaction.atomic():
+            with pytest.raises(ConfigurationError, match=text):
+                submit_on_commit(*arguments)
+        with pytest.raises(ConfigurationError, match="is no field of a task; known are workspace_id"):
+            submit_on_commit("look", None, priority=1)
+
+    def test_a_platform_that_is_not_there(self, platform: LocalPlatform) -> None:
+        """The data is committed, and the error says that the task is in doubt; robust=True hands it to Django's log."""
+        with override_settings(SEKUIRE={**settings.SEKUIRE, "API_URL": "http://127.0.0.1:9"}):
+            with pytest.raises(TransportError, match="whether the task was submitted is not known"):
+                with transaction.atomic():
+                    Note.objects.create(text="kept")
+                    submit_on_commit("look", None)
+            with transaction.atomic():
+                submit_on_commit("look", None, robust=True)
+        assert Note.objects.count() == 1
+
+    @pytest.mark.parametrize(
+        ("key", "text"),
+        [
+            ("API_KEY", r"settings.SEKUIRE\['API_KEY'\]: is required to submit tasks; set SEKUIRE_API_KEY"),
+            ("AGENT_ID", r"settings.SEKUIRE\['AGENT_ID'\]: is required; set SEKUIRE_AGENT_ID"),
+        ],
+    )
+    def test_a_missing_setting(self, key: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The error names it."""
+        monkeypatch.delenv(f"SEKUIRE_{key}", raising=False)
+        with override_settings(SEKUIRE={**settings.SEKUIRE, key: None}):
+            with pytest.raises(ConfigurationError, match=text):
+                submit_on_commit("look", None)
+
+
+class TestChecks:
+    def ids(self, check: Callable[..., Any]) -> List[str]:
+        return [message.id for message in check(None)]
+
+    def test_nothing_is_wrong(self, tmp_path: Path) -> None:
+        """Credentials may be missing: a web process needs none."""
+        with override_settings(SEKUIRE={"AGENT_ID": AGENT, "CREDENTIALS_FILE": tmp_path / "c.json"}):
+            assert self.ids(checks.check_settings) == []
+        assert self.ids(checks.check_handlers) == []
+        call_command("check", verbosity=0)
+
+    @pytest.mark.parametrize(
+        ("values", "text"),
+        [
+            ([], "settings.SEKUIRE: must be a dict"),
+            ({"AGENTID": "a"}, "settings.SEKUIRE['AGENTID']: is no setting of sekuire; did you mean"),
+            ({"MAX_WORKERS": 0}, "settings.SEKUIRE['MAX_WORKERS']: must be"),
+            ({"API_URL": "api.sekuire.ai"}, "settings.SEKUIRE['API_URL']: must begin with https://"),
+            ({"API_KEY": "sk_live canary"}, "settings.SEKUIRE['API_KEY']: holds whitespace"),
+            ({"CREDENTIALS_FILE": "/nowhere/c.json"}, "settings.SEKUIRE['CREDENTIALS_FILE']: the directory '/nowhere'"),
+        ],
+    )
+    def test_wrong_settings(self, values: Any, text: str) -> None:
+        """manage.py check names the setting and quotes no key."""
+        with override_settings(SEKUIRE=values):
+            (message,) = checks.check_settings(None)
+            with pytest.raises(Exception, match=r"sekuire\.E001"):
+                call_command("check", verbosity=0)
+        assert (message.id, "canary" in message.msg) == ("sekuire.E001", False)
+        assert message.msg.startswith(text)
+
+    def test_a_wrong_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A value from the environment is told with its variable."""
+        monkeypatch.setenv("SEKUIRE_API_URL", "api.sekuire.ai")
+        (message,) = checks.check_settings(None)
+        assert "environment variable SEKUIRE_API_URL" in message.msg
+
+    @pytest.mark.parametrize(
+        ("code", "id", "text"),
+        [
+            ("@task\ndef f(ctx, input): ...", "sekuire.E002", "needs the capability's name first"),
+            ("@task('x')\ndef f(ctx): ...", "sekuire.E002", "must accept two arguments"),
+            ("@task('look')\ndef f(ctx, input): ...", "sekuire.E002", "is taken by look"),
+            ("import no_such_module", "sekuire.E003", "ModuleNotFoundError"),
+            ("def f(:", "sekuire.E003", "SyntaxError"),
+        ],
+    )
+    def test_wrong_handlers(
+        self, code: str, id: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A module that cannot be used, or not be imported, is an error that says why."""
+        app = tmp_path / "wrongapp"
+        app.mkdir()
+        (app / "__init__.py").touch()
+        (app / "sekuire_tasks.py").write_text(f"from sekuire.contrib.django import task\n{code}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        # A worker of another test may have taken the handlers.
+        monkeypatch.setattr(handlers.tasks, "_frozen", None)
+        try:
+            with override_settings(INSTALLED_APPS=[*settings.INSTALLED_APPS, "wrongapp"]):
+                (message,) = checks.check_handlers(None)
+        finally:
+            for name in [name for name in sys.modules if name.startswith("wrongapp")]:
+                del sys.modules[name]
+        assert (message.id, text in message.msg) == (id, True), message
+
+    def test_no_handler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An app that is installed for nothing is a warning."""
+        monkeypatch.setattr(handlers, "tasks", type(handlers.tasks)())
+        assert self.ids(checks.check_handlers) == ["sekuire.W001"]
+
+    def test_deploy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """check --deploy tells the options that are for development only."""
+        monkeypatch.delenv("SEKUIRE_CREDENTIALS_FILE", raising=False)
+        values = {"VERIFY": False, "ALLOW_INSECURE_HTTP": True, "INSTALL_TOKEN": "skt_x", "ENVIRONMENT": "staging"}
+        with override_settings(SEKUIRE=values):
+            assert self.ids(checks.check_security) == ["sekuire.W010", "sekuire.W011", "sekuire.W012", "sekuire.W013"]
+        with override_settings(SEKUIRE={"INSTALL_TOKEN": "skt_x", "CREDENTIALS_FILE": "c.json"}):
+            assert self.ids(checks.check_security) == []
+        with override_settings(SEKUIRE={"WRONG": 1}):
+            assert self.ids(checks.check_security) == []
+
+
+class TestCommand:
+    @pytest.fixture
+    def project(self, tmp_path: Path) -> Path:
+        """A project whose handler ends when a file is there."""
+        (tmp_path / "site_settings.py").write_text(
+            'INSTALLED_APPS = ["work", "sekuire.contrib.django"]\nSECRET_KEY = "x"\nSEKUIRE = {"MAX_WORKERS": 1}\n'
+        )
+        (tmp_path / "work").mkdir()
+        (tmp_path / "work" / "__init__.py").touch()
+        (tmp_path / "work" / "sekuire_tasks.py").write_text(
+            textwrap.dedent("""
+                import os
+                from sekuire.contrib.django import task
+
+                @task("slow")
+                def slow(ctx, input):
+                    ctx.report_progress(0.5)
+                    while not os.path.exists("go"):
+                        ctx.wait_cancelled(0.01)
+                    return "done"
+            """)
+        )
+        return tmp_path
+
+    @pytest.fixture
+    def variables(self, platform: LocalPlatform) -> Dict[str, str]:
+        return {
+            "DJANGO_SETTINGS_MODULE": "site_settings",
+            "PYTHONPATH": ".",
+            "SEKUIRE_API_URL": platform.url,
+            "SEKUIRE_AGENT_ID": AGENT,
+            "SEKUIRE_INSTALL_TOKEN": platform.create_install_token(AGENT),
+        }
+
+    @POSIX_ONLY
+    def test_drains_on_sigterm(
+        self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
+    ) -> None:
+        """The running task ends and is reported, the last heartbeat is sent, the exit code is 0."""
+        process = run(
+            "run_sekuire_worker", "--liveness-file", "alive", env=variables, program=("-m", "django")
+        )  # fmt: skip
+        task_id = platform.submit("slow", None, agent_id=AGENT)
+        until(lambda: platform.progress(task_id))
+        assert (project / "alive").exists()
+        process.signal(signal.SIGTERM)
+        (project / "go").touch()
+        code, _, err = process.end()
+        assert (code, "Traceback" in err) == (0, False)
+        assert platform.task(task_id)["output"] == "done"
+        assert not (project / "alive").exists()
+
+    @POSIX_ONLY
+    def test_ends_when_idle(self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]) -> None:
+        """A drain that cron starts."""
+        (project / "go").touch()
+        task_id = platform.submit("slow", None, agent_id=AGENT)
+        process = run("run_sekuire_worker", "--stop-when-idle", "0.3", env=variables, program=("-m", "django"))
+        assert process.end()[0] == 0
+        assert platform.task(task_id)["output"] == "done"
+
+    @POSIX_ONLY
+    def test_refused_credentials(self, project: Path, run: Run, variables: Dict[str, str]) -> None:
+        """A clear line, exit code 1, no traceback."""
+        process = run(
+            "run_sekuire_worker", env={**variables, "SEKUIRE_INSTALL_TOKEN": "skt_wrong"}, program=("-m", "django")
+        )
+        code, _, err = process.end()
+        assert (code, "Traceback" in err) == (1, False)
+        assert "CommandError: " in err
+
+    def test_nobody_configured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is missing is named, with exit code 2."""
+        monkeypatch.delenv("SEKUIRE_AGENT_ID", raising=False)
+        with pytest.raises(CommandError, match="agent_id: is required; set SEKUIRE_AGENT_ID") as caught:
+            call_command("run_sekuire_worker")
+        assert caught.value.returncode == 2
+
+    @pytest.mark.parametrize("arguments", [["--max-workers", "0"], ["--stop-when-idle", "never"]])
+    def test_wrong_arguments(self, arguments: List[str]) -> None:
+        """They are refused before anything starts."""
+        with pytest.raises(CommandError, match="must be a"):
+            call_command("run_sekuire_worker", *arguments)
+
+
+def test_nothing_is_imported_by_the_library() -> None:
+    """Who does not use Django does not pay for it."""
+    code = "import sekuire, sys; sys.exit('django' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
