@@ -38,6 +38,7 @@ NOT_RUN = {
     "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/performance.md: tox -e bench-policy": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
 }
 
