@@ -181,6 +181,8 @@ class Names(Generic[V]):
 
 _HOST_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 _DIGITS = frozenset("0123456789")
+#: What the standards for international names take for a dot.
+_DOTS = re.compile("[.\u3002\uff0e\uff61]")
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
@@ -273,8 +275,7 @@ def _international(text: str) -> Tuple[str, ...]:
     import idna
 
     try:
-        mapped = idna.uts46_remap(text, std3_rules=False, transitional=False)
-        labels = [one if one.isascii() else idna.alabel(one).decode("ascii") for one in mapped.split(".")]
+        labels = [_international_label(label, idna) for label in _DOTS.split(text)]
     except (idna.IDNAError, ValueError, IndexError):
         labels = []
     if not labels:
@@ -286,6 +287,13 @@ def _international(text: str) -> Tuple[str, ...]:
     except ValueError:
         old = modern
     return (modern,) if old == modern else (modern, old)
+
+
+def _international_label(label: str, idna: Any) -> str:
+    if not label.isascii():
+        # Full-width letters become ASCII, capitals small ones; what shows nothing goes.
+        label = idna.uts46_remap(label, std3_rules=False, transitional=False)
+    return label if label.isascii() else idna.alabel(label).decode("ascii")
 
 
 def domain_problem(text: str) -> str:
@@ -444,6 +452,7 @@ def read_path(path: Any, flavour: Any = os.path) -> Subject:
         if problem:
             raise Unreadable(problem)
     try:
+        os.fsencode(path)
         written = _one_root(flavour.abspath(path), flavour)
         real = _one_root(flavour.realpath(path), flavour)
     except (OSError, ValueError):
@@ -451,9 +460,11 @@ def read_path(path: Any, flavour: Any = os.path) -> Subject:
         real = ""
     if not real:
         raise Unreadable("it cannot be resolved")
-    if written != real and _identity(path) != _identity(real):
-        # A link of /proc leads where its text does not say: into another container, to a deleted file.
-        raise Unreadable("its links lead elsewhere than they say")
+    if written != real:
+        opened = _identity(path)
+        if opened is not None and opened != _identity(real):
+            # A link of /proc leads where its text does not say: into another container, to a deleted file.
+            raise Unreadable("its links lead elsewhere than they say")
     return Subject(written, real)
 
 

@@ -447,6 +447,14 @@ def test_links_that_are_no_text(tree: pathlib.Path) -> None:
 
 
 @needs_links
+def test_a_path_through_nothing(tree: pathlib.Path) -> None:
+    """``..`` after what does not exist cannot be opened, and is no lie either."""
+    (tree / "link").symlink_to("work")
+    assert paths(["work/*"], "link/nothing/../file")
+    assert paths(["work/*"], "link/nothing/../../secret/key") is False
+
+
+@needs_links
 def test_a_loop_of_links(tree: pathlib.Path) -> None:
     """It ends."""
     (tree / "work" / "a").symlink_to("b")
@@ -653,5 +661,5 @@ def test_extensions(entries: List[str], yes: List[str], no: List[str]) -> None:
 def test_the_module_compiles_no_pattern_of_a_policy() -> None:
     """The only regular expressions are the module's own."""
     source = pathlib.Path(sys.modules[Names.__module__].__file__ or "").read_text(encoding="utf-8")
-    assert source.count("re.compile(") == 2
+    assert source.count("re.compile(") == 3
     assert "fnmatch" not in source
