@@ -308,39 +308,58 @@ def _decode(body: bytes) -> Any:
     raise _Wrong("", f"the policy {problem}")
 
 
+#: Where a value stands: the node of what holds it, and its key or index there; None for the whole.
+_Node = Optional[Tuple[Any, Union[str, int]]]
+
+
 def check_value(value: Any, path: str) -> None:
     """Whether ``value`` is JSON that every reader takes for the same: see :func:`canonical`.
 
+    :param path: what the whole is called in an error.
     :raises _Wrong: it is not; naming the place.
     """
-    # Iterative: the depth is what is being checked.
-    waiting: List[Tuple[Any, str, int]] = [(value, path, 0)]
+    # Iterative, because the depth is what is being checked; a place is put into words only when it is wrong.
+    waiting: List[Tuple[Any, _Node, int]] = [(value, None, 0)]
     while waiting:
-        item, where, depth = waiting.pop()
+        item, node, depth = waiting.pop()
+        problem = ""
         if depth > MAX_DEPTH:
-            raise _Wrong(_cut(where), f"is nested deeper than {MAX_DEPTH} levels")
-        if isinstance(item, str):
+            problem = f"is nested deeper than {MAX_DEPTH} levels"
+        elif isinstance(item, str):
             if not _is_unicode(item):
-                raise _Wrong(_cut(where), "holds a lone surrogate, which is no character")
+                problem = "holds a lone surrogate, which is no character"
         elif item is None or isinstance(item, bool):
             continue
         elif isinstance(item, int):
             if not _is_double(item):
-                raise _Wrong(_cut(where), "is an integer too large for a double")
+                problem = "is an integer too large for a double"
         elif isinstance(item, float):
             if not math.isfinite(item):
-                raise _Wrong(_cut(where), "is a number that is not finite")
+                problem = "is a number that is not finite"
         elif isinstance(item, Mapping):
             for key, inner in item.items():
                 if not isinstance(key, str):
-                    raise _Wrong(_cut(where), f"has a key that is {_kind(key)}, not a string")
-                if not _is_unicode(key):
-                    raise _Wrong(_cut(where), "has a key with a lone surrogate, which is no character")
-                waiting.append((inner, _join(where, key), depth + 1))
+                    problem = f"has a key that is {_kind(key)}, not a string"
+                elif not _is_unicode(key):
+                    problem = "has a key with a lone surrogate, which is no character"
+                else:
+                    waiting.append((inner, (node, key), depth + 1))
         elif isinstance(item, (list, tuple)):
-            waiting.extend((inner, f"{where}[{index}]", depth + 1) for index, inner in enumerate(item))
+            waiting.extend((inner, (node, index), depth + 1) for index, inner in enumerate(item))
         else:
-            raise _Wrong(_cut(where), f"is a {type(item).__name__}, which JSON does not have")
+            problem = f"is a {type(item).__name__}, which JSON does not have"
+        if problem:
+            raise _Wrong(_place(node, path), problem)
+
+
+def _place(node: _Node, path: str) -> str:
+    steps: List[Union[str, int]] = []
+    while node is not None:
+        node, step = node
+        steps.append(step)
+    for step in reversed(steps):
+        path = f"{path}[{step}]" if isinstance(step, int) else _join(path, step)
+    return _cut(path)
 
 
 def _is_unicode(text: str) -> bool:
@@ -354,7 +373,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _join(path: str, key: str) -> str:
-    name = key if key.isidentifier() and key.isascii() else _show(key)
+    name = key if key.isidentifier() and key.isascii() and len(key) <= 60 else _show(key)
     return f"{path}.{name}" if path else name
 
 
@@ -528,6 +547,14 @@ def _read(content: Any) -> Tuple[Rules, Tuple[str, ...]]:
     return Rules(**found), tuple(warnings)
 
 
+def _near_misses(content: Mapping[str, Any]) -> Iterator[str]:
+    """Keys beside the enforced parts that were probably meant to be one of them."""
+    for key in list(content)[:MAX_WARNINGS]:
+        close = difflib.get_close_matches(key[:100], _SCHEMA, n=1, cutoff=0.8)
+        if close and key not in _SCHEMA:
+            yield f"{_join('', key)} is not enforced; did you mean {close[0]!r}?"
+
+
 def _items(
     holder: Mapping[str, Any], name: str, path: str, known: Mapping[str, Any], warnings: List[str]
 ) -> Iterator[Tuple[str, Any]]:
@@ -567,7 +594,8 @@ class Policy:
     ``content`` is read-only down to its leaves (mapping proxies and tuples); :func:`thaw` copies it into dicts and
     lists. ``origin`` is what the signature proved: ``"pinned"`` (made by the owner of a pinned key), ``"integrity"``
     (whole, by a key that came along) or ``"unsigned"`` (the hash fits, no more). ``raw`` is the answer's body as it
-    came, so that a stored policy can be verified again; ``warnings`` are its unknown keys, by path.
+    came, so that a stored policy can be verified again; ``warnings`` are its unknown keys, by path, and what there is
+    to say of its signature.
     """
 
     policy_id: str
@@ -611,7 +639,7 @@ class Policy:
             version=version,
             hash=digest,
             content=content,
-            warnings=warnings,
+            warnings=(*warnings, *_near_misses(content)),
         )
 
 
@@ -624,6 +652,8 @@ def decode_policy(body: bytes, *, workspace_id: str, trusted_keys: Sequence[byte
     :raises PolicyIntegrityError: with what was expected and found.
     :raises ConfigurationError: the extra is not installed.
     """
+    if not protocol.is_id(workspace_id):
+        raise ConfigurationError(f"must be the id of a workspace, got {_show(workspace_id)}", "workspace_id")
     keys = tuple(trusted_keys)
     if any(not isinstance(key, bytes) or len(key) != KEY_BYTES for key in keys):
         raise ConfigurationError(f"must be keys of {KEY_BYTES} bytes, as parse_key() gives them", "trusted_keys")
@@ -671,7 +701,7 @@ def _decode_policy(body: bytes, workspace_id: str, trusted: Tuple[bytes, ...]) -
         activated_at=protocol.parse_time(payload.get("activated_at")),
         updated_at=protocol.parse_time(payload.get("updated_at")),
         raw=bytes(body),
-        warnings=(*warnings, *notes),
+        warnings=(*warnings, *_near_misses(content), *notes),
     )
 
 

@@ -100,11 +100,11 @@ class _Pair:
     ) -> None:
         self.blocked_name = blocked_name
         self.allowed_name = allowed_name
-        self.blocked: Any = make(blocked, repr, generous=True) if blocked else None
+        self.blocked: Any = make(blocked, _quote, generous=True) if blocked else None
         self.allowed: Any = (
             None
             if allowed is None
-            else make(allowed, lambda entry: Decision(True, None, f"allowed by {entry!r} in {allowed_name}"))
+            else make(allowed, lambda entry: Decision(True, None, f"allowed by {_quote(entry)} in {allowed_name}"))
         )
 
 
@@ -525,11 +525,12 @@ def _type(value: object) -> str:
 
 
 def _host(value: object) -> str:
-    """As :func:`_quote`, without what a URL given by mistake may hold: a password, a token in its query."""
-    if isinstance(value, str) and set("@?#/\\") & set(value):
-        value = re.split(r"[?#]", value.rpartition("@")[2])[0]
-        return _quote(f"...{value}")
-    return _quote(value)
+    """As :func:`_quote`, without what a URL given by mistake may hold: a password, a token in its path or query."""
+    if not isinstance(value, str) or not set("@?#/\\") & set(value):
+        return _quote(value)
+    if "@" in value:
+        return "'...@...'"
+    return _quote(re.split(r"[/\\?#]", value.partition("://")[2] or value)[0] + "...")
 
 
 def _quote(value: object) -> str:

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from ..errors import ConfigurationError, PolicyUnavailableError
-from .document import Rate
+from .document import MAX_INTEGER, Rate
 
 __all__ = ["KINDS", "Excess", "RateLimiter"]
 
@@ -42,8 +42,10 @@ def check_request(kind: object, amount: object) -> None:
     """:raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more."""
     if kind not in KINDS:
         raise ConfigurationError(f"must be one of {', '.join(KINDS)}, got {kind!r}", "kind")
-    if not isinstance(amount, int) or isinstance(amount, bool) or amount < 0:
-        raise ConfigurationError(f"must be a whole number, 0 or more, got {amount!r}", "amount")
+    if not isinstance(amount, int) or isinstance(amount, bool) or not 0 <= amount <= MAX_INTEGER:
+        # Python refuses to write integers of more than 4,300 digits.
+        found = repr(amount) if not isinstance(amount, int) or abs(amount) <= MAX_INTEGER else "one beyond 2^53"
+        raise ConfigurationError(f"must be a whole number, 0 or more, got {found[:100]}", "amount")
 
 
 class RateLimiter:
@@ -211,7 +213,7 @@ def _open_store(uri: object) -> Any:
         problem = "it has no moving window that threads can use"
     except Exception as error:  # noqa: BLE001
         # Its text may hold the URI, and with it a password.
-        problem = type(error).__name__
+        problem = f"{type(error).__name__}; is the URI right, and the driver for its scheme installed?"
     raise ConfigurationError(f"no store for rate limits at {scheme!r}://...: {problem}", _OPTION)
 
 

@@ -76,7 +76,8 @@ def fold_name(text: str) -> str:
     """``text`` without the differences that another program may not see: compatibility forms and case."""
     if text.isascii():
         return text.lower()
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    # By way of capitals: the dotless "i" has the capital of the other one.
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).upper().casefold())
 
 
 def glob(pieces: Sequence[str], text: str) -> bool:

@@ -268,6 +268,40 @@ def test_strictness(content: str, problem: str) -> None:
     assert problem in str(refusal(raw(content)))
 
 
+def test_a_field_twice() -> None:
+    """Also outside the content: which of two hashes or workspaces counts must not be for a reader to choose."""
+    body = json.dumps(answer())
+    for field in ("hash", "workspace_id", "content"):
+        twice = body[:-1] + f', "{field}": {json.dumps(answer()[field])}}}'
+        assert f"the key '{field}' is there twice" in str(refusal(twice.encode()))
+
+
+def test_a_place_is_put_into_words_for_an_error_alone() -> None:
+    """A long key above many items costs no more than its length, and is cut in the error."""
+    content = {"k" * 100_000: [0] * 200_000 + ["\ud800"]}
+    with pytest.raises(PolicyIntegrityError) as caught:
+        Policy.from_content(content)
+    assert len(str(caught.value)) < 300
+    assert "[200000]: holds a lone surrogate" in str(caught.value)
+
+
+def test_a_part_that_was_probably_meant() -> None:
+    """A misspelt part is a warning too, and no reason to refuse: what else is there is free."""
+    content = {"permission": {}, "rate_limit": {}, "note": 1}
+    policy = decode(answer(content), trusted_keys=[KEY])
+    assert policy.warnings == (
+        "permission is not enforced; did you mean 'permissions'?",
+        "rate_limit is not enforced; did you mean 'rate_limits'?",
+    )
+
+
+@pytest.mark.parametrize("workspace", [None, "", 5, ".."])
+def test_the_workspace_that_was_asked_for(workspace: Any) -> None:
+    """It must be one: an answer that names none would match None."""
+    with pytest.raises(ConfigurationError, match="workspace_id"):
+        decode_policy(json.dumps(tampered(workspace_id=LEFT_OUT)).encode(), workspace_id=workspace)
+
+
 def test_a_large_number_is_a_double() -> None:
     """However it is written, and in the canonical form too, which writes it as an integer up to 21 digits."""
     for text in ("9007199254740992", "9007199254740993", "9007199254740992.0", "9.007199254740992e15"):

@@ -400,12 +400,16 @@ def test_a_provider_that_is_no_name() -> None:
 def test_a_url_given_for_a_host_is_not_repeated() -> None:
     """A password or a token in it reaches no reason."""
     enforcer = enforcer_of(permissions(network={}))
-    for url in ("https://me:hunter2@example.com/?token=hunter2", "me:hunter2@example.com", "example.com/#hunter2"):
+    urls = [
+        "https://me:hunter2@example.com/?token=hunter2", "me:hunter2@example.com", "https://me:hun/ter2@example.com",
+        "https://example.com/hooks/hunter2", "example.com/#hunter2", "example.com?hunter2", "https://example.com/x@ter2",
+    ]  # fmt: skip
+    for url in urls:
         for one in (enforcer, PolicyEnforcer.unavailable("x"), enforcer_of({})):
             decision = one.check_network(url, "https")
             assert not decision
-            assert "hunter2" not in decision.reason
-            assert "example.com" in decision.reason
+            assert "ter2" not in decision.reason
+            assert ("'example.com...'" in decision.reason) is ("@" not in url)
 
 
 # -- construction and violations --------------------------------------------------------------------------------------
@@ -425,6 +429,9 @@ def test_wrong_arguments() -> None:
             ("tokens", 1.5),
             ("tokens", True),
             ("tokens", None),
+            ("tokens", 10**5000),
+            ("tokens", -(10**5000)),
+            ("tokens", 2**53),
         ]:
             with pytest.raises(ConfigurationError, match=r"kind|amount"):
                 enforcer.check_rate_limit(kind, amount)  # type: ignore[arg-type]

@@ -78,6 +78,7 @@ LOOKALIKES = [
     ("stra\u00dfe", "strasse"),
     ("\u1e9b\u0323", "\u1e69"),
     ("Read", "read"),
+    ("find", "f\u0131nd"),  # the dotless i
 ]
 
 
