@@ -15,7 +15,7 @@ import pytest
 from sekuire.errors import ConfigurationError, PolicyUnavailableError
 from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.policy.document import Rate
-from sekuire.policy.limits import MAX_UNITS, Excess, RateLimiter
+from sekuire.policy.limits import MAX_UNITS, Excess, RateLimiter, _Window
 
 
 class Clock:
@@ -152,6 +152,33 @@ def test_threads_never_exceed_a_limit() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert sum(admitted) == 500
+
+
+def test_looking_and_counting_are_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that want the last of a limit do not both find it: the second looks after the first has counted."""
+    both = threading.Barrier(2)
+    look = _Window.wait
+
+    def look_together(window: _Window, now: float, limit: int, amount: int) -> float:
+        found = look(window, now, limit, amount)
+        try:
+            # Only without a lock both get here, and count what they saw.
+            both.wait(0.2)
+        except threading.BrokenBarrierError:
+            pass
+        return found
+
+    monkeypatch.setattr(_Window, "wait", look_together)
+    limiter = RateLimiter(namespace="w")
+    found: List[Optional[Excess]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(limiter.hit("requests", Rate(max_per_minute=1)))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(excess is None for excess in found) == [False, True]
 
 
 def test_no_thread_is_started() -> None:
