@@ -52,7 +52,7 @@ BACKGROUND = {
 }
 
 #: Blocks that are no code: directives of the documentation's builder, and text.
-NO_CODE = ("text", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md")
+NO_CODE = ("text", "ini", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -118,7 +118,8 @@ class Reader:
             path = self._directory / block.marks["file"]
             path.parent.mkdir(exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
-            compile(block.text, block.name, "exec")
+            if block.language == "python":
+                compile(block.text, block.name, "exec")
         elif "output" in block.marks:
             assert self._printed == block.text, block.name
         elif block.language == "python":
