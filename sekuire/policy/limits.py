@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ from ..errors import ConfigurationError, PolicyUnavailableError
 from .document import MAX_INTEGER, Rate
 
 __all__ = ["KINDS", "Excess", "RateLimiter"]
+
+log = logging.getLogger("sekuire.policy")
 
 KINDS = ("requests", "tokens")
 #: The windows of a rate, shortest first, in seconds.
@@ -56,8 +59,8 @@ class RateLimiter:
     package ``limits`` supports for a moving window, and the clocks of the machines must agree. Tokens of a shared limit
     above 5,000 are counted in units of a five-thousandth of it, rounded up: never too little.
 
-    Any thread may call. ``_lock`` guards the windows in memory; it is never held over I/O, and a shared
-    limit does not take it.
+    Any thread may call; close a shared one at the end. ``_lock`` guards the windows in memory; it is never held over
+    I/O, and a shared limit does not take it.
 
     :param namespace: whose limits these are, normally the workspace's id.
     :raises ConfigurationError: the store's URI cannot be used, or the extra is not installed.
@@ -83,6 +86,15 @@ class RateLimiter:
     def is_shared(self) -> bool:
         """Whether other processes can share these counts."""
         return self._store is not None
+
+    def close(self) -> None:
+        """Close the connections to a shared store. A later question opens them again."""
+        close = getattr(getattr(self._store, "storage", None), "close", None)
+        if close is not None:
+            try:
+                close()
+            except Exception as error:  # noqa: BLE001
+                log.debug("closing the store of the rate limits failed (%s)", type(error).__name__)
 
     def hit(self, kind: str, rate: Rate, amount: int = 1) -> Optional[Excess]:
         """Count ``amount`` if that exceeds neither limit of ``rate``; None if so, else the limit that forbids it.

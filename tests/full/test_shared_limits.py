@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
-from typing import Iterator, List
+from typing import Callable, Iterator, List
 
 import pytest
 
@@ -59,6 +59,20 @@ def empty(uri: str) -> None:
         client.flushall()
 
 
+@pytest.fixture
+def limiter_of() -> Iterator[Callable[[str, str], RateLimiter]]:
+    """Limiters of a store and a namespace, closed at the end."""
+    made: List[RateLimiter] = []
+
+    def make(uri: str, namespace: str) -> RateLimiter:
+        made.append(RateLimiter(uri, namespace=namespace))
+        return made[-1]
+
+    yield make
+    for limiter in made:
+        limiter.close()
+
+
 def admitted_by_two(uri: str, *arguments: object) -> int:
     """What two processes of four threads each were admitted, all asking at once."""
     command = [sys.executable, "-c", ASKER, uri, *map(str, arguments)]
@@ -94,9 +108,9 @@ def test_two_processes_share_one_limit_of_tokens(uri: str) -> None:
     assert 90_000 <= admitted <= 100_000
 
 
-def test_amounts_as_large_as_a_store_takes_at_once(uri: str) -> None:
+def test_amounts_as_large_as_a_store_takes_at_once(uri: str, limiter_of: Callable[[str, str], RateLimiter]) -> None:
     """A whole limit in one question fits, and nothing after it."""
-    limiter = RateLimiter(uri, namespace="large")
+    limiter = limiter_of(uri, "large")
     rate = Rate(max_per_minute=10**7, max_per_hour=10**8)
     assert limiter.hit("tokens", rate, 10**7) is None
     excess = limiter.hit("tokens", rate, 1)
@@ -106,34 +120,34 @@ def test_amounts_as_large_as_a_store_takes_at_once(uri: str) -> None:
     assert 0 < excess.retry_after <= 60
 
 
-def test_namespaces_and_kinds_do_not_meet(uri: str) -> None:
+def test_namespaces_and_kinds_do_not_meet(uri: str, limiter_of: Callable[[str, str], RateLimiter]) -> None:
     """Another workspace has a limit of its own."""
     rate = Rate(max_per_minute=1)
     for namespace in ("a", "b"):
         for kind in ("requests", "tokens"):
-            limiter = RateLimiter(uri, namespace=namespace)
+            limiter = limiter_of(uri, namespace)
             assert limiter.hit(kind, rate) is None
             assert limiter.hit(kind, rate) is not None
 
 
-def test_a_changed_limit_keeps_its_counts(uri: str) -> None:
+def test_a_changed_limit_keeps_its_counts(uri: str, limiter_of: Callable[[str, str], RateLimiter]) -> None:
     """A lower limit counts what was used before, a higher one gives the difference."""
-    limiter = RateLimiter(uri, namespace="changed")
+    limiter = limiter_of(uri, "changed")
     assert [limiter.hit("requests", Rate(max_per_minute=5)) for _ in range(4)] == [None] * 4
     assert limiter.hit("requests", Rate(max_per_minute=3)) is not None
     assert [limiter.hit("requests", Rate(max_per_minute=6)) is None for _ in range(3)] == [True, True, False]
 
 
-def test_the_store_goes_and_comes_back() -> None:
+def test_the_store_goes_and_comes_back(limiter_of: Callable[[str, str], RateLimiter]) -> None:
     """Without it nothing is admitted, and the rule says why; with it again, the same enforcer goes on."""
     port = free_port()
     uri = f"redis://:hunter2@127.0.0.1:{port}/0"
     policy = Policy.from_content({"rate_limits": {"requests": {"max_per_minute": 5}}})
     with redis_server(port, "--requirepass", "hunter2"):
-        enforcer = PolicyEnforcer(policy, limiter=RateLimiter(uri, namespace="w"))
+        enforcer = PolicyEnforcer(policy, limiter=limiter_of(uri, "w"))
         assert enforcer.check_rate_limit("requests")
         with pytest.raises(PolicyUnavailableError) as caught:
-            RateLimiter(f"redis://127.0.0.1:{port}/0", namespace="w").hit("requests", Rate(max_per_minute=5))
+            limiter_of(f"redis://127.0.0.1:{port}/0", "w").hit("requests", Rate(max_per_minute=5))
         assert "Authentication" in str(caught.value)
     decision = enforcer.check_rate_limit("requests")
     assert (bool(decision), decision.rule) == (False, "policy.unavailable")

@@ -250,6 +250,23 @@ def shared(store: Any, monkeypatch: pytest.MonkeyPatch) -> RateLimiter:
     return RateLimiter("redis://localhost", namespace="ws 1")
 
 
+def test_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closes the store's client, whose failure is nobody's; a limiter in memory has nothing to close."""
+    closed: List[str] = []
+
+    class Client:
+        def close(self) -> None:
+            closed.append("closed")
+            raise OSError("gone")
+
+    store = Store()
+    store.storage = Client()  # type: ignore[attr-defined]
+    shared(store, monkeypatch).close()
+    assert closed == ["closed"]
+    RateLimiter(namespace="w").close()
+    shared(Store(), monkeypatch).close()
+
+
 def test_keys_of_a_shared_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workspace, kind and window, not the limit: counts go on when a policy changes it."""
     store = Store()
@@ -347,6 +364,7 @@ def test_a_store_that_is_not_there() -> None:
     assert "ConnectionError" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert "hunter2" not in repr(limiter)
+    limiter.close()
 
 
 @pytest.mark.parametrize(
