@@ -180,7 +180,19 @@ class PolicyViolationError(SekuireError):
 
 
 class PolicyIntegrityError(SekuireError):
-    """A policy's hash, signature, key, version or workspace is not what it must be."""
+    """A policy's hash, signature, key, version, workspace or content is not what it must be.
+
+    ``expected`` and ``found`` are texts, or None where one of them cannot be said in a few words.
+    """
+
+    def __init__(self, message: str, expected: Optional[str] = None, found: Optional[str] = None) -> None:
+        super().__init__(message, expected, found)
+        self.message = message
+        self.expected = expected
+        self.found = found
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class PolicyUnavailableError(SekuireError):

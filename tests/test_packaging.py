@@ -75,6 +75,7 @@ EXTRAS = {
     "typed": {"cattrs"},
     "dask": {"distributed"},
     "opentelemetry": {"opentelemetry-api"},
+    "policy": {"blake3", "cryptography", "idna", "limits[redis]", "rfc8785"},
 }
 
 

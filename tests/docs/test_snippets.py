@@ -45,6 +45,7 @@ NOT_RUN = {
     "docs/scaling.md: tox -e bench-scaling": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/performance.md: tox -e bench-policy": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
 }
 

@@ -1,0 +1,38 @@
+"""What the workspace's policy allows: read, verified and enforced.
+
+Importing this package needs no extra. What needs one says so when it is used: ``pip install 'sekuire[policy]'``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+if TYPE_CHECKING:
+    from .document import Policy as Policy
+    from .enforcer import Decision as Decision
+    from .enforcer import PolicyEnforcer as PolicyEnforcer
+    from .limits import RateLimiter as RateLimiter
+
+__all__ = ["Decision", "Policy", "PolicyEnforcer", "RateLimiter"]
+
+#: Public name → the module that defines it.
+_HOMES = {
+    "Decision": "enforcer",
+    "Policy": "document",
+    "PolicyEnforcer": "enforcer",
+    "RateLimiter": "limits",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})
