@@ -9,127 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, Optional
 
-from . import floors, payloads, report
+from . import floors, goals, measuring, payloads, report
 from . import worker as worker_module
-from .process import Child, ChildError, Message, busy
+from .process import Child, ChildError, Message
 from .report import Spread, cells, number, table
 
 _THREADS = (8, 1)
 
-
-class Plan(NamedTuple):
-    """How long to measure what."""
-
-    rounds: int
-    floor_seconds: float
-    warm_up_seconds: float
-    task_seconds: float
-    tasks: Optional[int]
-    rate: float
-    latency_seconds: float
-    idle_seconds: float
-    stage_seconds: float
-    imports: int
+_DEFAULT = measuring.Plan(5, 0.6, 0.4, 1.2, None, 100.0, 1.5, 10.0, 0.4, 7)
+_QUICK = measuring.Plan(2, 0.25, 0.2, 0.5, None, 100.0, 0.7, 2.0, 0.1, 3)
 
 
-_DEFAULT = Plan(5, 0.6, 0.4, 1.2, None, 100.0, 1.5, 10.0, 0.4, 7)
-_QUICK = Plan(2, 0.25, 0.2, 0.5, None, 100.0, 0.7, 2.0, 0.1, 3)
-
-
-def _floor(platform: Child, port: int, kind: str, seconds: float) -> Message:
-    with Child("floors", kind, "--port", str(port)) as child:
-        child.receive()
-        before = platform.ask("usage")
-        figures = child.ask("run", seconds=seconds, timeout=seconds + 30)
-        figures["platform_busy"] = busy(before, platform.ask("usage"))
-    return figures
-
-
-def _order(plan: Plan) -> Message:
-    return {"tasks": plan.tasks} if plan.tasks else {"seconds": plan.task_seconds}
-
-
-def _throughput(platform: Child, child: Child, order: Message) -> Message:
-    before = child.ask("usage")
-    fed = platform.ask("feed", timeout=60.0 + order.get("seconds", 0) + order.get("tasks", 0) / 50, **order)
-    # The worker still reads the answer to its last completion: that belongs to the task too.
-    time.sleep(0.05)
-    after = child.ask("usage")
-    done = fed["completed"]
-    if not done or fed["failed"] or done != fed["sent"]:
-        raise ChildError(f"of {fed['sent']} tasks {done} were completed and {fed['failed']} failed")
-    cpu_seconds = (after["cpu_ns"] - before["cpu_ns"]) / 1e9
-    return {
-        "tasks": done,
-        "cpu_us": cpu_seconds * 1e6 / done,
-        "per_second": done / fed["seconds"],
-        "busy": cpu_seconds / fed["seconds"],
-        "platform_busy": fed["cpu_seconds"] / fed["seconds"],
-        "switches": (after["switches"] - before["switches"]) / done,
-        "rss_kib": after["rss_kib"],
-    }
-
-
-def _worker(platform: Child, port: int, threads: int, plan: Plan, options: str) -> Message:
-    arguments = ("--port", str(port), "--threads", str(threads), "--options", options)
-    with Child("worker", *arguments) as child:
-        child.receive()
-        platform.ask("feed", seconds=plan.warm_up_seconds)
-        figures = _throughput(platform, child, _order(plan))
-        if threads > 1:
-            child.ask("time")
-            platform.ask("feed", tasks=max(1, int(plan.latency_seconds * plan.rate)), rate=plan.rate, timeout=120.0)
-            figures["latencies_us"] = [ns / 1e3 for ns in child.ask("latencies")["latencies_ns"]]
-    return figures
-
-
-def _idle(platform: Child, child: Child, seconds: float, meanwhile: Callable[[], None]) -> Message:
-    """The CPU of a worker that waits; CPU is accounted by process, so something else may run ``meanwhile``."""
-    time.sleep(0.5)
-    before, platform_before = child.ask("usage"), platform.ask("usage")
-    end = time.monotonic() + seconds
-    meanwhile()
-    time.sleep(max(0.0, end - time.monotonic()))
-    after, platform_after = child.ask("usage"), platform.ask("usage")
-    return {
-        "seconds": (after["wall_ns"] - before["wall_ns"]) / 1e9,
-        "core_percent": busy(before, after) * 100,
-        "heartbeats": platform_after["heartbeats"] - platform_before["heartbeats"],
-        "rss_kib": after["rss_kib"],
-    }
-
-
-def _stages(port: int, plan: Plan) -> Message:
-    with Child("stages", "--port", str(port), "--seconds", str(plan.stage_seconds)) as child:
-        child.receive()
-        return child.ask("run", timeout=300.0)
-
-
-def _import_ms(statement: str) -> float:
-    code = f"import time; begun = time.perf_counter(); {statement}; print((time.perf_counter() - begun) * 1e3)"
-    ran = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
-    return float(ran.stdout)
-
-
-def _imports(times: int) -> Dict[str, List[float]]:
-    """Milliseconds of each import in a fresh interpreter, in turn; the first of each only warms the disk."""
-    statements = ("import requests", "import sekuire", "from sekuire import create_worker")
-    found: Dict[str, List[float]] = {statement: [] for statement in statements}
-    for turn in range(times + 1):
-        for statement in statements:
-            took = _import_ms(statement)
-            if turn:
-                found[statement].append(took)
-    return found
-
-
-def measure(plan: Plan, has_worker: bool, options: str) -> Message:
+def measure(plan: measuring.Plan, has_worker: bool, options: str) -> Message:
     """All rounds, then what needs no rounds; raw figures."""
     rounds: List[Message] = []
     raw: Message = {"rounds": rounds, "idle": None, "imports": None}
@@ -140,20 +36,22 @@ def measure(plan: Plan, has_worker: bool, options: str) -> Message:
             _progress(f"round {turn + 1} of {plan.rounds}")
             figures: Message = {"floors": {}, "workers": {}}
             for kind in floors.KINDS:
-                figures["floors"][kind] = _floor(platform, port, kind, plan.floor_seconds)
+                figures["floors"][kind] = measuring.floor(platform, port, kind, plan.floor_seconds)
             for threads in _THREADS if has_worker else ():
-                figures["workers"][str(threads)] = _worker(platform, port, threads, plan, options)
+                figures["workers"][str(threads)] = measuring.worker(platform, port, threads, plan, options)
             rounds.append(figures)
         if has_worker:
             _progress("an idle worker, single stages, imports")
             with Child("worker", "--port", str(port), "--options", options) as child:
                 child.receive()
                 platform.ask("feed", seconds=plan.warm_up_seconds)
-                raw["idle"] = _idle(platform, child, plan.idle_seconds, lambda: raw.update(_stages(port, plan)))
-            raw["imports"] = _imports(plan.imports)
+                raw["idle"] = measuring.idle(
+                    platform, child, plan.idle_seconds, lambda: raw.update(measuring.stages(port, plan))
+                )
+            raw["imports"] = measuring.imports(plan.imports)
         else:
             _progress("single stages")
-            raw.update(_stages(port, plan))
+            raw.update(measuring.stages(port, plan))
         raw["platform"] = platform.ask("usage")
     return raw
 
@@ -215,7 +113,7 @@ def _show_ratios(raw: Message, workers: Dict[int, List[Message]]) -> None:
     imports = raw["imports"]
     if imports:
         base = statistics.median(imports["import requests"])
-        for statement in ("import sekuire", "from sekuire import create_worker"):
+        for statement in ("import sekuire", "from sekuire import SekuireSDK"):
             of_each = Spread.of([value / base for value in imports[statement]])
             rows.append([f"{statement} ÷ import requests", *cells(of_each, "{:.2f}".format)])
     print()
@@ -268,6 +166,8 @@ def _parse(arguments: Optional[List[str]]) -> Any:
     parser.add_argument("--json", metavar="FILE", help="write the raw figures there")
     parser.add_argument("--rounds", type=int, help="how often to repeat floors and worker")
     parser.add_argument("--tasks", type=int, help="tasks a round and worker, instead of a time")
+    parser.add_argument("--goals", action="store_true", help="one table: each goal and what is measured of it")
+    parser.add_argument("--long", type=int, metavar="N", help="tasks run to see memory stand still (with --goals)")
     parser.add_argument("--options", default="{}", metavar="JSON", help="more options of create_worker")
     return parser.parse_args(arguments)
 
@@ -280,15 +180,23 @@ def main(arguments: Optional[List[str]] = None) -> int:
     begun = time.monotonic()
     has_worker = worker_module.is_available()
     facts = report.facts()
+    found: List[goals.Goal] = []
     try:
-        raw = measure(plan, has_worker, options.options)
+        if options.goals:
+            found, raw = goals.measure(plan, options.long or (100_000 if options.quick else 1_000_000))
+        else:
+            raw = measure(plan, has_worker, options.options)
     except ChildError as error:
         print(f"cannot measure: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     raw = {"facts": facts, "plan": plan._asdict(), **raw}
-    show(raw)
+    if options.goals:
+        print("  ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+        goals.show(found)
+    else:
+        show(raw)
     print(f"\ntook {time.monotonic() - begun:.0f} s")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ import requests
 import urllib3
 
 from . import payloads
-from .process import busy, hear, say, usage
+from .process import busy, hear, say, usage, wanted
 
 _JSON = "application/json"
 #: Calls between two looks at the clock.
@@ -121,6 +121,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
                 "cpu_us": (after["cpu_ns"] - before["cpu_ns"]) / 1e3 / calls,
                 "per_second": calls * 1e9 / (after["wall_ns"] - before["wall_ns"]),
                 "busy": busy(before, after),
+                "wanted": wanted(before, after),
             }
         )
 

@@ -52,6 +52,13 @@ def result() -> Dict[str, Any]:
     return document
 
 
+def big_text() -> str:
+    """A task of just under 16 MiB, the largest that is taken by default: many small orders."""
+    one = compact(task_input())
+    orders = ",".join([one] * (16 * 1024 * 1024 // (len(one) + 1) - 1))
+    return f'{{"task_id":"{task_id(0)}","capability":"{CAPABILITY}","input":[{orders}]}}'
+
+
 def task_id(number: int) -> str:
     """The id of the task with that number, as wide as a UUID."""
     return f"00000000-0000-4000-8000-{number:012x}"

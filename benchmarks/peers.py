@@ -19,7 +19,7 @@ import tempfile
 import time
 from typing import Dict, Iterator, List, NamedTuple, Optional
 
-from . import peer, report
+from . import measuring, peer, report
 from .process import Child, ChildError, Message
 from .report import Spread, cells, number, table
 
@@ -76,12 +76,10 @@ def _measure_peer(server: Server, kind: str, results: bool, threads: int, tasks:
 
 
 def _measure_ours(platform: Child, port: int, threads: int, tasks: int) -> Message:
-    from .__main__ import _throughput
-
     with Child("worker", "--port", str(port), "--threads", str(threads)) as child:
         child.receive()
         platform.ask("feed", tasks=peer.WARM_UP, timeout=60.0)
-        return _throughput(platform, child, {"tasks": tasks})
+        return measuring.throughput(platform, child, {"tasks": tasks})
 
 
 def label(kind: str, results: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import queue
@@ -73,13 +74,20 @@ class Child:
 
         :raises ChildError: the child ended, did not answer in time, or answered with an ``error``.
         """
+        self.send(op, **fields)
+        return self.receive(timeout)
+
+    def send(self, op: str, **fields: Any) -> None:
+        """Send one request whose answer :meth:`receive` takes later.
+
+        :raises ChildError: the child ended.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
             self._process.stdin.flush()
         except OSError as error:
             raise ChildError(f"{self.module} has ended") from error
-        return self.receive(timeout)
 
     def receive(self, timeout: float = 30.0) -> Message:
         """The child's next line.
@@ -131,6 +139,7 @@ def usage() -> Message:
     return {
         "wall_ns": time.monotonic_ns(),
         "cpu_ns": time.process_time_ns(),
+        "delay_ns": _delay_ns(),
         "switches": used.ru_nvcsw + used.ru_nivcsw,
         "rss_kib": _rss_kib(used.ru_maxrss),
     }
@@ -141,6 +150,22 @@ def busy(before: Message, after: Message) -> float:
     wall_ns: int = after["wall_ns"] - before["wall_ns"]
     cpu_ns: int = after["cpu_ns"] - before["cpu_ns"]
     return cpu_ns / max(1, wall_ns)
+
+
+def wanted(before: Message, after: Message) -> float:
+    """The share of one core a process used or waited for: what :func:`busy` would be on a machine of its own."""
+    used: int = after["cpu_ns"] - before["cpu_ns"] + max(0, after["delay_ns"] - before["delay_ns"])
+    wall_ns: int = after["wall_ns"] - before["wall_ns"]
+    return used / max(1, wall_ns)
+
+
+def _delay_ns() -> int:
+    """How long the threads of this process were ready to run, but had no core; 0 where the system does not say."""
+    total = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        with suppress(OSError, ValueError, IndexError), open(path, encoding="ascii") as file:
+            total += int(file.read().split()[1])
+    return total
 
 
 def _rss_kib(peak_kib: int) -> int:

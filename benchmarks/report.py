@@ -13,6 +13,8 @@ from .process import Message
 
 #: Share of a core above which the platform is taken for the limit.
 SATURATED = 0.85
+#: Share of a core that the client must at least use or wait for; one that wants less waits for the platform.
+IDLE = 0.4
 
 PACKAGES = ("requests", "urllib3", "sseclient-py", "attrs", "tenacity")
 
@@ -31,7 +33,10 @@ class Spread(NamedTuple):
 
 def is_saturated(phase: Message) -> bool:
     """Whether the platform, not its client, was the limit of this phase."""
-    return bool(phase["platform_busy"] > SATURATED and phase["busy"] < phase["platform_busy"])
+    if phase["platform_busy"] > SATURATED and phase["busy"] < phase["platform_busy"]:
+        return True
+    # A peer's server is not this platform, and its client says nothing of what it wanted.
+    return bool(phase.get("wanted", 1.0) < IDLE)
 
 
 def ratio(above: Sequence[Message], below: Sequence[Message], field: str) -> Optional[Spread]:

@@ -75,6 +75,25 @@ def _decode_task(port: int) -> Stage:
     return Stage("JSON and protocol.decode_task", lambda: decode(text))
 
 
+def _big_event(port: int) -> Stage:
+    stream = importlib.import_module("sekuire.transport.sse").EventStream
+    decode = importlib.import_module("sekuire.protocol").decode_task
+    wire = b"event: task\ndata: " + payloads.big_text().encode() + b"\n\n"
+    # As they come from the socket.
+    chunks = [wire[start : start + 65536] for start in range(0, len(wire), 65536)]
+
+    def run() -> None:
+        for event in stream(iter(chunks)).events():
+            decode(event.data)
+
+    return Stage("an event of 16 MiB: SSE, JSON and protocol.decode_task", run, in_task=False)
+
+
+def _big_reference(port: int) -> Stage:
+    text = payloads.big_text()
+    return Stage("  reference: json.loads alone", lambda: json.loads(text), in_task=False)
+
+
 def _completion_body(port: int) -> Stage:
     protocol = importlib.import_module("sekuire.protocol")
     head, tail = protocol.completion_head, protocol.completion_tail
@@ -157,6 +176,8 @@ _MAKERS: Dict[str, Maker] = {
     "sse-reference": _sse_reference,
     "decode": _decode_task,
     "decode-reference": _json_reference,
+    "big-event": _big_event,
+    "big-reference": _big_reference,
     "encode": _completion_body,
     "encode-reference": _completion_reference,
     "target": _completion_target,

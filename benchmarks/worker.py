@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import logging
+import threading
 import time
 from typing import Any, Callable, Dict, List, Optional
 
@@ -30,7 +31,17 @@ def is_available() -> bool:
 
 def _stats(worker: Any) -> Dict[str, int]:
     stats = worker.stats()
-    names = ("received", "completed", "failed", "rejected", "duplicates", "dropped", "undelivered", "reconnects")
+    names = (
+        "received",
+        "waiting",
+        "completed",
+        "failed",
+        "rejected",
+        "duplicates",
+        "dropped",
+        "undelivered",
+        "reconnects",
+    )
     return {name: getattr(stats, name) for name in names}
 
 
@@ -39,6 +50,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--handlers", type=int, default=1, help="capabilities registered")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="more options of create_worker")
     options = parser.parse_args(arguments)
 
@@ -63,13 +75,19 @@ def main(arguments: Optional[List[str]] = None) -> None:
     latencies: List[int] = []
     timed = False
     result = payloads.result()
+    gate = threading.Event()
+    gate.set()
 
     def handle(context: Any, document: Dict[str, Any]) -> Dict[str, Any]:
+        if not gate.is_set():
+            gate.wait()
         if timed:
             latencies.append(clock() - document["sent_ns"])
         return result
 
     worker.on_task(payloads.CAPABILITY, handle)
+    for number in range(1, options.handlers):
+        worker.on_task(f"bench.other-{number}", lambda context, document: None)
     worker.start(block=False)
     try:
         if not worker.wait_until_connected(15.0):
@@ -85,6 +103,12 @@ def main(arguments: Optional[List[str]] = None) -> None:
             elif order["op"] == "time":
                 timed = True
                 latencies.clear()
+                say({})
+            elif order["op"] == "hold":
+                gate.clear()
+                say({})
+            elif order["op"] == "release":
+                gate.set()
                 say({})
             elif order["op"] == "latencies":
                 timed = False

@@ -1,17 +1,28 @@
-"""Run AI agents' tasks under Sekuire's governance: a synchronous, thread-based worker."""
+"""Run AI agents' tasks under Sekuire's governance: a synchronous, thread-based worker.
 
-from . import errors
-from .beacon import Beacon
-from .calls import CallNext, Handler, Middleware
-from .config import WorkerConfig
-from .context import TaskContext
-from .credentials import RuntimeCredentialsStore
-from .errors import SekuireError, TaskCancelled, TaskError
-from .models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
-from .registry import TaskRegistry
-from .sdk import SekuireSDK
+Importing this package alone loads nothing else: each public name is loaded when it is first used (PEP 562), so that a
+program that imports it on a path it does not always take does not pay for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
 from .version import __version__
-from .worker import Worker, create_worker
+
+if TYPE_CHECKING:
+    from . import errors
+    from .beacon import Beacon
+    from .calls import CallNext, Handler, Middleware
+    from .config import WorkerConfig
+    from .context import TaskContext
+    from .credentials import RuntimeCredentialsStore
+    from .errors import SekuireError, TaskCancelled, TaskError
+    from .models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
+    from .registry import TaskRegistry
+    from .sdk import SekuireSDK
+    from .worker import Worker, create_worker
 
 __all__ = [
     "Beacon",
@@ -35,3 +46,41 @@ __all__ = [
     "create_worker",
     "errors",
 ]
+
+#: Each public name and the module it is in; a module stands for itself.
+_HOMES = {
+    "Beacon": "beacon",
+    "BeaconStatus": "models",
+    "CallNext": "calls",
+    "Command": "models",
+    "Handler": "calls",
+    "Middleware": "calls",
+    "RuntimeCredentials": "models",
+    "RuntimeCredentialsStore": "credentials",
+    "SekuireError": "errors",
+    "SekuireSDK": "sdk",
+    "TaskCancelled": "errors",
+    "TaskContext": "context",
+    "TaskError": "errors",
+    "TaskRegistry": "registry",
+    "Worker": "worker",
+    "WorkerConfig": "config",
+    "WorkerStats": "models",
+    "create_worker": "worker",
+    "errors": "",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{home or name}")
+    value = getattr(module, name) if home else module
+    # The next look-up finds it without coming here.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})

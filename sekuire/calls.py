@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from typing import Any, Callable, Sequence
@@ -21,6 +20,8 @@ def call(function: Handler, context: TaskContext, input: Any) -> Any:
     """The handler's result; that of an async one is awaited, in a loop of its own."""
     result = function(context, input)
     if inspect.iscoroutine(result):
+        import asyncio  # A quarter of what importing this library would cost, for those who need it.
+
         return asyncio.run(result)
     return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import difflib
 import ipaddress
 import os
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
@@ -34,6 +33,8 @@ def from_options(
     known = [field.alias for field in attrs.fields(cls)]  # type: ignore[arg-type]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
+        import difflib  # Only an error needs it.
+
         close = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
         found = ConfigurationError(f"is no option of {cls.__name__}; {hint}", unknown)

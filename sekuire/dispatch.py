@@ -8,7 +8,9 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set
+from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tuple
+
+import attrs
 
 from . import handlers, protocol
 from .config import WorkerConfig
@@ -22,6 +24,8 @@ log = logging.getLogger("sekuire.dispatch")
 
 #: Longest wait for room between two looks at the lease and the report backlog, in seconds.
 _LOOK_AGAIN = 0.25
+#: Waiting tasks from which on further ones wait with their input as JSON, a fourth of its size in Python's objects.
+_UNPACKED = 64
 
 # States of a record. What follows a claim (delivered, dropped) is the reporter's.
 _WAITING, _RUNNING, _CLAIMED = "waiting", "running", "claimed"
@@ -48,7 +52,18 @@ class ResultSink(Protocol):
 class _Record:
     """One task between its arrival and its result. The dispatcher's lock guards every field."""
 
-    __slots__ = ("attempt", "context", "entry", "holds_permit", "is_begun", "is_reached", "state", "task", "timer")
+    __slots__ = (
+        "attempt",
+        "context",
+        "entry",
+        "holds_permit",
+        "is_begun",
+        "is_reached",
+        "packed",
+        "state",
+        "task",
+        "timer",
+    )
 
     def __init__(self, task: Task, entry: HandlerEntry) -> None:
         self.task = task
@@ -57,10 +72,20 @@ class _Record:
         self.state = _WAITING
         self.context: Optional[TaskContext] = None
         self.timer: Optional[int] = None
+        #: The task's input as JSON, where the task waits without it (:func:`_pack`).
+        self.packed: Optional[bytes] = None
         self.holds_permit = False
         #: Whether it was given to a thread (and counts as running), and whether the thread has come to it.
         self.is_begun = False
         self.is_reached = False
+
+
+def _pack(task: Task) -> Tuple[Task, Optional[bytes]]:
+    """The task without its input, and the input as JSON; where that has no such form, the task as it is."""
+    packed = protocol.pack(task.input)
+    if packed is None:
+        return task, None
+    return attrs.evolve(task, input=None), packed
 
 
 class Counts:
@@ -156,6 +181,9 @@ class Dispatcher:
     def submit(self, task: Task) -> None:
         """Take a task: run it, queue it, or answer it. Blocks while neither a thread nor the queue has room."""
         entry = self._registry.find(task.capability)
+        packed: Optional[bytes] = None
+        if self._waiting >= _UNPACKED:
+            task, packed = _pack(task)
         refusal: Optional[Failure] = None
         begin: Optional[_Record] = None
         counted = False
@@ -171,6 +199,7 @@ class Dispatcher:
                 assert entry is not None
                 if self._lease_held() and self._sink.has_room():
                     record = _Record(task, entry)
+                    record.packed = packed
                     if self._permits and entry.has_room():
                         self._records[task.task_id] = record
                         self._permits -= 1
@@ -450,8 +479,9 @@ class Dispatcher:
             completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=denial)
         else:
             self._start_clock(record, context)
+            given = task.input if record.packed is None else protocol.unpack(record.packed)
             completion = handlers.run(
-                record.entry, context, task.input, expose_errors=self._expose_errors, scrub=self._scrub
+                record.entry, context, given, expose_errors=self._expose_errors, scrub=self._scrub
             )
             if record.timer is not None:
                 self._timer.cancel(record.timer)

@@ -49,12 +49,12 @@ def failure_of(error: BaseException, context: TaskContext, expose_errors: bool, 
     if isinstance(error, TaskError) and isinstance(error.code, str) and error.code:
         return Failure(
             code=error.code,
-            message=scrub(_text(error.message)),
+            message=_text(error.message, scrub),
             retryable=error.retryable is True,
             details=error.details,
         )
     if isinstance(error, TaskCancelled):
-        return protocol.failure("cancelled", scrub(_text(error)))
+        return protocol.failure("cancelled", _text(error, scrub))
     if isinstance(error, PolicyViolationError):
         limited = error.rule.startswith("rate_limit.")
         details: Dict[str, Any] = {"rule": error.rule}
@@ -68,13 +68,14 @@ def failure_of(error: BaseException, context: TaskContext, expose_errors: bool, 
         exc_info=error, extra={"task_id": context.task_id, "capability": context.capability},
     )  # fmt: skip
     kind = type(error).__name__
-    return protocol.failure("handler_error", scrub(f"{kind}: {_text(error)}")[:MAX_MESSAGE] if expose_errors else kind)
+    message = f"{kind}: {_text(error, scrub)}"[:MAX_MESSAGE] if expose_errors else kind
+    return protocol.failure("handler_error", message)
 
 
-def _text(value: object) -> str:
+def _text(value: object, scrub: Callable[[str], str] = str) -> str:
     try:
         text = str(value)
     except BaseException:  # noqa: BLE001
         return "(its text cannot be made)"
-    # The message must not spoil its own JSON.
-    return text.encode("utf-8", "replace").decode()[: 10 * MAX_MESSAGE]
+    # The message must not spoil its own JSON. Scrubbed before it is cut: half a token would not be recognised.
+    return scrub(text.encode("utf-8", "replace").decode())[: 10 * MAX_MESSAGE]

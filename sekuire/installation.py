@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Callable, Optional, Tuple, Union
 
 from . import platforms
 from .config import AgentConfig
@@ -75,12 +75,11 @@ class Installation:
         self.auth.declare(self._names)
 
     def scrub(self, text: str) -> str:
-        """``text`` without the tokens that are live now."""
-        current = self.store.current
-        secrets: Tuple[Any, ...] = (current.runtime_token, current.refresh_token, *self._secrets)
-        for secret in secrets:
-            if secret is not None:
-                text = text.replace(secret.reveal(), "***")
+        """``text`` without the tokens that are live now, or were until lately."""
+        known = {secret.reveal() for secret in (*self.store.secrets, *self._secrets) if secret is not None}
+        # The longest first: one may be the beginning of another.
+        for token in sorted(known, key=len, reverse=True):
+            text = text.replace(token, "***")
         return text
 
     def close(self) -> None:

@@ -316,8 +316,10 @@ def at_exit(leaver: Any) -> None:
         _leavers.add(leaver)
         if not _hooked:
             _hooked = True
-            # concurrent.futures joins its threads in such a hook too, and hooks run last in, first out: a plain atexit
-            # function would only run after every handler had returned.
+            # concurrent.futures joins its threads in such a hook too, which it registers when it is imported, and hooks
+            # run last in, first out: a plain atexit function would only run after every handler had returned.
+            import concurrent.futures.thread  # noqa: F401
+
             register = getattr(threading, "_register_atexit", atexit.register)
             register(_leave)
 

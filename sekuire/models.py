@@ -136,12 +136,15 @@ def _aware(value: Optional[dt.datetime]) -> Optional[dt.datetime]:
 
 
 def is_id(value: object) -> TypeGuard[str]:
-    """Whether ``value`` can serve as an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``."""
+    """Whether ``value`` can serve as an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``.
+
+    The line and paragraph separators of Unicode count as control characters: they would split a line of a log.
+    """
     if not isinstance(value, str) or not value or value in (".", ".."):
         return False
     if value.isascii():
         return len(value) <= MAX_ID_BYTES and value.isprintable()
-    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 or c in "\u2028\u2029" for c in value):
         return False
     return len(value.encode()) <= MAX_ID_BYTES
 

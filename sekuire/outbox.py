@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sqlite3
 import threading
 import time
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import attrs
 
 from . import filelock
 from .errors import ConfigurationError
+from .protocol import is_id, one_line
 
 log = logging.getLogger("sekuire.outbox")
 
@@ -21,6 +23,8 @@ _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.
 _APPLICATION_ID = 0x534B554F
 _LONGEST_WAIT = 60.0
+#: What sqlite3 raises; the second where its message quotes a name in a damaged file that is no UTF-8.
+_FAILURES = (sqlite3.Error, UnicodeDecodeError)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS completion (
@@ -35,13 +39,17 @@ CREATE TABLE IF NOT EXISTS completion (
     PRIMARY KEY (api_url, agent_id, task_id)
 ) WITHOUT ROWID
 """
-_PUT = "INSERT OR REPLACE INTO completion VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id = ?"
+_PUT = "INSERT OR REPLACE INTO completion VALUES "
+_PUT_ROW = "(?, ?, ?, ?, ?, ?, ?, ?)"
+# The ids in one list: of whole keys in one, SQLite would look through all rows.
+_REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND task_id IN "
+#: Most rows of one statement; SQLite takes 999 values at least.
+_MOST_ROWS = 64
+# As BLOBs: a text that is no UTF-8 would fail the whole query, and one damaged row must not hold up the others.
 _LOAD = (
-    "SELECT task_id, attempt, substituted, body FROM completion WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
+    "SELECT CAST(task_id AS BLOB), attempt, substituted, CAST(body AS BLOB) FROM completion"
+    " WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
 )
-
-_Change = Tuple[str, Tuple[object, ...]]
 
 
 @attrs.frozen(slots=True)
@@ -54,40 +62,57 @@ class Stored:
     head: bytes = attrs.field(repr=False)
 
 
+_T = TypeVar("_T")
+_Key = Tuple[str, str, str]
+
+
 class _Ticket:
-    """One caller's changes on their way to the disk."""
+    """One caller that waits: for its row to be on disk, or (without a row) for its turn at the database.
 
-    __slots__ = ("changes", "done", "durable", "problem")
+    ``gate`` is held until another thread opens it; ``leads`` tells that the turn came, not the end.
+    """
 
-    def __init__(self, changes: List[_Change], durable: bool) -> None:
-        self.changes = changes
-        self.durable = durable
-        self.done = False
-        self.problem: Optional[str] = None
+    __slots__ = ("gate", "leads", "problem", "row")
+
+    def __init__(self, row: Tuple[Any, ...] = ()) -> None:
+        self.row = row
+        self.gate = threading.Lock()
+        self.gate.acquire()
+        self.leads = False
+        self.problem: Optional[str] = "it was not reached"
+
+    def wait(self) -> None:
+        while not self.gate.acquire(timeout=_LONGEST_WAIT):
+            pass
 
 
 class Outbox:
     """The file of one process's undelivered completions, shared by all its Workers. :func:`open_outbox` makes it.
 
-    Any thread may call anything. ``_condition`` guards the queue of changes and who leads; the leader alone touches
-    SQLite, outside the lock, and commits everything that has queued meanwhile in one transaction: at eight threads the
-    cost of a sync to disk is shared by eight results.
+    Any thread may call anything. ``_lock`` guards what waits to be written, who owns what, and whether somebody leads;
+    the leader alone touches SQLite, outside the lock. It commits everything that has queued meanwhile in one
+    transaction, so that at eight threads the cost of a sync to disk is shared by eight results; then it opens the gate
+    of each thread whose row that was, hands the lead to the first that has queued since, and goes its way.
 
-    What is put is synced to the disk before :meth:`put` returns. A removal is written but not synced: it survives a
-    kill of the process, and should a power failure undo it, the result is sent once more under the same key.
+    What is put is synced to the disk before :meth:`put` returns. A removal is not waited for: it is written at once,
+    or, where somebody leads, by that thread or the next before they return. It is not synced: it survives a kill of the
+    process, and should a kill or a power failure come first, the result is sent once more under the same key.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.pid = os.getpid()
         self._lock_path = path + ".lock"
-        self._condition = threading.Condition()
-        self._queue: List[_Ticket] = []
+        self._lock = threading.Lock()
+        self._puts: List[_Ticket] = []
+        self._visitors: List[_Ticket] = []
+        self._removals: List[_Key] = []
         self._leading = False
         self._closed = False
         self._warned = False
         self._users = 0
-        self._owners: Dict[Tuple[str, str, str], object] = {}
+        self._owners: Dict[_Key, object] = {}
+        self._level = ""
         self._lock_file = self._take_lock()
         try:
             self._database = self._open()
@@ -105,21 +130,37 @@ class Outbox:
         :param owner: who delivers it; :meth:`claim` gives it to nobody else meanwhile.
         :returns: False where it could not be written (disk full); one warning is logged, the caller delivers without.
         """
-        row = (
-            api_url, agent_id, stored.task_id, installation_id,
-            stored.attempt, stored.substituted, stored.head, time.time(),
-        )  # fmt: skip
-        with self._condition:
-            self._owners[api_url, agent_id, stored.task_id] = owner
-        if self._change([(_PUT, row)], durable=True):
+        key = (api_url, agent_id, stored.task_id)
+        ticket = _Ticket((*key, installation_id, stored.attempt, stored.substituted, stored.head, time.time()))
+        with self._lock:
+            if self._closed:
+                return False
+            self._owners[key] = owner
+            self._puts.append(ticket)
+            leads = not self._leading
+            self._leading = True
+        if leads or self._wait(ticket):
+            self._lead(ticket)
+        if ticket.problem is None:
             return True
-        self._disown(api_url, agent_id, stored.task_id)
+        self._warn(ticket.problem)
+        self._disown(*key)
         return False
 
     def remove(self, api_url: str, agent_id: str, task_id: str) -> None:
         """Forget a completion that was accepted."""
-        self._change([(_REMOVE, (api_url, agent_id, task_id))], durable=False)
-        self._disown(api_url, agent_id, task_id)
+        key = (api_url, agent_id, task_id)
+        with self._lock:
+            self._owners.pop(key, None)
+            if self._closed:
+                return
+            self._removals.append(key)
+            if self._leading:
+                return
+            self._leading = True
+        problem = self._lead()
+        if problem is not None:
+            self._warn(problem)
 
     def holds(self, api_url: str, agent_id: str, task_id: str) -> bool:
         """Whether somebody in this process is delivering a completion of this task."""
@@ -127,28 +168,37 @@ class Outbox:
 
     def disown(self, owner: object) -> None:
         """``owner`` delivers no more; what it leaves may be claimed."""
-        with self._condition:
+        with self._lock:
             self._owners = {key: one for key, one in self._owners.items() if one is not owner}
 
     def claim(self, api_url: str, agent_id: str, owner: object) -> List[Stored]:
-        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now."""
-        with self._condition:
-            while self._leading:
-                self._condition.wait(_LONGEST_WAIT)
-            self._leading = True
-        rows = []
+        """What is kept for this platform and agent and has no owner, oldest first; ``owner`` delivers it now.
+
+        A row that is damaged stays in the file and is named in the log; where nothing can be read, nothing is claimed.
+        """
+        found: List[Stored] = []
+        self._take_lead()
         try:
-            rows = self._database.execute(_LOAD, (api_url, agent_id)).fetchall()
+            try:
+                for row in self._database.execute(_LOAD, (api_url, agent_id)):
+                    stored = _stored(*row)
+                    if stored is not None:
+                        found.append(stored)
+                    else:
+                        log.error("the outbox %s holds a damaged row (task %r); it stays there", self.path, row[0])
+            except _FAILURES as error:
+                problem = one_line(str(error))
+                log.error("the outbox %s cannot be read (%s); what it holds is left for the next start",
+                          self.path, problem)  # fmt: skip
+            with self._lock:
+                found = [one for one in found if (api_url, agent_id, one.task_id) not in self._owners]
+                self._owners.update({(api_url, agent_id, one.task_id): owner for one in found})
         finally:
-            with self._condition:
-                self._leading = False
-                rows = [row for row in rows if (api_url, agent_id, row[0]) not in self._owners]
-                self._owners.update({(api_url, agent_id, row[0]): owner for row in rows})
-                self._condition.notify_all()
-        return [Stored(task_id, attempt, bool(substituted), body) for task_id, attempt, substituted, body in rows]
+            self._lead()
+        return found
 
     def _disown(self, api_url: str, agent_id: str, task_id: str) -> None:
-        with self._condition:
+        with self._lock:
             self._owners.pop((api_url, agent_id, task_id), None)
 
     # -- life --
@@ -160,12 +210,13 @@ class Outbox:
             if self._users > 0:
                 return
             _registry.pop(self.path, None)
-        with self._condition:
+        with self._lock:
             self._closed = True
-            while self._leading:
-                self._condition.wait(_LONGEST_WAIT)
+        self._take_lead()
+        self._write_queued()
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
+        self._lead()
         self._drop_lock()
 
     def __repr__(self) -> str:
@@ -173,45 +224,101 @@ class Outbox:
 
     # -- group commit --
 
-    def _change(self, changes: List[_Change], durable: bool) -> bool:
-        ticket = _Ticket(changes, durable)
-        batch: List[_Ticket] = []
-        with self._condition:
-            if self._closed:
-                return False
-            self._queue.append(ticket)
-            while self._leading and not ticket.done:
-                self._condition.wait(_LONGEST_WAIT)
-            if not ticket.done:
+    def _take_lead(self) -> None:
+        """Wait for a turn at the database; :meth:`_lead` ends it."""
+        ticket = _Ticket()
+        with self._lock:
+            if not self._leading:
                 self._leading = True
-                batch, self._queue = self._queue, []
-        if batch:
-            problem = self._commit(batch)
-            with self._condition:
-                for one in batch:
-                    one.done = True
-                    one.problem = problem
-                self._leading = False
-                self._condition.notify_all()
-        if ticket.problem is not None:
-            self._warn(ticket.problem)
-        return ticket.problem is None
+                return
+            self._visitors.append(ticket)
+        ticket.wait()
 
-    def _commit(self, batch: List[_Ticket]) -> Optional[str]:
+    @staticmethod
+    def _wait(ticket: _Ticket) -> bool:
+        """Wait until a row is on disk; whether the lead came instead."""
+        ticket.wait()
+        return ticket.leads
+
+    def _lead(self, mine: Optional[_Ticket] = None) -> Optional[str]:
+        """Write what has queued, then hand the lead on, or end it where nothing is left; the last problem, or None.
+
+        Only the leader calls this.
+        """
+        problem: Optional[str] = None
+        while True:
+            if mine is None:
+                with self._lock:
+                    if self._pass_on():
+                        return problem
+                    if not self._removals:
+                        self._leading = False
+                        return problem
+            mine = None
+            try:
+                problem = self._write_queued()
+            except BaseException:
+                # Whatever ends this thread, the others must not wait for it.
+                with self._lock:
+                    if not self._pass_on():
+                        self._leading = False
+                raise
+
+    def _write_queued(self) -> Optional[str]:
+        """Commit what has queued and open the gates of those who wait for it. Only the leader calls this."""
+        with self._lock:
+            puts, self._puts = self._puts, []
+            removals, self._removals = self._removals, []
+        problem: Optional[str] = "the commit did not end"
+        try:
+            problem = self._commit(puts, removals)
+        finally:
+            for ticket in puts:
+                ticket.problem = problem
+                ticket.gate.release()
+        return problem
+
+    def _pass_on(self) -> bool:
+        """Give the lead to whoever has waited for it, if anybody has. Needs the lock."""
+        if self._visitors:
+            heir = self._visitors.pop(0)
+        elif self._puts:
+            heir = self._puts[0]
+        else:
+            return False
+        heir.leads = True
+        heir.gate.release()
+        return True
+
+    def _commit(self, puts: List[_Ticket], removals: List[_Key]) -> Optional[str]:
         """Write a batch in one transaction; what was wrong, or None. Only the leader calls this."""
         database = self._database
         try:
-            level = "FULL" if any(ticket.durable for ticket in batch) else "NORMAL"
-            database.execute(f"PRAGMA synchronous = {level}")
+            level = "FULL" if puts else "NORMAL"
+            if level != self._level:
+                database.execute(f"PRAGMA synchronous = {level}")
+                self._level = level
             database.execute("BEGIN IMMEDIATE")
-            for ticket in batch:
-                for statement, values in ticket.changes:
-                    database.execute(statement, values)
+            # In this order: a removal is of a row that is on disk already; a put may be of the same task anew.
+            # Many rows a statement: each gives up the interpreter, and among eight threads must then wait for it.
+            senders: Dict[Tuple[str, str], List[str]] = {}
+            for api_url, agent_id, task_id in removals:
+                senders.setdefault((api_url, agent_id), []).append(task_id)
+            for sender, task_ids in senders.items():
+                for ids in _portions(task_ids):
+                    database.execute(f"{_REMOVE}({', '.join('?' * len(ids))})", [*sender, *ids])
+            for rows in _portions([ticket.row for ticket in puts]):
+                database.execute(_PUT + ", ".join([_PUT_ROW] * len(rows)), list(itertools.chain.from_iterable(rows)))
             database.execute("COMMIT")
-        except sqlite3.Error as error:
-            with contextlib.suppress(sqlite3.Error):
+        except _FAILURES as error:
+            with contextlib.suppress(*_FAILURES):
                 database.execute("ROLLBACK")
-            return str(error)
+            return one_line(str(error))
+        except BaseException:
+            # A MemoryError, for example: an open transaction would refuse the next one.
+            with contextlib.suppress(*_FAILURES):
+                database.execute("ROLLBACK")
+            raise
         self._warned = False
         return None
 
@@ -230,11 +337,11 @@ class Outbox:
     def _open(self) -> sqlite3.Connection:
         try:
             return self._connect()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             # Exactly this class means "not a database" or "malformed"; its subclasses (locked, cannot open) pass.
-            if type(error) is not sqlite3.DatabaseError:
+            if isinstance(error, sqlite3.DatabaseError) and type(error) is not sqlite3.DatabaseError:
                 raise
-            problem = str(error)
+            problem = one_line(str(error))
         aside = f"{self.path}.corrupt-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         for suffix in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -292,6 +399,22 @@ class Outbox:
         with contextlib.suppress(OSError):
             filelock.unlock(self._lock_file)
         os.close(self._lock_file)
+
+
+def _portions(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    for start in range(0, len(rows), _MOST_ROWS):
+        yield rows[start : start + _MOST_ROWS]
+
+
+def _stored(task_id: object, attempt: object, substituted: object, body: object) -> Optional[Stored]:
+    """What a row holds; None where it cannot be sent. Whether the body is JSON is the platform's to say."""
+    try:
+        text = task_id.decode() if isinstance(task_id, bytes) else None
+    except UnicodeDecodeError:
+        return None
+    if not is_id(text) or type(attempt) is not int or not 1 <= attempt < 2**31 or not isinstance(body, bytes):
+        return None
+    return Stored(text, attempt, bool(substituted), body)
 
 
 _registry: Dict[str, Outbox] = {}

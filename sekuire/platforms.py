@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import socket
 from typing import Any, Callable, Dict, Mapping, Optional
@@ -53,6 +52,8 @@ def detect(
             "image": env.get("DOCKER_IMAGE") or env.get("CONTAINER_IMAGE"),
         }
     else:
+        import platform
+
         return {
             "type": "bare_metal",
             "hostname": socket.gethostname(),

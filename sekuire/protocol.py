@@ -76,6 +76,8 @@ RETRYABLE = {
 MAX_LIFETIME = 30 * 24 * 3600.0
 #: Longest ``Retry-After`` (seconds) that is honoured.
 MAX_RETRY_AFTER = 300.0
+#: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
+MAX_EVENT_ID_BYTES = 4096
 #: How much of an error body that is not JSON is kept, in characters.
 MAX_ERROR_TEXT = 500
 
@@ -226,6 +228,18 @@ def completion_key(task_id: str, attempt: int, substituted: bool = False) -> str
     return f"{encode_id(task_id)}:{attempt}" + (":2" if substituted else "")
 
 
+def event_id_header(event_id: str) -> Optional[bytes]:
+    """The value of ``Last-Event-ID``, or None where there is none to send.
+
+    As bytes: http.client would encode a str as Latin-1, and the standard says UTF-8. An id that is too long, or holds
+    control characters, is left out: servers and proxies answer 400 to such a header, and the stream would stay shut.
+    """
+    value = event_id.encode()
+    if not value or len(value) > MAX_EVENT_ID_BYTES or any(byte < 32 or byte == 127 for byte in value):
+        return None
+    return value
+
+
 def retry_after(header: Optional[str], now: dt.datetime) -> Optional[float]:
     """Seconds that ``Retry-After`` asks for, in either of its forms (RFC 9110, section 10.2.3).
 
@@ -309,6 +323,7 @@ _STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
 _ENCODE: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=True
 ).encode
+_PACK: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def decode_json(text: str) -> Any:
@@ -338,6 +353,22 @@ def encode_json(value: Any) -> bytes:
         included).
     """
     return _ENCODE(value).encode()
+
+
+def pack(value: Any) -> Optional[bytes]:
+    """A value that came from JSON as JSON again, from which :func:`unpack` makes the same; None where it is too deep.
+
+    Unlike :func:`encode_json` it takes all that a decoder gives: lone surrogates, and infinity for ``1e999``.
+    """
+    try:
+        return _PACK(value).encode("ascii")
+    except (ValueError, RecursionError, MemoryError):
+        return None
+
+
+def unpack(packed: bytes) -> Any:
+    """The value of :func:`pack`."""
+    return json.loads(packed)
 
 
 def decode_body(body: bytes) -> Any:
@@ -477,12 +508,12 @@ def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] 
         payload = None
     if isinstance(payload, dict):
         details = payload
-        code = one_line(_str(payload.get("code")) or _str(payload.get("error")) or "")[:MAX_ERROR_TEXT] or None
+        code = _line(_str(payload.get("code")) or _str(payload.get("error")) or "") or None
         message = _str(payload.get("message")) or _str(payload.get("error")) or ""
     else:
-        message = one_line(body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace"))
+        message = body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace")
     error = PlanLimitError if status == 402 else APIError
-    return error(status, code, one_line(message)[:MAX_ERROR_TEXT], retry_after_seconds, details)
+    return error(status, code, _line(message), retry_after_seconds, details)
 
 
 def one_line(text: str) -> str:
@@ -667,8 +698,11 @@ def _build_task(payload: Any) -> Task:
     if not _is_attempt(attempt):
         raise MalformedTask("attempt must be an integer from 1", task_id)
     capability = _first(payload, "capability", "target_capability")
-    if not isinstance(capability, str) or not capability:
-        raise MalformedTask("capability must be a non-empty string", task_id, attempt)
+    if not is_id(capability):
+        # It stands in log lines, ours and the user's, and no handler can be registered under such a name.
+        raise MalformedTask(
+            "capability must be a non-empty string of at most 256 bytes without control characters", task_id, attempt
+        )
     timeout = get("timeout_ms")
     if timeout is not None:
         timeout = milliseconds(timeout)
@@ -757,7 +791,12 @@ def _str(value: Any) -> Optional[str]:
 
 
 def _reason(value: Any) -> Optional[str]:
-    return one_line(value)[:MAX_ERROR_TEXT] if isinstance(value, str) else None
+    return _line(value) if isinstance(value, str) else None
+
+
+def _line(text: str) -> str:
+    # Cut first as well: nobody needs the rest of ten megabytes looked through.
+    return one_line(text[: 4 * MAX_ERROR_TEXT])[:MAX_ERROR_TEXT]
 
 
 def _is_attempt(value: object) -> TypeGuard[int]:

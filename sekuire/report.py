@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
 
 from . import protocol
 from .config import WorkerConfig
@@ -18,9 +18,11 @@ from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError, TransportError
 from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
 from .models import Completion, Task
-from .outbox import Outbox, Stored
 from .transport.http import Reply
 from .transport.retry import full_jitter
+
+if TYPE_CHECKING:
+    from .outbox import Outbox
 
 log = logging.getLogger("sekuire.report")
 
@@ -28,6 +30,8 @@ log = logging.getLogger("sekuire.report")
 RETRY_MIN, RETRY_MAX = 0.1, 60.0
 #: Delay after an answer that repeating is unlikely to change, in seconds.
 STUBBORN = 60.0
+#: How often a result that is refused with 401, also after a renewal of the token, is taken to be so by bad luck.
+REFUSALS = 5
 #: Threads that send what was not sent by a handler's own thread.
 MAX_THREADS = 4
 #: Undelivered results at which intake pauses: their number and their bytes.
@@ -48,7 +52,7 @@ class Report:
 
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
-    ``is_stored``: its present form is in the outbox.
+    ``is_stored``: its present form is in the outbox, under ``stored_attempt``.
     """
 
     __slots__ = (
@@ -57,6 +61,8 @@ class Report:
         "is_final",
         "is_given_up",
         "is_stored",
+        "refused",
+        "stored_attempt",
         "stubborn",
         "substituted",
         "task_id",
@@ -70,7 +76,9 @@ class Report:
         self.is_final = is_final
         self.is_given_up = False
         self.is_stored = False
+        self.stored_attempt = 0
         self.tries = 0
+        self.refused = 0
         self.substituted = False
         self.stubborn = False
 
@@ -179,8 +187,8 @@ class Reporter:
             if self._held.get(report.task_id) is not report:
                 return
             attempt, body, substituted = report.attempt, report.head, report.substituted
-        if self._outbox is not None and not report.is_stored:
-            self._keep_on_disk(self._outbox, report, Stored(report.task_id, attempt, substituted, body))
+        if self._outbox is not None and not (report.is_stored and report.stored_attempt == attempt):
+            self._keep_on_disk(self._outbox, report, attempt, substituted, body)
         key = protocol.completion_key(report.task_id, attempt, substituted)
         path = self._endpoints.path("complete", task_id=report.task_id)
         data = body + protocol.completion_tail(attempt, self._worker_id)
@@ -198,6 +206,10 @@ class Reporter:
             self._substitute(report, reply)
         elif protocol.is_transient(reply.status):
             self._retry(report, f"HTTP {reply.status}", reply.retry_after() or 0.0)
+        elif reply.status == 401 and report.refused < REFUSALS:
+            # The token was renewed, but can have been ended since, or one of several gateways not know it yet.
+            report.refused += 1
+            self._retry(report, protocol.decode_error(reply.status, reply.body))
         else:
             self._keep(report, reply)
 
@@ -213,6 +225,7 @@ class Reporter:
             is_final = not protocol.is_retryable_failure(stored.head)
             report = Report(stored.task_id, stored.attempt, stored.head, is_final)
             report.is_stored = True
+            report.stored_attempt = stored.attempt
             report.substituted = stored.substituted
             reports.append(report)
         with self._condition:
@@ -361,7 +374,12 @@ class Reporter:
             report.is_stored = False
             self._outbox.remove(*self._sender, report.task_id)
 
-    def _keep_on_disk(self, outbox: Outbox, report: Report, stored: Stored) -> None:
+    def _keep_on_disk(self, outbox: Outbox, report: Report, attempt: int, substituted: bool, head: bytes) -> None:
+        from .outbox import Stored  # Loaded already, by whoever made the outbox.
+
+        stored = Stored(report.task_id, attempt, substituted, head)
+        # Under the attempt that it is sent with: the next process must not make another result of that one.
+        report.stored_attempt = attempt
         report.is_stored = outbox.put(*self._sender, self._auth.store.current.installation_id, stored, self)
 
     def _remember(self, report: Report) -> None:
@@ -449,7 +467,7 @@ class Reporter:
             otherwise()
         elif reply is None and not (isinstance(problem, TransportError) and problem.retryable):
             log.warning("[%s] the platform did not take the task back (%s)", task_id, problem)
-        elif reply is None or protocol.is_transient(reply.status):
+        elif reply is None or protocol.is_transient(reply.status) or (reply.status == 401 and tries < REFUSALS):
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
             self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, tries + 1))

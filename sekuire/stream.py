@@ -22,10 +22,6 @@ log = logging.getLogger("sekuire.stream")
 
 #: Bounds of a server's ``retry:``, in seconds.
 _RETRY_LOW, _RETRY_HIGH = 0.1, 60.0
-#: Seconds a stream must have lived for the next backoff to begin anew.
-_HEALTHY = 60.0
-#: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
-_MAX_EVENT_ID = 4096
 
 
 class StreamListener(Protocol):
@@ -81,6 +77,7 @@ class TaskStream:
         self._path = config.endpoints.path("task_stream")
         self._last_event_id = ""
         self._was_open = False
+        self._opened_at: Optional[float] = None
         self._refused: Optional[int] = None
         self._ignored: Set[str] = set()
 
@@ -93,14 +90,13 @@ class TaskStream:
         """
         try:
             while not self._stop.is_set():
-                started = time.monotonic()
                 problem = self._listen()
                 self.connected = False
                 if self._stop.is_set():
                     return
                 self._listener.on_lost(problem)
-                if time.monotonic() - started >= _HEALTHY:
-                    self._backoff.reset()
+                if self._opened_at is not None:
+                    self._backoff.was_open(time.monotonic() - self._opened_at)
                 delay = self._backoff.next(getattr(problem, "retry_after", None))
                 log.log(
                     logging.INFO if problem is None else logging.WARNING,
@@ -124,6 +120,7 @@ class TaskStream:
     def _listen(self) -> Optional[SekuireError]:
         """Open the stream and read it to its end; what was wrong, if that may pass."""
         answer: Optional[LiveAnswer] = None
+        self._opened_at = None
         try:
             snapshot = self._auth.snapshot(Deadline(RENEWAL_TIMEOUT))
             if self._stop.is_set():
@@ -155,9 +152,8 @@ class TaskStream:
 
     def _open(self, snapshot: Snapshot) -> LiveAnswer:
         headers: Dict[str, Union[str, bytes]] = {}
-        event_id = self._last_event_id.encode()
-        if event_id and len(event_id) <= _MAX_EVENT_ID:
-            # As bytes: http.client would encode a str as Latin-1, and the standard says UTF-8.
+        event_id = protocol.event_id_header(self._last_event_id)
+        if event_id is not None:
             headers["Last-Event-ID"] = event_id
         path = f"{self._path}?{self._query(snapshot.credentials.installation_id)}"
         return self._live.open(path, credential=bearer_of(snapshot), headers=headers)
@@ -213,6 +209,7 @@ class TaskStream:
             last_event_id=self._last_event_id,
         )
         self.connected = self._was_open = True
+        self._opened_at = time.monotonic()
         self._listener.on_open()
         oversized = 0
         handled = True

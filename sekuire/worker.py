@@ -7,9 +7,8 @@ import os
 import queue
 import signal
 import threading
-import uuid
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union, overload
 
 import attrs
 
@@ -33,10 +32,12 @@ from .lifecycle import (
     owned_by,
 )
 from .models import Command, WorkerReport, WorkerStats
-from .outbox import open_outbox
 from .registry import TaskRegistry
 from .report import Reporter
 from .stream import TaskStream
+
+if TYPE_CHECKING:
+    from .outbox import Outbox
 
 log = logging.getLogger("sekuire.worker")
 
@@ -79,6 +80,8 @@ class Worker:
             raise ConfigurationError(
                 f"must be a WorkerConfig, got {type(config).__name__}; or use create_worker(...)", "config"
             )
+        import uuid  # Here, to keep `import sekuire` cheap: it looks at the machine when it is imported.
+
         self.pid = os.getpid()
         self.worker_id = uuid.uuid4().hex
         self._config = config
@@ -103,7 +106,11 @@ class Worker:
         self._stop_reason: Optional[str] = None
         self._timer = Timer(owner=self)
         self._callbacks = CallbackThread(owner=self)
-        self._outbox = None if config.outbox is None else open_outbox(config.outbox)
+        self._outbox: Optional[Outbox] = None
+        if config.outbox is not None:
+            from .outbox import open_outbox  # SQLite is for those who keep results on disk.
+
+            self._outbox = open_outbox(config.outbox)
         self._reporter = Reporter(
             config, self._auth, self.worker_id, on_revoked=self._revoke, outbox=self._outbox, owner=self
         )
@@ -271,6 +278,7 @@ class Worker:
             if self._phase != "running":
                 return
             self._phase = "stopping"
+            self._stop_reason = "the program ends"
         log.warning(
             "the program ends while a Worker runs; its tasks are cancelled. Use start(block=True), or wait(), to keep "
             "it running, and stop() to end it in order"
@@ -283,6 +291,11 @@ class Worker:
                 step()
             except Exception:
                 log.exception("the program ends: a step failed (%s); going on", step.__name__)
+        # Nothing follows: a stop() of the user's own, in an atexit function, must not wait for more.
+        with self._state:
+            self._phase = "stopped"
+            self._connected = False
+            self._state.notify_all()
 
     def _cancel_at_exit(self) -> None:
         self._dispatcher.cancel_running("the program ends")

@@ -104,8 +104,11 @@ class WebServer:
                 if context is None:
                     super().finish_request(request, address)
                     return
-                with contextlib.suppress(OSError), context.wrap_socket(request, server_side=True) as wrapped:
-                    super().finish_request(wrapped, address)
+                with contextlib.suppress(OSError):
+                    # ssl leaves a socket open that was reset before it is wrapped.
+                    request.getpeername()
+                    with context.wrap_socket(request, server_side=True) as wrapped:
+                        super().finish_request(wrapped, address)
 
             def handle_error(self, request: Any, address: Any) -> None:
                 pass

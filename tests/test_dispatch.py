@@ -431,3 +431,33 @@ def test_a_repetition_while_the_pause_is_answered() -> None:
     handlers.gate("t1").set()
     until(lambda: dispatcher._busy == 0)
     dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of tasks that wait in a long queue are kept as JSON; the handler sees no difference."""
+    monkeypatch.setattr("sekuire.dispatch._UNPACKED", 2)
+    inputs: List[Any] = [{"n": number, "text": "é\ud800\u2028", "many": [1.5, None, True, {}]} for number in range(6)]
+    seen: Dict[str, Any] = {}
+    gate = threading.Event()
+
+    def handle(ctx: TaskContext, input: Any) -> str:
+        gate.wait(GUARD)
+        seen[ctx.task_id] = input
+        return "done"
+
+    registry = TaskRegistry()
+    registry.add("a", handle)
+    sink = Sink()
+    config = WorkerConfig(agent_id="a", runtime_token="t", max_workers=1, max_queued=10)
+    dispatcher = Dispatcher(
+        config, registry, sink, timer=ManualTimer(), lease_held=lambda: True, scrub=lambda text: text
+    )  # fmt: skip
+    for number, value in enumerate(inputs):
+        dispatcher.submit(Task(task_id=str(number), capability="a", input=value))
+    packed = [record.packed is not None for record in dispatcher._records.values()]
+    assert packed == [False, False, False, True, True, True]
+    assert all(record.task.input is None for record in dispatcher._records.values() if record.packed is not None)
+    gate.set()
+    assert dispatcher.drain(Deadline(GUARD))
+    dispatcher.end_pool(Deadline(GUARD))
+    assert seen == {str(number): value for number, value in enumerate(inputs)}

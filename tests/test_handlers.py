@@ -9,7 +9,7 @@ import pytest
 
 from sekuire.context import TaskContext
 from sekuire.errors import ConfigurationError, TaskCancelled, TaskError
-from sekuire.handlers import run
+from sekuire.handlers import MAX_MESSAGE, run
 from sekuire.models import Completion, Task
 from sekuire.registry import TaskRegistry
 
@@ -50,6 +50,19 @@ def test_an_exception(error: BaseException, code: str, message: str, retryable: 
     failure = ended(handler).failure
     assert failure is not None
     assert (failure.code, failure.message, failure.retryable) == (code, message, retryable)
+
+
+@pytest.mark.parametrize("kind", [TaskError, TaskCancelled])
+def test_half_a_secret_is_not_told(kind: Any) -> None:
+    """A long text is cut after its secrets are taken out, so that the cut cannot hide one from the search."""
+    text = "x" * (10 * MAX_MESSAGE - 3) + "secret"
+
+    def handler(ctx: Any, input: Any) -> None:
+        raise TaskError("own", text) if kind is TaskError else TaskCancelled(text)
+
+    failure = ended(handler).failure
+    assert failure is not None
+    assert failure.message == "x" * (10 * MAX_MESSAGE - 3) + "***"
 
 
 def test_a_text_that_has_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:

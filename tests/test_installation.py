@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pathlib
+import time
 from typing import Any, Iterator, List
 
 import pytest
 
 from sekuire.config import AgentConfig
 from sekuire.credentials import RuntimeCredentialsStore
+from sekuire.credentials.store import Renewed
 from sekuire.errors import ConfigurationError
 from sekuire.installation import Installation
-from sekuire.models import RuntimeCredentials
+from sekuire.models import Grant, RuntimeCredentials
 from sekuire.secret import Secret
 
 
@@ -52,6 +55,36 @@ def test_live_tokens_are_scrubbed(made: List[Installation]) -> None:
     assert one.scrub("a skr_1 b skf_1 c skt_install d sk_key e skr_1") == "a *** b *** c *** d *** e ***"
     store.update(RuntimeCredentials(runtime_token="skr_2"))
     assert one.scrub("skr_2") == "***"
+
+
+def test_replaced_tokens_are_scrubbed(made: List[Installation], tmp_path: pathlib.Path) -> None:
+    """A token that was renewed since a handler read it may still be taken by the platform: it is hidden too."""
+    path = tmp_path / "credentials.json"
+    store = RuntimeCredentialsStore(path=path)
+    one = install(made, credentials_store=store)
+    store.update(RuntimeCredentials(installation_id="i", runtime_token="skr_1", refresh_token="skf_1"))
+    now = time.monotonic(), time.time()
+    grant = Grant(credentials=RuntimeCredentials(runtime_token="skr_2"))
+    assert store.offer(store.generation, Renewed(grant=grant, sent_at=now[0], sent_wall=now[1]))
+    RuntimeCredentialsStore(path=path).update(RuntimeCredentials(runtime_token="skr_3", refresh_token="skf_3"))
+    assert store.reload()
+    assert one.scrub("skr_1 skf_1 skr_2 skr_3 skf_3") == "*** *** *** *** ***"
+
+
+def test_only_so_many_replaced_tokens_are_kept(made: List[Installation]) -> None:
+    """However often a token is renewed, the memory for those that were is bounded, and the newest are in it."""
+    store = RuntimeCredentialsStore()
+    one = install(made, credentials_store=store)
+    for number in range(1000, 2000):
+        store.update(RuntimeCredentials(runtime_token=f"skr_{number}", refresh_token="skf_same"))
+    assert [one.scrub(f"skr_{number}") for number in (1999, 1998, 1950)] == ["***"] * 3
+    assert len(store.secrets) < 200
+
+
+def test_a_token_that_begins_with_another(made: List[Installation]) -> None:
+    """Nothing of a longer token stays where a shorter one is its beginning."""
+    store = RuntimeCredentialsStore(RuntimeCredentials(runtime_token="abc", refresh_token="abcdef"))
+    assert install(made, credentials_store=store).scrub("x abcdef abc") == "x *** ***"
 
 
 def test_capabilities_are_united(made: List[Installation]) -> None:

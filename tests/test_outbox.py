@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from typing import List, Tuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sekuire import protocol
 from sekuire.errors import ConfigurationError
+from sekuire.models import is_id
 from sekuire.outbox import Stored, open_outbox
 
 URL, AGENT = "http://127.0.0.1:1", "agent"
@@ -116,6 +123,159 @@ def test_a_damaged_page_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "was set aside" in caplog.text
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            Stored,
+            st.text(min_size=1, max_size=60).filter(is_id),
+            st.integers(1, 2**31 - 1),
+            st.booleans(),
+            st.binary(max_size=200),
+        ),
+        max_size=5,
+        unique_by=lambda one: one.task_id,
+    )
+)
+def test_any_result_survives(results: List[Stored]) -> None:
+    """Whatever a result holds, it comes back as it was, in the order in which results were put."""
+    with tempfile.TemporaryDirectory() as directory:
+        for turn in range(2):
+            outbox = open_outbox(os.path.join(directory, "outbox.db"))
+            for one in results if not turn else ():
+                assert outbox.put(URL, AGENT, None, one)
+            outbox.disown(None)
+            assert outbox.claim(URL, AGENT, object()) == results
+            outbox.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 10**9), st.binary(min_size=1, max_size=40)), min_size=1, max_size=4))
+def test_any_damage_is_survived(damage: List[Tuple[int, bytes]]) -> None:
+    """Whatever bytes of the file are overwritten, it opens or is set aside; what it gives can be sent; it works on."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "outbox.db")
+        data = bytearray(_filled())
+        for place, content in damage:
+            at = place % len(data)
+            data[at : at + len(content)] = content
+        Path(path).write_bytes(data)
+        problem = ""
+        try:
+            outbox = open_outbox(path)
+        except ConfigurationError as error:
+            problem = str(error)
+        if problem:
+            # Its mark was hit: it may as well be another program's.
+            assert "another program's" in problem or "cannot open" in problem
+            assert Path(path).read_bytes() == data
+            return
+        for one in outbox.claim(URL, AGENT, object()):
+            assert protocol.completion_key(one.task_id, one.attempt)
+            assert isinstance(one.head, bytes)
+        outbox.put(URL, AGENT, None, stored("new"))
+        outbox.remove(URL, AGENT, "new")
+        outbox.close()
+
+
+@functools.lru_cache
+def _filled() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        outbox = open_outbox(os.path.join(directory, "outbox.db"))
+        for number in range(20):
+            outbox.put(URL, AGENT, "inst", stored(f"task-{number}", b'{"task_id":"t","output":"' + b"x" * 300))
+        outbox.close()
+        return Path(directory, "outbox.db").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("task_id", "attempt"),
+    [
+        ("CAST(X'74ff' AS TEXT)", 1),
+        ("''", 1),
+        ("'..'", 1),
+        ("'a' || char(10)", 1),
+        ("'t'", 0),
+        ("'t'", "'x'"),
+        ("'t'", 1.5),
+    ],
+)
+def test_a_damaged_row_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, task_id: str, attempt: object
+) -> None:
+    """A row that cannot be sent stays where it is, named in one log line; the others are delivered."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox._database.execute(
+        f"INSERT INTO completion VALUES ('{URL}', '{AGENT}', {task_id}, NULL, {attempt}, 0, X'7b', 1.0)"
+    )
+    outbox.put(URL, AGENT, None, stored("good"))
+    outbox.disown(None)
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["good"]
+    (count,) = outbox._database.execute("SELECT count(*) FROM completion").fetchone()
+    outbox.close()
+    (record,) = [record for record in caplog.records if "damaged row" in record.message]
+    assert record.message.isprintable()
+    assert count == 2
+
+
+def test_an_outbox_that_cannot_be_read_does_not_stop_a_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where reading fails, nothing is claimed, the log says so, and results are kept on all the same."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox.put(URL, AGENT, None, stored("a"))
+    outbox.disown(None)
+    outbox._database.execute("ALTER TABLE completion RENAME TO gone")
+    assert outbox.claim(URL, AGENT, object()) == []
+    assert "cannot be read (no such table" in caplog.text
+    outbox._database.execute("ALTER TABLE gone RENAME TO completion")
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a"]
+    outbox.close()
+
+
+class _Interrupted:
+    """A database whose next statement is interrupted in the middle of a transaction."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self.is_armed = True
+
+    def execute(self, statement: str, *values: object) -> object:
+        if self.is_armed and statement.startswith("INSERT"):
+            self.is_armed = False
+            raise MemoryError
+        return self._database.execute(statement, *values)
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def test_an_interrupted_writer_holds_up_no_other(tmp_path: Path) -> None:
+    """Whatever ends the thread that writes for all, nobody waits for it, and the next transaction is a new one."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox._database = _Interrupted(outbox._database)  # type: ignore[assignment]
+    with pytest.raises(MemoryError):
+        outbox.put(URL, AGENT, None, stored("a"))
+    done = []
+    thread = threading.Thread(target=lambda: done.append(outbox.put(URL, AGENT, None, stored("b"))), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert done == [True]
+    outbox.disown(None)
+    assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["b"]
+    outbox.close()
+
+
+@pytest.mark.parametrize("name", [b"compl(\xff\non", b"a\n\x1b[31m\xc3b"])
+def test_a_damaged_schema_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: bytes) -> None:
+    """A file whose names are damaged is set aside, although SQLite's message about it may be no text."""
+    path = tmp_path / "outbox.db"
+    path.write_bytes(_filled().replace(b"completion", name))
+    outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    outbox.close()
+    (record,) = [record for record in caplog.records if "set aside" in record.message]
+    assert record.message.isprintable()
+
+
 def test_another_programs_database_is_refused(tmp_path: Path) -> None:
     """A database that is not ours is left alone."""
     path = tmp_path / "theirs.db"
@@ -149,6 +309,26 @@ def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert sum("cannot be written" in record.getMessage() for record in caplog.records) == 1
     outbox._database.execute("PRAGMA max_page_count = 100000").fetchall()
     assert outbox.put(URL, AGENT, None, stored("big", b"x" * 100_000))
+    outbox.close()
+
+
+def test_nobody_waits_for_the_next_to_come(tmp_path: Path) -> None:
+    """Threads that only put all get their answer: who has led hands on to who has come meanwhile."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    begin = threading.Barrier(8)
+    done = []
+
+    def work(name: int) -> None:
+        for number in range(20):
+            begin.wait(60)
+            done.append(outbox.put(URL, AGENT, None, stored(f"{name}-{number}")))
+
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert done == [True] * 160
     outbox.close()
 
 

@@ -142,3 +142,28 @@ def test_module_and_script_are_the_same(tmp_path: pathlib.Path) -> None:
     wanted = f"sekuire {__version__}\n"
     assert run([sys.executable, "-m", "sekuire", "--version"], tmp_path) == wanted
     assert run([script, "--version"], tmp_path) == wanted
+
+
+def test_every_public_name_is_loaded_when_it_is_used() -> None:
+    """Importing the package loads none of its modules; each name of ``__all__`` is there, and nothing is made up."""
+    script = (
+        "import sys, sekuire\n"
+        "loaded = [name for name in sys.modules if name.startswith('sekuire.')]\n"
+        "assert loaded == ['sekuire.version'], loaded\n"
+        "assert 'requests' not in sys.modules\n"
+        "assert set(sekuire.__all__) <= set(dir(sekuire))\n"
+        "for name in sekuire.__all__:\n"
+        "    assert getattr(sekuire, name) is getattr(sekuire, name) is vars(sekuire)[name]\n"
+        "assert sekuire.errors.TaskError is sekuire.TaskError\n"
+        "try:\n"
+        "    sekuire.Wrong\n"
+        "except AttributeError as error:\n"
+        "    assert 'Wrong' in str(error)\n"
+        "else:\n"
+        "    raise AssertionError('no error')\n"
+        "scope = {}\n"
+        "exec('from sekuire import *', scope)\n"
+        "assert set(sekuire.__all__) <= set(scope)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr

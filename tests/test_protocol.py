@@ -7,7 +7,7 @@ import datetime as dt
 import hashlib
 import json
 from email.utils import format_datetime
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional
 from urllib.parse import unquote
 
 import pytest
@@ -239,7 +239,24 @@ def test_any_id_is_encoded_reversibly_or_malformed(value: str) -> None:
     assert encoded.isascii()
 
 
-@pytest.mark.parametrize("value", ["", ".", "..", "a\nb", "x" * 257, "\x7f", "\x85", "\ud800"])
+@given(st.text(min_size=1, max_size=300), st.sampled_from(sorted(protocol.DEFAULT_ENDPOINTS)))
+def test_any_id_stays_in_its_segment(value: str, name: str) -> None:
+    """Whatever an id holds, a path with it has the segments of its template, and the id comes back out of it."""
+    template = protocol.DEFAULT_ENDPOINTS[name]
+    keys = [segment[1:-1] for segment in template.split("/") if segment.startswith("{")]
+    if not protocol.is_id(value):
+        for key in keys:
+            with pytest.raises(Malformed):
+                Endpoints().path(name, **{key: value})
+        return
+    path = Endpoints().path(name, **dict.fromkeys(keys, value))
+    assert path.isascii()
+    assert path.isprintable()
+    wanted = [value if segment.startswith("{") else segment for segment in template.split("/")]
+    assert [unquote(segment) for segment in path.split("/")] == wanted
+
+
+@pytest.mark.parametrize("value", ["", ".", "..", "a\nb", "x" * 257, "\x7f", "\x85", "\ud800", "a\u2028b", "a\u2029b"])
 def test_bad_ids_are_malformed(value: str) -> None:
     """Empty, special, long and controlling ids are Malformed."""
     with pytest.raises(Malformed):
@@ -319,6 +336,37 @@ def test_the_stream_query() -> None:
     assert protocol.stream_query("a", None, "w", 1, []) == "agent_id=a&worker_id=w&max_in_flight=1"
 
 
+@given(st.text(), st.none() | st.text(), st.text(), st.integers(1, 10**6), st.lists(st.text(min_size=1), max_size=4))
+def test_any_stream_query_can_be_read_back(
+    agent_id: str, installation_id: Optional[str], worker_id: str, most: int, capabilities: List[str]
+) -> None:
+    """Whatever the names hold, the query is printable ASCII, and a server reads them back out of it."""
+    try:
+        query = protocol.stream_query(agent_id, installation_id, worker_id, most, capabilities)
+    except UnicodeEncodeError:
+        # A lone surrogate; no setting may hold one.
+        assert not all(map(_is_utf8, [agent_id, installation_id or "", worker_id, *capabilities]))
+        return
+    assert query.isascii()
+    assert query.isprintable()
+    assert " " not in query
+    found = dict(pair.split("=", 1) for pair in query.split("&"))
+    names = found.pop("capabilities", None)
+    wanted = {"agent_id": agent_id, "worker_id": worker_id, "max_in_flight": str(most)}
+    if installation_id:
+        wanted["installation_id"] = installation_id
+    assert {key: unquote(value) for key, value in found.items()} == wanted
+    assert [unquote(name) for name in names.split(",")] == capabilities if names is not None else not capabilities
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # -- headers and keys -------------------------------------------------------------------------------------------------
 
 
@@ -345,6 +393,31 @@ def test_completion_keys() -> None:
     """A completion's key is its task and attempt, with a suffix for a substituted one."""
     assert protocol.completion_key("t/1", 2) == "t%2F1:2"
     assert protocol.completion_key("t", 2, substituted=True) == "t:2:2"
+
+
+@given(st.text(), st.integers(1, 2**31 - 1), st.booleans())
+def test_no_header_holds_a_control_character(text: str, attempt: int, substituted: bool) -> None:
+    """Whatever a platform sends as an id or a token, what goes into a header of ours is one line of it."""
+    values: List[bytes] = []
+    with contextlib.suppress(Malformed):
+        values.append(protocol.completion_key(text, attempt, substituted).encode("ascii"))
+    with contextlib.suppress(ConfigurationError):
+        values += [
+            value.encode("ascii") for _, value in (protocol.bearer(Secret(text)), protocol.api_key_header(Secret(text)))
+        ]
+    if _is_utf8(text):
+        event_id = protocol.event_id_header(text)
+        assert event_id is None or event_id.decode() == text
+        values.append(event_id or b"")
+    assert not any(byte < 32 or byte == 127 for value in values for byte in value)
+
+
+def test_event_ids_that_are_sent_back() -> None:
+    """An event id goes back as UTF-8; none, a long one, and one with control characters do not."""
+    assert protocol.event_id_header("ev 1é") == "ev 1é".encode()
+    assert protocol.event_id_header("x" * 4096) == b"x" * 4096
+    for event_id in ("", "x" * 4097, "é" * 2049, "a\x00", "a\tb", "\x7f"):
+        assert protocol.event_id_header(event_id) is None
 
 
 @pytest.mark.parametrize(
@@ -439,6 +512,16 @@ def test_a_lifetime_counts_from_the_answers_date(seconds: float, expected: Optio
     assert protocol.lifetime(None, DATE, NOW) is None
 
 
+@given(
+    st.one_of(st.none(), st.datetimes(timezones=st.just(UTC))), st.one_of(DATES, st.text()),
+    st.datetimes(timezones=st.just(UTC)),
+)  # fmt: skip
+def test_any_lifetime_is_usable_or_unknown(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> None:
+    """However wrong the clocks are, a lifetime is one that a platform can mean, or unknown."""
+    seconds = protocol.lifetime(end, date, now)
+    assert seconds is None or 0 < seconds <= protocol.MAX_LIFETIME
+
+
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +569,10 @@ def test_what_a_task_may_leave_out() -> None:
         ({"capability": None}, "capability"),
         ({"capability": ""}, "capability"),
         ({"capability": 5}, "capability"),
+        ({"capability": "c\n2026-01-01 ERROR forged"}, "capability"),
+        ({"capability": "c\u2028forged"}, "capability"),
+        ({"capability": "\ud800"}, "capability"),
+        ({"capability": "x" * 257}, "capability"),
         ({"attempt": 0}, "attempt"),
         ({"attempt": 1.0}, "attempt"),
         ({"attempt": True}, "attempt"),
@@ -579,6 +666,25 @@ def test_odd_but_valid_tasks() -> None:
     found = protocol.decode_task('{"task_id": "a", "task_id": "b", "capability": "c", "input": 1, "input": 2}')
     assert (found.task_id, found.input) == ("b", 2)
     assert protocol.decode_task(task(input=10**4000)).input == 10**4000
+
+
+@pytest.mark.parametrize("large", ["x" * 10_000_000, "\\u0041" * 1_700_000], ids=["plain", "escaped"])
+def test_large_strings(large: str) -> None:
+    """A string of 10 MB is taken where any string is, and is malformed, unquoted, where an id or a name is."""
+    found = protocol.decode_task(f'{{"task_id": "t", "capability": "c", "input": "{large}", "trace_id": "{large}"}}')
+    assert len(found.input) == len(found.trace_id or "") > 1_000_000
+    for field in ("task_id", "capability", "attempt", "timeout_ms"):
+        fields = {"task_id": '"t"', "capability": '"c"', field: f'"{large}"'}
+        with pytest.raises(MalformedTask) as caught:
+            protocol.decode_task("{" + ",".join(f'"{key}":{value}' for key, value in fields.items()) + "}")
+        assert len(str(caught.value)) < 200
+        assert caught.value.task_id == (None if field == "task_id" else "t")
+    command = protocol.decode_command(f'{{"type": "pause", "reason": "{large}", "command_id": "{large}"}}')
+    assert (len(command.reason or ""), command.command_id) == (500, None)
+    error = protocol.decode_error(500, f'{{"message": "{large}", "code": "{large}"}}'.encode())
+    assert len(str(error)) < 1100
+    reply = protocol.decode_heartbeat({"reason": "x" * 10_000_000, "desired_state": "x" * 10_000_000}, None, NOW)
+    assert (len(reply.reason or ""), reply.desired_state) == (500, None)
 
 
 @pytest.mark.parametrize(
@@ -848,6 +954,29 @@ def test_a_failure_is_one_json_object(details: Optional[Dict[str, Any]]) -> None
     }  # fmt: skip
 
 
+@given(
+    code=st.text(),
+    message=st.text(),
+    retryable=st.booleans(),
+    details=st.none() | st.dictionaries(st.text(), JSON, max_size=3),
+)
+def test_any_failure_is_one_json_object(code: str, message: str, retryable: bool, details: Any) -> None:
+    """A failure is read back as it was, and its head alone tells whether the platform may try again."""
+    assume("\\ud" not in json.dumps([code, message, details]))
+    failed = Failure(code=code, message=message, retryable=retryable, details=details)
+    head = protocol.completion_head(Completion(task_id="t", attempt=1, failure=failed))
+    assert protocol.is_retryable_failure(head) is retryable
+    error = json.loads(head + protocol.completion_tail(2, "w"))["error"]
+    assert error.pop("details", None) == details
+    assert error == {"code": code, "message": message, "retryable": retryable}
+
+
+@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()[:-1]))
+def test_any_head_is_looked_at(head: bytes) -> None:
+    """Whatever a stored head holds, it is a retryable failure or it is not."""
+    assert protocol.is_retryable_failure(head) in (True, False)
+
+
 @pytest.mark.parametrize("output", [float("nan"), "\ud800", {1, 2}, object(), {"x": {("a",): 1}}])
 def test_a_result_without_a_json_form(output: Any) -> None:
     """A result that JSON cannot hold raises, before anything is sent."""
@@ -861,3 +990,28 @@ def test_failures_of_our_own() -> None:
     assert retryable == {
         "worker_paused", "worker_terminated", "worker_shutdown", "policy_unavailable", "rate_limited", "timeout",
     }  # fmt: skip
+
+
+_JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(_JSON_VALUES)
+def test_a_packed_value_comes_back_as_it_was(value: Any) -> None:
+    """Any value that JSON gave is the same after it has waited as JSON: surrogates, infinity and -0.0 too."""
+    packed = protocol.pack(value)
+    assert packed is not None
+    assert repr(protocol.unpack(packed)) == repr(value)
+
+
+def test_a_value_too_deep_is_not_packed() -> None:
+    """What the encoder cannot write stays as it is; nothing is raised."""
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    assert protocol.pack(value) is None
+    while value:
+        value = value.pop()

@@ -91,7 +91,7 @@ def test_what_settles_a_result(
     assert sum("no longer knows this task" in record.message for record in caplog.records) == dropped
 
 
-@pytest.mark.parametrize("status", [403, 418, 302, 401])
+@pytest.mark.parametrize("status", [403, 418, 302])
 def test_other_refusals_keep_the_result(
     scripted: Scripted, worker: Worker, status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +126,32 @@ def test_a_401_is_answered_by_one_refresh_and_a_replay(scripted: Scripted, worke
         until(lambda: worker.stats().undelivered == 0)
     assert scripted.count("refresh") == 1
     assert scripted.count("complete") == 8
+
+
+def test_a_401_after_the_renewal_is_taken_for_bad_luck(scripted: Scripted, worker: Worker) -> None:
+    """A token that was ended right after its renewal: the result is sent again soon, with another one."""
+    scripted.on["complete"] = lambda request: (200, {}) if scripted.count("complete") > 6 else (401, {"error": "x"})
+    with worker:
+        scripted.task("t1")
+        scripted.wait_for("complete", 7)
+        until(lambda: worker.stats().undelivered == 0)
+    assert {request.headers["Idempotency-Key"] for request in scripted.of("complete")} == {"t1:1"}
+
+
+def test_a_401_that_stays_keeps_the_result(
+    scripted: Scripted, worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some tries a result refused with 401 is tried slowly, like one that is refused for another reason."""
+    monkeypatch.setattr(report, "STUBBORN", 0.05)
+    take = threading.Event()
+    scripted.on["complete"] = lambda request: (200, {}) if take.is_set() else (401, {"error": "x"})
+    with worker:
+        scripted.task("t1")
+        until(lambda: any("does not take the result" in record.message for record in caplog.records))
+        scripted.wait_for("complete", scripted.count("complete") + 4)
+        take.set()
+        until(lambda: worker.stats().undelivered == 0)
+    assert sum("does not take the result" in record.message for record in caplog.records) == 1
 
 
 def test_flush_sends_until_the_platform_is_back(scripted: Scripted, worker: Worker) -> None:

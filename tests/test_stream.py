@@ -57,6 +57,17 @@ def test_it_comes_back_after_any_end(scripted: Scripted, worker: Worker, how: st
         assert scripted.of("stream")[0].query == second.query
 
 
+@pytest.mark.parametrize("event_id", ["a\x01b", "\x7f", "\x1b[31m", "x" * 4097], ids=ascii)
+def test_an_id_that_no_header_may_hold_is_left_out(scripted: Scripted, worker: Worker, event_id: str) -> None:
+    """Servers answer 400 to control characters in a header: such an id must not shut the stream for good."""
+    with worker:
+        scripted.send("ping", "{}", event_id=event_id)
+        works(scripted, "t1")
+        scripted.end()
+        assert scripted.wait_for("stream", 2)[1].headers["Last-Event-ID"] is None
+        works(scripted, "t2")
+
+
 def test_an_idle_stream_is_opened_anew(scripted: Scripted, worker_of: Make) -> None:
     """A stream on which nothing comes for stream_idle_timeout is given up."""
     worker = worker_of(scripted, stream_idle_timeout=0.1)
@@ -191,6 +202,27 @@ def test_the_servers_retry_sets_the_base_delay(
         scripted.end()
         scripted.wait_for("stream", 2)
     assert bases == [base]
+
+
+def test_a_stream_that_was_open_for_a_while_comes_back_at_once(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts of a stream that worked do not add up; attempts that open none do, however long they take."""
+    from sekuire.transport import retry
+
+    monkeypatch.setattr(retry, "HEALING", 1e-9)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: high)
+    delays = recorded_delays(monkeypatch)
+    with worker:
+        for number in range(6):
+            works(scripted, f"t{number}")
+            scripted.end()
+            scripted.wait_for("stream", number + 2)
+        assert delays == [0.01] * 6
+        scripted.on["stream"] = lambda request: (503, {})
+        scripted.end()
+        until(lambda: len(delays) >= 11)
+    assert delays[6:11] == [0.01, 0.02, 0.04, 0.05, 0.05]
 
 
 def recorded_delays(monkeypatch: pytest.MonkeyPatch) -> List[float]:

@@ -8,12 +8,15 @@ import queue
 import shlex
 import signal
 from types import FrameType
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from ..errors import ConfigurationError
 from . import terminal
 from .exits import INTERRUPTED, OK, CommandError
 from .options import local_platform
+
+if TYPE_CHECKING:
+    from ..local import Faults
 
 HELP = "run a local platform to develop against"
 DESCRIPTION = """\
@@ -22,9 +25,20 @@ commands find it. stdout holds nothing but these lines, to be pasted into a shel
 EPILOG = """\
 Exit codes: 0 stopped by Ctrl-C or SIGTERM, which is its normal end; 2 the port is taken, or another wrong setting;
 130 ended by a second signal while it was stopping."""
+FAULTS = """\
+KIND is latency, error, reset, half-answer, cut-streams, stall-streams, expire-tokens or outage. Examples:
+latency:0.05-0.2 | error:503,rate=0.1,on=complete,retry-after=2 | reset:rate=0.05,on=heartbeat,when=after |
+cut-streams:every=20-40 | stall-streams:10,every=60 | expire-tokens:every=30 | outage:3,every=20-40"""
 LOG_LEVEL = "warning"
 
-_FLAGS = {"port": "--port", "host": "--host", "path": "--db", "agent_id": "--agent-id", "allowed_hosts": "--allow-host"}
+_FLAGS = {
+    "port": "--port",
+    "host": "--host",
+    "path": "--db",
+    "agent_id": "--agent-id",
+    "allowed_hosts": "--allow-host",
+    "fault": "--fault",
+}
 #: Installations that one printed install token can make: a worker is restarted often while it is developed.
 _USES = 1000
 _SLICE = 0.25
@@ -42,6 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a further name to be called by, such as host.docker.internal; may be repeated",
     )
+    group = parser.add_argument_group("faults", FAULTS)
+    group.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="KIND[:ARGUMENT,...]",
+        help="something that goes wrong on purpose; may be repeated",
+    )
+    group.add_argument(
+        "--fault-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="what chance comes from (default 0); the same seed gives the same faults",
+    )
 
 
 def _port(text: str) -> int:
@@ -52,10 +81,11 @@ def _port(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     platform_class = local_platform()
+    faults = _faults(args)
     with _Signals() as signals:
         problem: Optional[ConfigurationError] = None
         try:
-            platform = platform_class(args.db, args.host, args.port, allowed_hosts=args.allow_host)
+            platform = platform_class(args.db, args.host, args.port, allowed_hosts=args.allow_host, faults=faults)
             platform.start()
         except ConfigurationError as error:
             problem = error
@@ -77,11 +107,34 @@ def run(args: argparse.Namespace) -> int:
             terminal.say("\n".join(shell_lines(variables)))
             kept = f"state in {args.db}" if args.db else "state in memory only, see --db"
             terminal.note(f"the local platform runs on {platform.url} ({kept}); Ctrl-C stops it")
+            for fault in faults.standing:
+                terminal.note(f"fault: {fault}")
+            if args.fault:
+                terminal.note(f"fault seed: {faults.seed}")
             signals.wait()
         finally:
             platform.stop()
+    if args.fault:
+        counts = ", ".join(f"{kind.replace('_', '-')} {n}" for kind, n in faults.injected.items() if n)
+        terminal.note(f"injected: {counts or 'nothing'}")
     terminal.note("stopped")
     return OK
+
+
+def _faults(args: argparse.Namespace) -> Faults:
+    # After the look for the extra, whose lack is told there.
+    from ..local import Faults
+
+    faults = Faults(args.fault_seed)
+    problem: Optional[ConfigurationError] = None
+    try:
+        for text in args.fault:
+            faults.add(text)
+    except ConfigurationError as error:
+        problem = error
+    if problem is not None:
+        raise _by_flag(problem)
+    return faults
 
 
 def shell_lines(variables: Dict[str, str], windows: bool = os.name == "nt") -> List[str]:

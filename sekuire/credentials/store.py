@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import weakref
-from typing import Callable, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple, Union
 
 import attrs
 
@@ -18,6 +18,7 @@ from ..errors import ConfigurationError, SekuireError, TransportError
 from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
 from ..protocol import MAX_LIFETIME
+from ..secret import Secret
 from .file import CredentialsFile, Stored
 
 log = logging.getLogger("sekuire.credentials")
@@ -25,6 +26,8 @@ log = logging.getLogger("sekuire.credentials")
 _LOCK_TIMEOUT = 10.0
 #: Hashes of settings that are remembered: those of the objects that share one store.
 _MOST_SEEDS = 8
+#: Replaced tokens that are remembered, because a platform may take them for a while yet.
+_MOST_REPLACED = 100
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -102,6 +105,7 @@ class RuntimeCredentialsStore:
         self._is_from_file = False
         self._file = CredentialsFile(path) if path is not None else None
         self._snapshot = Snapshot(generation=0, credentials=RuntimeCredentials())
+        self._replaced: Tuple[Secret, ...] = ()
         stored = self._file.load() if self._file is not None else None
         if stored is not None:
             self._adopt(stored)
@@ -146,6 +150,15 @@ class RuntimeCredentialsStore:
     @property
     def snapshot(self) -> Snapshot:
         return self._snapshot
+
+    @property
+    def secrets(self) -> Tuple[Secret, ...]:
+        """The tokens that must not be seen: those of now, and the newest of those that they replaced.
+
+        A handler may have read a token just before a heartbeat or another process replaced it.
+        """
+        with self._lock:
+            return (*_tokens_of(self._snapshot.credentials), *self._replaced)
 
     def seed(self, credentials: RuntimeCredentials, install_token_hash: Optional[str]) -> None:
         """Begin with what the user's settings give, unless this store already grew from the same settings.
@@ -287,12 +300,14 @@ class RuntimeCredentialsStore:
         self._is_from_file = True
         with self._lock:
             left = None if stored.ends_at is None else stored.ends_at - time.time()
-            self._snapshot = Snapshot(
-                generation=self._snapshot.generation + 1,
-                credentials=stored.credentials,
-                lifetime=left if stored.lifetime is None else stored.lifetime,
-                ends_at=None if left is None else time.monotonic() + left,
-                ends_at_wall=stored.ends_at,
+            self._publish(
+                Snapshot(
+                    generation=self._snapshot.generation + 1,
+                    credentials=stored.credentials,
+                    lifetime=left if stored.lifetime is None else stored.lifetime,
+                    ends_at=None if left is None else time.monotonic() + left,
+                    ends_at_wall=stored.ends_at,
+                )
             )
 
     def _complete(self, snapshot: Snapshot, installation_id: Optional[str]) -> None:
@@ -303,7 +318,7 @@ class RuntimeCredentialsStore:
         self._write(credentials, snapshot.lifetime, snapshot.ends_at_wall)
         if credentials is not snapshot.credentials:
             with self._lock:
-                self._snapshot = attrs.evolve(snapshot, generation=snapshot.generation + 1, credentials=credentials)
+                self._publish(attrs.evolve(snapshot, generation=snapshot.generation + 1, credentials=credentials))
 
     def _store(
         self, credentials: RuntimeCredentials, lifetime: Optional[float], sent_at: float, sent_wall: float
@@ -313,13 +328,23 @@ class RuntimeCredentialsStore:
         self._write(credentials, lifetime, ends_at_wall)
         self._is_from_file = False
         with self._lock:
-            self._snapshot = Snapshot(
-                generation=self._snapshot.generation + 1,
-                credentials=credentials,
-                lifetime=lifetime,
-                ends_at=None if lifetime is None else sent_at + lifetime,
-                ends_at_wall=ends_at_wall,
+            self._publish(
+                Snapshot(
+                    generation=self._snapshot.generation + 1,
+                    credentials=credentials,
+                    lifetime=lifetime,
+                    ends_at=None if lifetime is None else sent_at + lifetime,
+                    ends_at_wall=ends_at_wall,
+                )
             )
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        """Show the new credentials to everyone. Needs both locks."""
+        kept = _tokens_of(snapshot.credentials)
+        replaced = [one for one in _tokens_of(self._snapshot.credentials) if one not in kept]
+        if replaced:
+            self._replaced = (*replaced, *self._replaced)[:_MOST_REPLACED]
+        self._snapshot = snapshot
 
     def _write(self, credentials: RuntimeCredentials, lifetime: Optional[float], ends_at: Optional[float]) -> None:
         """Write to the file, if there is one. Needs the write lock."""
@@ -388,6 +413,10 @@ def _lifetime_of(credentials: RuntimeCredentials) -> Optional[float]:
         return None
     seconds = max(0.0, credentials.expires_at.timestamp() - time.time())
     return seconds if seconds <= MAX_LIFETIME else None
+
+
+def _tokens_of(credentials: RuntimeCredentials) -> List[Secret]:
+    return [one for one in (credentials.runtime_token, credentials.refresh_token) if one is not None]
 
 
 def _has_tokens(credentials: RuntimeCredentials) -> bool:

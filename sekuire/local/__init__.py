@@ -6,7 +6,7 @@ import importlib.util
 
 from ..errors import ConfigurationError
 
-__all__ = ["LocalPlatform"]
+__all__ = ["Fault", "Faults", "LocalPlatform"]
 
 _missing = [name for name in ("flask", "cheroot") if importlib.util.find_spec(name) is None]
 if _missing:
@@ -14,4 +14,5 @@ if _missing:
         f"the local platform needs {' and '.join(_missing)}, not installed here; run: pip install 'sekuire[local]'"
     )
 
+from .faults import Fault, Faults  # noqa: E402
 from .platform import LocalPlatform  # noqa: E402

@@ -13,10 +13,26 @@ import logging
 import os
 import queue
 import socket
+import struct
 import threading
 import time
 from email.utils import formatdate
-from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, NoReturn, Optional, Sequence, Set, Tuple
+from http import HTTPStatus
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import flask
@@ -37,9 +53,10 @@ from ..protocol import (
     encode_json,
     is_id,
 )
-from .record import Record
+from .faults import Fault, Faults, Plan
+from .record import NO_ANSWER, Record
 from .store import TASK_TEXTS, Identity, Refusal, Settings, Store, check_id, revoked
-from .streams import Hub, Stream, StreamBody
+from .streams import KEEP_ALIVE, Hub, Stream, StreamBody, break_off
 
 __all__ = ["Application", "Server", "check_submission"]
 
@@ -48,6 +65,11 @@ logger = logging.getLogger("sekuire.local")
 #: Largest body that is read, and how much of a larger one is thrown away so that its sender gets to see the 413.
 MAX_BODY = 32 * 1024 * 1024
 MAX_DRAIN = 256 * 1024 * 1024
+
+#: A half answer of a stream ends in the middle of one of so many events.
+HALF_STREAM_EVENTS = 8
+#: l_onoff and l_linger of SO_LINGER.
+_RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 STATUSES = ("healthy", "degraded", "paused", "stopping", "stopped")
 TASK_STATUSES = ("queued", "assigned", "completed", "failed")
@@ -83,11 +105,12 @@ class Application:
     record, each with its own.
     """
 
-    def __init__(self, store: Store, hub: Hub, record: Record, settings: Settings) -> None:
+    def __init__(self, store: Store, hub: Hub, record: Record, settings: Settings, faults: Faults) -> None:
         self._store = store
         self._hub = hub
         self._record = record
         self._settings = settings
+        self._faults = faults
         #: The hosts this server answers to; set once its port is known.
         self.hosts: Hosts = Hosts("127.0.0.1", 0, ())
         self._flask = self._build()
@@ -97,7 +120,13 @@ class Application:
         if refusal is not None:
             self._record.request("refused", refusal.status)
             return _refuse(refusal)(environ, start_response)
-        return self._flask.wsgi_app(environ, start_response)
+        answer = self._flask.wsgi_app(environ, start_response)
+        connection = environ["sekuire.connection"]
+        # Either by a fault of this request, or because the network has gone while it was worked on.
+        if connection.resetting or connection.server.resetting:
+            _close(answer)
+            break_off()
+        return answer
 
     def _build(self) -> flask.Flask:
         app = flask.Flask("sekuire.local", static_folder=None)
@@ -131,14 +160,54 @@ class Application:
         app.register_error_handler(Refusal, _refuse)
         app.register_error_handler(HTTPException, _http_error)
         app.register_error_handler(Exception, _crash)
-        app.before_request(_read_ahead)
-        app.after_request(self._count)
+        app.before_request(self._before)
+        app.after_request(self._after)
         return app
 
-    def _count(self, response: flask.Response) -> flask.Response:
-        endpoint = flask.request.endpoint
-        self._record.request(endpoint.partition(":")[0] if endpoint else "unknown", response.status_code)
+    def _before(self) -> Optional[flask.Response]:
+        _read_ahead()
+        return self._befall() if self._faults.active else None
+
+    def _after(self, response: flask.Response) -> flask.Response:
+        plan: Optional[Plan] = flask.request.environ.get("sekuire.plan")
+        if plan is not None:
+            response = self._spoil(response, plan)
+        is_reset = flask.request.environ["sekuire.connection"].resetting
+        self._record.request(_endpoint(), NO_ANSWER if is_reset else response.status_code)
         return response
+
+    # -- faults -------------------------------------------------------------------------------------------------------
+
+    def _befall(self) -> Optional[flask.Response]:
+        """What faults do before the request is looked at; an answer where it never is."""
+        plan = self._faults.plan(_endpoint())
+        if plan is None:
+            return None
+        environ = flask.request.environ
+        fate = plan.ends("before")
+        if plan.delays and not self._faults.delay(plan, "before"):
+            return _reset(environ)
+        if fate is not None:
+            return _reset(environ) if fate.kind == "reset" else _injected(fate)
+        environ["sekuire.plan"] = plan
+        return None
+
+    def _spoil(self, response: flask.Response, plan: Plan) -> flask.Response:
+        """What faults do to the answer: the platform has acted."""
+        environ = flask.request.environ
+        fate = plan.fate
+        if plan.delays and not self._faults.delay(plan, "after"):
+            response.close()
+            return _reset(environ)
+        if fate is None:
+            return response
+        if fate.kind == "half_answer":
+            body: Iterable[bytes] = response.response  # type: ignore[assignment]
+            is_stream = response.mimetype == STREAM_TYPE
+            response.response = _HalfStream(body, plan.where) if is_stream else _half(body, plan.where)
+            return response
+        response.close()
+        return _reset(environ) if fate.kind == "reset" else _injected(fate)
 
     # -- who is asking ------------------------------------------------------------------------------------------------
 
@@ -296,7 +365,7 @@ class Application:
             worker_id,
             int(room),
             _capabilities(flask.request.environ["QUERY_STRING"]),
-            flask.request.environ.get("sekuire.socket"),
+            flask.request.environ["sekuire.connection"].socket,
         )
         self._hub.open(stream, int(last[:18]) if last.isascii() and last.isdigit() else None)
         response = flask.Response(StreamBody(self._hub, stream, self._settings.keepalive_interval))
@@ -365,6 +434,11 @@ class Application:
             raise _invalid("events must be a list of objects")
         self._record.log(events)
         return _answer({"accepted": len(events)}, 202)
+
+
+def _endpoint() -> str:
+    endpoint = flask.request.endpoint
+    return endpoint.partition(":")[0] if endpoint else "unknown"
 
 
 # -- reading a request ------------------------------------------------------------------------------------------------
@@ -584,6 +658,67 @@ def _refuse(refusal: Refusal) -> flask.Response:
     return response
 
 
+def _injected(fault: Fault) -> flask.Response:
+    terms = fault.terms
+    status = terms.status or 503
+    body = {
+        "error": HTTPStatus(status).phrase.lower().replace(" ", "_") if status in _STATUSES else "error",
+        "message": f"injected by the local platform: {fault}",
+        "code": terms.code or "INJECTED",
+    }
+    if status == 402:
+        body.update(required_plan="team", upgrade_url="https://sekuire.ai/pricing")
+    response = _answer(body, status)
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if terms.retry_after is not None:
+        response.headers["Retry-After"] = str(terms.retry_after)
+    return response
+
+
+def _reset(environ: Environ) -> flask.Response:
+    """No answer at all: the connection is reset in its place."""
+    environ["sekuire.connection"].resetting = True
+    return flask.Response(status=500)
+
+
+def _half(body: Iterable[bytes], where: float) -> Iterator[bytes]:
+    """A beginning of ``body``, perhaps none; never all of it."""
+    whole = b"".join(body)
+    yield whole[: int(len(whole) * where)]
+    break_off()
+
+
+class _HalfStream:
+    """Events up to the middle of one of the first."""
+
+    def __init__(self, body: Iterable[bytes], where: float) -> None:
+        self._body = body
+        self._left = int(where * HALF_STREAM_EVENTS)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._body:
+            if chunk == KEEP_ALIVE:
+                yield chunk
+            elif self._left:
+                self._left -= 1
+                yield chunk
+            else:
+                yield chunk[: len(chunk) // 2]
+                break_off()
+
+    def close(self) -> None:
+        _close(self._body)
+
+
+def _close(body: Iterable[bytes]) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()
+
+
+_STATUSES = frozenset(HTTPStatus)
+
 _NAMES = {
     400: "bad_request",
     401: "unauthorized",
@@ -706,12 +841,21 @@ class _Connection(_HTTPConnection):  # type: ignore[misc]
         super().__init__(server, sock, *args)
         # Not every system inherits it from the listening socket; without it an event may wait for an ACK.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        #: Whether it ends with a reset: its client hears nothing any more.
+        self.resetting = False
 
     def close(self) -> None:
+        if self.resetting or self.server.resetting:
+            # Closing sends a RST then; a shutdown(), as in cheroot's close(), would send a FIN first.
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            self.linger = True
         super().close()
         # cheroot leaves it to the collector, which then complains of what a client that has gone did not take.
         with contextlib.suppress(OSError, ValueError):
             self.wfile.close()
+        if self.linger:
+            self.socket.close()
 
 
 class _Gateway(_WSGIGateway):  # type: ignore[misc]
@@ -719,7 +863,7 @@ class _Gateway(_WSGIGateway):  # type: ignore[misc]
         environ: Environ = super().get_environ()
         # Still encoded, see _IdConverter.
         environ["PATH_INFO"] = urlsplit(environ["REQUEST_URI"]).path
-        environ["sekuire.socket"] = self.req.conn.socket
+        environ["sekuire.connection"] = self.req.conn
         if self.req.chunked_read:
             # cheroot does not look for where such a body really ends.
             self.req.close_connection = True
@@ -782,13 +926,14 @@ class _Pool:
             except OSError:
                 pass
         _join(threads, deadline + timeout)
-        while True:
-            try:
+        with contextlib.suppress(queue.Empty):
+            while True:
                 conn = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if conn is not None:
-                conn.close()
+                if conn is not None:
+                    conn.close()
+        # Whoever still works finds its end later.
+        for _ in threads:
+            self._queue.put(None)
 
     def _spawn(self) -> None:
         name = f"sekuire-local-http-{len(self._threads) + 1}"
@@ -842,6 +987,8 @@ class Server(_WSGIServer):  # type: ignore[misc]
         self.shutdown_timeout = 0.7
         self.requests = _Pool(self, min(8, max_threads), max_threads)
         self.bind_error: Optional[OSError] = None
+        #: Whether every connection ends with a reset.
+        self.resetting = False
         self._thread: Optional[threading.Thread] = None
 
     def listen(self) -> int:
@@ -876,6 +1023,25 @@ class Server(_WSGIServer):  # type: ignore[misc]
         if self._thread is not None:
             self._thread.join()
         _STATISTICS.pop(f"Cheroot HTTPServer {id(self)}", None)
+
+    def vanish(self) -> Optional[socket.socket]:
+        """Stop at once, as if the network had gone: every connection is reset, requests at work get no answer.
+
+        The socket that is returned keeps the port, without listening there, so that connections are refused and nobody
+        else gets it; None where that cannot be had.
+        """
+        self.resetting = True
+        self.shutdown_timeout = 0.05
+        family, address = self.socket.family, self.socket.getsockname()
+        self.stop()
+        guard = socket.socket(family)
+        try:
+            guard.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            guard.bind(address)
+        except OSError:
+            guard.close()
+            return None
+        return guard
 
     def put_conn(self, conn: Any) -> None:
         try:

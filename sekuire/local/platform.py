@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from types import TracebackType
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from ..errors import APIError, ConfigurationError
 from ..protocol import COMMANDS
 from .app import Application, Hosts, Server, check_submission, explain_bind, is_loopback
+from .faults import Faults
 from .record import Record
 from .store import TASK_TEXTS, Refusal, Settings, Store, check_id
 from .streams import Hub, Watch
@@ -37,7 +39,8 @@ class LocalPlatform:
     a policy's ``hash`` is the empty string, and heartbeats carry no ``active_policy_hash``.
 
     Any thread may call anything. What is refused raises :class:`~sekuire.errors.APIError`, with the status and code
-    an HTTP client would get. ``_lock`` guards starting and stopping only.
+    an HTTP client would get. ``_lock`` guards starting and stopping; ``_door``, taken under it, the server, which goes
+    and comes back with an outage. Both are held while a server starts or stops, and by no request.
 
     :param path: the database file, made where there is none; None keeps everything in memory, until the object goes.
         Tasks, tokens and the API key in a file survive a restart, also after a kill. One platform at a time uses it.
@@ -59,6 +62,7 @@ class LocalPlatform:
     :param max_streams: how many workers may be connected at once; each takes a thread.
     :param allowed_hosts: further values of the ``Host`` header to answer to, with or without a port, for example
         ``["host.docker.internal"]``.
+    :param faults: what goes wrong on purpose, see :attr:`faults`; None makes one, in which nothing does.
     :raises ConfigurationError: a value is wrong, or the file cannot be used; it says which, why and what to do.
     """
 
@@ -81,6 +85,7 @@ class LocalPlatform:
         heartbeat_refreshes_token: Union[bool, float] = True,
         max_streams: int = 1000,
         allowed_hosts: Sequence[str] = (),
+        faults: Optional[Faults] = None,
     ) -> None:
         if not isinstance(host, str) or not host:
             raise ConfigurationError("must be a host name or an address such as 127.0.0.1", "host")
@@ -90,6 +95,8 @@ class LocalPlatform:
             raise ConfigurationError("must be an integer from 1", "max_streams")
         if isinstance(allowed_hosts, str) or not all(isinstance(name, str) for name in allowed_hosts):
             raise ConfigurationError("must be a list of host names", "allowed_hosts")
+        if faults is not None and not isinstance(faults, Faults):
+            raise ConfigurationError("must be a sekuire.local.Faults", "faults")
         _check_id(workspace_id, "workspace_id")
         below = 0.2 if heartbeat_refreshes_token is True else float(heartbeat_refreshes_token)
         if not 0 <= below <= 1:
@@ -113,7 +120,13 @@ class LocalPlatform:
         self._allowed_hosts = tuple(allowed_hosts)
         self._lock = threading.Lock()
         self._record = Record()
-        self._running: Optional[Tuple[Server, Watch]] = None
+        self._faults = Faults() if faults is None else faults
+        self._watch: Optional[Watch] = None
+        self._door = threading.Lock()
+        #: While the platform runs: what serves it, None in an outage, and then what keeps the port.
+        self._application: Optional[Application] = None
+        self._server: Optional[Server] = None
+        self._guard: Optional[socket.socket] = None
         self._store = Store(None if path is None else os.fspath(path), self._settings)
         self._hub = Hub(self._store, self._settings, max_streams)
 
@@ -122,31 +135,37 @@ class LocalPlatform:
     def start(self) -> None:
         """Listen and serve. Does nothing while it runs.
 
-        :raises ConfigurationError: the address cannot be bound, or the file is in use.
+        :raises ConfigurationError: the address cannot be bound, the file is in use, or another platform has the faults.
         """
         with self._lock:
-            if self._running is not None:
+            if self._watch is not None:
                 return
             self._store.open()
             watch = Watch()
-            application = Application(self._store, self._hub, self._record, self._settings)
-            # Requests come on top of the streams; they are short.
-            server = Server(self._host, self._port, application, self._max_streams + 32)
+            application = Application(self._store, self._hub, self._record, self._settings, self._faults)
             problem: Optional[ConfigurationError] = None
+            server: Optional[Server] = None
             try:
-                self._port = server.listen()
-            except OSError as error:
-                problem = explain_bind(error, self._host, self._port)
-            if problem is not None:
+                server = self._listen(application)
+                self._faults.attach(_Network(self, watch))
+            except ConfigurationError as error:
+                problem = error
+            if server is None or problem is not None:
+                if server is not None:
+                    server.stop()
                 watch.stop()
                 self._store.close()
+                assert problem is not None
                 raise problem
-            application.hosts = Hosts(self._host, self._port, self._allowed_hosts)
             self._hub.start(watch)
             watch.start()
             # Who connected meanwhile was kept waiting by the listening socket.
             server.run()
-            self._running = server, watch
+            self._watch = watch
+            with self._door:
+                self._application, self._server = application, server
+        # An outage may have begun meanwhile.
+        self._settle()
         if not is_loopback(self._host):
             logger.warning(
                 "the local platform listens on %s, which other machines may reach; it is made for development",
@@ -156,14 +175,64 @@ class LocalPlatform:
     def stop(self) -> None:
         """End every stream, thread and connection, within about two seconds. Does nothing while stopped."""
         with self._lock:
-            if self._running is None:
+            if self._watch is None:
                 return
-            server, watch = self._running
-            self._running = None
+            watch, self._watch = self._watch, None
+            self._faults.detach()
+            with self._door:
+                # From here on an outage neither begins nor ends; the watch thread, which would do it, is joined below.
+                server, guard = self._server, self._guard
+                self._application = self._server = self._guard = None
             self._hub.close()
-            server.stop()
+            if server is not None:
+                server.stop()
+            if guard is not None:
+                guard.close()
             watch.stop()
             self._store.close()
+
+    def _listen(self, application: Application) -> Server:
+        """A server on our address, not yet running."""
+        # Requests come on top of the streams; they are short.
+        server = Server(self._host, self._port, application, self._max_streams + 32)
+        try:
+            self._port = server.listen()
+        except OSError as error:
+            problem = explain_bind(error, self._host, self._port)
+        else:
+            application.hosts = Hosts(self._host, self._port, self._allowed_hosts)
+            return server
+        raise problem
+
+    def _settle(self) -> None:
+        """Go away from the network, or come back, as the faults want it.
+
+        :raises ConfigurationError: another program has taken the port meanwhile.
+        """
+        with self._door:
+            if self._application is None:
+                return
+            if self._faults.is_down:
+                if self._server is not None:
+                    server, self._server = self._server, None
+                    server.resetting = True
+                    self._hub.lose_all()
+                    self._guard = server.vanish()
+            elif self._server is None:
+                try:
+                    server = self._listen(self._application)
+                except ConfigurationError:
+                    # Not every system lets two sockets have a port, when only one of them listens.
+                    self._let_go()
+                    server = self._listen(self._application)
+                self._let_go()
+                server.run()
+                self._server = server
+
+    def _let_go(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.close()
 
     def __enter__(self) -> LocalPlatform:
         self.start()
@@ -306,7 +375,10 @@ class LocalPlatform:
 
     @property
     def requests(self) -> List[Tuple[str, int]]:
-        """Endpoint and status of the last 10,000 requests, oldest first; endpoints as in :mod:`sekuire.protocol`."""
+        """Endpoint and status of the last 10,000 requests, oldest first; endpoints as in :mod:`sekuire.protocol`.
+
+        The status is the one that was answered, an injected one too; 0 where a connection was reset instead.
+        """
         return self._record.requests()
 
     def count(self, endpoint: str, status: Optional[int] = None) -> int:
@@ -334,6 +406,11 @@ class LocalPlatform:
         and ``max_in_flight``."""
         return self._hub.snapshot()
 
+    @property
+    def faults(self) -> Faults:
+        """What goes wrong on purpose between this platform and its clients."""
+        return self._faults
+
     def expire_tokens(self, installation_id: Optional[str] = None) -> None:
         """End the runtime tokens that are valid now: the next request with one gets 401."""
         self._store.expire_tokens(installation_id)
@@ -350,6 +427,32 @@ class LocalPlatform:
     @hold_commands.setter
     def hold_commands(self, value: bool) -> None:
         self._hub.hold_commands = bool(value)
+
+
+class _Network:
+    """One run of a platform, as its faults see it."""
+
+    def __init__(self, platform: LocalPlatform, watch: Watch) -> None:
+        self._platform = platform
+        self._watch = watch
+
+    def cut_streams(self) -> int:
+        return self._platform._hub.drop_all()
+
+    def stall_streams(self, seconds: float) -> int:
+        return self._platform._hub.stall_all(seconds)
+
+    def resume_streams(self) -> None:
+        self._platform._hub.resume_all()
+
+    def expire_tokens(self, installation_id: Optional[str]) -> int:
+        return self._platform._store.expire_tokens(installation_id)
+
+    def settle(self) -> None:
+        self._platform._settle()
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self._watch.call_later(delay, callback)
 
 
 def _api_error(refusal: Refusal) -> APIError:

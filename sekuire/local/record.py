@@ -10,6 +10,8 @@ __all__ = ["Record"]
 
 #: How much is kept: entries per list, and lists (one per task or installation), the oldest going first.
 MAX_ENTRIES = 10_000
+#: In place of a status: the connection was reset, nothing was answered.
+NO_ANSWER = 0
 
 
 class Record:

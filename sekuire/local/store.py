@@ -353,14 +353,17 @@ class Store:
             self._remember(db, key, fingerprint, answer)
             return answer
 
-    def expire_tokens(self, installation_id: Optional[str] = None) -> None:
-        """End every runtime token that is valid now, of one installation or of all."""
+    def expire_tokens(self, installation_id: Optional[str] = None) -> int:
+        """End every runtime token that is valid now, of one installation or of all; how many there were."""
+        now = self._clock()
         with self._transaction() as db:
-            db.execute(
-                "UPDATE tokens SET expires_at = ? WHERE kind = 'runtime' AND (? IS NULL OR installation_id = ?)",
-                (self._clock(), installation_id, installation_id),
-            )
+            ended = db.execute(
+                "UPDATE tokens SET expires_at = ?"
+                " WHERE kind = 'runtime' AND expires_at > ? AND (? IS NULL OR installation_id = ?)",
+                (now, now, installation_id, installation_id),
+            ).rowcount
             db.execute("UPDATE replays SET token_expires_at = 0")
+        return ended
 
     def _install(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import enum
 import errno
 import heapq
 import itertools
@@ -12,21 +14,53 @@ import selectors
 import socket
 import threading
 import time
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, NoReturn, Optional, Sequence, Set, Tuple
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 from ..protocol import EVENT_COMMAND, EVENT_CONNECTED, EVENT_TASK, encode_json
 from .store import Completed, Identity, Refusal, Settings, Store, revoked
 
-__all__ = ["Hub", "StreamBody", "Watch"]
+__all__ = ["Hub", "Stream", "StreamBody", "Watch", "break_off"]
 
 logger = logging.getLogger("sekuire.local")
 
 KEEP_ALIVE = b": keep-alive\n\n"
-#: In a stream's queue: end the answer properly, or break it off.
-_END = None
-_CUT = b""
+
+
+class _Sign(enum.Enum):
+    """What a stream's queue holds beside events."""
+
+    #: End the answer properly, or break it off.
+    END = "end"
+    CUT = "cut"
+    #: A stall is over.
+    RESUME = "resume"
+
+
+class _Stall(NamedTuple):
+    """Send nothing until then, on the monotonic clock."""
+
+    end: float
+
+
+_END, _CUT, _RESUME = _Sign
 
 Key = Tuple[str, str]
+Item = Union[bytes, _Sign, _Stall]
 
 
 class Stream:
@@ -49,7 +83,7 @@ class Stream:
         #: Who watches the socket.
         self.watch: Optional[Watch] = None
         #: What is to be sent, in order; its thread waits on it, anybody puts.
-        self.outbox: queue.SimpleQueue[Optional[bytes]] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         #: What the worker holds: task and attempt.
         self.in_flight: Set[Tuple[str, int]] = set()
         #: Tasks given back over this stream's life; it does not get them again.
@@ -172,15 +206,37 @@ class Hub:
         self._detach(stream)
         stream.outbox.put(_CUT)
 
-    def drop_all(self) -> None:
-        """Cut every live stream at its socket."""
-        with self._lock:
-            streams = list(self._streams.values())
+    def drop_all(self) -> int:
+        """Cut every live stream at its socket; how many there were."""
+        streams = self._all()
         for stream in streams:
             self.lose(stream)
             if stream.socket is not None:
                 with contextlib.suppress(OSError):
                     stream.socket.shutdown(socket.SHUT_RDWR)
+        return len(streams)
+
+    def lose_all(self) -> None:
+        """The network has gone, and with it every client."""
+        for stream in self._all():
+            self.lose(stream)
+
+    def stall_all(self, seconds: float) -> int:
+        """Send nothing on the live streams for so long; how many there are."""
+        streams = self._all()
+        stall = _Stall(time.monotonic() + seconds)
+        for stream in streams:
+            stream.outbox.put(stall)
+        return len(streams)
+
+    def resume_all(self) -> None:
+        """End every stall."""
+        for stream in self._all():
+            stream.outbox.put(_RESUME)
+
+    def _all(self) -> List[Stream]:
+        with self._lock:
+            return list(self._streams.values())
 
     def _detach(self, stream: Stream) -> None:
         with self._lock:
@@ -399,27 +455,54 @@ class StreamBody:
         self._hub = hub
         self._stream = stream
         self._interval = keepalive_interval
+        #: What came up during a stall.
+        self._held: Deque[Item] = collections.deque()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        try:
-            item = self._stream.outbox.get(timeout=self._interval)
-        except queue.Empty:
-            return KEEP_ALIVE
-        if item is _END:
-            raise StopIteration
-        if item == _CUT:
-            _break_off()
-        return item
+        while True:
+            try:
+                item = self._held.popleft() if self._held else self._stream.outbox.get(timeout=self._interval)
+            except queue.Empty:
+                return KEEP_ALIVE
+            if isinstance(item, bytes):
+                return item
+            if item is _END:
+                raise StopIteration
+            if item is _CUT:
+                break_off()
+            if isinstance(item, _Stall):
+                self._stall(item.end)
+
+    def _stall(self, end: float) -> None:
+        held: List[Item] = []
+        left = end - time.monotonic()
+        while left > 0:
+            try:
+                item = self._stream.outbox.get(timeout=left)
+            except queue.Empty:
+                break
+            if item is _RESUME:
+                break
+            if item is _END or item is _CUT:
+                held = [item]
+                break
+            if isinstance(item, _Stall):
+                end = max(end, item.end)
+            else:
+                held.append(item)
+            left = end - time.monotonic()
+        self._held.extend(held)
 
     def close(self) -> None:
         self._hub.leave(self._stream)
 
 
-def _break_off() -> NoReturn:
-    # The server closes a connection on this error without the last chunk and without a word in the log.
+def break_off() -> NoReturn:
+    """End the connection, from within an answer: the server closes it on this error without the last chunk, and without
+    a word in the log."""
     raise ConnectionAbortedError(errno.ECONNABORTED, "the stream was cut")
 
 

@@ -26,6 +26,7 @@ from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
 from ..secret import Secret
 from .body import BodyError, read_body
+from .kept import Answer, Kept, Lane, is_plain_target
 
 log = logging.getLogger("sekuire.http")
 
@@ -189,7 +190,10 @@ class Route:
 
 
 class HttpClient:
-    """Calls to the platform, from any number of threads at once; the pool below is requests' own and thread-safe.
+    """Calls to the platform, from any number of threads at once.
+
+    The first call over a connection is requests' own; then its connection is kept, and the next ones go over it
+    directly (:mod:`~sekuire.transport.kept`), under the same rules.
 
     :param pool_size: connections kept open, as many as threads that call.
     """
@@ -202,12 +206,15 @@ class HttpClient:
         self._session = self.route.session(
             requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=pool_size, max_retries=0)
         )
+        self._lane = Lane(pool_size)
+        self._prefix = urlsplit(self.route.base).path
         self._headers = {
             "User-Agent": protocol.USER_AGENT,
             "Accept": protocol.JSON_TYPE,
             "Accept-Encoding": "identity",
             "Connection": "keep-alive",
         }
+        self._fixed_head = "".join(f"\r\n{name}: {value}" for name, value in self._headers.items())
 
     def request(
         self,
@@ -232,6 +239,7 @@ class HttpClient:
         raise outcome
 
     def close(self) -> None:
+        self._lane.close()
         self._session.close()
 
     def _exchange(
@@ -244,37 +252,78 @@ class HttpClient:
         timeout: Optional[float],
     ) -> Union[Reply, TransportError]:
         # Errors are returned: raised from here, their traceback would keep this frame and with it the token's header.
-        headers: Dict[str, str] = dict(self._headers)
+        extra: Dict[str, str] = {}
         value = ""
         if credential is not None:
             name, value = credential()
-            headers[name] = value
+            extra[name] = value
         if idempotency_key is not None:
-            headers["Idempotency-Key"] = idempotency_key
+            extra["Idempotency-Key"] = idempotency_key
         data = body() if callable(body) else body
         if data is not None:
-            headers["Content-Type"] = protocol.JSON_TYPE
-            headers["Content-Length"] = str(len(data))
+            extra["Content-Type"] = protocol.JSON_TYPE
+            extra["Content-Length"] = str(len(data))
         elif method not in ("GET", "HEAD"):
-            headers["Content-Length"] = "0"
+            extra["Content-Length"] = "0"
         sent_wall = time.time()
         sent_at = time.monotonic()
         total = timeout if timeout is not None else self._connect_timeout + self._read_timeout
         end = sent_at + total
-        limits = urllib3.Timeout(total=total, connect=self._connect_timeout, read=self._read_timeout)
         try:
-            response = self.route.send(self._session, method, path, headers, data, limits)
+            kept = self._lane.take()
+            if kept is not None and is_plain_target(target := self._prefix + path) and _are_plain(extra):
+                answer = self._send_over(kept, method, target, extra, data or b"", end)
+            else:
+                if kept is not None:
+                    self._lane.keep(kept)
+                answer = self._send_anew(method, path, extra, data, total, end)
         except Exception as error:  # noqa: BLE001
             return describe(error, self.route.host)
+        status, headers, content = answer
+        if not 200 <= status < 300 and credential is not None:
+            content = without(value, content)
+        return Reply(status, headers, content, sent_at, sent_wall)
+
+    def _send_over(
+        self, kept: Kept, method: str, target: str, extra: Mapping[str, str], data: bytes, end: float
+    ) -> Answer:
+        """The exchange over a connection that is open."""
+        lines = "".join([f"\r\n{name}: {value}" for name, value in extra.items()])
+        head = f"{method} {target} HTTP/1.1\r\nHost: {kept.host}{self._fixed_head}{lines}\r\n\r\n".encode("ascii")
+        is_reusable = False
+        try:
+            answer, is_reusable = kept.exchange(
+                method, head, data, limit=MAX_ANSWER, patience=self._read_timeout, end=end
+            )
+        finally:
+            if is_reusable:
+                self._lane.keep(kept)
+            else:
+                kept.close()
+        return answer
+
+    def _send_anew(
+        self, method: str, path: str, extra: Mapping[str, str], data: Optional[bytes], total: float, end: float
+    ) -> Answer:
+        """The exchange by requests, which makes a connection where none is open."""
+        limits = urllib3.Timeout(total=total, connect=self._connect_timeout, read=self._read_timeout)
+        response = self.route.send(self._session, method, path, {**self._headers, **extra}, data, limits)
+        is_whole = False
         try:
             content = read_body(response.raw, MAX_ANSWER, end)
-            response.raw.release_conn()
-        except Exception as error:  # noqa: BLE001
-            response.close()
-            return describe(error, self.route.host)
-        if not 200 <= response.status_code < 300 and credential is not None:
-            content = without(value, content)
-        return Reply(response.status_code, response.headers, content, sent_at, sent_wall)
+            is_whole = True
+        finally:
+            if not is_whole:
+                response.close()
+            elif not self._lane.adopt(response.raw, self._read_timeout):
+                response.raw.release_conn()
+        return Answer(response.status_code, response.headers, content)
+
+
+def _are_plain(headers: Mapping[str, str]) -> bool:
+    """Whether no value of ``headers`` could end its line; one that could is left to requests, which refuses it."""
+    values = "".join(headers.values())
+    return values.isascii() and values.isprintable()
 
 
 def is_framed(headers: Mapping[str, str]) -> bool:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import random
 import threading
-from typing import Callable, Optional, TypeVar
-
-import tenacity
+from typing import TYPE_CHECKING, Callable, Optional, TypeVar
 
 from .. import protocol
 from ..errors import APIError, SekuireError, TransportError
 from ..lifecycle import Deadline
+
+if TYPE_CHECKING:
+    import tenacity
 
 _T = TypeVar("_T")
 
 #: First and longest delay of a call's retries, in seconds.
 RETRY_MIN = 0.1
 RETRY_MAX = 5.0
+
+
+#: Seconds that a connection must have been open to undo one doubling of the delay before the next; and all of them.
+HEALING = 5.0
+HEALTHY = 60.0
 
 
 class Interrupted(SekuireError):
@@ -39,7 +45,11 @@ def full_jitter(attempt: int, first: float, longest: float) -> float:
 
 
 class Backoff:
-    """The delays between reconnects of one stream: doubling, full jitter. Used by one thread."""
+    """The delays between reconnects of one stream: doubling, full jitter. Used by one thread.
+
+    A connection that was open for a while makes them shorter again: one that something on the way cuts every half a
+    minute is made anew at once each time, one that breaks as soon as it is open is not.
+    """
 
     def __init__(self, first: float, longest: float) -> None:
         self.first = first
@@ -49,8 +59,14 @@ class Backoff:
     def next(self, at_least: Optional[float] = None) -> float:
         """The next delay in seconds; ``at_least`` bounds it from below (``Retry-After``)."""
         delay = full_jitter(self._attempt, self.first, max(self.longest, self.first))
-        self._attempt += 1
+        if self.first * 2.0 ** min(self._attempt, 60) < self.longest:
+            self._attempt += 1
         return max(delay, at_least or 0.0)
+
+    def was_open(self, seconds: float) -> None:
+        """Take into account how long the last connection was open."""
+        healed = self._attempt if seconds >= HEALTHY else int(seconds / HEALING)
+        self._attempt = max(0, self._attempt - healed)
 
     def reset(self) -> None:
         self._attempt = 0
@@ -62,6 +78,7 @@ def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadlin
     :raises Interrupted: ``stop`` was set during a wait.
     :raises SekuireError: what ``function`` raised last.
     """
+    import tenacity  # It imports asyncio, which would be a tenth of this library's import.
 
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None

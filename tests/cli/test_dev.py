@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import http.client
 import os
+import re
 import shlex
 import signal
 import socket
@@ -15,7 +19,7 @@ from sekuire import Worker, create_worker
 from sekuire.cli import dev
 
 from ..contract.client import Client
-from .conftest import POSIX_ONLY, Call, Process, Run
+from .conftest import POSIX_ONLY, Call, Process, Run, until
 
 
 def exported(process: Process) -> Dict[str, str]:
@@ -144,3 +148,88 @@ def test_shells() -> None:
     """Values are quoted for a POSIX shell, or for the one of Windows."""
     assert dev.shell_lines({"A": "x y'z", "B": "plain"}, windows=False) == ["export A='x y'\"'\"'z'", "export B=plain"]
     assert dev.shell_lines({"A": "x & y"}, windows=True) == ['set "A=x & y"']
+
+
+@POSIX_ONLY
+def test_faults(run: Run) -> None:
+    """--fault injects; the faults are listed at the start and their counts at the end, on stderr."""
+    process = run(
+        "dev",
+        "-v",
+        "--port=0",
+        "--fault=error:rate=0.5,status=503,on=complete,retry-after=0",
+        "--fault",
+        "latency:0.001-0.002",
+        "--fault=outage:0.05,every=0.05-0.1,times=2",
+        "--fault-seed",
+        "7",
+    )
+    found = exported(process)
+    for line in (
+        "error:503,rate=0.5,on=complete,retry-after=0",
+        "latency:0.001-0.002",
+        "outage:0.05,every=0.05-0.1,times=2",
+    ):
+        process.line("stderr", f"fault: {line}")
+    process.line("stderr", "fault seed: 7")
+    worker = worker_for(found)
+    client = Client(found["SEKUIRE_API_URL"], found["SEKUIRE_API_KEY"])
+
+    def is_done(task_id: str) -> bool:
+        # Whoever meets an outage comes back.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return bool(client.task(task_id)["status"] == "completed")
+        return False
+
+    def submitted(number: int) -> str:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return client.submit("my-agent", "echo", number)
+        return ""
+
+    with worker:
+        for number in range(10):
+            task_id = until(functools.partial(submitted, number))
+            until(functools.partial(is_done, task_id))
+    process.line("stderr", "injected, striking 1: outage:")
+    process.signal(signal.SIGTERM)
+    code, out, err = process.end()
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    counts = dict(re.findall(r"([a-z-]+) (\d+)", err.partition("injected: ")[2]))
+    assert set(counts) == {"error", "latency", "outage"}
+    assert "Traceback" not in err
+
+
+@POSIX_ONLY
+def test_no_fault_is_not_spoken_of(run: Run) -> None:
+    """Without --fault nothing is said of faults."""
+    process = run("dev", "--port", "0")
+    exported(process)
+    process.signal(signal.SIGTERM)
+    code, _, err = process.end()
+    assert code == 0
+    assert "fault" not in err
+    assert "injected" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["--fault", "eror:rate=0.1"], "--fault: 'eror:rate=0.1': known are latency, error, reset, "),
+        (
+            ["--fault", "error:rate=2"],
+            "--fault: 'error:rate=2': rate: must be a number from 0 to 1; for example error:",
+        ),
+        (["--fault", "reset", "--fault", "outage:3"], "--fault: 'outage:3': every: missing"),
+        (["--fault", "latency:1,on=completes"], "--fault: 'latency:1,on=completes': on: there is no endpoint"),
+        (["--fault", ""], "--fault: '': known are "),
+        (["--fault-seed", "x"], "--fault-seed: invalid int value: 'x'"),
+        (["--fault"], "--fault: expected one argument"),
+    ],
+)
+def test_wrong_faults(call: Call, args: List[str], problem: str) -> None:
+    """Exit 2, naming the option, what is wrong, and an example."""
+    code, out, err = call("dev", "--port", "0", *args)
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert "Traceback" not in err

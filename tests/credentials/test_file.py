@@ -16,14 +16,15 @@ import threading
 from typing import Any, Iterator, List
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials import file as file_module
 from sekuire.credentials.file import CredentialsFile, Stored
 from sekuire.errors import ConfigurationError, TransportError
 from sekuire.lifecycle import Deadline
-from sekuire.models import RuntimeCredentials
+from sekuire.models import RuntimeCredentials, is_id
 
 from ..servers import PATIENCE, run_python
 
@@ -120,6 +121,65 @@ def test_any_content_is_decoded_or_refused(value: Any) -> None:
     """Whatever the fields of a file hold, they are read or refused."""
     for name in ("revision", "ends_at", "lifetime", "seeds", "installation_id", "runtime_token", "expires_at"):
         file_module._decode(json.dumps({"format": 1, "revision": 1, name: value}))
+
+
+IDS = st.none() | st.text(min_size=1, max_size=60).filter(is_id)
+TOKENS = st.none() | st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
+ENDS = st.none() | st.datetimes(dt.datetime(1, 1, 3), dt.datetime(9999, 12, 29), timezones=st.just(dt.timezone.utc))
+SECONDS = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.builds(
+        Stored,
+        credentials=st.builds(
+            RuntimeCredentials,
+            installation_id=IDS,
+            workspace_id=IDS,
+            runtime_token=TOKENS,
+            refresh_token=TOKENS,
+            expires_at=ENDS,
+        ),
+        revision=st.integers(0, 2**53),
+        lifetime=SECONDS,
+        ends_at=SECONDS,
+        seeds=st.lists(st.text()).map(tuple),
+    )
+)
+def test_any_content_survives(value: Stored) -> None:
+    """Whatever credentials there are, what is written is read back whole."""
+    text = file_module._encode(value)
+    assert text.isascii()
+    assert file_module._decode(text) == value
+
+
+@posix
+@given(
+    st.binary()
+    | st.text().map(lambda text: json.dumps({"format": 1, "revision": 1, "runtime_token": text}).encode())
+    | st.integers(0, 400).map(lambda at: file_module._encode(stored()).encode()[:at])
+)
+@example(b"[" * 100_000)
+@example(b'{"format": 1, "revision": NaN}')
+@example(b'{"format": 1, "revision": ' + b"9" * 5000 + b"}")
+@example(b'{"format": 1, "revision": 1, "ends_at": 1e999}')
+@example(b'{"format": 1, "revision": 1, "installation_id": "\\ud800"}')
+def test_any_file_is_read_or_refused(content: bytes) -> None:
+    """Any bytes in the file, also a file cut short, are credentials, nothing, or an error that quotes no token."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory, "credentials.json")
+        path.write_bytes(content)
+        path.chmod(0o600)
+        problem = None
+        try:
+            RuntimeCredentialsStore(path=path)
+        except ConfigurationError as error:
+            problem = error
+        if problem is not None:
+            assert "skr_" not in str(problem)
+            assert "skr_" not in repr(problem.__context__)
+            # What cannot be read is never replaced.
+            assert path.read_bytes() == content
 
 
 # -- rights -----------------------------------------------------------------------------------------------------------
@@ -225,7 +285,7 @@ import os, sys
 from sekuire.credentials.file import CredentialsFile
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.errors import ConfigurationError
-from sekuire.models import RuntimeCredentials
+from sekuire.models import RuntimeCredentials, is_id
 directory = sys.argv[1]
 if os.geteuid() == 0:
     os.chown(os.path.join(directory, "there.json"), 65534, 65534)
@@ -278,7 +338,7 @@ def test_without_the_right_to_write(path: pathlib.Path, monkeypatch: pytest.Monk
 _DISK_FULL = """
 import logging, resource, sys
 from sekuire.credentials import RuntimeCredentialsStore
-from sekuire.models import RuntimeCredentials
+from sekuire.models import RuntimeCredentials, is_id
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 path = sys.argv[1]
 store = RuntimeCredentialsStore(path=path)

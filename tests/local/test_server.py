@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+import threading
 import time
 from typing import Callable, Dict
 
@@ -198,3 +199,28 @@ def test_head_opens_no_stream(platform: LocalPlatform, installation: Installatio
     finally:
         connection.close()
     assert platform.streams() == []
+
+
+def test_a_thread_that_works_beyond_the_stop_ends_after_it(platform: LocalPlatform) -> None:
+    """stop() does not wait for ever for a thread that answers, and the thread ends when it has."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self) -> None:
+            self.socket = socket.socket()
+
+        def communicate(self) -> bool:
+            begun.set()
+            may_end.wait(20)
+            return False
+
+        def close(self) -> None:
+            self.socket.close()
+
+    pool = platform._server.requests  # type: ignore[union-attr]
+    pool.put(Slow())
+    assert begun.wait(20)
+    pool.stop(0.01)
+    assert any(thread.is_alive() for thread in pool._threads)
+    may_end.set()
+    until(lambda: not any(thread.is_alive() for thread in pool._threads))

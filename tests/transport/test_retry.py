@@ -211,3 +211,24 @@ def test_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     backoff.reset()
     backoff.first = 10.0
     assert backoff.next() == 10.0
+
+
+def test_backoff_heals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each 5 s of an open connection undo one doubling, 60 s all; the longest delay has no doublings beyond it."""
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: high)
+    backoff = Backoff(0.5, 4.0)
+    for _ in range(20):
+        backoff.next()
+    backoff.was_open(4.9)
+    assert backoff.next() == 4.0
+    backoff.was_open(10.0)
+    assert [backoff.next() for _ in range(3)] == [1.0, 2.0, 4.0]
+    backoff.was_open(1000.0)
+    assert backoff.next() == 0.5
+    slow = Backoff(0.001, 3600.0)
+    for _ in range(50):
+        slow.next()
+    slow.was_open(60.0)
+    assert slow.next() == 0.001
+    backoff.first = 10.0
+    assert [backoff.next() for _ in range(2)] == [10.0, 10.0]

@@ -405,3 +405,46 @@ def test_the_task_log_carries_the_id(platform: Any, worker_of: Make, caplog: pyt
     (record,) = [record for record in caplog.records if "hello" in record.getMessage()]
     assert record.getMessage() == f"[{task_id}] hello you"
     assert (record.task_id, record.mine) == (task_id, 1)  # type: ignore[attr-defined]
+
+
+def test_no_line_of_the_log_can_be_forged(
+    scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Line breaks and colours in ids, names, reasons, event names and errors of the platform stay out of the log."""
+    forged = "x\r\n2026-01-01 ERROR forged\x1b[31m\u2028\x85"
+    scripted.on["complete"] = lambda request: (
+        403 if request.task_id == "t1" else 404,
+        {"code": forged, "message": forged},
+    )
+    scripted.on["release"] = lambda request: (403, {"code": forged, "message": forged})
+    worker = worker_of(scripted)
+    worker.on_task("*", lambda ctx, input: ctx.logger.info("%s", ctx.capability))
+    with caplog.at_level(logging.DEBUG, "sekuire"):
+        worker.start()
+        for number, fields in enumerate(
+            [{"task_id": forged}, {"task_id": "t1"}, {"task_id": "t2", "capability": forged}, {"task_id": "t3\u2028"}]
+        ):
+            scripted.send("task", {"capability": "echo", "trace_id": forged, **fields}, event_id=f"{number}\x1b[31m")
+        scripted.send(forged.replace("\r\n", ""), "{}")
+        scripted.send("task", forged.replace("\r\n", ""))
+        scripted.command("pause", reason=forged, command_id=forged)
+        until(worker.is_paused)
+        scripted.task("t4", "echo")
+        scripted.completion("t4")
+        scripted.on["stream"] = lambda request: (503, {"code": forged, "message": forged})
+        scripted.cut()
+        until(lambda: any("503" in record.message for record in caplog.records))
+        scripted.on["heartbeat"] = lambda request: (
+            200,
+            {"revoked": True, "reason": forged, "shutdown_timeout_ms": 100},
+        )
+        assert worker.wait(GUARD)
+    mine = [record for record in caplog.records if record.name.startswith("sekuire")]
+    assert len(mine) > 10
+    assert [record.message for record in mine if not record.message.isprintable()] == []
+    assert {record.name for record in mine} >= {
+        "sekuire.stream",
+        "sekuire.worker",
+        "sekuire.report",
+        "sekuire.dispatch",
+    }

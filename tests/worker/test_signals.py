@@ -243,6 +243,23 @@ print("the end", flush=True)
     assert "Traceback" not in " ".join(process.lines)
 
 
+def test_a_stop_at_the_interpreters_end(scripted: Scripted, run: Callable[..., Process]) -> None:
+    """A user's own stop() in an atexit function, which comes after the worker has left, waits for nothing."""
+    script = """
+import atexit
+worker._config = __import__("attrs").evolve(worker._config, shutdown_timeout=100_000.0)
+atexit.register(lambda: print("stopped", worker.wait(0), worker.is_running(), worker.stop_reason, flush=True))
+atexit.register(worker.stop)
+worker.start()
+worker.wait_until_connected(20)
+print("the end", flush=True)
+"""
+    process = run(script, scripted.url, "skt")
+    process.expect("the end")
+    process.expect("stopped True False the program ends")
+    assert process.wait() == 0
+
+
 def test_a_silent_platform_does_not_keep_the_interpreter(scripted: Scripted, run: Callable[..., Process]) -> None:
     """At the interpreter's end the last heartbeat is given up after a moment."""
     over = threading.Event()

@@ -1,0 +1,318 @@
+"""An exchange over a connection that is open already: what a healthy platform's short answers cost, and no more.
+
+requests and urllib3 make every connection: they resolve, connect, verify and speak to proxies. What they do for each
+call after that (merging settings, cookies, redirects, a response in three layers) is half of a task's cost, and of no
+use here. So a connection that has served one call is kept by a :class:`Lane`, and later calls go over its socket
+directly. Anything out of the ordinary in an answer is read by ``http.client``, as it would be below urllib3.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import math
+import re
+import socket
+import ssl
+import struct
+import sys
+import time
+import types
+from collections import deque
+from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Tuple, cast
+
+from urllib3._collections import HTTPHeaderDict
+from urllib3.util.wait import wait_for_read
+
+from .body import READ_SIZE, read_body
+
+#: Largest body sent together with its head; a larger one is not worth the copy.
+_TOGETHER = 65536
+#: Most bytes of an answer taken with the first read. Answers to calls are short.
+_FIRST_READ = 16384
+#: What a request's target may hold; anything else is left to urllib3, which knows how to encode it.
+_PLAIN_TARGET = re.compile(r"/(?!/)[A-Za-z0-9/_.~%:@!$&'()*+,;=?-]*")
+_DOTS = re.compile(r"/\.\.?(?:[/?]|\Z)")
+
+# The kernel keeps the time of a blocking read or write by itself, where its `struct timeval` is known to be two longs.
+# A timeout of Python's own costs a poll() before each: two more moments at which a thread loses the interpreter.
+_KERNEL_TIMES = sys.platform.startswith("linux") and struct.calcsize("l") == 8
+_LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if _KERNEL_TIMES else 0
+
+
+class Answer(NamedTuple):
+    """A whole answer; the names in ``headers`` are looked up in any case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Headers(Dict[str, str]):
+    """An answer's headers by their names in lower case; a look-up takes any case."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(name.lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name.lower(), default)
+
+
+def is_plain_target(target: str) -> bool:
+    """Whether ``target`` can be sent as it stands: no character that needs encoding, no dot segments."""
+    return _PLAIN_TARGET.fullmatch(target) is not None and _DOTS.search(target) is None
+
+
+class Kept:
+    """One open connection. Used by one thread at a time."""
+
+    __slots__ = ("_connection", "_is_plain", "_patience", "_socket", "host")
+
+    def __init__(self, connection: Any, sock: socket.socket, patience: float) -> None:
+        self._connection = connection
+        self._socket = sock
+        self._is_plain = _KERNEL_TIMES and type(sock) is socket.socket
+        self._patience = 0.0
+        name = f"[{connection.host}]" if ":" in connection.host else connection.host
+        #: The value of its ``Host`` header.
+        self.host: str = name if connection.port == connection.default_port else f"{name}:{connection.port}"
+        if self._is_plain:
+            sock.settimeout(None)
+        self._limit(patience)
+
+    def is_alive(self) -> bool:
+        """Whether the other side has neither closed it nor sent what nobody asked for."""
+        try:
+            if not self._is_plain:
+                return not wait_for_read(self._socket, timeout=0.0)
+            self._socket.recv(1, _LOOK)
+        except BlockingIOError:
+            return True
+        except (OSError, ValueError):
+            pass
+        return False
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def exchange(
+        self, method: str, head: bytes, body: bytes, *, limit: int, patience: float, end: float
+    ) -> Tuple[Answer, bool]:
+        """Send a request and read the answer; whether the connection can be used again.
+
+        :param limit: most bytes of the decoded answer.
+        :param patience: seconds that one read or write may take.
+        :param end: when all must be done (``time.monotonic()``).
+        :raises OSError, http.client.HTTPException, BodyError: no whole answer came; the connection is of no more use.
+        """
+        self._limit(min(patience, end - time.monotonic()))
+        try:
+            try:
+                if len(body) <= _TOGETHER:
+                    self._send(head + body, end)
+                else:
+                    self._send(head, end)
+                    self._send(body, end)
+            except (BrokenPipeError, ConnectionResetError):
+                # It may have answered before it closed: a body that is too large, for one.
+                pass
+            data = self._socket.recv(_FIRST_READ)
+        except BlockingIOError:
+            data = None
+        if data is None:
+            raise socket.timeout("timed out")
+        if not data:
+            raise http.client.RemoteDisconnected("the connection was closed without an answer")
+        simple = _read_simple(data)
+        if simple is not None and len(simple.body) <= limit:
+            return simple, True
+        return self._read_any(method, data, limit, patience, end)
+
+    def _send(self, data: bytes, end: float) -> None:
+        sent = self._socket.send(data)
+        if sent == len(data):
+            return
+        rest = memoryview(data)
+        while sent < len(rest):
+            if time.monotonic() >= end:
+                raise socket.timeout("timed out")
+            sent += self._socket.send(rest[sent:])
+
+    def _read_any(self, method: str, begun: bytes, limit: int, patience: float, end: float) -> Tuple[Answer, bool]:
+        """An answer that came in pieces, or is framed or encoded in another way; ``begun`` is what has come of it."""
+        self._socket.settimeout(patience)
+        source = _Replay(begun, self._socket, patience, end)
+        response = http.client.HTTPResponse(cast(Any, source), method=method)
+        response.begin()
+        content = read_body(types.SimpleNamespace(_fp=response, headers=response.headers), limit, end)
+        if self._is_plain:
+            self._socket.settimeout(None)
+        self._limit(patience, always=True)
+        # As urllib3 does, which joins what comes twice.
+        headers = cast(Mapping[str, str], HTTPHeaderDict(response.headers.items()))
+        return Answer(response.status, headers, content), not response.will_close and not source.is_more
+
+    def _limit(self, seconds: float, always: bool = False) -> None:
+        """Let no read or write wait longer than ``seconds``; a call of the system only where that changes."""
+        seconds = max(seconds, 0.001)
+        if seconds == self._patience and not always:
+            return
+        self._patience = seconds
+        if self._is_plain:
+            fraction, whole = math.modf(seconds)
+            value = struct.pack("ll", int(whole), int(fraction * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+        else:
+            self._socket.settimeout(seconds)
+
+
+def _read_simple(data: bytes) -> Optional[Answer]:
+    """The answer that ``data`` is, exactly and whole, where it is framed by one Content-Length; None otherwise."""
+    end = data.find(b"\r\n\r\n")
+    if end < 0 or not data.startswith(b"HTTP/1.1 "):
+        return None
+    text = data[:end].decode("latin-1")
+    lines = text.split("\r\n")
+    code = lines[0][9:12]
+    if not (code.isascii() and code.isdigit() and lines[0][12:13] in ("", " ")):
+        return None
+    breaks = len(lines) - 1
+    if text.count("\n") != breaks or text.count("\r") != breaks:
+        return None
+    headers = Headers()
+    del lines[0]
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name = name.lower()
+        if not colon or not name or " " in name or "\t" in name or dict.__contains__(headers, name):
+            return None
+        headers[name] = value.lstrip(" \t")
+    get = cast(Dict[str, str], headers).get
+    status = int(code)
+    length = get("content-length", "")
+    if (
+        status < 200
+        or status in (204, 304)
+        or not (length.isascii() and length.isdigit() and len(length) < 10)
+        or len(data) - end - 4 != int(length)
+        or "transfer-encoding" in headers
+        or "content-encoding" in headers
+        or get("connection", "keep-alive").lower() != "keep-alive"
+    ):
+        return None
+    return Answer(status, headers, data[end + 4 :])
+
+
+class _Replay(io.RawIOBase):
+    """A socket's bytes, beginning with those that were read already; stands for the socket before http.client.
+
+    ``_sock`` is where :func:`~sekuire.transport.body.socket_of` finds the socket. ``is_more``: when the answer ended,
+    bytes had come beyond its end.
+    """
+
+    def __init__(self, begun: bytes, sock: socket.socket, patience: float, end: float) -> None:
+        self._begun = memoryview(begun)
+        self._sock = sock
+        self._patience = patience
+        self._end = end
+        self._is_over = False
+        self.is_more = False
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return _Buffer(self, READ_SIZE)
+
+    def look(self, buffer: io.BufferedReader) -> None:
+        """Note whether ``buffer`` still holds something; from now on it gets no more."""
+        self._is_over = True
+        self.is_more = bool(self._begun) or bool(buffer.peek(1))
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._is_over:
+            return 0
+        if self._begun:
+            count = min(len(buffer), len(self._begun))
+            buffer[:count] = self._begun[:count]
+            self._begun = self._begun[count:]
+            return count
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(min(left, self._patience))
+        return self._sock.recv_into(buffer)
+
+
+class _Buffer(io.BufferedReader):
+    """http.client's file over a :class:`_Replay`; it closes it as soon as the answer has been read."""
+
+    def close(self) -> None:
+        if not self.closed:
+            cast(_Replay, self.raw).look(self)
+        super().close()
+
+
+class Lane:
+    """The open connections of one client that no thread uses at the moment; the last one used is the next.
+
+    Any thread may call anything. There is no lock: a deque's ends are safe to use from any thread, and a connection
+    is either in it or in one thread's hands.
+
+    :param limit: connections kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._idle: Deque[Kept] = deque()
+        self._closed = False
+
+    def take(self) -> Optional[Kept]:
+        """A connection that is open, or None."""
+        while self._idle:
+            try:
+                kept = self._idle.pop()
+            except IndexError:
+                return None
+            if kept.is_alive():
+                return kept
+            kept.close()
+        return None
+
+    def keep(self, kept: Kept) -> None:
+        """Have a connection used again."""
+        if len(self._idle) >= self._limit:
+            kept.close()
+            return
+        self._idle.append(kept)
+        if self._closed:
+            self.close()
+
+    def adopt(self, raw: Any, patience: float) -> bool:
+        """Keep the connection of a urllib3 response that was read to its end; whether it is fit for that.
+
+        It is not where the answer closed it, where a proxy is between, and where the socket is none of Python's own.
+        """
+        connection = getattr(raw, "_connection", None)
+        sock = getattr(connection, "sock", None)
+        pool = getattr(raw, "_pool", None)
+        if self._closed or pool is None or getattr(pool, "proxy", None) is not None:
+            return False
+        if not isinstance(sock, (socket.socket, ssl.SSLSocket)) or not getattr(raw._fp, "isclosed", bool)():
+            return False
+        raw._connection = None
+        self.keep(Kept(connection, sock, patience))
+        return True
+
+    def close(self) -> None:
+        """Close what is idle now, and what is given back later."""
+        self._closed = True
+        while self._idle:
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return

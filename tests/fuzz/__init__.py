@@ -1,0 +1,1 @@
+"""A fuzz target for every decoder that reads bytes from the network or from a file: ``tox -e fuzz``."""

@@ -1,0 +1,717 @@
+"""A task's states from its arrival to its delivery: the real Dispatcher, Reporter and Outbox, driven in any order.
+
+*received → rejected | waiting → released | running → finished → delivered | dropped.* The platform is a model behind
+``Authenticator.request``; a few examples talk to it over HTTP. A long run: ``SEKUIRE_STATES=2000 pytest
+tests/test_states.py -n 0``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pathlib
+import sqlite3
+import tempfile
+import threading
+import time
+from collections import Counter
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sekuire import dispatch, report
+from sekuire.config import WorkerConfig
+from sekuire.context import TaskContext
+from sekuire.dispatch import Dispatcher
+from sekuire.errors import RevokedError, TransportError
+from sekuire.installation import Installation
+from sekuire.lifecycle import Deadline, Timer
+from sekuire.models import Completion, RuntimeCredentials, Task
+from sekuire.outbox import open_outbox
+from sekuire.registry import TaskRegistry
+from sekuire.report import Reporter
+from sekuire.transport.http import Reply
+
+from .scripted import GUARD, Request, Scripted
+
+WORKERS, QUEUE, BACKLOG = 2, 3, 4
+#: Examples of a long run; unset in the suite.
+LONG = int(os.environ.get("SEKUIRE_STATES") or 0)
+
+#: What the platform does with a completion before it takes it as usual.
+FATES: Dict[str, Tuple[Any, ...]] = {
+    "taken": (),
+    "late": (503, "reset", 429),
+    "lost": ("lost",),
+    "told before": (409,),
+    "forgotten": (404,),
+    "too large": (413,),
+    "refused": (400,),
+    "refused twice": (422, 400, 403),
+    "unauthorized": (401, 401),
+}
+#: What it does with all of them.
+MODES = {"up": None, "down": "reset", "overloaded": 503, "forbidden": 403, "revoked": "revoked"}
+
+
+def until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + GUARD
+    while not condition():
+        assert time.monotonic() < end, "it did not come to rest"
+        time.sleep(0.0005)
+
+
+Arrival = Tuple[str, str, str, int]
+SOURCES = ["command", "desired_state", "local"]
+#: What happens next, as often as it is named here; a number, a choice and a task go with it.
+HAPPENINGS = [
+    *["deliver"] * 14, *["repeat"] * 5, *["finish"] * 6, *["platform"] * 3, *["lease"] * 2, *["resume"] * 4,
+    *["restart"] * 3, *["pause"] * 3, "close", "abandon", "kill",
+]  # fmt: skip
+Step = Tuple[str, int, bool, Arrival]
+STEPS = st.tuples(
+    st.sampled_from(HAPPENINGS),
+    st.integers(0, 11),
+    st.booleans(),
+    st.tuples(
+        st.sampled_from(["wide", "wide", "wide", "narrow", "narrow", "none"]),
+        st.sampled_from(["", "", "fail", "odd", "hang", "hang"]),
+        st.sampled_from([*["taken"] * 6, *sorted(FATES)]),
+        st.integers(0, 2),
+    ),
+)
+
+
+class Platform:
+    """What the platform knows of each task, by the contract; any thread may ask it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.mode = "up"
+        self.fates: Dict[str, List[Any]] = {}
+        self.attempts: Dict[str, int] = {}
+        #: Tasks that a retryable failure puts back into the queue, this many times.
+        self.tries: Dict[str, int] = {}
+        self.done: Dict[str, Dict[str, Any]] = {}
+        #: Tasks whose newest delivery has its last word: taken, refused as known, or forgotten; and those given back.
+        self.answered: Set[str] = set()
+        self.released: Set[str] = set()
+        self.forgotten: Counter[str] = Counter()
+        #: The newest try of each that ended in a failure which the platform tries again.
+        self.failed: Counter[str] = Counter()
+        self.requeued: Counter[str] = Counter()
+        self.told: Dict[str, List[Dict[str, Any]]] = {}
+        self.keys: Dict[str, bytes] = {}
+        self.releases_supported = True
+        self.problems: List[str] = []
+        #: Whether repetitions come while reports are under way, so that one may follow the last word.
+        self.is_lenient = False
+
+    def complete(self, body: Dict[str, Any], key: str, raw: bytes) -> Any:
+        """A status, or ``"reset"`` or ``"revoked"``."""
+        with self.lock:
+            task_id, attempt = body["task_id"], body["attempt"]
+            self.check(self.keys.setdefault(key, raw) == raw, f"two results under one key: {key} {raw!r}")
+            self.check(key in (f"{task_id}:{attempt}", f"{task_id}:{attempt}:2"), f"a wrong key: {key}")
+            self.check(self.is_lenient or task_id not in self.answered, f"a report after the last word: {raw!r}")
+            answer = MODES[self.mode]
+            if answer is None and self.fates.get(task_id):
+                answer = self.fates[task_id].pop(0)
+            if answer in (404, 409):
+                self.forgotten[task_id] += answer == 404
+                self.done.setdefault(task_id, {})
+                self.answered.add(task_id)
+            if answer not in (None, "lost"):
+                return answer
+            taken = self._take(task_id, attempt, body)
+            if answer == "lost":
+                return "reset"
+            self.answered.add(task_id)
+            return 200 if taken else 409
+
+    def check(self, is_true: bool, problem: str) -> None:
+        """Note what must not be; raised in a thread of the library it would only be logged."""
+        if not is_true:
+            self.problems.append(problem)
+
+    def _take(self, task_id: str, attempt: int, body: Dict[str, Any]) -> bool:
+        # The first completion of any attempt wins; one of a try that has failed already is none.
+        if task_id in self.done or attempt <= self.failed[task_id]:
+            return False
+        self.told.setdefault(task_id, []).append(body)
+        if body["status"] == "failed" and body["error"]["retryable"] and self.tries[task_id]:
+            self.tries[task_id] -= 1
+            self.requeued[task_id] += 1
+            self.failed[task_id] = max(attempt, self.attempts[task_id])
+            self.attempts[task_id] = self.failed[task_id] + 1
+        else:
+            self.done[task_id] = body
+        return True
+
+    def release(self, task_id: str) -> int:
+        with self.lock:
+            if not self.releases_supported:
+                return 501
+            self.released.add(task_id)
+            return 200
+
+
+class Wire:
+    """``Authenticator`` as a reporter sees it, with the platform behind it; ``is_dead``: the process was killed."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        self.is_dead = False
+        self.store = self
+        self.current = RuntimeCredentials(installation_id="inst-1", runtime_token="rt-1")
+
+    def request(
+        self,
+        method: str,
+        path: Callable[[Any], str],
+        *,
+        body: bytes,
+        idempotency_key: Optional[str],
+        deadline: Deadline,
+    ) -> Tuple[Reply, None]:
+        where = path(None).split("/")
+        if self.is_dead:
+            raise TransportError("dead")
+        if where[-1] == "release":
+            status: Any = self.platform.release(where[-2])
+        else:
+            self.platform.check(where[-1] == "complete", f"a wrong path: {where}")
+            status = self.platform.complete(json.loads(body), idempotency_key or "", body)
+        if status == "reset":
+            raise TransportError("reset")
+        if status == "revoked":
+            raise RevokedError("over", 1.0)
+        return Reply(status, {}, b"{}", 0.0, 0.0), None
+
+    def close(self) -> None: ...
+
+
+class HttpWire:
+    """The same over HTTP: a real Authenticator, and the platform behind a server."""
+
+    def __init__(self, platform: Platform, server: Scripted, config: WorkerConfig) -> None:
+        self.installation = Installation(config, pool_size=8)
+        self.auth = self.installation.auth
+        self.is_dead = False
+
+        def complete(request: Request) -> Any:
+            status = platform.complete(request.json, request.headers["Idempotency-Key"], request.raw)
+            if status == "reset":
+                return None
+            if status == "revoked":
+                return 403, {"code": "INSTALLATION_REVOKED", "message": "over"}
+            return status, {}
+
+        server.on["complete"] = complete
+        server.on["release"] = lambda request: (platform.release(request.task_id), {})
+
+    def close(self) -> None:
+        self.installation.close()
+
+
+class Handlers:
+    """Handlers that wait to be let go, and tell which of them are inside."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.gates: Dict[str, List[threading.Event]] = {}
+        self.inside: Counter[str] = Counter()
+        self.runs: Counter[str] = Counter()
+
+    def __call__(self, ctx: TaskContext, input: Any) -> str:
+        gate = threading.Event()
+        with self.lock:
+            self.runs[ctx.task_id] += 1
+            self.inside[ctx.task_id] += 1
+            self.gates.setdefault(ctx.task_id, []).append(gate)
+        assert gate.wait(3 * GUARD)
+        with self.lock:
+            self.inside[ctx.task_id] -= 1
+        if input == "fail":
+            raise ValueError("failed")
+        if input == "odd":
+            return object()  # type: ignore[return-value]
+        ctx.raise_if_cancelled()
+        return "done"
+
+    def let_go(self, task_id: str) -> None:
+        """Let every run of this task end, and wait until it has."""
+        with self.lock:
+            for gate in self.gates.pop(task_id, []):
+                gate.set()
+        # Else the machine would take what was before for what came of it.
+        until(lambda: not self.inside[task_id] or task_id in self.gates)
+
+    def let_all_go(self) -> None:
+        for task_id in list(self.gates):
+            self.let_go(task_id)
+
+
+class Life:
+    """One process: its dispatcher and reporter, and the outbox through which it may be cut off."""
+
+    def __init__(self, platform: Platform, handlers: Handlers, machine: TaskStates) -> None:
+        self.machine = machine
+        config = WorkerConfig(
+            agent_id="agent-1",
+            install_token="skt-1",
+            max_workers=WORKERS,
+            max_queued=QUEUE,
+            api_base_url=machine.url(),
+            max_result_bytes=1000,
+        )
+        self.wire = machine.wire(platform, config)
+        self.disk = Disk(machine.path) if machine.path else None
+        self.reporter = Reporter(
+            config,
+            getattr(self.wire, "auth", self.wire),
+            "worker-1",
+            on_revoked=self.revoked,
+            outbox=self.disk,  # type: ignore[arg-type]
+        )
+        registry = TaskRegistry()
+        registry.add("wide", handlers)
+        registry.add("narrow", handlers, None, 1)
+        self.timer = Timer()
+        self.dispatcher = Dispatcher(
+            config, registry, self.reporter, timer=self.timer, lease_held=lambda: machine.lease, scrub=str
+        )
+        self.closed: Optional[str] = None
+        #: Answers 404 that this life's reporter was given.
+        self.forgotten_before = sum(platform.forgotten.values())
+
+    def revoked(self, error: RevokedError) -> None:
+        self.close(terminated=True)
+
+    def close(self, terminated: bool) -> None:
+        if terminated or self.closed is None:
+            self.closed = "terminated" if terminated else "stopped"
+        self.dispatcher.close(terminated)
+        if terminated:
+            self.dispatcher.cancel_running("terminated")
+
+    def end(self) -> None:
+        self.dispatcher.end_pool(Deadline(GUARD))
+        assert self.reporter.close(Deadline(GUARD)) == []
+        self.timer.close()
+        assert self.timer.join(Deadline(GUARD))
+        if self.disk is not None:
+            self.disk.close(self.reporter)
+        self.wire.close()
+
+
+class Disk:
+    """The real outbox, until the process is killed."""
+
+    def __init__(self, path: str) -> None:
+        self._outbox = open_outbox(path)
+        self.is_dead = False
+
+    def put(self, *args: Any) -> bool:
+        return not self.is_dead and self._outbox.put(*args)
+
+    def remove(self, *args: Any) -> None:
+        if not self.is_dead:
+            self._outbox.remove(*args)
+
+    def holds(self, *args: Any) -> bool:
+        return self._outbox.holds(*args)
+
+    def claim(self, *args: Any, owner: object) -> Any:
+        return self._outbox.claim(*args, owner=owner)
+
+    def disown(self, owner: object) -> None:
+        self._outbox.disown(owner)
+
+    def close(self, owner: object) -> None:
+        self._outbox.disown(owner)
+        self._outbox.close()
+
+
+class TaskStates(RuleBasedStateMachine):
+    """Arrivals, repetitions, ends, timeouts, pauses, leases, refusals, outages, kills, stops: in any order.
+
+    What is drawn must not depend on what threads do, so there is one rule, and a step that makes no sense does nothing.
+    """
+
+    def url(self) -> str:
+        return "http://127.0.0.1:9"
+
+    def wire(self, platform: Platform, config: WorkerConfig) -> Any:
+        return Wire(platform)
+
+    @initialize(releases=st.booleans(), outbox=st.booleans())
+    def begin(self, releases: bool, outbox: bool) -> None:
+        self.directory = tempfile.TemporaryDirectory() if outbox else None
+        #: The outbox's file; None without one.
+        self.path = os.path.join(self.directory.name, "outbox.db") if self.directory else None
+        self.platform, self.handlers = Platform(), Handlers()
+        self.platform.releases_supported = releases
+        self.lease = True
+        self.inputs: Dict[str, str] = {}
+        self.kinds: Dict[str, str] = {}
+        #: Tasks that went down with a process, and how often each may have run for that reason.
+        self.gone: Set[str] = set()
+        self.may_rerun: Counter[str] = Counter()
+        self.submitter: Optional[threading.Thread] = None
+        self.submitted = ""
+        self.life = Life(self.platform, self.handlers, self)
+
+    # -- what may happen --
+
+    @rule(step=STEPS)
+    def do(self, step: Step) -> None:
+        name, number, flag, arrival = step
+        if name == "deliver":
+            self.deliver(arrival)
+        elif name == "repeat" and self.inputs:
+            # The youngest are the ones of which something is still open.
+            self.repeat(list(self.inputs)[-1 - number % len(self.inputs)], elsewhere=flag)
+        elif name == "finish":
+            self.finish(number)
+        elif name == "pause":
+            self.life.dispatcher.pause(SOURCES[number % 3])
+            self.rest()
+            assert self.life.dispatcher.waiting == 0
+        elif name == "resume":
+            self.life.dispatcher.resume(*(SOURCES if flag else [SOURCES[number % 3]]))
+        elif name == "platform":
+            self.platform.mode = "up" if flag else list(MODES)[number % len(MODES)]
+        elif name == "lease":
+            self.lease_is(flag or number % 2 == 0)
+        elif name == "close" and number < 4:
+            self.life.close(terminated=flag)
+            self.rest()
+            assert self.life.dispatcher.waiting == 0
+        elif name == "abandon" and self.life.closed:
+            self.life.dispatcher.abandon("shutdown")
+            self.rest()
+            assert self.life.dispatcher.running == 0
+        elif name == "restart" and self.life.closed:
+            self.restart()
+        elif name == "kill" and number < 4:
+            self.begin_anew()
+        self.rest()
+
+    def deliver(self, arrival: Arrival) -> None:
+        if self.submitter is None:
+            task_id = f"t{len(self.inputs)}"
+            self.kinds[task_id], self.inputs[task_id], fate, tries = arrival
+            self.platform.attempts[task_id] = 1
+            self.platform.tries[task_id] = tries
+            self.platform.fates[task_id] = list(FATES[fate])
+            self.submit(task_id)
+
+    def repeat(self, task_id: str, elsewhere: bool) -> None:
+        if self.submitter is not None:
+            return
+        with self.platform.lock:
+            if elsewhere and task_id not in self.platform.done:
+                # It was given to another worker meanwhile.
+                self.platform.attempts[task_id] += 1
+            self.platform.answered.discard(task_id)
+            self.platform.released.discard(task_id)
+        self.gone.discard(task_id)
+        self.submit(task_id)
+
+    def submit(self, task_id: str) -> None:
+        timeout = 0.002 if self.inputs[task_id] == "hang" else None
+        attempt = self.platform.attempts[task_id]
+        task = Task(
+            task_id=task_id,
+            capability=self.kinds[task_id],
+            input=self.inputs[task_id],
+            attempt=attempt,
+            timeout=timeout,
+        )
+        self.submitted = task_id
+        self.submitter = threading.Thread(target=self.life.dispatcher.submit, args=(task,), daemon=True)
+        self.submitter.start()
+        self.rest()
+
+    def finish(self, number: int) -> None:
+        inside = sorted(+self.handlers.inside)
+        if inside:
+            self.handlers.let_go(inside[number % len(inside)])
+
+    def lease_is(self, held: bool) -> None:
+        self.lease = held
+        if not held:
+            self.life.dispatcher.cancel_running("lease lost")
+
+    def restart(self) -> None:
+        """The next process after a stop in order: what runs is answered, what can be sent is sent."""
+        self.life.dispatcher.abandon("shutdown")
+        self.rest()
+        held = set(self.life.reporter.undelivered())
+        assert self.life.reporter.flush(Deadline(0.05)) == (not held)
+        assert set(self.life.reporter.undelivered()) == held
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """The next process after a kill; with an outbox it delivers what this one left, and does not run it again."""
+        held = set(self.life.reporter.undelivered())
+        kept = held if self.path else set()
+        self.gone |= self.elsewhere()[0] | (held - kept)
+        if self.submitter is not None:
+            self.gone.add(self.submitted)
+        self.may_rerun.update(set(self.inputs) - kept)
+        keys = self.platform.keys.items()
+        self.platform.keys = {key: raw for key, raw in keys if key.split(":")[0] in kept}
+        self.bury()
+        self.life = Life(self.platform, self.handlers, self)
+        if self.path:
+            assert self.life.reporter.restore(Deadline(GUARD)) == len(kept)
+        self.rest()
+
+    def bury(self) -> None:
+        """End a life whose process was killed: what its threads still do must reach neither platform nor disk."""
+        life = self.life
+        life.wire.is_dead = True
+        if life.disk is not None:
+            life.disk.is_dead = True
+        life.dispatcher.close(False)
+        if self.submitter is not None:
+            self.submitter.join(GUARD)
+            self.submitter = None
+        self.handlers.let_all_go()
+        assert life.dispatcher.drain(Deadline(GUARD))
+        until(lambda: not +self.handlers.inside)
+        life.end()
+
+    # -- what is true at rest --
+
+    def rest(self) -> None:
+        """Wait until no thread has anything to do that it could; one that is stuck fails here."""
+        end = time.monotonic() + GUARD
+        while True:
+            problem = self.unrest()
+            if not problem:
+                return
+            assert time.monotonic() < end, problem
+            time.sleep(0.0003)
+
+    def elsewhere(self) -> Tuple[Set[str], Counter[str]]:
+        """Tasks that are neither with the reporter nor with the platform; and how many handlers of each run in time."""
+        platform = self.platform
+        with platform.lock:
+            away = platform.answered | platform.released | self.gone | set(self.life.reporter.undelivered())
+        if self.submitter is not None and self.submitter.is_alive():
+            away.add(self.submitted)
+        late = Counter(name.split()[1] for name in self.life.dispatcher.straggler_names())
+        return set(self.inputs) - away, self.handlers.inside - late
+
+    def unrest(self) -> str:
+        life, platform = self.life, self.platform
+        dispatcher = life.dispatcher
+        if self.submitter is not None and not self.submitter.is_alive():
+            self.submitter = None
+        here, running = self.elsewhere()
+        held = set(life.reporter.undelivered())
+        if dispatcher.running + dispatcher.waiting != len(here):
+            return f"{dispatcher.running} running and {dispatcher.waiting} waiting, but without a state: {here}"
+        if set(running) - here or sum(running.values()) != dispatcher.running:
+            return f"{dispatcher.running} running, but inside {running}, of {here}"
+        if held & (platform.answered | platform.released):
+            return f"held and settled: {held & (platform.answered | platform.released)}"
+        if held and platform.mode == "up":
+            return f"not delivered: {held}"
+        if any(self.inputs[task_id] == "hang" for task_id in running):
+            return f"not timed out: {running}"
+        waiting = here - set(running)
+        stragglers = len(dispatcher.straggler_names())
+        if sum(self.handlers.inside.values()) != dispatcher.running + stragglers:
+            return f"{dispatcher.running} running and {stragglers} late, but inside {self.handlers.inside}"
+        free = WORKERS - dispatcher.running - max(0, stragglers - WORKERS)
+        narrow = any(self.kinds[task_id] == "narrow" for task_id in running)
+        able = {task_id for task_id in waiting if self.kinds[task_id] != "narrow" or not narrow}
+        if free and able:
+            return f"{free} threads are free, but these wait: {able}"
+        if self.submitter is not None:
+            if self.kinds[self.submitted] == "none" or self.submitted in held | platform.answered | platform.released:
+                return f"{self.submitted} is answered, but the stream's thread is not free"
+            fits = dispatcher.waiting < QUEUE or (free and not (narrow and self.kinds[self.submitted] == "narrow"))
+            if life.closed or dispatcher.is_paused() or (self.lease and life.reporter.has_room() and fits):
+                return f"{self.submitted} is not taken although there is room"
+        if platform.mode == "revoked" and held and life.closed != "terminated":
+            return "a revocation is not heard"
+        if self.path:
+            database = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, isolation_level=None)
+            rows = {task_id for (task_id,) in database.execute("SELECT task_id FROM completion")}
+            database.close()
+            if rows != held:
+                return f"on disk {rows}, held {held}"
+        return ""
+
+    @invariant()
+    def nothing_forbidden_happened(self) -> None:
+        assert self.platform.problems == []
+
+    @invariant()
+    def counts_add_up(self) -> None:
+        dispatcher, counts = self.life.dispatcher, self.life.dispatcher.counts
+        ended = counts.completed + counts.failed + counts.rejected + counts.released
+        here = dispatcher.running + dispatcher.waiting + (self.submitter is not None)
+        assert counts.received == ended + counts.duplicates + here
+        assert self.life.reporter.backlog == len(self.life.reporter.undelivered())
+        assert self.life.reporter.dropped == sum(self.platform.forgotten.values()) - self.life.forgotten_before
+
+    @invariant()
+    def limits_hold(self) -> None:
+        assert 0 <= self.life.dispatcher.running <= WORKERS
+        assert 0 <= self.life.dispatcher.waiting <= QUEUE
+        assert sum(self.handlers.inside.values()) <= 2 * WORKERS
+
+    @invariant()
+    def no_handler_runs_twice(self) -> None:
+        """Once; and once more for each try that the platform asked for, and each process that ended without a word."""
+        for task_id, runs in self.handlers.runs.items():
+            again = self.platform.requeued[task_id] + self.platform.forgotten[task_id] + self.may_rerun[task_id]
+            assert runs <= 1 + again, (task_id, runs)
+
+    @invariant()
+    def each_result_is_its_tasks(self) -> None:
+        """What the platform took is what the handler did, or says why it did not."""
+        for task_id, bodies in self.platform.told.items():
+            assert len(bodies) <= 1 + self.platform.requeued[task_id]
+            for body in bodies:
+                if body["status"] == "completed":
+                    assert self.inputs[task_id] in ("", "hang")
+                    assert body["output"] == "done"
+                    assert self.handlers.runs[task_id]
+                elif body["error"]["code"] == "handler_error":
+                    assert self.inputs[task_id] == "fail"
+                elif body["error"]["code"] == "timeout":
+                    assert self.inputs[task_id] == "hang"
+
+    def teardown(self) -> None:
+        if not hasattr(self, "life"):
+            return
+        try:
+            self.stop()
+        finally:
+            self.handlers.let_all_go()
+            if self.directory is not None:
+                self.directory.cleanup()
+
+    def stop(self) -> None:
+        """After the drain and the flush nothing is left, and each task has its word."""
+        self.platform.mode = "up"
+        self.life.close(terminated=False)
+        self.rest()
+        self.handlers.let_all_go()
+        assert self.life.dispatcher.drain(Deadline(GUARD))
+        # First, because a flush does not wait a second time for what is refused.
+        self.rest()
+        assert self.life.reporter.flush(Deadline(GUARD))
+        assert self.life.reporter.undelivered() == []
+        here, running = self.elsewhere()
+        assert (here, +running) == (set(), Counter())
+        until(lambda: self.life.dispatcher.straggler_names() == [])
+        for task_id in self.platform.answered:
+            assert task_id in self.platform.done or self.platform.told.get(task_id)
+        self.life.end()
+        self.nothing_forbidden_happened()
+        self.counts_add_up()
+        self.no_handler_runs_twice()
+        self.each_result_is_its_tasks()
+
+
+class TaskStatesOverHttp(TaskStates):
+    """The same with a real Authenticator and real answers, resets and refreshes on the way."""
+
+    server: Optional[Scripted] = None
+
+    def url(self) -> str:
+        if self.server is None:
+            self.server = Scripted()
+        return self.server.url
+
+    def wire(self, platform: Platform, config: WorkerConfig) -> Any:
+        assert self.server is not None
+        return HttpWire(platform, self.server, config)
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            if self.server is not None:
+                self.server.close()
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for a time: what is tried again is tried at once."""
+    monkeypatch.setattr(report, "full_jitter", lambda tries, first, longest: 0.001)
+    monkeypatch.setattr(report, "STUBBORN", 0.002)
+    monkeypatch.setattr(report, "BACKLOG", BACKLOG)
+    monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.002)
+    # Outages and kills by the thousand would fill the log.
+    monkeypatch.setattr(logging.getLogger("sekuire"), "disabled", True)
+    for name in ("report", "dispatch", "task", "outbox", "credentials", "http"):
+        monkeypatch.setattr(logging.getLogger(f"sekuire.{name}"), "disabled", True)
+
+
+def drive(machine: Any, examples: int, steps: int) -> None:
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        machine,
+        settings=settings(
+            max_examples=LONG or examples,
+            stateful_step_count=2 * steps if LONG else steps,
+            deadline=None,
+            # The same examples each time in the suite; new ones in each long run, which prints what to do again.
+            derandomize=not LONG,
+            database=None,
+            print_blob=bool(LONG),
+            # No shrinking: each failing try waits for its guard.
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.timeout(0 if LONG else 120)
+def test_task_states() -> None:
+    """Each task is in one state, runs once, has one result; nothing is lost by an outage, a kill or a stop."""
+    drive(TaskStates, 25, 50)
+
+
+@pytest.mark.timeout(0 if LONG else 120)
+def test_task_states_over_http() -> None:
+    """The same over real connections."""
+    drive(TaskStatesOverHttp, 5, 25)
+
+
+def test_a_raised_attempt_is_on_disk(tmp_path: pathlib.Path) -> None:
+    """A result that is sent under a higher attempt is kept under it: no later process may send another one as that."""
+    platform = Platform()
+    platform.mode = "down"
+    config = WorkerConfig(agent_id="agent-1", install_token="skt-1", api_base_url="http://127.0.0.1:9")
+    wire: Any = Wire(platform)
+    outbox = open_outbox(tmp_path / "outbox.db")
+    reporter = Reporter(config, wire, "worker-1", on_revoked=lambda error: None, outbox=outbox)
+    result = reporter.accept(Completion(task_id="t1", attempt=1, output=1))
+    assert result is not None
+    reporter.post(result)
+    assert reporter.recall("t1", 3)
+    until(lambda: "t1:3" in platform.keys)
+    assert reporter.close(Deadline(GUARD)) == []
+    assert [(one.task_id, one.attempt) for one in outbox.claim("http://127.0.0.1:9", "agent-1", object())] == [
+        ("t1", 3)
+    ]
+    outbox.close()
