@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from .errors import SekuireError, TaskCancelled, TaskError
     from .executors import ProcessExecutor
     from .models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
+    from .policy.client import PolicyClient
+    from .policy.document import Policy
+    from .policy.enforcer import PolicyEnforcer
+    from .policy.gateway import PolicyGateway
     from .registry import TaskRegistry
     from .remote import RemoteExecutor, RemoteTaskContext
     from .sdk import SekuireSDK
@@ -33,6 +37,10 @@ __all__ = [
     "Command",
     "Handler",
     "Middleware",
+    "Policy",
+    "PolicyClient",
+    "PolicyEnforcer",
+    "PolicyGateway",
     "ProcessExecutor",
     "RemoteExecutor",
     "RemoteTaskContext",
@@ -60,6 +68,10 @@ _HOMES = {
     "Command": "models",
     "Handler": "calls",
     "Middleware": "calls",
+    "Policy": "policy.document",
+    "PolicyClient": "policy.client",
+    "PolicyEnforcer": "policy.enforcer",
+    "PolicyGateway": "policy.gateway",
     "ProcessExecutor": "executors",
     "RemoteExecutor": "remote",
     "RemoteTaskContext": "remote",

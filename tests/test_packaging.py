@@ -68,7 +68,7 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 
 
 EXTRAS = {
-    "local": {"flask", "cheroot"},
+    "local": {"flask", "cheroot", "blake3", "cryptography", "rfc8785"},
     "reload": {"watchfiles"},
     "flask": {"flask"},
     "django": {"django"},
@@ -117,7 +117,8 @@ def test_import_is_light(tmp_path: pathlib.Path) -> None:
     """``import sekuire`` loads no web server and no command line, and starts no thread."""
     code = """if True:
         import sys, threading, sekuire
-        print(*sorted({"flask", "cheroot", "werkzeug", "sqlite3", "argparse", "sekuire.local", "sekuire.cli"}
+        print(*sorted({"flask", "cheroot", "werkzeug", "sqlite3", "argparse", "sekuire.local", "sekuire.cli",
+                       "blake3", "cryptography", "rfc8785", "limits", "sekuire.policy"}
                       & set(sys.modules)), threading.active_count())
     """
     assert run([sys.executable, "-c", code], tmp_path).strip() in ("1", "sqlite3 1")

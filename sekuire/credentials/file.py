@@ -8,13 +8,12 @@ import logging
 import math
 import os
 import stat
-import tempfile
 import time
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import attrs
 
-from .. import filelock
+from .. import filelock, files
 from ..errors import ConfigurationError, TransportError
 from ..lifecycle import Deadline
 from ..models import RuntimeCredentials
@@ -99,7 +98,7 @@ class CredentialsFile:
         if self.read_only:
             return False
         try:
-            self._replace(_encode(stored).encode())
+            files.replace(self.path, _encode(stored).encode())
         except OSError as error:
             problem = error.strerror or type(error).__name__
         else:
@@ -160,23 +159,6 @@ class CredentialsFile:
         if not self._warned_lock:
             self._warned_lock = True
             log.warning("cannot lock %s (%s): do not share it between processes", self._lock_path, error.strerror)
-
-    def _replace(self, data: bytes) -> None:
-        target = os.path.realpath(self.path)
-        directory = os.path.dirname(target)
-        # mkstemp makes it 0600 whatever the umask, so the tokens are never readable by others, not for a moment.
-        descriptor, temporary = tempfile.mkstemp(prefix=".sekuire-", suffix=".tmp", dir=directory)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        _sync_directory(directory)
 
     def _is_read_only(self) -> bool:
         directory = os.path.dirname(os.path.realpath(self.path))
@@ -254,20 +236,3 @@ def _seconds(value: Any) -> Optional[float]:
     if number is not None and not math.isfinite(number):
         raise ValueError
     return number
-
-
-if _POSIX:
-
-    def _sync_directory(directory: str) -> None:
-        # Some file systems refuse to open or sync a directory; the replace itself has happened.
-        with contextlib.suppress(OSError):
-            descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-else:  # pragma: no cover  # Windows
-
-    def _sync_directory(directory: str) -> None:
-        """Windows has no such thing; the replace is as durable as it gets."""

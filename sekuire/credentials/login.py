@@ -85,14 +85,13 @@ class Authenticator:
         self._capabilities: Sequence[str] = config.capabilities
         self._install_token = config.install_token
         self._runtime_info = runtime_info
-        self._provider = token_provider
+        self._provider = None if token_provider is None else TokenProvider(token_provider)
         self._api_key = api_key
         self._workspace_id = workspace_id
         self._lock = threading.Lock()
         self._refreshing = False
         self._next_try = 0.0
         self._dead: List[str] = []
-        self._provider_call: Optional[_ProviderCall] = None
         #: Told of every grant and when its request was sent (monotonic); called by the renewing thread.
         self.on_grant: Callable[[Grant, float], None] = lambda grant, sent_at: None
         store.seed(
@@ -306,28 +305,13 @@ class Authenticator:
     # -- the ways --
 
     def _provide(self, snapshot: Snapshot) -> Renewed:
-        token = self._ask_provider()
+        assert self._provider is not None
+        token = self._provider.ask()
         previous = snapshot.credentials
         if previous.runtime_token == token:
             raise _Refused("token_provider gave the same token that the platform refused")
         credentials = attrs.evolve(previous, runtime_token=token, expires_at=None)
         return Renewed(grant=Grant(credentials=credentials), sent_at=time.monotonic(), sent_wall=time.time())
-
-    def _ask_provider(self) -> Secret:
-        assert self._provider is not None
-        with self._lock:
-            running = self._provider_call
-            if running is None or running.done.is_set():
-                running = self._provider_call = _ProviderCall(self._provider)
-                running.start()
-        if not running.done.wait(PROVIDER_TIMEOUT):
-            raise TransportError(f"token_provider did not return within {PROVIDER_TIMEOUT:g} s")
-        with self._lock:
-            if self._provider_call is running:
-                self._provider_call = None
-        if running.token is None:
-            raise TransportError(f"token_provider failed: {running.problem}")
-        return running.token
 
     def _refresh(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         credentials = snapshot.credentials
@@ -413,6 +397,38 @@ class Authenticator:
         elif error.status == 404:
             hint = "; is api_base_url right, or is an endpoints= override needed?"
         return _Refused(f"the platform refused {what}: {error}{hint}", error.status, error.code)
+
+
+class TokenProvider:
+    """A user's ``token_provider``, asked by any number of threads: one call at a time, whose answer all share.
+
+    ``_lock`` guards the call in flight and is not held over it. The call runs on ``sekuire-token-provider``, which
+    ends when the provider returns.
+    """
+
+    def __init__(self, function: Callable[[], Union[str, Secret]]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self._running: Optional[_ProviderCall] = None
+
+    def ask(self) -> Secret:
+        """The token it gives now.
+
+        :raises TransportError: it failed, or did not return within 10 s.
+        """
+        with self._lock:
+            running = self._running
+            if running is None or running.done.is_set():
+                running = self._running = _ProviderCall(self._function)
+                running.start()
+        if not running.done.wait(PROVIDER_TIMEOUT):
+            raise TransportError(f"token_provider did not return within {PROVIDER_TIMEOUT:g} s")
+        with self._lock:
+            if self._running is running:
+                self._running = None
+        if running.token is None:
+            raise TransportError(f"token_provider failed: {running.problem}")
+        return running.token
 
 
 class _ProviderCall:

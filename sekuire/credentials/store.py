@@ -266,7 +266,7 @@ class RuntimeCredentialsStore:
         if not flight.done.wait(deadline.remaining()):
             raise TransportError("waiting for another thread's renewal of the credentials took too long")
         if flight.error is not None:
-            raise _own_copy(flight.error)
+            raise own_copy(flight.error)
         return self._snapshot
 
     def _lead(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
@@ -423,7 +423,7 @@ def _has_tokens(credentials: RuntimeCredentials) -> bool:
     return credentials.runtime_token is not None or credentials.refresh_token is not None
 
 
-def _own_copy(error: BaseException) -> BaseException:
+def own_copy(error: BaseException) -> BaseException:
     """One exception raised in many threads would collect all their tracebacks; each gets its own."""
     try:
         twin = copy.copy(error)

@@ -8,10 +8,12 @@ from ..errors import ConfigurationError
 
 __all__ = ["Fault", "Faults", "LocalPlatform"]
 
-_missing = [name for name in ("flask", "cheroot") if importlib.util.find_spec(name) is None]
+_missing = [
+    name for name in ("flask", "cheroot", "blake3", "cryptography", "rfc8785") if importlib.util.find_spec(name) is None
+]
 if _missing:
     raise ConfigurationError(
-        f"the local platform needs {' and '.join(_missing)}, not installed here; run: pip install 'sekuire[local]'"
+        f"the local platform needs {', '.join(_missing)}, not installed here; run: pip install 'sekuire[local]'"
     )
 
 from .faults import Fault, Faults  # noqa: E402

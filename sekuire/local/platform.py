@@ -35,8 +35,8 @@ class LocalPlatform:
             task_id = platform.submit("greet", {"name": "Ada"})
             print(platform.wait(task_id, timeout=5)["output"])
 
-    It keeps the whole contract of docs/protocol.md, but for signatures of policies. Without the package ``blake3``
-    a policy's ``hash`` is the empty string, and heartbeats carry no ``active_policy_hash``.
+    It keeps the whole contract of docs/protocol.md. Policies are signed with an Ed25519 key of its own, which lasts as
+    long as its database does; :attr:`policy_public_key` is what clients pin.
 
     Any thread may call anything. What is refused raises :class:`~sekuire.errors.APIError`, with the status and code
     an HTTP client would get. ``_lock`` guards starting and stopping; ``_door``, taken under it, the server, which goes
@@ -261,6 +261,11 @@ class LocalPlatform:
         return f"http://{f'[{host}]' if ':' in host else host}:{self._port}"
 
     @property
+    def workspace_id(self) -> str:
+        """The workspace of new installations."""
+        return self._settings.workspace_id
+
+    @property
     def api_key(self) -> str:
         """The platform's API key; kept with the database."""
         return self._store.api_key
@@ -363,9 +368,37 @@ class LocalPlatform:
         raise _api_error(problem)
 
     def set_policy(self, workspace_id: str, content: Mapping[str, Any]) -> Dict[str, Any]:
-        """Make ``content`` the workspace's policy, as its next version; the policy as workers get it, unsigned."""
+        """Make ``content`` the workspace's policy, as its next version; the policy as workers get it, signed.
+
+        :raises APIError: 400, the content has no canonical JSON form.
+        """
         _check_id(workspace_id, "workspace_id")
-        return self._store.set_policy(workspace_id, content)
+        if not isinstance(content, Mapping):
+            raise ConfigurationError(f"must be a mapping, got {type(content).__name__}", "content")
+        try:
+            return self._store.set_policy(workspace_id, content)
+        except Refusal as refusal:
+            problem = refusal
+        raise _api_error(problem)
+
+    def policy(self, workspace_id: str) -> Optional[Dict[str, Any]]:
+        """The workspace's policy as workers get it, or None where it has none."""
+        _check_id(workspace_id, "workspace_id")
+        try:
+            return self._store.policy(workspace_id)
+        except Refusal:
+            return None
+
+    @property
+    def policy_public_key(self) -> str:
+        """The key that proves the origin of this platform's policies, as hex: for ``trusted_policy_keys`` or
+        ``SEKUIRE_POLICY_PUBLIC_KEYS``."""
+        return self._store.policy_key.public
+
+    def rotate_policy_key(self) -> str:
+        """Sign every policy with a new key from now on, those set before included; the new public key, as hex."""
+        self._store.rotate_policy_key()
+        return self.policy_public_key
 
     def installations(self) -> List[Dict[str, Any]]:
         """Every installation, oldest first, with its last heartbeat's ``status`` and ``workers``."""

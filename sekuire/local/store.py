@@ -10,9 +10,7 @@ import contextlib
 import datetime as dt
 import hashlib
 import hmac
-import importlib
 import json
-import math
 import os
 import secrets
 import sqlite3
@@ -27,6 +25,7 @@ import attrs
 
 from ..errors import ConfigurationError
 from ..protocol import CODE_REVOKED, encode_json, format_time, is_id
+from .signing import PolicyKey, policy_hash
 
 __all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]
 
@@ -156,10 +155,11 @@ class Store:
     last transactions, which is right for a development tool. The file is locked for this process alone, because two
     platforms that hand out one file's tasks would hand them out twice.
 
-    Tokens are kept as SHA-256 only. Two things are kept as they are, and therefore the file is readable by its owner
-    only (mode 0600): the API key, which is made for printing, and for ``idempotency_window`` the answers of bootstrap,
-    recover and refresh, because a client that lost one, to a restart of the platform for example, is promised the same
-    again. Expired answers are deleted, and ``secure_delete`` overwrites them.
+    Tokens are kept as SHA-256 only. Three things are kept as they are, and therefore the file is readable by its owner
+    only (mode 0600): the API key, which is made for printing; the key that signs policies; and for
+    ``idempotency_window`` the answers of bootstrap, recover and refresh, because a client that lost one, to a restart
+    of the platform for example, is promised the same again. Expired answers are deleted, and ``secure_delete``
+    overwrites them.
 
     :raises ConfigurationError: the path cannot be used; the text says why and what to do.
     """
@@ -172,6 +172,8 @@ class Store:
         self._db: Optional[sqlite3.Connection] = None
         self._finalizer: Optional[weakref.finalize] = None  # type: ignore[type-arg]
         self.api_key = ""
+        #: Signs policies; replaced whole.
+        self.policy_key: PolicyKey
         self.open()
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -187,11 +189,16 @@ class Store:
                 if key is None:
                     key = ("sk_live_" + secrets.token_urlsafe(32),)
                     db.execute("INSERT INTO meta VALUES ('api_key', ?)", key)
+                secret = db.execute("SELECT value FROM meta WHERE key = 'policy_key'").fetchone()
+                policy_key = PolicyKey("" if secret is None else secret[0])
+                if secret is None:
+                    db.execute("INSERT INTO meta VALUES ('policy_key', ?)", (policy_key.secret(),))
             except BaseException:
                 db.close()
                 raise
             self._db = db
             self.api_key = key[0]
+            self.policy_key = policy_key
             # An owner that forgets to stop() must not leave an open connection behind.
             self._finalizer = weakref.finalize(self, db.close)
 
@@ -907,9 +914,18 @@ class Store:
     # -- policies -----------------------------------------------------------------------------------------------------
 
     def set_policy(self, workspace_id: str, content: Mapping[str, Any]) -> Dict[str, Any]:
-        """Make ``content`` the workspace's active policy, one version higher than the last."""
+        """Make ``content`` the workspace's active policy, one version higher than the last.
+
+        :raises Refusal: 400 the content cannot be hashed and signed.
+        """
         now = self._clock()
-        digest = policy_hash(content)
+        problem = ""
+        try:
+            digest = policy_hash(content)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise Refusal(400, "INVALID_POLICY", f"content has no canonical JSON form (RFC 8785): {problem}")
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO policies VALUES (?, ?, 1, ?, ?, ?, ?) ON CONFLICT (workspace_id) DO UPDATE SET"
@@ -920,7 +936,10 @@ class Store:
         return self.policy(workspace_id)
 
     def policy(self, workspace_id: str) -> Dict[str, Any]:
-        """:raises Refusal: 404 the workspace has none."""
+        """The workspace's policy, signed with the key of now: one that was rotated away signs nothing any more.
+
+        :raises Refusal: 404 the workspace has none.
+        """
         with self._lock:
             row = (
                 self._connection()
@@ -933,7 +952,8 @@ class Store:
             )
         if row is None:
             raise Refusal(404, "POLICY_NOT_FOUND", "this workspace has no policy")
-        return {
+        key = self.policy_key
+        policy = {
             "policy_id": row[0],
             "workspace_id": workspace_id,
             "version": row[1],
@@ -943,6 +963,15 @@ class Store:
             "activated_at": instant(row[4]),
             "updated_at": instant(row[5]),
         }
+        signature = key.sign(policy)
+        return {**policy, "signature": signature, "signing_key_id": key.id, "signing_public_key": key.public}
+
+    def rotate_policy_key(self) -> None:
+        """Sign every policy with a new key from now on; the old one is forgotten."""
+        key = PolicyKey()
+        with self._transaction() as db:
+            db.execute("UPDATE meta SET value = ? WHERE key = 'policy_key'", (key.secret(),))
+            self.policy_key = key
 
     def _connection(self) -> sqlite3.Connection:
         if self._db is None:
@@ -1151,54 +1180,6 @@ def _restrict(path: str) -> None:
         with contextlib.suppress(OSError):
             if stat.S_IMODE(os.stat(name).st_mode) & 0o077:
                 os.chmod(name, 0o600)
-
-
-# -- the hash of a policy ---------------------------------------------------------------------------------------------
-
-
-def policy_hash(content: Mapping[str, Any]) -> str:
-    """BLAKE3 of the content in RFC 8785 form, lower-case hex; the empty string where `blake3` is not installed."""
-    try:
-        blake3 = importlib.import_module("blake3").blake3
-    except ImportError:
-        return ""
-    digest: str = blake3(_canonical(content).encode()).hexdigest()
-    return digest
-
-
-def _canonical(value: Any) -> str:
-    if isinstance(value, Mapping):
-        names = sorted(value, key=lambda name: name.encode("utf-16-be"))
-        return "{" + ",".join(f"{_canonical(name)}:{_canonical(value[name])}" for name in names) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_canonical, value)) + "]"
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    return _canonical_number(float(value))
-
-
-def _canonical_number(number: float) -> str:
-    """A number as ECMAScript writes it: `repr` has the same shortest digits, only laid out differently."""
-    if not math.isfinite(number):
-        raise ValueError("NaN and Infinity are not JSON")
-    if number == 0:
-        return "0"
-    sign = "-" if number < 0 else ""
-    mantissa, _, exponent = repr(abs(number)).partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    digits = (whole + ("" if fraction == "0" else fraction)).lstrip("0")
-    point = len(whole) + int(exponent or 0)
-    if whole == "0":
-        point -= 1 + len(fraction) - len(fraction.lstrip("0"))
-    digits = digits.rstrip("0")
-    if len(digits) <= point <= 21:
-        return sign + digits + "0" * (point - len(digits))
-    if 0 < point <= 21:
-        return f"{sign}{digits[:point]}.{digits[point:]}"
-    if -6 < point <= 0:
-        return f"{sign}0.{'0' * -point}{digits}"
-    power = f"e{point - 1:+d}"
-    return sign + digits[0] + (f".{digits[1:]}" if len(digits) > 1 else "") + power
 
 
 def check_id(value: object, name: str) -> str:

@@ -267,7 +267,9 @@ def test_a_policy_is_served(client: Client, installation: Installation) -> None:
         assert answer.body["content"] == content
         assert answer.body["version"] == 2
         assert answer.body["workspace_id"] == "ws/mine %25"
-        assert isinstance(answer.body["hash"], str)
+        assert len(bytes.fromhex(answer.body["hash"])) == 32
+        assert len(bytes.fromhex(answer.body["signature"])) == 64
+        assert len(bytes.fromhex(answer.body["signing_public_key"])) == 32
         assert answer.body["policy_id"]
     assert client.call("GET", path).status == 401
 

@@ -843,7 +843,9 @@ def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.Monke
         assert "did not return within 0.05 s" in str(refused(auth, TransportError))
     assert len(calls) == 1
     release.set()
-    until(lambda: auth._provider_call is None or auth._provider_call.done.is_set())
+    provider = auth._provider
+    assert provider is not None
+    until(lambda: provider._running is None or provider._running.done.is_set())
     monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", PATIENCE)
     assert token(auth.snapshot(patience())) == "skr_2"
 
@@ -877,9 +879,9 @@ _PROCESS = """
 import os, signal, sys, threading
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore
-from sekuire.credentials.file import CredentialsFile
 from sekuire.lifecycle import Deadline
 from sekuire.transport.http import HttpClient
+from sekuire import files
 from sekuire import protocol
 url, install_token, path, how = sys.argv[1:]
 config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
@@ -887,7 +889,7 @@ store = RuntimeCredentialsStore(path=path)
 auth = Authenticator(config, HttpClient(config), store, stop=threading.Event(), runtime_info={})
 if how == "killed":
     # Right after the answer of the refresh, before anything of it is on disk.
-    CredentialsFile._replace = lambda self, data: os.kill(os.getpid(), signal.SIGKILL)
+    files.replace = lambda path, data: os.kill(os.getpid(), signal.SIGKILL)
 if how == "shared":
     auth.snapshot(Deadline(60))
     print("ready", flush=True)

@@ -1,19 +1,13 @@
-"""The store by itself: times it cannot wait for, and the form policies are hashed in."""
+"""The store by itself: times it cannot wait for."""
 
 from __future__ import annotations
 
-import json
-import math
-import sys
 import threading
-import types
 from typing import Any, Optional
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sekuire.local.store import Identity, Refusal, Settings, Store, _canonical, policy_hash
+from sekuire.local.store import Identity, Refusal, Settings, Store
 
 
 class Clock:
@@ -152,78 +146,3 @@ def test_a_refused_change_leaves_nothing_behind(store: Store) -> None:
         store.complete(identity, task_id, "k", {"status": "completed", "output": 1})
     assert store.task(task_id)["status"] == "queued"
     assert _claim(store, identity) is not None
-
-
-def test_the_canonical_form() -> None:
-    """Objects are ordered by UTF-16 units, strings escaped as little as JSON allows (RFC 8785)."""
-    value = {
-        "\u20ac": 1,
-        "\r": 2,
-        "\ufb33": 3,
-        "1": 4,
-        "\U0001f600": 5,
-        "\x80": 6,
-        "\u00f6": 7,
-        "a": ['\x1f/\\"\u2028', True, None],
-    }
-    assert _canonical(value) == (
-        '{"\\r":2,"1":4,"a":["\\u001f/\\\\\\"\u2028",true,null],"\x80":6,"ö":7,"€":1,"\U0001f600":5,"\ufb33":3}'
-    )
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (-0.0, "0"),
-        (1, "1"),
-        (-1.5, "-1.5"),
-        (100, "100"),
-        (1e21, "1e+21"),
-        (1e20, "100000000000000000000"),
-        (1e-6, "0.000001"),
-        (1e-7, "1e-7"),
-        (1.5e-7, "1.5e-7"),
-        (5e-324, "5e-324"),
-        (1.7976931348623157e308, "1.7976931348623157e+308"),
-        (9007199254740992, "9007199254740992"),
-        (295147905179352830000, "295147905179352830000"),
-        (333333333.33333329, "333333333.3333333"),
-        (4.5, "4.5"),
-        (0.002, "0.002"),
-        (0.1, "0.1"),
-        (1e23, "1e+23"),
-        (123456.789, "123456.789"),
-        (1234567e15, "1.234567e+21"),
-    ],
-)
-def test_the_canonical_form_of_numbers(number: float, text: str) -> None:
-    """Numbers are written as ECMAScript writes them; examples of RFC 8785, appendix B, and their neighbours."""
-    assert _canonical(number) == text
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_canonical_numbers_are_the_numbers(number: float) -> None:
-    """No number changes its value in its canonical form."""
-    assert float(_canonical(number)) == number
-    assert json.loads(_canonical([number]), parse_int=float) == [number]
-
-
-def test_the_hash_needs_blake3(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the package `blake3` the hash is empty; with it, it is of the canonical form."""
-    monkeypatch.setitem(sys.modules, "blake3", None)
-    assert policy_hash({"b": 1, "a": 2.0}) == ""
-    seen = []
-
-    class Digest:
-        def __init__(self, data: bytes) -> None:
-            seen.append(data)
-
-        def hexdigest(self) -> str:
-            return "ab" * 32
-
-    monkeypatch.setitem(sys.modules, "blake3", types.SimpleNamespace(blake3=Digest))
-    assert policy_hash({"b": 1, "a": 2.0}) == "ab" * 32
-    assert seen == [b'{"a":2,"b":1}']
-    with pytest.raises(ValueError):
-        policy_hash({"a": math.inf})

@@ -1,0 +1,60 @@
+"""Hashes and signs policies, with an Ed25519 key of the platform's own."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Mapping
+
+from blake3 import blake3
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from rfc8785 import dumps
+
+__all__ = ["PolicyKey", "policy_hash"]
+
+
+class PolicyKey:
+    """A key that signs policies. Immutable.
+
+    :param secret: 32 bytes as hex; None makes a new key.
+    """
+
+    __slots__ = ("_key", "id", "public")
+
+    def __init__(self, secret: str = "") -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(secret)) if secret else _new_key()
+        public = self._key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+        #: What a client pins: 32 bytes as hex.
+        self.public = public.hex()
+        self.id = "key_" + hashlib.sha256(public).hexdigest()[:16]
+
+    def secret(self) -> str:
+        """The private half, for the database."""
+        return self._key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()).hex()
+
+    def sign(self, policy: Mapping[str, Any]) -> str:
+        """The signature over what says which policy this is, as hex; Ed25519 gives the same for the same."""
+        named = {name: policy[name] for name in ("hash", "policy_id", "version", "workspace_id")}
+        return self._key.sign(dumps(named)).hex()
+
+    def __repr__(self) -> str:
+        return f"<PolicyKey {self.id}>"
+
+
+def policy_hash(content: Mapping[str, Any]) -> str:
+    """BLAKE3 of the content in RFC 8785 form, lower-case hex.
+
+    :raises ValueError: it has no such form: a number that is not finite or too large, a lone surrogate, a wrong type.
+    """
+    problem = ""
+    try:
+        digest: str = blake3(dumps(dict(content))).hexdigest()
+    except RecursionError:
+        problem = "it is nested too deep"
+    if problem:
+        raise ValueError(problem)
+    return digest
+
+
+def _new_key() -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.generate()
