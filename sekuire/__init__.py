@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .credentials import RuntimeCredentialsStore
     from .errors import SekuireError, TaskCancelled, TaskError
     from .models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
+    from .policy.client import PolicyClient
+    from .policy.document import Policy
+    from .policy.enforcer import PolicyEnforcer
+    from .policy.gateway import PolicyGateway
     from .registry import TaskRegistry
     from .sdk import SekuireSDK
     from .worker import Worker, create_worker
@@ -31,6 +35,10 @@ __all__ = [
     "Command",
     "Handler",
     "Middleware",
+    "Policy",
+    "PolicyClient",
+    "PolicyEnforcer",
+    "PolicyGateway",
     "RuntimeCredentials",
     "RuntimeCredentialsStore",
     "SekuireError",
@@ -55,6 +63,10 @@ _HOMES = {
     "Command": "models",
     "Handler": "calls",
     "Middleware": "calls",
+    "Policy": "policy.document",
+    "PolicyClient": "policy.client",
+    "PolicyEnforcer": "policy.enforcer",
+    "PolicyGateway": "policy.gateway",
     "RuntimeCredentials": "models",
     "RuntimeCredentialsStore": "credentials",
     "SekuireError": "errors",

@@ -115,6 +115,11 @@ def _optional_path(instance: object, attribute: Any, value: Any) -> None:
         _fail(attribute, f"must be the path of a file, got {value!r}")
 
 
+def _optional_mapping(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        _fail(attribute, f"must be a mapping, got {type(value).__name__}")
+
+
 def _text(instance: object, attribute: Any, value: Any) -> None:
     if not isinstance(value, str) or not value or not value.isprintable():
         _fail(attribute, f"must be a non-empty str of printable characters, got {value!r}")
@@ -215,6 +220,20 @@ def _url_problem(value: str) -> str:
     if any(segment in (".", "..") for segment in parts.path.split("/")):
         return "must not hold '.' or '..' segments"
     return ""
+
+
+def _keys(value: Any) -> Tuple[str, ...]:
+    if isinstance(value, (str, bytes)):
+        raise ConfigurationError("must be a list of keys, not a single one", "trusted_policy_keys")
+    try:
+        keys = tuple(value)
+    except TypeError:
+        keys = (value,)
+    if not all(isinstance(key, str) and key for key in keys):
+        raise ConfigurationError(
+            "must be a list of Ed25519 public keys, each a str in hex or base64", "trusted_policy_keys"
+        )
+    return keys
 
 
 def _endpoints(value: Union[protocol.Endpoints, Mapping[str, str], None]) -> protocol.Endpoints:
@@ -334,9 +353,30 @@ class SDKConfig(BeaconConfig):
     """The settings of a :class:`sekuire.SekuireSDK`. Times in seconds."""
 
     agent_name: Optional[str] = attrs.field(default=None, validator=_optional_text)
+    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys)
+    policy_path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
+    policy_options: Optional[Mapping[str, Any]] = attrs.field(default=None, validator=_optional_mapping, repr=False)
     auto_heartbeat: bool = attrs.field(default=True, validator=_flag)
     environment: str = attrs.field(default="production", validator=_text)
     logging_enabled: bool = attrs.field(default=True, validator=_flag)
+
+
+@attrs.frozen(kw_only=True)
+class PolicyClientConfig(ConnectionConfig):
+    """The settings of a :class:`sekuire.PolicyClient`. Times in seconds."""
+
+    api_key: Optional[Secret] = _secret("api_key")
+    credentials_store: Any = attrs.field(default=None, validator=_offers("snapshot", "reload"), repr=False)
+    token_provider: Optional[Callable[[], str]] = attrs.field(default=None, validator=_optional_callable, repr=False)
+    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys)
+    cache_ttl: float = attrs.field(default=300.0, validator=_seconds_or_zero)
+    path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
+
+    def __attrs_post_init__(self) -> None:
+        if self.api_key is None and self.credentials_store is None and self.token_provider is None:
+            raise ConfigurationError(
+                "no credentials: give api_key, a credentials_store that a Worker or Beacon shares, or token_provider"
+            )
 
 
 @attrs.frozen(kw_only=True)
@@ -403,6 +443,14 @@ ENVIRONMENT: Mapping[str, str] = {
 
 OUTBOX_VARIABLE = "SEKUIRE_OUTBOX"
 CREDENTIALS_FILE_VARIABLE = "SEKUIRE_CREDENTIALS_FILE"
+POLICY_KEYS_VARIABLE = "SEKUIRE_POLICY_PUBLIC_KEYS"
+POLICY_OVERRIDE_VARIABLE = "SEKUIRE_POLICY_DEV_OVERRIDE"
+
+
+def policy_keys_from_environment() -> Tuple[str, ...]:
+    """The public keys that ``SEKUIRE_POLICY_PUBLIC_KEYS`` names, separated by commas; none where it is not set."""
+    keys = os.environ.get(POLICY_KEYS_VARIABLE, "").split(",")
+    return tuple(key.strip() for key in keys if key.strip())
 
 
 def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:

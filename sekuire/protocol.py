@@ -54,6 +54,9 @@ COMMANDS = ("pause", "resume", "terminate")
 
 CODE_REVOKED = "INSTALLATION_REVOKED"
 
+#: The rule that denies where no policy could be loaded.
+RULE_UNAVAILABLE = "policy.unavailable"
+
 #: Failure codes of the library's own, each with the ``retryable`` it is sent with.
 RETRYABLE = {
     "handler_error": False,

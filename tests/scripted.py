@@ -86,6 +86,7 @@ _NAMES = (
     (re.compile(r"/complete$"), "complete"),
     (re.compile(r"/release$"), "release"),
     (re.compile(r"/progress$"), "progress"),
+    (re.compile(r"/workspaces/[^/]+/policy$"), "policy"),
 )
 
 _END, _CUT, _RESET = object(), object(), object()
@@ -232,7 +233,9 @@ class Scripted:
             return 201, grant()
         if request.name == "refresh":
             return 200, grant("rt-refreshed")
-        return (200, {}) if request.name != "unknown" else (404, {"error": "not_found", "message": "no such path"})
+        if request.name in ("policy", "unknown"):
+            return 404, {"error": "not_found", "message": "no such path"}
+        return 200, {}
 
     def stream(self, request: Request) -> None:
         """An open stream that sends what the test says."""

@@ -17,6 +17,7 @@ from sekuire.config import (
     AgentConfig,
     BeaconConfig,
     ConnectionConfig,
+    PolicyClientConfig,
     SDKConfig,
     WorkerConfig,
     check_capability,
@@ -80,6 +81,11 @@ WRONG: Dict[str, Any] = {
     "executor": [5, concurrent.futures.ThreadPoolExecutor, concurrent.futures.ProcessPoolExecutor(1)],
     "credentials_store": [5, {}, object()],
     "policy_gateway": [5, {}, object()],
+    "policy_options": [5, "x", ["on_change"]],
+    "policy_path": ["", 5, b""],
+    "trusted_policy_keys": ["ab" * 32, b"x", 5, [5], [b"x"], [""], None],
+    "cache_ttl": [-1, float("inf"), "5", None, True],
+    "path": ["", 5],
     "capabilities": ["summarize", b"x", 5, None, [5], ["a,b"], ["a\nb"], [""], [" a"], ["a "], ["x" * 257], [b"x"]],
     "verify": ["/no/such/file", 5, None, ""],
     "client_cert": ["/no/such/file", 5, (), ("/no/such/file",), ("a", "b", "c"), ("/no/such/file", "/nor/this")],
@@ -92,7 +98,7 @@ WRONG: Dict[str, Any] = {
     ],
 }  # fmt: skip
 
-CLASSES = (WorkerConfig, SDKConfig, BeaconConfig)
+CLASSES = (WorkerConfig, SDKConfig, BeaconConfig, PolicyClientConfig)
 CASES = [(name, value) for name, values in WRONG.items() for value in values]
 
 
@@ -101,6 +107,8 @@ def class_of(option: str) -> Any:
 
 
 def options(**extra: Any) -> Dict[str, Any]:
+    if set(extra) & {"cache_ttl", "path"}:
+        return {"api_key": TOKEN, "api_base_url": URL, **extra}
     return {"agent_id": "agent", "install_token": TOKEN, "api_base_url": URL, **extra}
 
 
@@ -297,7 +305,7 @@ def test_endpoints_are_built_once() -> None:
 def test_tokens_become_secrets_and_are_not_shown() -> None:
     """Tokens become secrets, and no settings object shows one."""
     tokens = dict.fromkeys(("install_token", "runtime_token", "refresh_token"), TOKEN)
-    for cls in CLASSES:
+    for cls in (WorkerConfig, SDKConfig, BeaconConfig):
         extra = {"api_key": TOKEN} if cls is not WorkerConfig else {}
         config: AgentConfig = cls(agent_id="a", installation_id="i", **tokens, **extra)
         assert config.install_token == Secret(TOKEN)

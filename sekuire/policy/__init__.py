@@ -9,18 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any, List
 
 if TYPE_CHECKING:
+    from .client import PolicyClient as PolicyClient
     from .document import Policy as Policy
     from .enforcer import Decision as Decision
     from .enforcer import PolicyEnforcer as PolicyEnforcer
+    from .gateway import PolicyGateway as PolicyGateway
     from .limits import RateLimiter as RateLimiter
 
-__all__ = ["Decision", "Policy", "PolicyEnforcer", "RateLimiter"]
+__all__ = ["Decision", "Policy", "PolicyClient", "PolicyEnforcer", "PolicyGateway", "RateLimiter"]
 
 #: Public name → the module that defines it.
 _HOMES = {
     "Decision": "enforcer",
     "Policy": "document",
+    "PolicyClient": "client",
     "PolicyEnforcer": "enforcer",
+    "PolicyGateway": "gateway",
     "RateLimiter": "limits",
 }
 

@@ -1,0 +1,144 @@
+"""Policies on disk: the last good one of each workspace, as it came, and the highest version ever seen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import stat
+import time
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
+
+from .. import filelock, files
+from ..errors import ConfigurationError
+from ..lifecycle import Deadline
+
+log = logging.getLogger("sekuire.policy")
+
+_FORMAT = 1
+#: Seconds that a writer waits for another one, and between two looks.
+_LOCK_TIMEOUT, _POLL = 1.0, 0.01
+
+
+class PolicyCache:
+    """One file. Nothing that it holds is trusted: who reads a policy from it verifies it again.
+
+    Any thread may call anything; writers, of other processes too, are ordered by a lock on ``PATH.lock``, and the file
+    is replaced whole. A policy is no secret, but who could write the file could bring an older one back, or without a
+    pinned key one of his own: a file that is not ours, or that others may write, is refused.
+
+    :raises ConfigurationError: the path cannot be used; the text says why and what to do.
+    """
+
+    def __init__(self, path: Union[str, os.PathLike[str]]) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._warned = False
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "path")
+        if os.path.isdir(self.path):
+            raise ConfigurationError(f"{self.path!r} is a directory; name a file in it", "path")
+        problem = self._problem()
+        if problem:
+            raise ConfigurationError(problem, "path")
+
+    def load(self, workspace_id: str) -> Tuple[int, Optional[bytes]]:
+        """The highest version seen (-1: none) and the last good policy's body, still to be verified."""
+        return _entry(self._read().get(workspace_id))
+
+    def save(self, workspace_id: str, version: int, body: bytes) -> None:
+        """Keep a policy, unless another process has kept a newer one meanwhile."""
+        with self._writing():
+            entries = self._read()
+            if _entry(entries.get(workspace_id))[0] <= version:
+                entries[workspace_id] = {"version": version, "policy": body.decode("utf-8", "replace")}
+                self._write(entries)
+
+    def forget(self, workspace_id: str) -> None:
+        """The workspace has no policy any more."""
+        with self._writing():
+            entries = self._read()
+            if entries.pop(workspace_id, None) is not None:
+                self._write(entries)
+
+    # -- inside --
+
+    def _problem(self) -> str:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return ""
+        if os.name == "posix" and status.st_uid not in (os.geteuid(), 0):
+            return f"{self.path!r} belongs to another user; chown it to the one that runs this"
+        if os.name == "posix" and stat.S_IMODE(status.st_mode) & 0o022:
+            return f"{self.path!r} can be written by others; run: chmod 600 {self.path}"
+        return ""
+
+    def _read(self) -> Dict[str, Any]:
+        problem = self._problem()
+        payload: Any = None
+        if not problem:
+            try:
+                with open(self.path, encoding="utf-8") as file:
+                    payload = json.load(file)
+            except FileNotFoundError:
+                return {}
+            except (OSError, ValueError, RecursionError) as error:
+                problem = getattr(error, "strerror", None) or "it is not JSON"
+        if isinstance(payload, dict) and payload.get("format") == _FORMAT and isinstance(payload.get("policies"), dict):
+            return dict(payload["policies"])
+        log.error("the policy cache %s is not used: %s", self.path, problem or "it is not a file of this library")
+        return {}
+
+    def _write(self, entries: Dict[str, Any]) -> None:
+        try:
+            files.replace(self.path, json.dumps({"format": _FORMAT, "policies": entries}, indent=1).encode())
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        else:
+            self._warned = False
+            return
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "cannot write the policy cache %s (%s): a restart during an outage will find no policy, or an old one",
+                self.path, problem,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        descriptor = self._lock()
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                filelock.unlock(descriptor)
+                os.close(descriptor)
+
+    def _lock(self) -> Optional[int]:
+        """The locked descriptor; None where there is no lock to be had, which must not keep a policy from disk."""
+        deadline = Deadline(_LOCK_TIMEOUT)
+        try:
+            descriptor = filelock.open_lock(self.path + ".lock")
+        except OSError:
+            return None
+        try:
+            while not filelock.try_lock(descriptor):
+                if deadline.is_expired():
+                    break
+                time.sleep(_POLL)
+            else:
+                return descriptor
+        except OSError:
+            pass
+        os.close(descriptor)
+        return None
+
+
+def _entry(entry: Any) -> Tuple[int, Optional[bytes]]:
+    if not isinstance(entry, dict):
+        return -1, None
+    version, text = entry.get("version"), entry.get("policy")
+    known = version if isinstance(version, int) and not isinstance(version, bool) and version >= 0 else -1
+    return known, text.encode("utf-8", "replace") if isinstance(text, str) else None

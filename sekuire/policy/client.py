@@ -1,0 +1,430 @@
+"""Fetches a workspace's policy, verifies it, and keeps the last good one."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import threading
+import time
+import weakref
+from types import TracebackType
+from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
+
+from .. import protocol
+from ..config import PolicyClientConfig, from_options
+from ..credentials import RuntimeCredentialsStore
+from ..credentials.login import TokenProvider, bearer_of
+from ..credentials.store import own_copy
+from ..errors import (
+    APIError,
+    AuthenticationError,
+    ConfigurationError,
+    PolicyIntegrityError,
+    SekuireError,
+    TransportError,
+)
+from ..lifecycle import Deadline
+from ..secret import Secret
+from ..transport.http import Credential, HttpClient, Reply
+from ..transport.retry import Interrupted, call
+from .cache import PolicyCache
+from .document import Policy, check_succession, decode_policy, parse_key
+
+__all__ = ["PolicyClient", "require_extra"]
+
+log = logging.getLogger("sekuire.policy")
+
+#: Seconds a fetch may take, all its retries together.
+FETCH_TIMEOUT = 20.0
+
+#: Sends a GET with whatever credentials there are, within a deadline; any status is a reply.
+Source = Callable[[str, Deadline], Reply]
+
+_EXTRA = ("blake3", "cryptography", "rfc8785")
+
+
+def missing_packages() -> Tuple[str, ...]:
+    """Which packages of the extra are not installed."""
+    return tuple(name for name in _EXTRA if importlib.util.find_spec(name) is None)
+
+
+def require_extra() -> None:
+    """:raises ConfigurationError: the extra is not installed."""
+    missing = missing_packages()
+    if missing:
+        raise ConfigurationError(
+            f"policies need {', '.join(missing)}, not installed here; run: pip install 'sekuire[policy]'"
+        )
+
+
+class _Flight:
+    """A fetch in progress: the others wait for ``done`` and share ``policy`` or ``error``."""
+
+    __slots__ = ("done", "error", "policy")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.policy: Optional[Policy] = None
+        self.error: Optional[BaseException] = None
+
+
+class _Known:
+    """What is known of one workspace. The client's lock guards every field."""
+
+    __slots__ = ("answered_at", "flight", "is_loaded", "policy", "version")
+
+    def __init__(self) -> None:
+        #: The last good policy; None: none is known, or the platform said that there is none.
+        self.policy: Optional[Policy] = None
+        #: The highest version ever seen, over restarts too.
+        self.version = -1
+        #: ``time.monotonic()`` of the last good answer; None: ask again.
+        self.answered_at: Optional[float] = None
+        self.is_loaded = False
+        self.flight: Optional[_Flight] = None
+
+
+class PolicyClient:
+    """Asks the platform for active policies. Whatever it returns has passed every check of docs/protocol.md, "Policy".
+
+    It authenticates with ``token_provider``, or the runtime token in ``credentials_store`` (shared with a
+    :class:`~sekuire.Worker` or :class:`~sekuire.Beacon`, which renews it), or ``api_key``; the next of them where one
+    has nothing to give or is refused.
+
+    Any thread may call anything. ``_lock`` guards what is known and is not held over I/O; per workspace one fetch is in
+    flight, and whoever else asks meanwhile waits for it and shares its result. It has no thread of its own.
+
+    :param trusted_policy_keys: Ed25519 public keys, each a str in hex or base64. With one given, only a policy that one
+        of them signed is taken; without, a policy's hash and signature prove that it is whole, not whose it is.
+    :param cache_ttl: seconds for which an answer is used again; 0 asks every time.
+    :param path: a file that keeps the last good policy and its version over restarts, readable by its owner only; what
+        is read from it is verified again.
+    :raises ConfigurationError: a wrong option, nothing to authenticate with, or the extra is not installed.
+    """
+
+    def __init__(
+        self,
+        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
+        *,
+        api_key: Union[str, Secret, None] = None,
+        credentials_store: Optional[RuntimeCredentialsStore] = None,
+        token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
+        trusted_policy_keys: Sequence[str] = (),
+        cache_ttl: float = 300.0,
+        path: Union[str, os.PathLike[str], None] = None,
+        connect_timeout: float = 3.0,
+        read_timeout: float = 10.0,
+        verify: Union[bool, str] = True,
+        client_cert: Union[str, Tuple[str, str], None] = None,
+        proxies: Optional[Mapping[str, str]] = None,
+        allow_insecure_http: bool = False,
+        endpoints: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        # An error's frames must not hold plain tokens.
+        del api_key
+        try:
+            config = from_options(PolicyClientConfig, options)
+        finally:
+            options.clear()
+        require_extra()
+        http = HttpClient(config, pool_size=2)
+        self._set_up(_Caller(http, config), config.endpoints, config.trusted_policy_keys, config.cache_ttl, config.path)
+        self._http: Optional[HttpClient] = http
+
+    @classmethod
+    def _with(
+        cls,
+        source: Source,
+        endpoints: protocol.Endpoints,
+        trusted_policy_keys: Sequence[str],
+        path: Union[str, os.PathLike[str], None],
+    ) -> PolicyClient:
+        """A client inside an installation, whose connections and credentials it uses."""
+        require_extra()
+        client = cls.__new__(cls)
+        client._set_up(source, endpoints, trusted_policy_keys, 300.0, path)
+        client._http = None
+        return client
+
+    def _set_up(
+        self,
+        source: Source,
+        endpoints: protocol.Endpoints,
+        keys: Sequence[str],
+        cache_ttl: float,
+        path: Union[str, os.PathLike[str], None],
+    ) -> None:
+        self._source = source
+        self._endpoints = endpoints
+        self._keys = tuple(parse_key(key) for key in keys)
+        self.cache_ttl = cache_ttl
+        self._cache = None if path is None else PolicyCache(path)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._known: Dict[str, _Known] = {}
+        _clients.add(self)
+
+    # -- what a user asks --
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the origin of a policy must be proved by a pinned key."""
+        return bool(self._keys)
+
+    def fetch_active_policy(self, workspace_id: str) -> Optional[Policy]:
+        """The workspace's active policy, verified; None where it has none. From memory for ``cache_ttl`` seconds.
+
+        Whatever it raises, the last good policy stays what :meth:`last_good_policy` returns.
+
+        :raises PolicyIntegrityError: the policy was refused; with what was expected and found.
+        :raises AuthenticationError: the platform refused the credentials.
+        :raises APIError, TransportError: no usable answer came within 20 s, retries included.
+        """
+        if not protocol.is_id(workspace_id):
+            raise ConfigurationError(f"must be a workspace's id, got {workspace_id!r}", "workspace_id")
+        deadline = Deadline(FETCH_TIMEOUT)
+        known = self._known_of(workspace_id)
+        while True:
+            with self._lock:
+                at = known.answered_at
+                if at is not None and time.monotonic() - at < self.cache_ttl:
+                    return known.policy
+                flight = known.flight
+                if flight is None:
+                    mine = known.flight = _Flight()
+            if flight is None:
+                return self._lead(workspace_id, known, mine, deadline)
+            if not flight.done.wait(deadline.remaining()):
+                raise TransportError("waiting for another thread's fetch of the policy took too long")
+            if flight.error is None:
+                return flight.policy
+            raise own_copy(flight.error)
+
+    def last_good_policy(self, workspace_id: str) -> Optional[Policy]:
+        """The last policy that passed every check, however old, from memory or from ``path``; None where there is none.
+
+        Asks nobody.
+        """
+        return self._known_of(workspace_id).policy
+
+    def invalidate_cache(self, workspace_id: str) -> None:
+        """Ask the platform at the next :meth:`fetch_active_policy`; the last good policy stays known."""
+        known = self._known_of(workspace_id)
+        with self._lock:
+            known.answered_at = None
+
+    def close(self) -> None:
+        """End the waits between retries and close the connections. What is known stays."""
+        self._stop.set()
+        if self._http is not None:
+            self._http.close()
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_known"):
+            return "<PolicyClient (not set up)>"
+        pinned = f"{len(self._keys)} pinned keys" if self._keys else "no pinned key"
+        return f"<PolicyClient {len(self._known)} workspaces, {pinned}>"
+
+    # -- inside --
+
+    def _known_of(self, workspace_id: str) -> _Known:
+        with self._lock:
+            known = self._known.get(workspace_id)
+            if known is None:
+                known = self._known[workspace_id] = _Known()
+            if known.is_loaded or self._cache is None:
+                return known
+        # Outside the lock: this reads a file. Two threads may do it at once, and find the same.
+        version, body = self._cache.load(workspace_id)
+        policy = None if body is None else self._from_disk(workspace_id, version, body)
+        with self._lock:
+            if not known.is_loaded:
+                known.is_loaded = True
+                if known.policy is None:
+                    known.policy = policy
+                    known.version = version if policy is None else policy.version
+        return known
+
+    def _from_disk(self, workspace_id: str, version: int, body: bytes) -> Optional[Policy]:
+        assert self._cache is not None
+        try:
+            policy = decode_policy(body, workspace_id=workspace_id, trusted_keys=self._keys)
+            if policy.version >= version:
+                return policy
+            problem = f"it is version {policy.version}, and version {version} was seen before"
+        except PolicyIntegrityError as error:
+            problem = str(error)
+        log.error("the policy of %s in %s is refused and not used: %s", workspace_id, self._cache.path, problem)
+        return None
+
+    def _lead(self, workspace_id: str, known: _Known, flight: _Flight, deadline: Deadline) -> Optional[Policy]:
+        try:
+            flight.policy = self._fetch(workspace_id, known, deadline)
+            return flight.policy
+        except Exception as error:
+            flight.error = error
+            raise
+        except BaseException as error:
+            # Ctrl-C, for example: it is meant for this thread only.
+            flight.error = TransportError(f"fetching the policy was interrupted ({type(error).__name__})")
+            raise
+        finally:
+            with self._lock:
+                known.flight = None
+            flight.done.set()
+
+    def _fetch(self, workspace_id: str, known: _Known, deadline: Deadline) -> Optional[Policy]:
+        path = self._endpoints.path("policy", workspace_id=workspace_id)
+        asked_at = time.monotonic()
+        try:
+            reply = call(lambda: self._ask(path, deadline), stop=self._stop, deadline=deadline)
+        except Interrupted:
+            reply = None
+        if reply is None:
+            raise TransportError("the policy client was closed")
+        policy = None
+        if reply.status == 404:
+            self._check_none(workspace_id, known)
+        else:
+            policy = decode_policy(reply.body, workspace_id=workspace_id, trusted_keys=self._keys)
+            self._check_version(known, policy)
+        with self._lock:
+            old = known.policy
+            known.policy = policy
+            known.version = -1 if policy is None else policy.version
+            known.answered_at = asked_at
+        if policy is None:
+            if old is not None and self._cache is not None:
+                self._cache.forget(workspace_id)
+        elif old is None or old.raw != policy.raw:
+            for warning in policy.warnings:
+                log.warning("policy of %s, version %d: %s", workspace_id, policy.version, warning)
+            if self._cache is not None:
+                self._cache.save(workspace_id, policy.version, policy.raw)
+        return policy
+
+    def _ask(self, path: str, deadline: Deadline) -> Reply:
+        reply = self._source(path, deadline)
+        if reply.is_success:
+            if reply.may_be_cut():
+                raise TransportError(f"the answer to {path} ended early")
+            return reply
+        refusal: Optional[SekuireError] = None
+        try:
+            reply.check()
+        except APIError as error:
+            refusal = self._read_refusal(error)
+        if refusal is not None:
+            raise refusal
+        return reply
+
+    @staticmethod
+    def _read_refusal(error: APIError) -> Optional[SekuireError]:
+        if protocol.is_revoked(error):
+            return protocol.revocation(error)
+        if error.status == 404:
+            if error.details is not None:
+                return None
+            # A proxy's or another server's 404 must not be taken for "everything is allowed".
+            error.message = f"no Sekuire platform's answer, is api_base_url right? ({error.message[:80]})"
+        elif error.status == 401:
+            return AuthenticationError(f"the platform refused the credentials: {error}", 401, error.code)
+        return error
+
+    def _check_none(self, workspace_id: str, known: _Known) -> None:
+        """Whether "there is no policy" may be believed: nobody signs it."""
+        if self._keys and known.version >= 0:
+            raise PolicyIntegrityError(
+                f"the platform says that {workspace_id} has no policy, which no key can prove; version {known.version} "
+                "was there before. Activate a policy that allows what is meant" + self._or_forget(),
+                expected=f"version {known.version} or later",
+                found="none",
+            )
+
+    def _check_version(self, known: _Known, policy: Policy) -> None:
+        """:raises PolicyIntegrityError: an older one than was seen before, or another with the same number."""
+        if known.policy is not None:
+            check_succession(known.policy, policy)
+        if policy.version < known.version:
+            raise PolicyIntegrityError(
+                f"version: {policy.version} is older than {known.version}, which was seen before (a rollback?). "
+                "Activate a newer one" + self._or_forget(),
+                expected=f"{known.version} or later",
+                found=str(policy.version),
+            )
+
+    def _or_forget(self) -> str:
+        where = f"remove {self._cache.path} and " if self._cache is not None else ""
+        return f", or {where}start anew where the platform itself was set back"
+
+
+class _Caller:
+    """GETs with a client's own credentials. Any thread; it keeps no state but a token provider's."""
+
+    def __init__(self, http: HttpClient, config: PolicyClientConfig) -> None:
+        self._http = http
+        self._provider = None if config.token_provider is None else TokenProvider(config.token_provider)
+        self._store: Optional[RuntimeCredentialsStore] = config.credentials_store
+        self._api_key = config.api_key
+
+    def __call__(self, path: str, deadline: Deadline) -> Reply:
+        reply: Optional[Reply] = None
+        for credential in self._ways():
+            timeout = max(deadline.remaining(), 0.001)
+            reply = self._http.request("GET", path, credential=credential, timeout=timeout)
+            if reply.status != 401:
+                break
+        if reply is None:
+            raise TransportError("the credentials_store holds no runtime token yet; waiting for one")
+        return reply
+
+    def _ways(self) -> Iterator[Credential]:
+        """What to try; asked for the next only after a 401."""
+        if self._provider is not None:
+            first = self._provider.ask()
+            yield functools.partial(protocol.bearer, first)
+            second = self._provider.ask()
+            if second != first:
+                yield functools.partial(protocol.bearer, second)
+        if self._store is not None:
+            snapshot = self._store.snapshot
+            bearer = bearer_of(snapshot)
+            if bearer is not None:
+                yield bearer
+            # Refused, or none there: whoever renews the token may have done so meanwhile.
+            self._store.reload()
+            newer = self._store.snapshot
+            bearer = bearer_of(newer)
+            if bearer is not None and newer.generation != snapshot.generation:
+                yield bearer
+        if self._api_key is not None:
+            yield functools.partial(protocol.api_key_header, self._api_key)
+
+
+_clients: weakref.WeakSet[PolicyClient] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    # A lock held by a thread of the parent at the moment of the fork would never be released in the child.
+    for client in list(_clients):
+        client._lock = threading.Lock()
+        for known in client._known.values():
+            known.flight = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
