@@ -35,6 +35,7 @@ class TaskContext:
         "_deadline",
         "_event",
         "_logger",
+        "_policy",
         "_progress",
         "_reason",
         "_task",
@@ -47,6 +48,7 @@ class TaskContext:
         self._attempt = task.attempt
         self._deadline = deadline
         self._progress = progress
+        self._policy: Any = None
         self._reason: Optional[str] = None
         self._event: Optional[threading.Event] = None
         self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
@@ -141,6 +143,17 @@ class TaskContext:
         if event is not None:
             event.set()
         return True
+
+    # -- what is allowed --
+
+    @property
+    def policy(self) -> Any:
+        """The :class:`~sekuire.PolicyEnforcer` that let this task begin, for questions such as
+        ``ctx.policy.enforce_tool("search")``; None where no policy gateway was asked.
+
+        It stays the same while the handler runs, also when the workspace's policy changes meanwhile.
+        """
+        return self._policy
 
     # -- telling --
 

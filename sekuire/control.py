@@ -12,7 +12,7 @@ from typing import Callable, List, Optional
 from . import protocol
 from .config import WorkerConfig
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from .errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
 from .installation import Installation
 from .lifecycle import CallbackThread, Timer
 from .models import Command, Connected, HeartbeatReply, Task, WorkerReport
@@ -23,6 +23,13 @@ log = logging.getLogger("sekuire.worker")
 _COMMAND_FOR = {"running": "resume", "paused": "pause", "terminated": "terminate"}
 #: Command ids remembered, so that a replayed command is carried out once.
 _COMMANDS_SEEN = 1000
+_NO_WORKSPACE = (
+    "the workspace is not known: the platform has not told it at the login; give workspace_id= (SEKUIRE_WORKSPACE_ID)"
+)
+_NO_GATEWAY = (
+    "this worker has no policy_gateway; run pip install 'sekuire[policy]' and use SekuireSDK, which makes one, or give "
+    "policy_gateway=PolicyGateway(PolicyClient(...), workspace_id)"
+)
 
 
 class Control:
@@ -35,6 +42,7 @@ class Control:
     :param restore: delivers what an earlier process left; called once, after the login and before the first stream.
     :param set_connected: told of the stream's state and whether this is the login's first verdict.
     :param terminate: begins a stop with a timeout in seconds (None: the worker's own) and a reason.
+    :param stop: set when the worker stops; ends the wait for a policy.
     """
 
     def __init__(
@@ -50,7 +58,7 @@ class Control:
         set_connected: Callable[[bool, bool], None],
         terminate: Callable[[Optional[float], str], None],
         revoke: Callable[[RevokedError], None],
-        fail: Callable[[SekuireError], None],
+        stop: threading.Event,
     ) -> None:
         self.command_callbacks: List[Callable[[Command], object]] = []
         self.was_connected = False
@@ -67,7 +75,6 @@ class Control:
         self._set_connected = set_connected
         self._terminate = terminate
         self._revoke = revoke
-        self._fail = fail
         self._lock = threading.Lock()
         self._lease_lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
@@ -75,6 +82,8 @@ class Control:
         self._was_terminated = False
         self._lease_timer: Optional[int] = None
         self._warned_policy = False
+        self._is_policy_loaded = False
+        self._stop = stop
 
     # -- the stream's thread --
 
@@ -82,6 +91,7 @@ class Control:
         self._heartbeat.attach(self)
         self._heartbeat.start()
         self.on_lease()
+        self._load_policy()
         if not self._is_restored:
             self._is_restored = True
             self._restore()
@@ -158,7 +168,7 @@ class Control:
             self._revoke(RevokedError(reply.reason, reply.shutdown_timeout))
             return
         self._apply_desired(reply.desired_state, reply.shutdown_timeout, sent_at)
-        if reply.active_policy_hash and self._config.policy_gateway is None:
+        if reply.active_policy_hash and not self._warned_policy:
             self._miss_policy()
 
     def on_heartbeat_problem(self, error: SekuireError) -> None:
@@ -198,13 +208,38 @@ class Control:
                       "the platform renews it")  # fmt: skip
             self._dispatcher.cancel_running("lease lost")
 
+    def _load_policy(self) -> None:
+        """Have the gateway load its policy, where it can, before the first task comes.
+
+        :raises SekuireError: with ``policy_required``, that there is none; else its tasks are denied until there is.
+        """
+        load = getattr(self._config.policy_gateway, "ensure_loaded", None)
+        if load is None or self._is_policy_loaded:
+            return
+        problem: Optional[SekuireError] = None
+        try:
+            load(stop=self._stop)
+        except PolicyUnavailableError as error:
+            problem = error
+        if self._stop.is_set():
+            return
+        self._is_policy_loaded = True
+        if self._config.policy_required and problem is None and self._has_no_policy():
+            problem = PolicyUnavailableError("the workspace has no policy" if self._is_enforced() else _NO_WORKSPACE)
+        if self._config.policy_required and problem is not None:
+            raise PolicyUnavailableError(f"policy_required=True, and {problem}")
+
+    def _has_no_policy(self) -> bool:
+        return getattr(self._config.policy_gateway, "policy", None) is None
+
+    def _is_enforced(self) -> bool:
+        """Whether something asks the workspace's policy; a gateway of the user's own is taken to."""
+        gateway = self._config.policy_gateway
+        return gateway is not None and getattr(gateway, "is_active", True) is True
+
     def _miss_policy(self) -> None:
-        problem = (
-            "the platform names an active policy, but this worker has no policy_gateway, so nothing enforces it; "
-            "give policy_gateway=PolicyGateway(...)"
-        )
-        if self._config.policy_required:
-            self._fail(ConfigurationError(problem, "policy_required"))
-        elif not self._warned_policy:
-            log.error("%s", problem)
+        if self._is_enforced():
+            return
         self._warned_policy = True
+        problem = _NO_GATEWAY if self._config.policy_gateway is None else _NO_WORKSPACE
+        log.error("the platform names an active policy, and nothing enforces it: %s", problem)

@@ -133,6 +133,8 @@ class Dispatcher:
         self._owner = owner
         self._expose_errors = config.expose_errors
         self._gateway = config.policy_gateway
+        #: One question where the gateway has it, so that one policy answers all of it.
+        self._check_task = getattr(config.policy_gateway, "check_task", None)
         self._task_timeout = config.task_timeout
         self._queue_size = config.queue_size
         self._max_workers = config.max_workers
@@ -312,6 +314,17 @@ class Dispatcher:
             contexts += [record.context for record in self._stragglers if record.context is not None]
         for context in contexts:
             context._cancel(reason)
+
+    def cancel_denied(self, is_allowed: Callable[[str], bool], reason: str) -> None:
+        """Cancel the context of every handler whose capability is not allowed any more."""
+        with self._condition:
+            records = [record for record in self._records.values() if record.context is not None]
+        for record in records:
+            # A record has its context before the gateway is asked: none that an older policy let pass is missed here.
+            if record.context is not None and not is_allowed(record.task.capability):
+                log.warning("[%s] %s is not allowed by the new policy and cancelled", record.task.task_id,
+                            record.task.capability)  # fmt: skip
+                record.context._cancel(reason)
 
     def wake(self) -> None:
         """Have every wait look at its deadline again."""
@@ -502,8 +515,11 @@ class Dispatcher:
         if gateway is None:
             return None
         try:
-            gateway.check_request()
-            gateway.check_capability(task.capability)
+            if self._check_task is not None:
+                context._policy = self._check_task(task.capability)
+            else:
+                gateway.check_request()
+                gateway.check_capability(task.capability)
         except (PolicyViolationError, PolicyUnavailableError) as error:
             return handlers.failure_of(error, context, self._expose_errors, self._scrub)
         except Exception as error:

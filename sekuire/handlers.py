@@ -60,6 +60,8 @@ def failure_of(error: BaseException, context: TaskContext, expose_errors: bool, 
         details: Dict[str, Any] = {"rule": error.rule}
         if error.retry_after is not None:
             details["retry_after"] = error.retry_after
+        if error.rule == protocol.RULE_UNAVAILABLE:
+            return protocol.failure("policy_unavailable", _text(error), details)
         return protocol.failure("rate_limited" if limited else "policy_denied", _text(error), details)
     if isinstance(error, PolicyUnavailableError):
         return protocol.failure("policy_unavailable", _text(error))

@@ -107,7 +107,6 @@ class Heartbeat:
         self._participants: List[Participant] = []
         self._thread: Optional[PeriodicThread] = None
         self._platform_interval: Optional[float] = None
-        self._policy_hash: Optional[str] = None
         self._started_at = time.monotonic()
         self._warned_no_id = False
         self._is_refused = False
@@ -236,7 +235,7 @@ class Heartbeat:
             self._platform,
             self._capabilities(),
             [report for report in reports if report is not None],
-            self._policy_hash,
+            self._policy_hash(),
         )
 
     def _take(self, reply: HeartbeatReply, sent_at: float, participants: List[Participant]) -> None:
@@ -255,9 +254,16 @@ class Heartbeat:
             self._gateway.on_heartbeat_response(reply)
         except Exception:
             log.exception("the policy gateway failed in on_heartbeat_response")
-        policy = getattr(self._gateway, "policy", None)
-        found = getattr(policy, "hash", None)
-        self._policy_hash = found if isinstance(found, str) else None
+
+    def _policy_hash(self) -> Optional[str]:
+        """The hash of the policy in force, as the gateway says."""
+        if self._gateway is None:
+            return None
+        try:
+            found = getattr(self._gateway.policy, "hash", None)
+        except Exception:  # noqa: BLE001  # A gateway of the user's own need not have a policy.
+            return None
+        return found if isinstance(found, str) else None
 
     def _note_grant(self, grant: Grant, sent_at: float) -> None:
         self.note_interval(grant.heartbeat_interval)

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from types import TracebackType
-from typing import Any, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import attrs
 
@@ -16,18 +16,24 @@ from .config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
     OUTBOX_VARIABLE,
+    POLICY_KEYS_VARIABLE,
     ConnectionConfig,
     SDKConfig,
     WorkerConfig,
     from_options,
+    policy_keys_from_environment,
     read_environment,
 )
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError
-from .lifecycle import check_process, is_owned_by
+from .lifecycle import Deadline, check_process, is_owned_by
 from .models import BeaconStatus, RuntimeCredentials
 from .secret import Secret
 from .worker import POOL_SIZE, Worker
+
+if TYPE_CHECKING:
+    from .policy.gateway import PolicyGateway
+    from .transport.http import Reply
 
 log = logging.getLogger("sekuire.sdk")
 
@@ -38,10 +44,19 @@ _FORBIDDEN = (*_OWN, "credentials_store", "token_provider", "policy_gateway")
 class SekuireSDK:
     """An agent under Sekuire's governance: logs in, keeps the lease, and makes Workers that share both.
 
-    Any thread may call its methods; ``_lock`` guards the list of Workers. Its threads are its Beacon's and its
-    Workers'.
+    Without a ``policy_gateway`` it makes one, where the extra is installed (``pip install 'sekuire[policy]'``): the
+    policy of its workspace then decides over its Workers' tasks. The workspace is ``workspace_id``, or else the one
+    that the platform tells at the login.
+
+    Any thread may call its methods; ``_lock`` guards the list of Workers. Its threads are its Beacon's, its Workers'
+    and its policy gateway's.
 
     :param agent_id: who the agent is.
+    :param trusted_policy_keys: Ed25519 public keys, each a str in hex or base64, one of which must have signed the
+        policy.
+    :param policy_path: a file that keeps the last good policy, so that a restart during an outage finds one.
+    :param policy_options: further options of the :class:`~sekuire.PolicyGateway` that it makes, such as
+        ``on_violation``, ``on_unavailable``, ``on_change`` or ``storage_uri``.
     :param auto_heartbeat: beat from :meth:`start` on; False: only while a Worker runs.
     :param heartbeat_interval: seconds between beats, at most; a Worker that asks for less gets it while it runs.
     :param environment: such as ``"production"``; part of audit events.
@@ -62,6 +77,9 @@ class SekuireSDK:
         refresh_token: Union[str, Secret, None] = None,
         credentials_store: Optional[RuntimeCredentialsStore] = None,
         policy_gateway: Any = None,
+        trusted_policy_keys: Sequence[str] = (),
+        policy_path: Union[str, os.PathLike[str], None] = None,
+        policy_options: Optional[Mapping[str, Any]] = None,
         capabilities: Sequence[str] = (),
         heartbeat_interval: float = 60.0,
         auto_heartbeat: bool = True,
@@ -89,7 +107,7 @@ class SekuireSDK:
         """An SDK with its options from the ``SEKUIRE_...`` variables, read now; ``overrides`` win over them.
 
         ``SEKUIRE_CREDENTIALS_FILE`` names a file in which the credentials last, ``SEKUIRE_OUTBOX`` one that keeps its
-        Workers' results until the platform has them.
+        Workers' results until the platform has them, ``SEKUIRE_POLICY_PUBLIC_KEYS`` the keys that may sign a policy.
 
         :raises ConfigurationError: a variable or option is missing or wrong; the text names it.
         """
@@ -97,6 +115,10 @@ class SekuireSDK:
         path = os.environ.get(CREDENTIALS_FILE_VARIABLE)
         if path and "credentials_store" not in options:
             options["credentials_store"] = _store_at(path)
+        keys = policy_keys_from_environment()
+        if keys and "trusted_policy_keys" not in options and options.get("policy_gateway") is None:
+            options["trusted_policy_keys"] = keys
+            sources["trusted_policy_keys"] = f"environment variable {POLICY_KEYS_VARIABLE}"
         if "agent_id" not in options:
             raise ConfigurationError("is required; set SEKUIRE_AGENT_ID or pass agent_id=...", "agent_id")
         try:
@@ -105,19 +127,59 @@ class SekuireSDK:
             options.clear()
             overrides.clear()
         sdk = cls.__new__(cls)
-        sdk._set_up(config)
+        sdk._set_up(config, sources.get("trusted_policy_keys"))
         sdk._outbox = os.environ.get(OUTBOX_VARIABLE) or None
         return sdk
 
-    def _set_up(self, config: SDKConfig) -> None:
+    def _set_up(self, config: SDKConfig, keys_source: Optional[str] = None) -> None:
         self.pid = os.getpid()
         self._config = config
+        self._gateway: Optional[PolicyGateway] = None
+        if config.policy_gateway is not None:
+            _refuse_unused(config)
+        else:
+            self._gateway = self._make_gateway(config, keys_source)
+            self._config = config = attrs.evolve(config, policy_gateway=self._gateway)
         self._outbox: Optional[str] = None
         self._lock = threading.Lock()
         self._workers: List[Worker] = []
         self._is_started = False
         self._is_shut_down = False
         self._beacon = Beacon._from_config(config, POOL_SIZE)
+
+    def _make_gateway(self, config: SDKConfig, keys_source: Optional[str]) -> Optional[PolicyGateway]:
+        from .policy.client import PolicyClient, missing_packages
+
+        wanted = config.trusted_policy_keys or config.policy_path is not None or config.policy_options
+        if missing_packages() and not wanted:
+            log.debug("without the extra (pip install 'sekuire[policy]') no policy is enforced")
+            return None
+        from .policy.gateway import PolicyGateway
+
+        problem: Optional[ConfigurationError] = None
+        try:
+            client = PolicyClient._with(
+                self._ask_for_policy, config.endpoints, config.trusted_policy_keys, config.policy_path
+            )
+        except ConfigurationError as error:
+            problem = error
+        if problem is not None:
+            option = {"path": "policy_path"}.get(problem.option or "", problem.option)
+            source = keys_source if option == "trusted_policy_keys" else None
+            raise ConfigurationError(problem.problem, option, problem.source or source)
+        options = {"environment": config.environment, **(config.policy_options or {})}
+        return PolicyGateway._owning(client, self._workspace_id, options)
+
+    def _ask_for_policy(self, path: str, deadline: Deadline) -> Reply:
+        return self._beacon._installation.auth.request("GET", lambda snapshot: path, deadline=deadline)[0]
+
+    def _workspace_id(self) -> Optional[str]:
+        """Whose policy counts: the workspace given, else the one that the login told."""
+        if self._config.workspace_id is not None:
+            return self._config.workspace_id
+        # Asked for while this is being made too.
+        beacon = getattr(self, "_beacon", None)
+        return None if beacon is None else beacon._installation.store.current.workspace_id
 
     # -- life --
 
@@ -157,6 +219,8 @@ class SekuireSDK:
             worker._request_stop(timeout)
         for worker in workers:
             worker.stop(timeout)
+        if self._gateway is not None:
+            self._gateway.close()
         self._beacon.stop(STOP_TIMEOUT if timeout is None else min(timeout, STOP_TIMEOUT))
 
     def __enter__(self) -> SekuireSDK:
@@ -222,6 +286,12 @@ class SekuireSDK:
         return self._beacon.status
 
     @property
+    def policy_gateway(self) -> Any:
+        """The :class:`~sekuire.PolicyGateway` that decides for its Workers: the one given, or the one it made; None
+        where the extra is not installed."""
+        return self._config.policy_gateway
+
+    @property
     def installation_credentials(self) -> RuntimeCredentials:
         """The credentials now; ``to_env()`` gives them as environment variables."""
         return self._beacon.installation_credentials
@@ -230,6 +300,13 @@ class SekuireSDK:
         if not hasattr(self, "_beacon"):
             return "<SekuireSDK (not set up)>"
         return f"<SekuireSDK {self._config.agent_id} {self._beacon.status.state}>"
+
+
+def _refuse_unused(config: SDKConfig) -> None:
+    """:raises ConfigurationError: options for a gateway that is not made."""
+    for name in ("trusted_policy_keys", "policy_path", "policy_options"):
+        if getattr(config, name):
+            raise ConfigurationError("belongs to the PolicyClient or PolicyGateway given with policy_gateway=", name)
 
 
 def _store_at(path: str) -> RuntimeCredentialsStore:

@@ -134,7 +134,7 @@ class Worker:
             set_connected=self._set_connected,
             terminate=self._terminate,
             revoke=self._revoke,
-            fail=self._fail,
+            stop=self._stop,
         )
         self._stream = TaskStream(config, self._auth, self._control, query=self._query, stop=self._stop)
         self._stream_thread = threading.Thread(target=self._run_stream, name="sekuire-stream", daemon=True)
@@ -387,6 +387,12 @@ class Worker:
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
         if self._config.credentials_store is None:
             self._auth.require_a_way()
+        if self._config.policy_required and self._config.policy_gateway is None:
+            raise ConfigurationError(
+                "is True, and there is no policy_gateway that could load a policy; use SekuireSDK with the extra (pip "
+                "install 'sekuire[policy]'), or give policy_gateway=PolicyGateway(...)",
+                "policy_required",
+            )
 
     def _begin(self) -> None:
         with self._state:
@@ -401,6 +407,7 @@ class Worker:
             if unhandled:
                 log.warning("no handler for %s; their tasks will fail (unknown_capability)", ", ".join(unhandled))
         self._installation.declare(*self.capabilities)
+        self._listen_to_gateway("add_listener")
         at_exit(self)
         self._stream_thread.start()
         if self._config.stop_when_idle is not None:
@@ -451,6 +458,14 @@ class Worker:
                 error = SekuireError(f"the stream's thread failed ({type(unforeseen).__name__}); see the log")
             if error is not None:
                 self._fail(error)
+
+    def _listen_to_gateway(self, method: str) -> None:
+        change = getattr(self._config.policy_gateway, method, None)
+        if change is not None:
+            change(self._on_new_policy)
+
+    def _on_new_policy(self, is_allowed: Callable[[str], bool]) -> None:
+        self._dispatcher.cancel_denied(is_allowed, "policy changed")
 
     def _restore(self) -> None:
         self._reporter.restore(Deadline(_RESTORE_TIMEOUT))
@@ -636,6 +651,7 @@ class Worker:
 
     def _close(self) -> None:
         patience = Deadline(max(0.25, min(1.0, self._deadline.remaining())))
+        self._listen_to_gateway("remove_listener")
         self._timer.close()
         self._callbacks.close()
         late = self._reporter.close(patience)

@@ -19,6 +19,7 @@ OWNERS = {
     "Worker": config.WorkerConfig,
     "Beacon": config.BeaconConfig,
     "SDK": config.SDKConfig,
+    "Policy client": config.PolicyClientConfig,
 }
 
 
@@ -48,6 +49,7 @@ def test_environment_variables_are_listed() -> None:
     wanted = {variable: f"`{option}`" for option, variable in config.ENVIRONMENT.items()}
     wanted[config.CREDENTIALS_FILE_VARIABLE] = "the path of a `RuntimeCredentialsStore`"
     wanted[config.OUTBOX_VARIABLE] = "`outbox` of the SDK's workers"
+    wanted[config.POLICY_KEYS_VARIABLE] = "`trusted_policy_keys`, separated by commas"
     assert {row[0].strip("`"): row[1] for row in rows} == wanted
     assert set(wanted) <= set(re.findall(r"SEKUIRE_[A-Z_]+", read("docs/protocol.md")))
 

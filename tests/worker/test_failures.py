@@ -222,9 +222,10 @@ class Gateway:
             {"rule": "rate_limit.requests_per_minute", "retry_after": 2.5},
         ),
         (PolicyUnavailableError("no policy"), "policy_unavailable", True, None),
+        (PolicyViolationError("policy.unavailable", "x"), "policy_unavailable", True, {"rule": "policy.unavailable"}),
         (RuntimeError("broken"), "policy_unavailable", True, None),
     ],
-    ids=["denied", "limited", "unavailable", "broken"],
+    ids=["denied", "limited", "unavailable", "no policy", "broken"],
 )
 def test_the_gateway_decides_before_the_handler(
     platform: Any, worker_of: Make, error: Exception, code: str, retryable: bool, details: Any
