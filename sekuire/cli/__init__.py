@@ -11,12 +11,11 @@ from typing import Optional, Sequence
 
 from ..errors import SekuireError
 from ..version import __version__
-from . import demo, dev, doctor, send, terminal, worker
+from . import demo, dev, doctor, policy, send, terminal, worker
 from .exits import FAILED, INTERRUPTED, CommandError, complain, report
+from .options import logging_options
 
 __all__ = ["main"]
-
-_LEVELS = ("debug", "info", "warning", "error")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -47,10 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = common.add_argument_group("logging")
-    group.add_argument("-v", "--verbose", action="store_true", help="log everything to stderr; the same as debug")
-    group.add_argument("--log-level", choices=_LEVELS, type=str.lower, help="log to stderr from this level on")
+    common = logging_options()
     parser = argparse.ArgumentParser(
         prog="sekuire",
         description="Run AI agents' tasks under Sekuire's governance.",
@@ -60,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sekuire {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (demo, dev, worker, send, doctor):
+    for module in (demo, dev, worker, send, policy, doctor):
         name = module.__name__.rpartition(".")[2]
         one = commands.add_parser(
             name,

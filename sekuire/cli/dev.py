@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import shlex
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
-from ..errors import ConfigurationError
+from ..errors import APIError, ConfigurationError, PolicyIntegrityError
 from . import terminal
 from .exits import INTERRUPTED, OK, CommandError
 from .options import local_platform
+from .policy import content_of, read_file
 
 if TYPE_CHECKING:
-    from ..local import Faults
+    from ..local import Faults, LocalPlatform
 
 HELP = "run a local platform to develop against"
 DESCRIPTION = """\
@@ -49,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     parser.add_argument("--db", metavar="PATH", help="keep tasks, tokens and the API key in this file")
     parser.add_argument("--agent-id", default="my-agent", metavar="ID", help="whose install token to make (my-agent)")
+    parser.add_argument(
+        "--policy",
+        metavar="FILE",
+        help="a policy's content as JSON (or a whole policy, as sekuire policy pull gives it), signed and made active; "
+        "made active anew whenever the file is saved",
+    )
     parser.add_argument(
         "--allow-host",
         action="append",
@@ -98,12 +106,16 @@ def run(args: argparse.Namespace) -> int:
                 problem = error
             if problem is not None:
                 raise _by_flag(problem)
+            policy = None if args.policy is None else _PolicyFile(args.policy, platform)
             variables = {
                 "SEKUIRE_API_URL": platform.url,
                 "SEKUIRE_AGENT_ID": args.agent_id,
                 "SEKUIRE_INSTALL_TOKEN": token,
                 "SEKUIRE_API_KEY": platform.api_key,
             }
+            if policy is not None:
+                variables["SEKUIRE_WORKSPACE_ID"] = policy.workspace_id
+                variables["SEKUIRE_POLICY_PUBLIC_KEYS"] = platform.policy_public_key
             terminal.say("\n".join(shell_lines(variables)))
             kept = f"state in {args.db}" if args.db else "state in memory only, see --db"
             terminal.note(f"the local platform runs on {platform.url} ({kept}); Ctrl-C stops it")
@@ -111,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
                 terminal.note(f"fault: {fault}")
             if args.fault:
                 terminal.note(f"fault seed: {faults.seed}")
-            signals.wait()
+            signals.wait(None if policy is None else policy.look)
         finally:
             platform.stop()
     if args.fault:
@@ -149,6 +161,57 @@ def _by_flag(error: ConfigurationError) -> CommandError:
     return CommandError(f"{flag}: {error.problem}" if flag else str(error))
 
 
+class _PolicyFile:
+    """The file of ``--policy``: its content is the active policy of the platform's workspace. Main thread only.
+
+    :raises CommandError: the file cannot be used.
+    """
+
+    def __init__(self, path: str, platform: LocalPlatform) -> None:
+        self.workspace_id = platform.workspace_id
+        self._path = path
+        self._platform = platform
+        self._state = self._stat()
+        self._activate()
+
+    def look(self) -> None:
+        """Take the content anew where the file was saved; where it cannot be used, the policy stays."""
+        state = self._stat()
+        if state is None or state == self._state:
+            return
+        self._state = state
+        try:
+            self._activate()
+        except CommandError as error:
+            terminal.note(f"{'; '.join(error.lines)}; the policy stays as it was")
+
+    def _stat(self) -> Optional[Tuple[int, int, int]]:
+        with contextlib.suppress(OSError):
+            found = os.stat(self._path)
+            return found.st_mtime_ns, found.st_size, found.st_ino
+        return None
+
+    def _activate(self) -> None:
+        from ..policy.document import Policy
+
+        content = content_of(read_file(self._path, "--policy")[1])
+        active = self._platform.policy(self.workspace_id)
+        problem = ""
+        try:
+            policy = Policy.from_content(content)
+            if active is None or active["hash"] != policy.hash:
+                active = self._platform.set_policy(self.workspace_id, content)
+        except PolicyIntegrityError as error:
+            problem = str(error)
+        except APIError as error:
+            problem = error.message
+        if problem or active is None:
+            raise CommandError(f"--policy: cannot use {self._path!r}: {problem}")
+        for warning in policy.warnings:
+            terminal.note(terminal.clean(f"warning: {warning}; with a pinned key such a policy is refused"))
+        terminal.note(f"policy {self._path}: version {active['version']} is active in {self.workspace_id}")
+
+
 class _Signals:
     """SIGINT and SIGTERM as a queue; the second one ends the process. Main thread only; a context manager.
 
@@ -171,12 +234,15 @@ class _Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def wait(self) -> None:
-        """Until a signal has come. In slices: on Windows no signal interrupts a wait."""
+    def wait(self, meanwhile: Optional[Callable[[], None]] = None) -> None:
+        """Until a signal has come; ``meanwhile`` is called a few times a second. In slices: on Windows no signal
+        interrupts a wait."""
         while True:
             try:
                 self._queue.get(timeout=_SLICE)
             except queue.Empty:
+                if meanwhile is not None:
+                    meanwhile()
                 continue
             return
 

@@ -14,9 +14,16 @@ from typing import Any, Callable, Dict, List, Optional
 from urllib.parse import urlsplit
 
 from .. import platforms, protocol
-from ..config import CREDENTIALS_FILE_VARIABLE, ENVIRONMENT, ConnectionConfig
+from ..config import (
+    CREDENTIALS_FILE_VARIABLE,
+    ENVIRONMENT,
+    POLICY_KEYS_VARIABLE,
+    POLICY_OVERRIDE_VARIABLE,
+    ConnectionConfig,
+    policy_keys_from_environment,
+)
 from ..credentials.file import CredentialsFile
-from ..errors import APIError, ConfigurationError, TransportError
+from ..errors import APIError, ConfigurationError, PolicyIntegrityError, SekuireError, TransportError
 from ..models import RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import HttpClient, Reply
@@ -24,6 +31,7 @@ from ..version import __version__
 from . import terminal
 from .exits import FAILED, OK, USAGE, CommandError
 from .options import add_connection, api_key, connection, key_header
+from .policy import ORIGINS, client_for
 
 HELP = "check the configuration, and say how to mend it"
 DESCRIPTION = """\
@@ -37,8 +45,8 @@ _KNOWN = (
     *ENVIRONMENT.values(),
     CREDENTIALS_FILE_VARIABLE,
     "SEKUIRE_OUTBOX",
-    "SEKUIRE_POLICY_DEV_OVERRIDE",
-    "SEKUIRE_POLICY_PUBLIC_KEYS",
+    POLICY_KEYS_VARIABLE,
+    POLICY_OVERRIDE_VARIABLE,
 )
 _SECRETS = ("install_token", "runtime_token", "refresh_token", "api_key")
 _PREFIXES = {"install_token": "skt_", "api_key": "sk_live_"}
@@ -66,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             secrets["api_key"] = api_key(args.api_key_file)[0]
     stored = _credentials_file(findings)
     _ways(findings, secrets, stored)
+    can_verify = _policy_settings(findings)
     config: Optional[ConnectionConfig] = None
     with findings.catching("address"):
         config = connection(args)
@@ -74,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if config is None:
         findings.add(_SKIPPED, "platform", "not asked: its address is wrong")
     else:
-        _platform(findings, config, secrets, stored)
+        _platform(findings, config, secrets, stored, can_verify)
     terminal.say()
     terminal.say(findings.verdict())
     if is_wrong:
@@ -148,10 +157,6 @@ def _environment(findings: _Findings) -> Dict[str, Secret]:
         secret = _secret(findings, option, ENVIRONMENT[option])
         if secret is not None:
             secrets[option] = secret
-    if os.environ.get("SEKUIRE_POLICY_DEV_OVERRIDE"):
-        findings.add(
-            _WARNING, "SEKUIRE_POLICY_DEV_OVERRIDE", "is set: policies are overridden", "unset it in production"
-        )
     outbox = os.environ.get("SEKUIRE_OUTBOX")
     if outbox and not os.path.isdir(os.path.dirname(os.path.abspath(outbox))):
         findings.add(_WRONG, "SEKUIRE_OUTBOX", f"the directory of {outbox!r} does not exist", "make it first")
@@ -258,11 +263,50 @@ def _ways(findings: _Findings, secrets: Dict[str, Secret], stored: Optional[Runt
         findings.add(_WRONG, what, "there is nothing to authenticate with", mend)
 
 
+def _policy_settings(findings: _Findings) -> bool:
+    """What the policy needs on this machine; whether a policy can be verified."""
+    from ..policy.client import missing_packages
+    from ..policy.document import parse_key
+    from ..policy.gateway import may_only_warn
+
+    what = "policy"
+    keys = policy_keys_from_environment()
+    with findings.catching(POLICY_OVERRIDE_VARIABLE):
+        if may_only_warn(False, None, bool(keys)):
+            findings.add(
+                _WARNING, POLICY_OVERRIDE_VARIABLE, "is set: policies are not enforced", "unset it in production"
+            )
+    missing = missing_packages()
+    if missing:
+        state, text = (_WRONG, f"{POLICY_KEYS_VARIABLE} is set, and") if keys else (_WARNING, "it is not enforced:")
+        findings.add(state, what, f"{text} {', '.join(missing)} is not installed", "run: pip install 'sekuire[policy]'")
+        return False
+    is_good = True
+    for key in keys:
+        try:
+            parse_key(key)
+        except ConfigurationError as error:
+            is_good = False
+            findings.add(_WRONG, POLICY_KEYS_VARIABLE, error.problem, "copy the key again, whole")
+    if keys and is_good:
+        findings.add(_OK, POLICY_KEYS_VARIABLE, f"pins {len(keys)} key{'s' if len(keys) > 1 else ''}")
+    return is_good
+
+
+def _workspace(stored: Optional[RuntimeCredentials]) -> Optional[str]:
+    given = os.environ.get(ENVIRONMENT["workspace_id"]) or (stored.workspace_id if stored is not None else None)
+    return given if protocol.is_id(given) else None
+
+
 # -- the platform -----------------------------------------------------------------------------------------------------
 
 
 def _platform(
-    findings: _Findings, config: ConnectionConfig, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]
+    findings: _Findings,
+    config: ConnectionConfig,
+    secrets: Dict[str, Secret],
+    stored: Optional[RuntimeCredentials],
+    can_verify: bool,
 ) -> None:
     http = HttpClient(config, pool_size=1)
     try:
@@ -275,6 +319,8 @@ def _platform(
         _runtime_token(findings, http, secrets, stored)
         if "api_key" in secrets:
             _api_key(findings, http, secrets["api_key"])
+        if can_verify:
+            _policy(findings, config, secrets, stored)
     finally:
         http.close()
 
@@ -424,3 +470,39 @@ def _api_key(findings: _Findings, http: HttpClient, key: Secret) -> None:
         findings.add(_WRONG, what, f"was not taken: {error}", "copy it again, and check that it is this platform's")
     else:
         findings.add(_WARNING, what, f"cannot be checked here: {error}")
+
+
+def _policy(
+    findings: _Findings, config: ConnectionConfig, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]
+) -> None:
+    """Fetch the policy as the agent would, and verify it."""
+    what = "policy"
+    workspace_id = _workspace(stored)
+    key = secrets.get("api_key")
+    token = stored.runtime_token if stored is not None and stored.runtime_token else secrets.get("runtime_token")
+    if workspace_id is None:
+        variable = ENVIRONMENT["workspace_id"]
+        findings.add(_OK, what, f"the login tells whose policy counts; set {variable} to have it checked here")
+        return
+    if key is None and token is None:
+        findings.add(_SKIPPED, what, "not asked for: there is no runtime token before the login, and no API key")
+        return
+    problem: Optional[SekuireError] = None
+    # The token is what the agent itself would use; the key is for where there is none yet.
+    with client_for(config, policy_keys_from_environment(), None if token is not None else key, token) as client:
+        try:
+            policy = client.fetch_active_policy(workspace_id)
+        except SekuireError as error:
+            problem = error
+    if isinstance(problem, PolicyIntegrityError):
+        mend = "compare SEKUIRE_POLICY_PUBLIC_KEYS with the key that the workspace's owner gives"
+        findings.add(_WRONG, what, f"is refused: {problem}", mend)
+    elif problem is not None:
+        findings.add(_WARNING, what, f"cannot be had: {problem}", "without a policy every task is denied")
+    elif policy is None:
+        findings.add(_OK, what, f"{workspace_id} has none: everything is allowed")
+    else:
+        text = f"version {policy.version} of {workspace_id} is good: {ORIGINS[policy.origin]}"
+        findings.add(_OK, what, text if policy.origin == "pinned" else f"{text} (see {POLICY_KEYS_VARIABLE})")
+        for warning in policy.warnings:
+            findings.add(_WARNING, what, warning)

@@ -32,6 +32,18 @@ def local_platform() -> Type[LocalPlatform]:
     raise ConfigurationError(problem)
 
 
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def logging_options() -> argparse.ArgumentParser:
+    """The options that say what is logged, as a parent parser; they are not set where they are not given."""
+    parent = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = parent.add_argument_group("logging")
+    group.add_argument("-v", "--verbose", action="store_true", help="log everything to stderr; the same as debug")
+    group.add_argument("--log-level", choices=LEVELS, type=str.lower, help="log to stderr from this level on")
+    return parent
+
+
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """The options that say where the platform is."""
     parser.add_argument("--url", help="the platform's address (default: SEKUIRE_API_URL, or the public platform's)")

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import json
 import os
 import re
 import shlex
 import signal
 import socket
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import pytest
 
-from sekuire import Worker, create_worker
+from sekuire import PolicyClient, Worker, create_worker
 from sekuire.cli import dev
+from sekuire.policy.document import thaw
 
 from ..contract.client import Client
 from .conftest import POSIX_ONLY, Call, Process, Run, until
@@ -148,6 +150,69 @@ def test_shells() -> None:
     """Values are quoted for a POSIX shell, or for the one of Windows."""
     assert dev.shell_lines({"A": "x y'z", "B": "plain"}, windows=False) == ["export A='x y'\"'\"'z'", "export B=plain"]
     assert dev.shell_lines({"A": "x & y"}, windows=True) == ['set "A=x & y"']
+
+
+POLICY = {"agent": {"capabilities": {"denied_capabilities": ["drop"]}}}
+
+
+@POSIX_ONLY
+def test_a_policy(run: Run, tmp_path: Path) -> None:
+    """--policy makes a file's content the signed, active policy; saving the file makes it so anew."""
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(POLICY))
+    process = run("dev", "--port", "0", "--db", "dev.db", "--policy", "policy.json")
+    process.line("stdout", "SEKUIRE_POLICY_PUBLIC_KEYS")
+    found = exported(process)
+    assert list(found)[4:] == ["SEKUIRE_WORKSPACE_ID", "SEKUIRE_POLICY_PUBLIC_KEYS"]
+    with PolicyClient(
+        found["SEKUIRE_API_URL"],
+        api_key=found["SEKUIRE_API_KEY"],
+        trusted_policy_keys=[found["SEKUIRE_POLICY_PUBLIC_KEYS"]],
+        cache_ttl=0,
+    ) as client:
+        first = client.fetch_active_policy(found["SEKUIRE_WORKSPACE_ID"])
+        assert first is not None
+        assert (first.version, first.origin, thaw(first.content)) == (1, "pinned", POLICY)
+        # A whole policy, as `sekuire policy pull` writes it, will do too.
+        path.write_text(json.dumps({"policy_id": "p", "hash": "x", "content": {"rate_limits": None}}))
+        process.line("stderr", "version 2 is active in ws_local")
+        path.write_text("{")
+        process.line("stderr", "the policy stays as it was")
+        second = client.fetch_active_policy(found["SEKUIRE_WORKSPACE_ID"])
+        assert second is not None
+        assert second.version == 2
+    path.write_text('{"permissions": {"n": 1}}')
+    process.line("stderr", "version 3 is active in ws_local")
+    process.line("stderr", "warning: permissions.n is unknown")
+    process.signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+    # The same content makes no new version.
+    path.write_text('{"permissions": {"n": 1.0}}')
+    again = run("dev", "--port", "0", "--db", "dev.db", "--policy", "policy.json")
+    again.line("stderr", "version 3 is active in ws_local")
+    again.signal(signal.SIGTERM)
+    assert again.end()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "No such file"),
+        ("{", "is not valid JSON"),
+        ("[]", "no JSON object"),
+        ('{"permissions": {"network": {"enabled": "yes"}}}', "permissions.network.enabled"),
+        ('{"a": 99999999999999999999}', "99999999999999999999"),
+        ('{"a": "' + "x" * 1024 * 1024 + '"}', "larger than 1 MiB"),
+    ],
+)
+def test_a_policy_that_cannot_be_used(call: Call, tmp_path: Path, text: Optional[str], problem: str) -> None:
+    """Exit 2, and what is wrong with the file."""
+    if text is not None:
+        (tmp_path / "policy.json").write_text(text)
+    code, out, err = call("dev", "--port", "0", "--policy", "policy.json")
+    assert (code, out) == (2, "")
+    assert "--policy: cannot use 'policy.json'" in err
+    assert problem in err
 
 
 @POSIX_ONLY

@@ -109,7 +109,8 @@ def test_nothing_is_set(call: Call) -> None:
         ("SEKUIRE_AGENTID", "x", "SEKUIRE_AGENTID", "-> did you mean SEKUIRE_AGENT_ID?"),
         ("SEKUIRE_ZZZ", "x", "SEKUIRE_ZZZ", "-> unset it, unless another program reads it"),
         ("SEKUIRE_API_URL", "http://10.0.0.1", "address", "api_base_url (from environment variable SEKUIRE_API_URL)"),
-        ("SEKUIRE_POLICY_DEV_OVERRIDE", "1", "SEKUIRE_POLICY_DEV_OVERRIDE", "policies are overridden"),
+        ("SEKUIRE_POLICY_DEV_OVERRIDE", "1", "SEKUIRE_POLICY_DEV_OVERRIDE", "is refused in production"),
+        ("SEKUIRE_POLICY_PUBLIC_KEYS", "abc", "SEKUIRE_POLICY_PUBLIC_KEYS", "an Ed25519 public key is 32 bytes"),
         ("SEKUIRE_OUTBOX", "missing/outbox.db", "SEKUIRE_OUTBOX", "does not exist"),
         ("SEKUIRE_CREDENTIALS_FILE", "missing/file", "SEKUIRE_CREDENTIALS_FILE", "does not exist; make it first"),
         ("SEKUIRE_CREDENTIALS_FILE", "new", "SEKUIRE_CREDENTIALS_FILE", "is empty as yet; the first login fills it"),
@@ -282,3 +283,85 @@ def test_an_api_key_where_there_are_no_tasks(call: Call, environ: Dict[str, str]
     code, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": url, "SEKUIRE_API_KEY": "sk_live_x"})
     assert code == 0
     assert "cannot be checked here: HTTP 404 NOT_FOUND" in finding(out, "API key")
+
+
+# -- the policy -------------------------------------------------------------------------------------------------------
+
+
+def of_policy(out: str) -> str:
+    return "\n".join(line for line in out.splitlines() if " policy: " in line)
+
+
+@pytest.mark.parametrize("by", ["key", "token", "file"])
+def test_a_policy(call: Call, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path, by: str) -> None:
+    """The policy is fetched with what there is, verified, and told."""
+    platform.set_policy("ws_local", {"permissions": {"unknown": 1}})
+    environ["SEKUIRE_WORKSPACE_ID"] = "ws_local"
+    if by == "key":
+        environ["SEKUIRE_API_KEY"] = platform.api_key
+    elif by == "token":
+        environ.update(credentials(platform).to_env(), SEKUIRE_WORKSPACE_ID="ws_local")
+    else:
+        environ["SEKUIRE_CREDENTIALS_FILE"] = "credentials.json"
+        RuntimeCredentialsStore(path=tmp_path / "credentials.json").update(credentials(platform))
+    code, out, _ = call("doctor", env=environ)
+    assert code == 0
+    assert "ok       policy: version 1 of ws_local is good: whole" in out
+    assert "warning  policy: permissions.unknown is unknown" in out
+
+
+def test_a_pinned_policy(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """With the right key it is good, with another one WRONG."""
+    platform.set_policy("ws_local", {})
+    environ.update(SEKUIRE_API_KEY=platform.api_key, SEKUIRE_WORKSPACE_ID="ws_local")
+    environ["SEKUIRE_POLICY_PUBLIC_KEYS"] = platform.policy_public_key
+    code, out, _ = call("doctor", env=environ)
+    assert code == 0
+    assert "signed by a pinned key" in of_policy(out)
+    assert "pins 1 key" in finding(out, "SEKUIRE_POLICY_PUBLIC_KEYS")
+    platform.rotate_policy_key()
+    code, out, _ = call("doctor", env=environ)
+    assert code == 1
+    assert "WRONG    policy: is refused" in of_policy(out)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"SEKUIRE_WORKSPACE_ID": "ws_none", "SEKUIRE_API_KEY": "good"}, "ok       policy: ws_none has none"),
+        ({"SEKUIRE_WORKSPACE_ID": "ws_local"}, "skipped  policy: not asked for: there is no runtime token"),
+        ({"SEKUIRE_WORKSPACE_ID": "ws_local", "SEKUIRE_API_KEY": "bad"}, "warning  policy: cannot be had"),
+        ({}, "ok       policy: the login tells whose policy counts"),
+    ],
+)
+def test_no_policy(
+    call: Call, platform: LocalPlatform, environ: Dict[str, str], more: Dict[str, str], text: str
+) -> None:
+    """What cannot be asked, and what is not there, is told."""
+    if more.get("SEKUIRE_API_KEY") == "good":
+        more = {**more, "SEKUIRE_API_KEY": platform.api_key}
+    assert text in call("doctor", env={**environ, **more})[1]
+
+
+@pytest.mark.parametrize(("keys", "code"), [("", 0), ("ab" * 32, 2)])
+def test_without_the_extra(
+    call: Call, environ: Dict[str, str], monkeypatch: pytest.MonkeyPatch, keys: str, code: int
+) -> None:
+    """A missing extra is a warning, and wrong where a key is pinned."""
+    from sekuire.policy import client
+
+    monkeypatch.setattr(client, "missing_packages", lambda: ("blake3",))
+    if keys:
+        environ["SEKUIRE_POLICY_PUBLIC_KEYS"] = keys
+    found, out, _ = call("doctor", env=environ)
+    assert found == code
+    assert "blake3 is not installed" in of_policy(out)
+    assert "pip install 'sekuire[policy]'" in out
+
+
+def test_an_override_outside_production(call: Call, environ: Dict[str, str]) -> None:
+    """Where it is not refused it is a warning."""
+    more = {"SEKUIRE_POLICY_DEV_OVERRIDE": "1", "SEKUIRE_ENVIRONMENT": "development"}
+    code, out, _ = call("doctor", env={**environ, **more})
+    assert code == 0
+    assert "policies are not enforced" in finding(out, "SEKUIRE_POLICY_DEV_OVERRIDE")

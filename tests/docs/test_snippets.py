@@ -37,6 +37,7 @@ NOT_RUN = {
     ),
     "docs/tutorial.md: python3 -m venv .venv": (".ci/run installs the package this way; here it is installed already"),
     "docs/performance.md: tox -e bench": "measuring takes minutes, and .ci/run does a short round of it",
+    "docs/performance.md: tox -e bench-gateway": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-local": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e bench-policy": "measuring takes minutes, and .ci/run does a short round of it",
     "docs/performance.md: tox -e peers": "measuring takes minutes, and .ci/run does a short round of it",
@@ -211,7 +212,7 @@ class Background:
         )
         if is_platform:
             assert self._process.stdout is not None
-            for _ in range(4):
+            for _ in range(6 if "--policy" in arguments else 4):
                 export = self._process.stdout.readline()
                 assert export.startswith("export "), f"{line}: {export!r}\n{self.said()}"
                 name, _, value = export[len("export ") :].strip().partition("=")
