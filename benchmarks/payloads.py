@@ -52,6 +52,26 @@ def result() -> Dict[str, Any]:
     return document
 
 
+def policy() -> Dict[str, Any]:
+    """An unsigned policy that lets the benchmark's tasks begin, and asks something of each. Needs the extra."""
+    from sekuire.policy.document import content_hash
+
+    content = {
+        "agent": {
+            "capabilities": {"allowed_capabilities": ["bench.*", "other"], "denied_capabilities": ["drop.*", "rm"]}
+        },
+        "rate_limits": {"requests": {"max_per_minute": 10**8, "max_per_hour": 10**9}},
+    }
+    return {
+        "policy_id": "policy-benchmark",
+        "workspace_id": WORKSPACE_ID,
+        "version": 1,
+        "status": "active",
+        "hash": content_hash(content),
+        "content": content,
+    }
+
+
 def big_text() -> str:
     """A task of just under 16 MiB, the largest that is taken by default: many small orders."""
     one = compact(task_input())

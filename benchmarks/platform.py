@@ -292,6 +292,9 @@ class Platform:
             if authorised:
                 self._open_stream(connection, query)
                 return
+        elif path.endswith(b"/policy") and method == b"GET" and authorised:
+            self._answer(connection, 200, json.dumps(payloads.policy()).encode())
+            return
         elif path.startswith(_PREFIX) and method == b"POST":
             name = path.rsplit(b"/", 1)[1]
             route = self._routes.get(name)

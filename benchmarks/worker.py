@@ -29,6 +29,16 @@ def is_available() -> bool:
     return _find_create_worker() is not None
 
 
+def _gateway(port: int) -> Dict[str, Any]:
+    """The options of a worker with a policy gateway, which share the worker's credentials."""
+    from sekuire import PolicyClient, PolicyGateway, RuntimeCredentialsStore
+
+    store = RuntimeCredentialsStore()
+    client = PolicyClient(f"http://127.0.0.1:{port}", credentials_store=store)
+    gateway = PolicyGateway(client, payloads.WORKSPACE_ID)
+    return {"credentials_store": store, "policy_gateway": gateway, "policy_required": True}
+
+
 def _stats(worker: Any) -> Dict[str, int]:
     stats = worker.stats()
     names = (
@@ -52,6 +62,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--handlers", type=int, default=1, help="capabilities registered")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="more options of create_worker")
+    parser.add_argument("--policy", action="store_true", help="with a policy gateway")
     options = parser.parse_args(arguments)
 
     # As in a service that has set up its logging: warnings are shown, and what is below is not formatted.
@@ -69,6 +80,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             "capabilities": [payloads.CAPABILITY],
             "max_workers": options.threads,
             **options.options,
+            **(_gateway(options.port) if options.policy else {}),
         }
     )
     clock = time.monotonic_ns
