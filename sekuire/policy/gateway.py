@@ -161,6 +161,8 @@ class PolicyGateway:
         self._stop = threading.Event()
         self._thread: Optional[threading.Thread] = None
         self._is_wanted = False
+        #: The hash that the last heartbeat named.
+        self._named: Optional[str] = None
         self._is_closed = False
         self._backoff = Backoff(_RETRY_MIN, _RETRY_MAX)
         self._not_before = 0.0
@@ -304,10 +306,10 @@ class PolicyGateway:
             named = getattr(response, "active_policy_hash", None)
         if not self.is_active:
             return
-        standing = self._standing
-        in_force = standing.policy.hash if standing.policy is not None else None
-        is_other = isinstance(named, str) and named.lower() != in_force
-        if is_other or not standing.is_loaded or time.monotonic() >= self._due:
+        self._named = named.lower() if isinstance(named, str) else None
+        if self._named is not None and self._named != self._hash():
+            self._wake(again=True)
+        elif not self._standing.is_loaded or time.monotonic() >= self._due:
             self._wake()
 
     def add_listener(self, listener: Listener) -> None:
@@ -437,18 +439,20 @@ class PolicyGateway:
 
     # -- inside: the thread --
 
-    def _wake(self, wait: bool = True) -> None:
+    def _wake(self, wait: bool = True, again: bool = False) -> None:
         """Have the thread fetch.
 
         :param wait: False where a decision asks: it must not wait for the lock, and another one will ask again.
+        :param again: whether a fetch that goes on already may be too old.
         """
         if not self._lock.acquire(blocking=wait):
             return
         try:
             self._due = math.inf
-            self._is_wanted = True
             if self._thread is not None or self._is_closed:
+                self._is_wanted = self._is_wanted or again
                 return
+            self._is_wanted = True
             thread = threading.Thread(target=self._run, name="sekuire-policy", daemon=True)
             try:
                 thread.start()
@@ -459,30 +463,41 @@ class PolicyGateway:
         finally:
             self._lock.release()
 
+    def _hash(self) -> Optional[str]:
+        policy = self._standing.policy
+        return None if policy is None else policy.hash
+
     def _run(self) -> None:
+        is_loaded = False
         while True:
             with self._lock:
-                if self._is_closed or not self._is_wanted:
+                # A heartbeat may have asked meanwhile for the very policy that has come since.
+                is_served = is_loaded and self._named == self._hash()
+                if self._is_closed or not self._is_wanted or is_served:
+                    self._is_wanted = False
                     self._thread = None
                     return
                 self._is_wanted = False
             if self._stop.wait(max(0.0, self._not_before - time.monotonic())):
                 continue
             try:
-                self._refresh_once()
+                is_loaded = self._refresh_once()
             except Exception:
                 log.exception("refreshing the policy failed in an unforeseen way")
+                is_loaded = False
                 self._try_again(None)
 
-    def _refresh_once(self) -> None:
+    def _refresh_once(self) -> bool:
+        """Fetch; whether there was an answer. If not, the thread tries again."""
         try:
             self.refresh()
         except SekuireError as error:
             self._try_again(getattr(error, "retry_after", None))
-        else:
-            self._backoff.reset()
-            # What a heartbeat names may be ahead of what is served; one answer a moment is enough.
-            self._not_before = time.monotonic() + _RETRY_MIN
+            return False
+        self._backoff.reset()
+        # What a heartbeat names may be ahead of what is served; one answer a moment is enough.
+        self._not_before = time.monotonic() + _RETRY_MIN
+        return True
 
     def _try_again(self, at_least: Optional[float]) -> None:
         self._not_before = time.monotonic() + max(0.1, self._backoff.next(at_least))
