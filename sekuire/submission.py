@@ -43,7 +43,7 @@ class TaskSubmitter:
         """Submit a task, once: a second try could make a second task. Its id.
 
         :raises TransportError: no answer came; whether the task was submitted is not known.
-        :raises APIError: the platform refused it.
+        :raises APIError: the platform refused it; whether a task was submitted is not known either after a 5xx.
         """
         problem = ""
         try:

@@ -158,7 +158,14 @@ class _Client:
 
     def submit(self, capability: str, value: Any, agent_id: str, fields: Dict[str, Any]) -> str:
         """The task's id."""
-        return self._told(lambda: self._submitter.submit(capability, value, agent_id, **fields))
+        try:
+            return self._told(lambda: self._submitter.submit(capability, value, agent_id, **fields))
+        except APIError as error:
+            problem = error
+        if problem.status < 500:
+            raise problem
+        # What failed may have done so after the task was queued.
+        raise CommandError(f"{problem}; whether the task was submitted is not known", code=FAILED)
 
     def wait(self, task_id: str, seconds: float, whose: str) -> Dict[str, Any]:
         """The task once it has ended, asked for again and again.

@@ -206,6 +206,32 @@ def test_nobody_answers(call: Call, environ: Dict[str, str]) -> None:
     assert "cannot reach 127.0.0.1:9: Connection refused; whether the task was submitted is not known" in err
 
 
+@pytest.mark.parametrize(("when", "tasks"), [("before", 0), ("after", 1)])
+def test_a_submission_that_fails_on_the_way(
+    call: Call, environ: Dict[str, str], platform: LocalPlatform, when: str, tasks: int
+) -> None:
+    """After a 5xx the task may be there or not: it is not submitted twice, and the user is told."""
+    with platform.faults.error(502, on="tasks", when=when) as fault:
+        code, out, err = call("send", "echo", "{}", env=environ)
+    assert (code, out) == (1, "")
+    assert "HTTP 502 INJECTED" in err
+    assert "; whether the task was submitted is not known" in err
+    assert fault.injected == 1
+    assert len(platform._store.tasks(None, None, 10, None)[0]) == tasks
+
+
+@pytest.mark.parametrize("text", ["error:503", "reset", "half-answer", "error:429,when=after", "latency:0.01"])
+def test_waiting_under_faults(
+    call: Call, environ: Dict[str, str], platform: LocalPlatform, worker: None, text: str
+) -> None:
+    """A task that was submitted is waited for through whatever happens on the way."""
+    fault = platform.faults.add(f"{text}{',' if ':' in text else ':'}times=3,on=task")
+    while not fault.is_over():
+        code, out, _ = call("send", "echo", '{"n": 1}', "--wait", env=environ)
+        assert (code, json.loads(out)["got"]) == (0, {"n": 1})
+    assert fault.injected == 3
+
+
 # -- a platform that misbehaves ---------------------------------------------------------------------------------------
 
 Answers = Callable[[str], Any]
