@@ -61,7 +61,7 @@ def test_a_removal_that_waits_is_not_claimed(tmp_path: Path) -> None:
     for task_id in ("a", "b"):
         outbox.put(URL, AGENT, None, stored(task_id), "first")
     outbox._take_lead()
-    outbox.remove(URL, AGENT, "a")
+    outbox.remove(URL, AGENT, "a", 1)
     claimed: List[Stored] = []
     thread = threading.Thread(target=lambda: claimed.extend(outbox.claim(URL, AGENT, "second")), daemon=True)
     thread.start()
