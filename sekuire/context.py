@@ -171,17 +171,6 @@ class TaskContext:
         """
         return self._policy
 
-    # -- what is allowed --
-
-    @property
-    def policy(self) -> Any:
-        """The :class:`~sekuire.PolicyEnforcer` that let this task begin, for questions such as
-        ``ctx.policy.enforce_tool("search")``; None where no policy gateway was asked.
-
-        It stays the same while the handler runs, also when the workspace's policy changes meanwhile.
-        """
-        return self._policy
-
     # -- telling --
 
     def report_progress(self, fraction: float, message: Optional[str] = None) -> None:
