@@ -21,6 +21,8 @@ log = logging.getLogger("sekuire.worker")
 
 #: Desired state → the command that it makes good.
 _COMMAND_FOR = {"running": "resume", "paused": "pause", "terminated": "terminate"}
+#: Command → the state it brings a worker into, as audit events name it.
+_STATE_AFTER = {"resume": "resumed", "pause": "paused", "terminate": "terminated"}
 #: Command ids remembered, so that a replayed command is carried out once.
 _COMMANDS_SEEN = 1000
 
@@ -33,6 +35,7 @@ class Control:
     lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease.
 
     :param restore: delivers what an earlier process left; called once, after the login and before the first stream.
+    :param note: told of what changes the worker's health: state, reason, severity; it must not block.
     :param set_connected: told of the stream's state and whether this is the login's first verdict.
     :param terminate: begins a stop with a timeout in seconds (None: the worker's own) and a reason.
     """
@@ -51,6 +54,7 @@ class Control:
         terminate: Callable[[Optional[float], str], None],
         revoke: Callable[[RevokedError], None],
         fail: Callable[[SekuireError], None],
+        note: Optional[Callable[[str, Optional[str], str], None]] = None,
     ) -> None:
         self.command_callbacks: List[Callable[[Command], object]] = []
         self.was_connected = False
@@ -68,6 +72,7 @@ class Control:
         self._terminate = terminate
         self._revoke = revoke
         self._fail = fail
+        self._note = note
         self._lock = threading.Lock()
         self._lease_lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
@@ -189,6 +194,8 @@ class Control:
         self._tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
 
     def _tell(self, command: Command) -> None:
+        if self._note is not None:
+            self._note(_STATE_AFTER[command.type], command.reason, "info")
         for callback in self.command_callbacks:
             self._callbacks.post(callback, command)
 
@@ -196,6 +203,8 @@ class Control:
         if not self._heartbeat.lease.is_held():
             log.error("the lease has ended without a heartbeat; no task begins and running ones are cancelled until "
                       "the platform renews it")  # fmt: skip
+            if self._note is not None:
+                self._note("lease lost", None, "error")
             self._dispatcher.cancel_running("lease lost")
 
     def _miss_policy(self) -> None:

@@ -86,6 +86,7 @@ _NAMES = (
     (re.compile(r"/complete$"), "complete"),
     (re.compile(r"/release$"), "release"),
     (re.compile(r"/progress$"), "progress"),
+    (re.compile(r"/logs$"), "logs"),
 )
 
 _END, _CUT, _RESET = object(), object(), object()
