@@ -151,37 +151,29 @@ class AuditLog:
         self._note(event_type, severity, encoded, len(encoded) + _HEAD, not is_whole)
 
     def policy(
-        self,
-        kind: str,
-        target: str,
-        rule: Optional[str] = None,
-        reason: Optional[str] = None,
-        *,
-        is_enforced: bool = True,
-        task_id: Optional[str] = None,
+        self, decision: Any, kind: Optional[str] = None, target: Optional[str] = None, *, task_id: Optional[str] = None
     ) -> None:
         """Note a decision of the policy; for policy gateways and enforcers. Never blocks, never raises.
 
-        With a ``rule`` it is a ``policy_violation``, without one a ``policy_check`` that was passed. An enforcer's
-        ``on_violation`` can be wired as
-        ``lambda error: sdk.audit.policy("tool", name, error.rule, error.reason)``.
+        It fits an enforcer's ``on_violation``: ``PolicyEnforcer(policy, on_violation=sdk.audit.policy)``. A decision
+        with a ``rule`` is a ``policy_violation``, one without a ``policy_check`` that was passed.
 
-        :param kind: what was asked for, such as ``"tool"``, ``"network"``, ``"capability"`` or ``"requests"``.
+        :param decision: a ``Decision``, a :class:`~sekuire.errors.PolicyViolationError`, or another object with
+            ``rule`` and ``reason``, and ``allowed`` where that is known.
+        :param kind: what was asked for, such as ``"tool"`` or ``"network"``; default: what the rule's id begins with.
         :param target: which, such as the tool's name or the domain.
-        :param rule: the id of the rule that forbids it.
-        :param is_enforced: False where it was only warned of.
         """
-        data = {"kind": kind, "target": target, "allowed": rule is None or not is_enforced}
-        if rule is not None:
-            data["rule"] = rule
-        if reason is not None:
-            data["reason"] = str(reason)[:MAX_TEXT]
-        if task_id is not None:
-            data["task_id"] = task_id
+        rule = getattr(decision, "rule", None)
+        data: Dict[str, Any] = {"kind": kind or str(rule or "").partition(".")[0] or None, "target": target}
+        data.update({"rule": rule, "reason": getattr(decision, "reason", None), "task_id": task_id})
+        data = {name: str(value)[:MAX_TEXT] for name, value in data.items() if value}
+        is_allowed = getattr(decision, "allowed", None)
+        if is_allowed is not None:
+            data["allowed"] = bool(is_allowed)
         if rule is None:
             self._note("policy_check", "info", data, _OWN)
         else:
-            self._note("policy_violation", "warn", data, _OWN + len(reason or ""))
+            self._note("policy_violation", "warn", data, _OWN + MAX_TEXT)
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Send what has been noted until now, without waiting for a batch to fill; whether all of it is settled.

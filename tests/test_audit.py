@@ -9,13 +9,13 @@ import os
 import pathlib
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import pytest
 
 from sekuire import SekuireSDK, TaskError, audit, protocol
 from sekuire.audit import AuditHandler, AuditStats
-from sekuire.errors import ConfigurationError, SekuireError
+from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
 
 from .conftest import AGENT
 from .local.test_restart import Process
@@ -826,26 +826,37 @@ def test_a_lost_lease(scripted: Scripted, sdk_of: Make) -> None:
     assert "lease lost" in [data["state"] for data in data_of(events_of(scripted), "health")]
 
 
+class Decision(NamedTuple):
+    allowed: bool
+    rule: Optional[str] = None
+    reason: str = ""
+
+
 def test_events_of_the_policy(scripted: Scripted, sdk_of: Make) -> None:
     """What a gateway decides is a check that was passed, or a violation with its rule."""
     sdk = sdk_of(scripted)
     sdk.start()
-    sdk.audit.policy("tool", "search", task_id="t-1")
-    sdk.audit.policy("network", "evil.example", "network.blocked", "evil.example is blocked")
-    sdk.audit.policy("tool", "shell", "tool.blocked", is_enforced=False)
+    sdk.audit.policy(Decision(True), "tool", "search", task_id="t-1")
+    sdk.audit.policy(Decision(False, "network.blocked", "evil.example is blocked"), target="evil.example")
+    sdk.audit.policy(PolicyViolationError("tool.blocked", "shell is blocked"))
+    sdk.audit.policy(object())
     assert sdk.audit.flush(GUARD)
-    passed, denied, warned = events_of(scripted)
-    assert (passed["event_type"], passed["severity"]) == ("policy_check", "info")
-    assert passed["event_data"] == {"kind": "tool", "target": "search", "allowed": True, "task_id": "t-1"}
-    assert (denied["event_type"], denied["severity"]) == ("policy_violation", "warn")
-    assert denied["event_data"] == {
-        "kind": "network",
-        "target": "evil.example",
-        "allowed": False,
-        "rule": "network.blocked",
-        "reason": "evil.example is blocked",
-    }
-    assert warned["event_data"] == {"kind": "tool", "target": "shell", "allowed": True, "rule": "tool.blocked"}
+    assert [(event["event_type"], event["severity"], event["event_data"]) for event in events_of(scripted)] == [
+        ("policy_check", "info", {"kind": "tool", "target": "search", "task_id": "t-1", "allowed": True}),
+        (
+            "policy_violation",
+            "warn",
+            {
+                "kind": "network",
+                "target": "evil.example",
+                "rule": "network.blocked",
+                "reason": "evil.example is blocked",
+                "allowed": False,
+            },
+        ),
+        ("policy_violation", "warn", {"kind": "tool", "rule": "tool.blocked", "reason": "shell is blocked"}),
+        ("policy_check", "info", {}),
+    ]
 
 
 def test_no_token_goes_out(scripted: Scripted, sdk_of: Make) -> None:
@@ -864,7 +875,7 @@ def test_no_token_goes_out(scripted: Scripted, sdk_of: Make) -> None:
     try:
         for token in tokens.values():
             sdk.log("model_call", {"key": f"<{token}>", token: [token]})
-            sdk.audit.policy("tool", token, "tool.blocked", token)
+            sdk.audit.policy(PolicyViolationError("tool.blocked", token), "tool", token)
             try:
                 raise ValueError(token)
             except ValueError:
