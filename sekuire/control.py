@@ -132,6 +132,7 @@ class Control:
                 self._dispatcher.resume("command", "desired_state")
             else:
                 self._was_terminated = True
+        self._note_command(command.type, command.reason)
         if command.type == "terminate":
             self._terminate(command.shutdown_timeout, "terminated" + (f": {command.reason}" if command.reason else ""))
         self._tell(command)
@@ -189,13 +190,17 @@ class Control:
         if not changed:
             return
         log.info("the platform's desired state is now %s", desired)
+        self._note_command(_COMMAND_FOR[desired], reason)
         if desired == "terminated":
             self._terminate(timeout, "terminated: " + reason)
         self._tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
 
-    def _tell(self, command: Command) -> None:
+    def _note_command(self, kind: str, reason: Optional[str]) -> None:
+        # Before a termination begins, so that nothing of its end is noted earlier.
         if self._note is not None:
-            self._note(_STATE_AFTER[command.type], command.reason, "info")
+            self._note(_STATE_AFTER[kind], reason, "info")
+
+    def _tell(self, command: Command) -> None:
         for callback in self.command_callbacks:
             self._callbacks.post(callback, command)
 

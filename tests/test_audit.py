@@ -774,8 +774,9 @@ def test_an_unknown_capability(scripted: Scripted, sdk_of: Make) -> None:
 
 def test_events_of_health(platform: Any, sdk_of: Make) -> None:
     """The installation's and the workers' states are events, in their order."""
-    sdk = sdk_of(platform)
-    worker = sdk.create_task_worker(heartbeat_interval=0.1)
+    # Each state once: a heartbeat can tell of a command before it comes.
+    sdk = sdk_of(platform, heartbeat_interval=1000.0)
+    worker = sdk.create_task_worker(heartbeat_interval=1000.0)
     worker.on_task("echo", echo)
     with sdk:
         with worker:
