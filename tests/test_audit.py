@@ -772,35 +772,46 @@ def test_an_unknown_capability(scripted: Scripted, sdk_of: Make) -> None:
     assert "omitted" in second
 
 
-def test_events_of_health(platform: Any, sdk_of: Make) -> None:
+def test_events_of_health(scripted: Scripted, sdk_of: Make) -> None:
     """The installation's and the workers' states are events, in their order."""
-    # Each state once: a heartbeat can tell of a command before it comes.
-    sdk = sdk_of(platform, heartbeat_interval=1000.0)
-    worker = sdk.create_task_worker(heartbeat_interval=1000.0)
+    sdk = sdk_of(scripted, auto_heartbeat=True)
+    worker = sdk.create_task_worker(heartbeat_interval=0.1)
     worker.on_task("echo", echo)
-    with sdk:
-        with worker:
-            assert worker.wait_until_connected(GUARD)
-            worker.pause("lunch")
-            worker.resume()
-            installation = sdk.beacon_status.installation_id
-            platform.command(installation, "pause", "maintenance")
-            until(worker.is_paused)
-            platform.command(installation, "terminate", "enough")
-            assert worker.wait(GUARD)
-    found = [event["event_data"] for event in platform.logs("health")]
+    with sdk, worker:
+        assert worker.wait_until_connected(GUARD)
+        worker.pause("lunch")
+        worker.resume()
+        scripted.command("pause", reason="maintenance")
+        scripted.command("resume")
+        scripted.command("terminate", reason="enough")
+        assert worker.wait(GUARD)
+    found = data_of(events_of(scripted), "health")
     of_worker = [(one["state"], one.get("reason")) for one in found if one["of"] == "worker"]
     assert of_worker == [
         ("started", None),
         ("paused", "lunch"),
         ("resumed", None),
         ("paused", "maintenance"),
+        ("resumed", None),
         ("terminated", "enough"),
         ("stopped", "terminated: enough"),
     ]
     assert {one["worker_id"] for one in found if one["of"] == "worker"} == {worker.worker_id}
     of_installation = [one["state"] for one in found if one["of"] == "installation"]
     assert of_installation == ["connected", "stopped"]
+
+
+def test_a_desired_state_is_told_too(scripted: Scripted, sdk_of: Make) -> None:
+    """A command that was lost, and made good by a heartbeat, is an event as well."""
+    sdk = sdk_of(scripted, auto_heartbeat=True)
+    worker = sdk.create_task_worker(heartbeat_interval=0.05)
+    worker.on_task("echo", echo)
+    with sdk, worker:
+        assert worker.wait_until_connected(GUARD)
+        scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "terminated"})
+        assert worker.wait(GUARD)
+    states = [data["state"] for data in data_of(events_of(scripted), "health") if data["of"] == "worker"]
+    assert states == ["started", "terminated", "stopped"]
 
 
 def test_a_degraded_installation(scripted: Scripted, sdk_of: Make) -> None:
