@@ -139,7 +139,7 @@ class Reporter:
 
     def accept(self, completion: Completion) -> Optional[Report]:
         """Take a result: from now on it is the task's only one. None where the task has one already."""
-        head, code = self._encode(completion)
+        head, code = encode(completion, self._max_bytes)
         with self._condition:
             if completion.task_id in self._held or completion.task_id in self._remembered:
                 return None
@@ -313,38 +313,6 @@ class Reporter:
         return join_all(threads, deadline)
 
     # -- inside: one result --
-
-    def _encode(self, completion: Completion) -> Tuple[bytes, Optional[str]]:
-        """A completion's head, and the code of the failure in it."""
-        problem = ""
-        head = b""
-        try:
-            head = protocol.completion_head(completion)
-        except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
-            problem = type(error).__name__
-        if problem:
-            log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
-            code = "result_not_serializable"
-            text = f"the handler's result has no JSON form: {problem}"[:1000]
-            return self._substitute_head(completion, code, text), code
-        if len(head) > self._max_bytes:
-            message = f"the result has {len(head)} bytes of JSON; max_result_bytes is {self._max_bytes}"
-            log.error("[%s] %s", completion.task_id, message)
-            return self._substitute_head(completion, "result_too_large", message), "result_too_large"
-        return head, None if completion.failure is None else completion.failure.code
-
-    @staticmethod
-    def _substitute_head(completion: Completion, code: str, message: str) -> bytes:
-        text = message.encode("utf-8", "replace").decode()
-        failed = Completion(
-            task_id=completion.task_id,
-            attempt=completion.attempt,
-            failure=protocol.failure(code, text),
-            execution_time_ms=completion.execution_time_ms,
-        )
-        return protocol.completion_head(failed)
 
     def _send(self, path: str, body: bytes, key: Optional[str] = None) -> Tuple[Optional[Reply], SekuireError]:
         """A reply of any status, or why there is none."""
@@ -550,3 +518,39 @@ class Reporter:
                 return None
             finally:
                 self._idle -= 1
+
+
+def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]]:
+    """A completion's head, and the code of the failure in it, None for an output.
+
+    A result that has no JSON form, or one of more than ``max_bytes``, gives way to a failure that says so.
+    """
+    problem = ""
+    head = b""
+    try:
+        head = protocol.completion_head(completion)
+    except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
+        problem = type(error).__name__
+    if problem:
+        log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
+        code = "result_not_serializable"
+        text = f"the handler's result has no JSON form: {problem}"[:1000]
+        return _substitute_head(completion, code, text), code
+    if len(head) > max_bytes:
+        message = f"the result has {len(head)} bytes of JSON; max_result_bytes is {max_bytes}"
+        log.error("[%s] %s", completion.task_id, message)
+        return _substitute_head(completion, "result_too_large", message), "result_too_large"
+    return head, None if completion.failure is None else completion.failure.code
+
+
+def _substitute_head(completion: Completion, code: str, message: str) -> bytes:
+    text = message.encode("utf-8", "replace").decode()
+    failed = Completion(
+        task_id=completion.task_id,
+        attempt=completion.attempt,
+        failure=protocol.failure(code, text),
+        execution_time_ms=completion.execution_time_ms,
+    )
+    return protocol.completion_head(failed)

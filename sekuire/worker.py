@@ -100,6 +100,8 @@ class Worker:
         #: The SekuireSDK that made this worker, if one did; set by it.
         self._sdk: Any = None
         self._audit = _audit
+        #: The LocalPlatform of a test's Workbench, if it made this worker; set by it.
+        self._platform: Any = None
         self._auth = self._installation.auth
         self._heartbeat = self._installation.heartbeat
         self._registry = TaskRegistry(_option="on_task")
