@@ -80,6 +80,7 @@ class Control:
         self._was_terminated = False
         self._lease_timer: Optional[int] = None
         self._warned_policy = False
+        self._lost: Optional[float] = None
 
     # -- the stream's thread --
 
@@ -205,12 +206,17 @@ class Control:
             self._callbacks.post(callback, command)
 
     def _lease_ended(self) -> None:
-        if not self._heartbeat.lease.is_held():
+        lease = self._heartbeat.lease
+        if lease.is_held():
+            return
+        self._dispatcher.cancel_running("lease lost")
+        # A stream that is opened anew meanwhile has the timer look again; that is no news.
+        if lease.limit != self._lost:
+            self._lost = lease.limit
             log.error("the lease has ended without a heartbeat; no task begins and running ones are cancelled until "
                       "the platform renews it")  # fmt: skip
             if self._note is not None:
                 self._note("lease lost", None, "error")
-            self._dispatcher.cancel_running("lease lost")
 
     def _miss_policy(self) -> None:
         problem = (

@@ -972,8 +972,8 @@ class Store:
             rows = (
                 self._connection()
                 .execute(
-                    "SELECT seq, data FROM logs WHERE seq > ?1 AND (?2 IS NULL OR event_type = ?2)"
-                    " AND (?3 IS NULL OR severity = ?3) ORDER BY seq LIMIT ?4",
+                    "SELECT seq, data FROM logs WHERE seq > ? AND event_type = coalesce(?, event_type)"
+                    " AND severity = coalesce(?, severity) ORDER BY seq LIMIT ?",
                     (after, event_type, severity, limit),
                 )
                 .fetchall()
