@@ -310,7 +310,7 @@ class AuditLog:
             self._condition.notify_all()
 
     def _encode(self, data: Mapping[str, Any]) -> Tuple[bytes, bool]:
-        """JSON without live tokens, or of a description where that cannot be; whether it is the data itself."""
+        """JSON of the data, or of a description where that cannot be; whether it is the data itself."""
         try:
             encoded = protocol.encode_json(data if isinstance(data, dict) else dict(data))
         except Exception as error:  # noqa: BLE001  # A value may be of a class with code of its own.
@@ -318,7 +318,7 @@ class AuditLog:
             problem = f"the data has no JSON form ({type(error).__name__})"
         else:
             if len(encoded) <= MAX_DATA:
-                return self._scrub(encoded), True
+                return encoded, True
             problem = f"the data has {len(encoded)} bytes of JSON; an event takes {MAX_DATA}"
         return protocol.encode_json({"omitted": problem}), False
 
@@ -425,13 +425,18 @@ class AuditLog:
         head = protocol.audit_head(
             config.agent_id, self.session_id, config.environment, workspace_id, config.agent_name
         )
-        encoded = []
+        pieces = []
         for event in batch.events:
-            instant = dt.datetime.fromtimestamp(event.wall, dt.timezone.utc)
             data, is_whole = (event.data, True) if isinstance(event.data, bytes) else self._encode(event.data)
             if not is_whole:
                 with self._lock:
                     self._replaced += 1
+            pieces.append(data)
+        # At once, and the data alone: the rest is ours. Neither compact JSON nor a token holds a newline.
+        scrubbed = self._scrub(b"\n".join(pieces)).split(b"\n")
+        encoded = []
+        for event, data in zip(batch.events, scrubbed):
+            instant = dt.datetime.fromtimestamp(event.wall, dt.timezone.utc)
             encoded.append(protocol.audit_event(head, event.event_type, event.severity, instant, data))
         return protocol.audit_body(encoded)
 

@@ -757,13 +757,13 @@ def test_events_of_tasks(platform: Any, sdk_of: Make) -> None:
 
 
 def test_an_unknown_capability(scripted: Scripted, sdk_of: Make) -> None:
-    """A task that no handler takes is an event too; one whose name cannot be encoded costs nothing but the name."""
+    """A task that no handler takes is an event too; one with a field that has no JSON form says so."""
     sdk = sdk_of(scripted)
     worker = sdk.create_task_worker(["other"], heartbeat_interval=0.1)
     worker.on_task("echo", echo)
     with sdk, worker:
         scripted.task("t-1", "other")
-        scripted.task("t-2", "\ud800")
+        scripted.task("t-2", "other", trace_id="\ud800")
         scripted.completion("t-1")
         scripted.completion("t-2")
         assert sdk.audit.flush(GUARD)
