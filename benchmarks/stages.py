@@ -156,6 +156,57 @@ def _outbox(port: int) -> Stage:
     return Stage("with an outbox: put and remove a result", run, in_task=False)
 
 
+def _audit_log() -> Any:
+    """The audit log of an SDK that was never started: it keeps what it is told, and has no thread."""
+    made = importlib.import_module("sekuire").SekuireSDK
+    return made(
+        payloads.AGENT_ID,
+        workspace_id="ws",
+        installation_id=payloads.INSTALLATION_ID,
+        runtime_token=payloads.RUNTIME_TOKEN,
+        refresh_token=payloads.RUNTIME_TOKEN,
+    ).audit
+
+
+def _audit_note(port: int) -> Stage:
+    models = importlib.import_module("sekuire.models")
+    task = models.Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, trace_id="trace-1")
+    completion = models.Completion(task_id=task.task_id, attempt=1, output=payloads.result(), execution_time_ms=1)
+    report = importlib.import_module("sekuire.report").Report(task.task_id, 1, b"", True)
+    audit = _audit_log()
+    worker_id = payloads.completion()["worker_id"]
+
+    def run() -> None:
+        for _ in range(_MANY):
+            audit.task(worker_id, task, completion, report)
+        with audit._lock:
+            audit._clear()
+
+    return Stage("audit, with an SDK: noting a task (handler's thread)", run, _MANY, in_task=False)
+
+
+def _audit_log_call(port: int) -> Stage:
+    audit = _audit_log()
+    data = {"model": "large-1", "tokens": 1234, "milliseconds": 567}
+
+    def run() -> None:
+        for _ in range(_MANY):
+            audit.log("model_call", data)
+        with audit._lock:
+            audit._clear()
+
+    return Stage("audit: one sdk.log(...) (caller's thread)", run, _MANY, in_task=False)
+
+
+def _audit_batch(port: int) -> Stage:
+    audit = _audit_log()
+    for number in range(50):
+        data = {"task_id": payloads.task_id(number), "capability": payloads.CAPABILITY, "status": "completed"}
+        audit._note("tool_execution", "info", {**data, "execution_time_ms": 1, "attempt": 1, "worker_id": "w"}, 600)
+    batch = audit._take()
+    return Stage("audit: encoding one event, in a batch (its thread)", lambda: audit._body_of(batch), 50, in_task=False)
+
+
 def _executor_reference(port: int) -> Stage:
     executor = ThreadPoolExecutor(1)
 
@@ -204,6 +255,9 @@ _MAKERS: Dict[str, Maker] = {
     "target": _completion_target,
     "post": _post,
     "outbox": _outbox,
+    "audit-note": _audit_note,
+    "audit-log": _audit_log_call,
+    "audit-batch": _audit_batch,
     "executor-reference": _executor_reference,
     "wake-reference": _wake_reference,
 }

@@ -80,14 +80,20 @@ class Beacon:
         self._set_up(config)
 
     @classmethod
-    def _from_config(cls, config: BeaconConfig, pool_size: int) -> Beacon:
-        """A Beacon with a room for the Workers of an SDK in its connection pool."""
+    def _from_config(cls, config: BeaconConfig, pool_size: int, on_change: Callable[[BeaconStatus], None]) -> Beacon:
+        """A Beacon with a room for the Workers of an SDK in its connection pool.
+
+        :param on_change: called with each new state by whoever brings it about; it must not block.
+        """
         beacon = cls.__new__(cls)
-        beacon._set_up(config, pool_size)
+        beacon._set_up(config, pool_size, on_change)
         return beacon
 
-    def _set_up(self, config: BeaconConfig, pool_size: int = 2) -> None:
+    def _set_up(
+        self, config: BeaconConfig, pool_size: int = 2, on_change: Optional[Callable[[BeaconStatus], None]] = None
+    ) -> None:
         self.pid = os.getpid()
+        self._on_change = on_change
         self._config = config
         self._on_status_change = config.on_status_change
         self._installation = Installation(
@@ -278,6 +284,9 @@ class Beacon:
                 lease_expires_at=heartbeat.lease.expires_at,
             )
             status = self._status
-            callback = self._on_status_change if status.state != old.state else None
-        if callback is not None:
+            is_news = status.state != old.state
+        callback = self._on_status_change
+        if is_news and self._on_change is not None:
+            self._on_change(status)
+        if is_news and callback is not None:
             self._callbacks.post(callback, status)

@@ -21,6 +21,8 @@ log = logging.getLogger("sekuire.worker")
 
 #: Desired state → the command that it makes good.
 _COMMAND_FOR = {"running": "resume", "paused": "pause", "terminated": "terminate"}
+#: Command → the state it brings a worker into, as audit events name it.
+_STATE_AFTER = {"resume": "resumed", "pause": "paused", "terminate": "terminated"}
 #: Command ids remembered, so that a replayed command is carried out once.
 _COMMANDS_SEEN = 1000
 _NO_WORKSPACE = (
@@ -40,6 +42,7 @@ class Control:
     lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease.
 
     :param restore: delivers what an earlier process left; called once, after the login and before the first stream.
+    :param note: told of what changes the worker's health: state, reason, severity; it must not block.
     :param set_connected: told of the stream's state and whether this is the login's first verdict.
     :param terminate: begins a stop with a timeout in seconds (None: the worker's own) and a reason.
     :param stop: set when the worker stops; ends the wait for a policy.
@@ -59,6 +62,7 @@ class Control:
         terminate: Callable[[Optional[float], str], None],
         revoke: Callable[[RevokedError], None],
         stop: threading.Event,
+        note: Optional[Callable[[str, Optional[str], str], None]] = None,
     ) -> None:
         self.command_callbacks: List[Callable[[Command], object]] = []
         self.was_connected = False
@@ -75,6 +79,7 @@ class Control:
         self._set_connected = set_connected
         self._terminate = terminate
         self._revoke = revoke
+        self._note = note
         self._lock = threading.Lock()
         self._lease_lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
@@ -84,6 +89,7 @@ class Control:
         self._warned_policy = False
         self._is_policy_loaded = False
         self._stop = stop
+        self._lost: Optional[float] = None
 
     # -- the stream's thread --
 
@@ -137,6 +143,7 @@ class Control:
                 self._dispatcher.resume("command", "desired_state")
             else:
                 self._was_terminated = True
+        self._note_command(command.type, command.reason)
         if command.type == "terminate":
             self._terminate(command.shutdown_timeout, "terminated" + (f": {command.reason}" if command.reason else ""))
         self._tell(command)
@@ -194,19 +201,32 @@ class Control:
         if not changed:
             return
         log.info("the platform's desired state is now %s", desired)
+        self._note_command(_COMMAND_FOR[desired], reason)
         if desired == "terminated":
             self._terminate(timeout, "terminated: " + reason)
         self._tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
+
+    def _note_command(self, kind: str, reason: Optional[str]) -> None:
+        # Before a termination begins, so that nothing of its end is noted earlier.
+        if self._note is not None:
+            self._note(_STATE_AFTER[kind], reason, "info")
 
     def _tell(self, command: Command) -> None:
         for callback in self.command_callbacks:
             self._callbacks.post(callback, command)
 
     def _lease_ended(self) -> None:
-        if not self._heartbeat.lease.is_held():
+        lease = self._heartbeat.lease
+        if lease.is_held():
+            return
+        self._dispatcher.cancel_running("lease lost")
+        # A stream that is opened anew meanwhile has the timer look again; that is no news.
+        if lease.limit != self._lost:
+            self._lost = lease.limit
             log.error("the lease has ended without a heartbeat; no task begins and running ones are cancelled until "
                       "the platform renews it")  # fmt: skip
-            self._dispatcher.cancel_running("lease lost")
+            if self._note is not None:
+                self._note("lease lost", None, "error")
 
     def _load_policy(self) -> None:
         """Have the gateway load its policy, where it can, before the first task comes.

@@ -111,6 +111,7 @@ class Dispatcher:
     ``max_workers`` of them.
 
     :param lease_held: whether the lease allows work now; one comparison, called at intake and before each handler.
+    :param on_result: told of each result that the sink took, with what the sink made of it; it must not block.
     """
 
     def __init__(
@@ -122,9 +123,11 @@ class Dispatcher:
         timer: Timer,
         lease_held: Callable[[], bool],
         scrub: Callable[[str], str],
+        on_result: Optional[Callable[[Task, Completion, Any], None]] = None,
         owner: object = None,
     ) -> None:
         self.counts = Counts()
+        self._on_result = on_result
         self._registry = registry
         self._sink = sink
         self._timer = timer
@@ -553,6 +556,8 @@ class Dispatcher:
         """Give a claimed record's result to the sink, then forget the record; what is to be sent."""
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
         report = self._sink.accept(completion)
+        if self._on_result is not None and report is not None:
+            self._on_result(record.task, completion, report)
         with self._condition:
             if record.attempt > completion.attempt:
                 self._sink.recall(record.task.task_id, record.attempt)
@@ -631,8 +636,11 @@ class Dispatcher:
         with self._condition:
             self.counts.rejected += 1
         _log_answer(task, failure)
-        report = self._sink.accept(Completion(task_id=task.task_id, attempt=attempt, failure=failure))
+        completion = Completion(task_id=task.task_id, attempt=attempt, failure=failure)
+        report = self._sink.accept(completion)
         if report is not None:
+            if self._on_result is not None:
+                self._on_result(task, completion, report)
             self._sink.enqueue(report)
 
     def _reject_record(self, record: _Record, failure: Failure) -> None:

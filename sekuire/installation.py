@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Callable, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple, Union
 
-from . import platforms
+from . import platforms, protocol
 from .config import AgentConfig
 from .credentials import Authenticator, RuntimeCredentialsStore
 from .errors import ConfigurationError
@@ -76,11 +76,20 @@ class Installation:
 
     def scrub(self, text: str) -> str:
         """``text`` without the tokens that are live now, or were until lately."""
-        known = {secret.reveal() for secret in (*self.store.secrets, *self._secrets) if secret is not None}
-        # The longest first: one may be the beginning of another.
-        for token in sorted(known, key=len, reverse=True):
+        for token in self._tokens():
             text = text.replace(token, "***")
         return text
+
+    def scrub_json(self, data: bytes) -> bytes:
+        """As :meth:`scrub`, for JSON, in which a quote or a backslash of a token is escaped."""
+        for token in self._tokens():
+            data = data.replace(protocol.encode_json(token)[1:-1], b"***")
+        return data
+
+    def _tokens(self) -> List[str]:
+        known = {secret.reveal() for secret in (*self.store.secrets, *self._secrets) if secret is not None}
+        # The longest first: one may be the beginning of another.
+        return sorted(known, key=len, reverse=True)
 
     def close(self) -> None:
         self.stop.set()

@@ -56,6 +56,17 @@ CODE_REVOKED = "INSTALLATION_REVOKED"
 
 #: The rule that denies where no policy could be loaded.
 RULE_UNAVAILABLE = "policy.unavailable"
+#: What an audit event may be about, and how grave it may be.
+EVENT_TYPES = (
+    "tool_execution",
+    "model_call",
+    "policy_violation",
+    "policy_check",
+    "network_access",
+    "file_access",
+    "health",
+)
+SEVERITIES = ("debug", "info", "warn", "error")
 
 #: Failure codes of the library's own, each with the ``retryable`` it is sent with.
 RETRYABLE = {
@@ -502,6 +513,30 @@ def progress_body(fraction: float, message: Optional[str]) -> bytes:
 def submit_body(capability: str, input: Any, agent_id: str, fields: Mapping[str, Any]) -> bytes:
     """The body that submits a task, with an API key; ``fields`` as protocol.md lists them."""
     return encode_json({"agent_id": agent_id, "capability": capability, "input": input, **fields})
+
+
+def audit_head(
+    agent_id: str, session_id: str, environment: str, workspace_id: Optional[str], agent_name: Optional[str]
+) -> bytes:
+    """What the events of a batch have in common: a JSON object without its end, which :func:`audit_event` adds."""
+    head = {"sekuire_id": agent_id, "session_id": session_id, "environment": environment}
+    if workspace_id is not None:
+        head["workspace_id"] = workspace_id
+    if agent_name is not None:
+        head["agent_name"] = agent_name
+    return encode_json(head)[:-1]
+
+
+def audit_event(head: bytes, event_type: str, severity: str, instant: dt.datetime, data: bytes) -> bytes:
+    """One audit event; ``data`` is the JSON object of its ``event_data``."""
+    # Of EVENT_TYPES, SEVERITIES and digits: nothing to escape.
+    fields = f',"event_type":"{event_type}","severity":"{severity}","event_timestamp":"{format_time(instant)}"'
+    return b"".join((head, fields.encode(), b',"event_data":', data, b"}"))
+
+
+def audit_body(events: Sequence[bytes]) -> bytes:
+    """The body of a batch of :func:`audit_event`."""
+    return b'{"events":[' + b",".join(events) + b"]}"
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

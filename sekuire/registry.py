@@ -197,6 +197,14 @@ class TaskRegistry:
 
     # -- used --
 
+    def copy(self) -> TaskRegistry:
+        """One with the same handlers and middleware, not frozen; what becomes of it does not show in this one."""
+        copy = TaskRegistry(_option=self._option)
+        copy._layers = list(self._layers)
+        for entry in self:
+            copy._put(entry.within(()))
+        return copy
+
     def freeze(self, carrier: Optional[Carrier] = None) -> None:
         """Take nothing more, and put the middleware around the handlers, once for all tasks.
 

@@ -50,6 +50,7 @@ _NOT_SUPPORTED = (404, 405, 501)
 class Report:
     """One result; its fields change under the reporter's lock.
 
+    ``code`` is the failure's as it is sent, None for an output.
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
     ``is_stored``: its present form is in the outbox, under ``stored_attempt``.
@@ -57,6 +58,7 @@ class Report:
 
     __slots__ = (
         "attempt",
+        "code",
         "head",
         "is_final",
         "is_given_up",
@@ -69,8 +71,9 @@ class Report:
         "tries",
     )
 
-    def __init__(self, task_id: str, attempt: int, head: bytes, is_final: bool) -> None:
+    def __init__(self, task_id: str, attempt: int, head: bytes, is_final: bool, code: Optional[str] = None) -> None:
         self.task_id = task_id
+        self.code = code
         self.attempt = attempt
         self.head = head
         self.is_final = is_final
@@ -136,12 +139,13 @@ class Reporter:
 
     def accept(self, completion: Completion) -> Optional[Report]:
         """Take a result: from now on it is the task's only one. None where the task has one already."""
-        head = self._encode(completion)
+        head, code = encode(completion, self._max_bytes)
         with self._condition:
             if completion.task_id in self._held or completion.task_id in self._remembered:
                 return None
             failure = completion.failure
-            report = Report(completion.task_id, completion.attempt, head, failure is None or not failure.retryable)
+            is_final = failure is None or not failure.retryable
+            report = Report(completion.task_id, completion.attempt, head, is_final, code)
             self._held[report.task_id] = report
             self._held_bytes += len(head)
             self._progress.pop(report.task_id, None)
@@ -323,37 +327,6 @@ class Reporter:
         return join_all(threads, deadline)
 
     # -- inside: one result --
-
-    def _encode(self, completion: Completion) -> bytes:
-        problem = ""
-        head = b""
-        try:
-            head = protocol.completion_head(completion)
-        except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
-            problem = type(error).__name__
-        if problem:
-            log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
-            return self._substitute_head(
-                completion, "result_not_serializable", f"the handler's result has no JSON form: {problem}"[:1000]
-            )
-        if len(head) > self._max_bytes:
-            message = f"the result has {len(head)} bytes of JSON; max_result_bytes is {self._max_bytes}"
-            log.error("[%s] %s", completion.task_id, message)
-            return self._substitute_head(completion, "result_too_large", message)
-        return head
-
-    @staticmethod
-    def _substitute_head(completion: Completion, code: str, message: str) -> bytes:
-        text = message.encode("utf-8", "replace").decode()
-        failed = Completion(
-            task_id=completion.task_id,
-            attempt=completion.attempt,
-            failure=protocol.failure(code, text),
-            execution_time_ms=completion.execution_time_ms,
-        )
-        return protocol.completion_head(failed)
 
     def _send(self, path: str, body: bytes, key: Optional[str] = None) -> Tuple[Optional[Reply], SekuireError]:
         """A reply of any status, or why there is none."""
@@ -567,3 +540,39 @@ class Reporter:
                 return None
             finally:
                 self._idle -= 1
+
+
+def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]]:
+    """A completion's head, and the code of the failure in it, None for an output.
+
+    A result that has no JSON form, or one of more than ``max_bytes``, gives way to a failure that says so.
+    """
+    problem = ""
+    head = b""
+    try:
+        head = protocol.completion_head(completion)
+    except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
+        problem = type(error).__name__
+    if problem:
+        log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
+        code = "result_not_serializable"
+        text = f"the handler's result has no JSON form: {problem}"[:1000]
+        return _substitute_head(completion, code, text), code
+    if len(head) > max_bytes:
+        message = f"the result has {len(head)} bytes of JSON; max_result_bytes is {max_bytes}"
+        log.error("[%s] %s", completion.task_id, message)
+        return _substitute_head(completion, "result_too_large", message), "result_too_large"
+    return head, None if completion.failure is None else completion.failure.code
+
+
+def _substitute_head(completion: Completion, code: str, message: str) -> bytes:
+    text = message.encode("utf-8", "replace").decode()
+    failed = Completion(
+        task_id=completion.task_id,
+        attempt=completion.attempt,
+        failure=protocol.failure(code, text),
+        execution_time_ms=completion.execution_time_ms,
+    )
+    return protocol.completion_head(failed)

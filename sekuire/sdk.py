@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple,
 import attrs
 
 from . import protocol
+from .audit import AuditLog
 from .beacon import STOP_TIMEOUT, Beacon
 from .config import (
     CREDENTIALS_FILE_VARIABLE,
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("sekuire.sdk")
 
 _OWN = ("agent_id", "api_base_url", "install_token", "runtime_token", "installation_id", "refresh_token")
+#: Seconds a shutdown keeps for audit events: the least, also where its time is over, and the most.
+_AUDIT_LEAST, _AUDIT_MOST = 1.0, 5.0
+#: How grave an audit event of a Beacon's new state is.
+_GRAVITY = {"connected": "info", "degraded": "warn", "revoked": "error"}
+
 _FORBIDDEN = (*_OWN, "credentials_store", "token_provider", "policy_gateway")
 
 
@@ -48,10 +54,11 @@ class SekuireSDK:
     policy of its workspace then decides over its Workers' tasks. The workspace is ``workspace_id``, or else the one
     that the platform tells at the login.
 
-    Any thread may call its methods; ``_lock`` guards the list of Workers. Its threads are its Beacon's, its Workers'
-    and its policy gateway's.
+    Any thread may call its methods; ``_lock`` guards the list of Workers. Its threads are its Beacon's, its Workers',
+    its policy gateway's, and that of ``audit``, the :class:`~sekuire.audit.AuditLog` that :meth:`log` writes to.
 
     :param agent_id: who the agent is.
+    :param agent_name: a name for people; part of audit events.
     :param trusted_policy_keys: Ed25519 public keys, each a str in hex or base64, one of which must have signed the
         policy.
     :param policy_path: a file that keeps the last good policy, so that a restart during an outage finds one.
@@ -60,6 +67,7 @@ class SekuireSDK:
     :param auto_heartbeat: beat from :meth:`start` on; False: only while a Worker runs.
     :param heartbeat_interval: seconds between beats, at most; a Worker that asks for less gets it while it runs.
     :param environment: such as ``"production"``; part of audit events.
+    :param logging_enabled: False: no audit events, neither of :meth:`log` nor of the library's own.
     :raises ConfigurationError: a wrong option, or nothing to authenticate with.
     """
 
@@ -145,7 +153,9 @@ class SekuireSDK:
         self._workers: List[Worker] = []
         self._is_started = False
         self._is_shut_down = False
-        self._beacon = Beacon._from_config(config, POOL_SIZE)
+        self._beacon = Beacon._from_config(config, POOL_SIZE, self._note_status)
+        installation = self._beacon._installation
+        self.audit = AuditLog(config, installation.auth, scrub=installation.scrub_json)
 
     def _make_gateway(self, config: SDKConfig, keys_source: Optional[str]) -> Optional[PolicyGateway]:
         from .policy.client import PolicyClient, missing_packages
@@ -197,9 +207,11 @@ class SekuireSDK:
             self._is_started = True
         if self._config.auto_heartbeat:
             self._beacon.start()
+        # Not before: a login is the Beacon's, which tells what was refused.
+        self.audit.open(may_log_in=not self._config.auto_heartbeat)
 
     def shutdown(self, timeout: Optional[float] = None) -> None:
-        """Stop all Workers side by side, then the heartbeat, within ``timeout`` seconds.
+        """Stop all Workers side by side, send what audit events are left, stop the heartbeat, within ``timeout`` s.
 
         The default is the longest ``shutdown_timeout`` of the Workers. Idempotent; from a handler or a callback it
         asks for the stop and returns.
@@ -216,12 +228,18 @@ class SekuireSDK:
             self._shut_down(workers, timeout)
 
     def _shut_down(self, workers: List[Worker], timeout: Optional[float]) -> None:
+        longest = max((worker._config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
+        deadline = Deadline(longest if timeout is None else timeout)
         for worker in workers:
             worker._request_stop(timeout)
         for worker in workers:
             worker.stop(timeout)
         if self._gateway is not None:
             self._gateway.close()
+        if self._is_started:
+            self.audit.health("stopped", of="installation")
+        # After the reports, which make events; before the Beacon, which closes the connections.
+        self.audit.close(Deadline(min(max(deadline.remaining(), _AUDIT_LEAST), _AUDIT_MOST)))
         self._beacon.stop(STOP_TIMEOUT if timeout is None else min(timeout, STOP_TIMEOUT))
 
     def __enter__(self) -> SekuireSDK:
@@ -268,13 +286,39 @@ class SekuireSDK:
                 "policy_gateway": self._config.policy_gateway,
             },
         )
-        worker = Worker(config, _installation=self._beacon._installation)
+        audit = self.audit if self._config.logging_enabled else None
+        worker = Worker(config, _installation=self._beacon._installation, _audit=audit)
         worker._sdk = self
         with self._lock:
             if self._is_shut_down:
                 raise ConfigurationError("this SDK was shut down; make a new one", "SekuireSDK.create_task_worker")
             self._workers.append(worker)
         return worker
+
+    # -- telling --
+
+    def log(self, event_type: str, data: Any = None, severity: str = "info") -> None:
+        """Note an audit event. It is sent in a batch, soon, by another thread; this returns at once.
+
+        Before :meth:`start` events are kept until the login; after :meth:`shutdown` they are ignored. Nothing is in
+        them but what is given here; live tokens of this installation are replaced by ``***``.
+
+        :param event_type: ``"tool_execution"``, ``"model_call"``, ``"policy_violation"``, ``"policy_check"``,
+            ``"network_access"``, ``"file_access"`` or ``"health"``.
+        :param data: a mapping with a JSON form, at most 64 KiB of it; another value becomes ``{"value": …}``. One
+            without a JSON form, or too large, is replaced by a short description and counted: it is no error.
+        :param severity: ``"debug"``, ``"info"``, ``"warn"`` or ``"error"``.
+        :raises ConfigurationError: an unknown type or severity.
+        :raises SekuireError: in a process forked from the one that made this SDK.
+        """
+        self.audit.log(event_type, data, severity)
+
+    def _note_status(self, status: BeaconStatus) -> None:
+        severity = _GRAVITY.get(status.state)
+        if severity is not None:
+            self.audit.health(
+                status.state, severity, of="installation", installation_id=status.installation_id, reason=status.error
+            )
 
     # -- where it stands --
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Ty
 import attrs
 
 from . import protocol
+from .audit import AuditLog
 from .calls import Handler, Middleware
 from .config import WorkerConfig, from_options
 from .control import Control
@@ -78,7 +80,13 @@ class Worker:
     :raises ConfigurationError: a wrong setting, or nothing to authenticate with.
     """
 
-    def __init__(self, config: WorkerConfig, *, _installation: Optional[Installation] = None) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        *,
+        _installation: Optional[Installation] = None,
+        _audit: Optional[AuditLog] = None,
+    ) -> None:
         if not isinstance(config, WorkerConfig):
             raise ConfigurationError(
                 f"must be a WorkerConfig, got {type(config).__name__}; or use create_worker(...)", "config"
@@ -94,6 +102,9 @@ class Worker:
         )
         #: The SekuireSDK that made this worker, if one did; set by it.
         self._sdk: Any = None
+        self._audit = _audit
+        #: The LocalPlatform of a test's Workbench, if it made this worker; set by it.
+        self._platform: Any = None
         self._auth = self._installation.auth
         self._heartbeat = self._installation.heartbeat
         self._registry = TaskRegistry(_option="on_task")
@@ -127,6 +138,7 @@ class Worker:
             timer=self._timer,
             lease_held=self._heartbeat.lease.is_held,
             scrub=self._installation.scrub,
+            on_result=None if _audit is None else functools.partial(_audit.task, self.worker_id),
             owner=self,
         )
         self._control = Control(
@@ -141,6 +153,7 @@ class Worker:
             terminate=self._terminate,
             revoke=self._revoke,
             stop=self._stop,
+            note=None if _audit is None else self._note_state,
         )
         self._stream = TaskStream(config, self._auth, self._control, query=self._query, stop=self._stop)
         self._stream_thread = threading.Thread(target=self._run_stream, name="sekuire-stream", daemon=True)
@@ -350,12 +363,14 @@ class Worker:
         """Take no tasks: each is answered ``worker_paused`` (retryable); running ones go on."""
         if self._dispatcher.pause("local", reason):
             log.info("paused%s", f": {reason}" if reason else "")
+            self._note_state("paused", reason)
             self._heartbeat.nudge()
 
     def resume(self) -> None:
         """Undo :meth:`pause`; a pause that the platform ordered stays."""
         if self._dispatcher.resume("local"):
             log.info("resumed%s", ", but the platform's pause holds" if self.is_paused() else "")
+            self._note_state("resumed")
             self._heartbeat.nudge()
 
     def stats(self) -> WorkerStats:
@@ -430,6 +445,9 @@ class Worker:
         self._installation.declare(*self.capabilities)
         self._listen_to_gateway("add_listener")
         at_exit(self)
+        if self._audit is not None:
+            self._audit.open()
+            self._note_state("started")
         self._stream_thread.start()
         if self._config.stop_when_idle is not None:
             IdleWatch(self._config.stop_when_idle, self._timer, self._activity, self._stop_idle).start()
@@ -512,6 +530,10 @@ class Worker:
             self._config.max_workers + self._config.queue_size,
             () if self._registry.has_catch_all else self.capabilities,
         )
+
+    def _note_state(self, state: str, reason: Optional[str] = None, severity: str = "info") -> None:
+        if self._audit is not None:
+            self._audit.health(state, severity, of="worker", worker_id=self.worker_id, reason=reason)
 
     def _set_connected(self, connected: bool, verdict: bool) -> None:
         with self._state:
@@ -628,6 +650,7 @@ class Worker:
                 except Exception:
                     log.exception("stopping: a step failed (%s); going on", step.__name__)
         log.info("the worker has stopped (%s)", self._stop_reason)
+        self._note_state("stopped", self._stop_reason, "info" if self._error is None else "error")
         with self._state:
             self._phase = "stopped"
             self._connected = False

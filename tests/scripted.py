@@ -87,6 +87,7 @@ _NAMES = (
     (re.compile(r"/release$"), "release"),
     (re.compile(r"/progress$"), "progress"),
     (re.compile(r"/workspaces/[^/]+/policy$"), "policy"),
+    (re.compile(r"/logs$"), "logs"),
 )
 
 _END, _CUT, _RESET = object(), object(), object()

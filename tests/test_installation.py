@@ -8,6 +8,7 @@ from typing import Any, Iterator, List
 
 import pytest
 
+from sekuire import protocol
 from sekuire.config import AgentConfig
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
@@ -85,6 +86,14 @@ def test_a_token_that_begins_with_another(made: List[Installation]) -> None:
     """Nothing of a longer token stays where a shorter one is its beginning."""
     store = RuntimeCredentialsStore(RuntimeCredentials(runtime_token="abc", refresh_token="abcdef"))
     assert install(made, credentials_store=store).scrub("x abcdef abc") == "x *** ***"
+
+
+def test_live_tokens_are_scrubbed_from_json(made: List[Installation]) -> None:
+    """A token is found in JSON, where its quotes and backslashes are escaped."""
+    store = RuntimeCredentialsStore(RuntimeCredentials(runtime_token='a"b', refresh_token="c\\d"))
+    one = install(made, credentials_store=store)
+    data = protocol.encode_json({"x": ['<a"b>', "c\\d"], 'a"b': 1})
+    assert protocol.decode_body(one.scrub_json(data)) == {"x": ["<***>", "***"], "***": 1}
 
 
 def test_capabilities_are_united(made: List[Installation]) -> None:

@@ -63,12 +63,13 @@ def modules() -> Set[str]:
 def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     """Every module, the marker for type checkers, metadata; no tests, no benchmarks."""
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == modules() | {"sekuire/py.typed"}
+    assert names == modules() | {"sekuire/py.typed", "pytest_sekuire.py"}
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
 
 
 EXTRAS = {
     "local": {"flask", "cheroot", "blake3", "cryptography", "rfc8785"},
+    "testing": {"sekuire[local]", "pytest"},
     "reload": {"watchfiles"},
     "flask": {"flask"},
     "django": {"django"},
@@ -94,7 +95,9 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
         if "extra==" in one:
             extras[one.split("extra==")[1].strip("\"'")].add(re.split("[><=!;]", one)[0])
     assert extras == EXTRAS
-    assert "sekuire = sekuire.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
+    assert "[console_scripts]\nsekuire = sekuire.cli:main" in entry_points
+    assert "[pytest11]\nsekuire = pytest_sekuire" in entry_points
 
 
 def test_sdist_is_complete(sdist: tarfile.TarFile) -> None:
@@ -102,7 +105,15 @@ def test_sdist_is_complete(sdist: tarfile.TarFile) -> None:
     prefix = f"sekuire-{__version__}/"
     names = {name[len(prefix) :] for name in sdist.getnames() if name.startswith(prefix)}
     wanted = modules() | {"sekuire/py.typed", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "setup.cfg"}
-    wanted |= {"setup.py", "pyproject.toml", "tox.ini", ".ci/run", "docs/conf.py", "tests/test_packaging.py"}
+    wanted |= {
+        "setup.py",
+        "pytest_sekuire.py",
+        "pyproject.toml",
+        "tox.ini",
+        ".ci/run",
+        "docs/conf.py",
+        "tests/test_packaging.py",
+    }
     wanted |= {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
     wanted |= {
         str(path.relative_to(ROOT)).replace("\\", "/")

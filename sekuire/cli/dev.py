@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import queue
 import shlex
 import signal
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import APIError, ConfigurationError, PolicyIntegrityError
 from . import terminal
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="a further name to be called by, such as host.docker.internal; may be repeated",
+    )
+    parser.add_argument(
+        "--show-logs", action="store_true", help="print every audit event that comes as a line on stderr"
     )
     group = parser.add_argument_group("faults", FAULTS)
     group.add_argument(
@@ -123,7 +127,10 @@ def run(args: argparse.Namespace) -> int:
                 terminal.note(f"fault: {fault}")
             if args.fault:
                 terminal.note(f"fault seed: {faults.seed}")
-            signals.wait(None if policy is None else policy.look)
+            looks = [] if policy is None else [policy.look]
+            if args.show_logs:
+                looks.append(_Tail(platform).show)
+            signals.wait(looks)
         finally:
             platform.stop()
     if args.fault:
@@ -154,6 +161,27 @@ def shell_lines(variables: Dict[str, str], windows: bool = os.name == "nt") -> L
     if windows:
         return [f'set "{name}={value}"' for name, value in variables.items()]
     return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+class _Tail:
+    """Shows the audit events that came since it last looked. Main thread only."""
+
+    def __init__(self, platform: Any) -> None:
+        self._store = platform._store
+        known = self._store.logs(None, None)
+        self._last = known[-1][0] if known else 0
+
+    def show(self) -> None:
+        for number, event in self._store.logs(None, None, after=self._last):
+            self._last = number
+            terminal.note(line_of(event))
+
+
+def line_of(event: Dict[str, Any]) -> str:
+    """An audit event as one line; what could steer a terminal is escaped."""
+    data = json.dumps(event["event_data"], ensure_ascii=False)
+    text = " ".join((event["event_timestamp"], event["severity"], event["event_type"], event["sekuire_id"], data))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _by_flag(error: ConfigurationError) -> CommandError:
@@ -234,15 +262,15 @@ class _Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    def wait(self, meanwhile: Optional[Callable[[], None]] = None) -> None:
-        """Until a signal has come; ``meanwhile`` is called a few times a second. In slices: on Windows no signal
+    def wait(self, looks: Sequence[Callable[[], None]] = ()) -> None:
+        """Until a signal has come; ``looks`` are called a few times a second. In slices: on Windows no signal
         interrupts a wait."""
         while True:
+            for look in looks:
+                look()
             try:
                 self._queue.get(timeout=_SLICE)
             except queue.Empty:
-                if meanwhile is not None:
-                    meanwhile()
                 continue
             return
 

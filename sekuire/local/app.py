@@ -46,12 +46,15 @@ from ..errors import ConfigurationError
 from ..protocol import (
     COMMANDS,
     DEFAULT_ENDPOINTS,
+    EVENT_TYPES,
     JSON_TYPE,
+    SEVERITIES,
     STREAM_TYPE,
     Malformed,
     decode_body,
     encode_json,
     is_id,
+    parse_time,
 )
 from .faults import Fault, Faults, Plan
 from .record import NO_ANSWER, Record
@@ -150,7 +153,8 @@ class Application:
             ("progress", "POST", self._progress),
             ("policy", "GET", self._policy),
             ("policy", "PUT", self._set_policy),
-            ("logs", "POST", self._logs),
+            ("logs", "POST", self._log),
+            ("logs", "GET", self._logs),
         ]
         for name, method, view in routes:
             rule = DEFAULT_ENDPOINTS[name].replace("{", "<id:").replace("}", ">")
@@ -427,13 +431,29 @@ class Application:
             raise _invalid('content must be an object: {"content": {...}}')
         return _answer(self._store.set_policy(workspace_id, content))
 
-    def _logs(self) -> flask.Response:
+    def _log(self) -> flask.Response:
         self._either()
         events = _body().get("events")
-        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+        if not isinstance(events, list):
             raise _invalid("events must be a list of objects")
-        self._record.log(events)
+        for event in events:
+            _check_event(event)
+        self._store.log(events, flask.request.headers.get("Idempotency-Key"))
         return _answer({"accepted": len(events)}, 202)
+
+    def _logs(self) -> flask.Response:
+        self._admin()
+        query = _query()
+        for name, known in (("event_type", EVENT_TYPES), ("severity", SEVERITIES)):
+            if query.get(name) not in (None, *known):
+                raise _invalid(f"{name} must be one of {', '.join(known)}")
+        limit, after = query.get("limit", "50"), query.get("after", "0")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= 1000):
+            raise _invalid("limit must be an integer from 1 to 1000")
+        if not (after.isascii() and after.isdigit() and len(after) <= 18):
+            raise _invalid("after must be the next_after of an earlier answer")
+        found = self._store.logs(query.get("event_type"), query.get("severity"), int(limit), int(after))
+        return _answer({"events": [event for _, event in found], "next_after": found[-1][0] if found else int(after)})
 
 
 def _endpoint() -> str:
@@ -613,6 +633,22 @@ def _check_completion(task_id: str, body: Mapping[str, Any]) -> None:
             raise _invalid("error.retryable must be true or false")
     else:
         raise _invalid("status must be completed or failed")
+
+
+def _check_event(event: Any) -> None:
+    if not isinstance(event, dict):
+        raise _invalid("events must be a list of objects")
+    for name in ("sekuire_id", "session_id", "environment"):
+        _string(event, name)
+    for name in ("workspace_id", "agent_name"):
+        _optional_string(event, name)
+    for name, known in (("event_type", EVENT_TYPES), ("severity", SEVERITIES)):
+        if event.get(name) not in known:
+            raise _invalid(f"{name} must be one of {', '.join(known)}")
+    if parse_time(event.get("event_timestamp")) is None:
+        raise _invalid("event_timestamp must be an RFC 3339 time")
+    if not isinstance(event.get("event_data"), dict):
+        raise _invalid("event_data must be an object")
 
 
 def check_submission(body: Mapping[str, Any]) -> Tuple[str, Dict[str, Any], int]:

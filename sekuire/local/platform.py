@@ -430,9 +430,9 @@ class LocalPlatform:
         """Every progress report of a task."""
         return self._record.progress_of(task_id)
 
-    def logs(self) -> List[Dict[str, Any]]:
-        """The last 10,000 audit events."""
-        return self._record.logs()
+    def logs(self, event_type: Optional[str] = None, severity: Optional[str] = None) -> List[Dict[str, Any]]:
+        """The last 10,000 audit events, oldest first; all of them, or those of a type or a severity."""
+        return [event for _, event in self._store.logs(event_type, severity)]
 
     def streams(self) -> List[Dict[str, Any]]:
         """The workers connected now: ``worker_id``, ``installation_id``, ``capabilities`` (None: any), ``in_flight``

@@ -27,7 +27,6 @@ class Record:
         self._heartbeats: OrderedDict[str, Deque[Any]] = OrderedDict()
         self._completions: OrderedDict[str, Deque[Any]] = OrderedDict()
         self._progress: OrderedDict[str, Deque[Any]] = OrderedDict()
-        self._logs: Deque[Any] = deque(maxlen=MAX_ENTRIES)
 
     def request(self, endpoint: str, status: int) -> None:
         with self._lock:
@@ -42,10 +41,6 @@ class Record:
 
     def progress(self, task_id: str, body: Any) -> None:
         self._add(self._progress, task_id, body)
-
-    def log(self, events: List[Any]) -> None:
-        with self._lock:
-            self._logs.extend(events)
 
     def requests(self) -> List[Tuple[str, int]]:
         with self._lock:
@@ -66,10 +61,6 @@ class Record:
     def progress_of(self, task_id: str) -> List[Any]:
         with self._lock:
             return list(self._progress.get(task_id, ()))
-
-    def logs(self) -> List[Any]:
-        with self._lock:
-            return list(self._logs)
 
     def _add(self, lists: OrderedDict[str, Deque[Any]], key: str, entry: Any) -> None:
         with self._lock:

@@ -31,7 +31,10 @@ __all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]
 
 #: Marks a database as ours ("Seku"), so that another program's file is refused instead of filled with tables.
 APPLICATION_ID = 0x53656B75
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+#: Audit events kept; the oldest go first.
+MAX_LOGS = 10_000
 
 #: How long work of a revoked installation may still be reported where the revocation names no time (seconds).
 DEFAULT_SHUTDOWN_TIMEOUT = 30.0
@@ -79,6 +82,10 @@ CREATE TABLE completions (
 CREATE TABLE policies (
     workspace_id TEXT PRIMARY KEY, policy_id TEXT NOT NULL, version INTEGER NOT NULL, hash TEXT NOT NULL,
     content TEXT NOT NULL, activated_at REAL NOT NULL, updated_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE logs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, batch TEXT, event_type TEXT NOT NULL, severity TEXT NOT NULL,
+    data TEXT NOT NULL);
+CREATE INDEX logs_by_batch ON logs (batch) WHERE batch IS NOT NULL;
 """
 
 
@@ -972,6 +979,35 @@ class Store:
         with self._transaction() as db:
             db.execute("UPDATE meta SET value = ? WHERE key = 'policy_key'", (key.secret(),))
             self.policy_key = key
+
+    # -- audit events -------------------------------------------------------------------------------------------------
+
+    def log(self, events: Sequence[Mapping[str, Any]], batch: Optional[str]) -> None:
+        """Keep events, unless a batch of this name is kept already: its sender did not get the answer."""
+        with self._transaction() as db:
+            if batch is not None and db.execute("SELECT 1 FROM logs WHERE batch = ? LIMIT 1", (batch,)).fetchone():
+                return
+            db.executemany(
+                "INSERT INTO logs (batch, event_type, severity, data) VALUES (?, ?, ?, ?)",
+                [(batch, event["event_type"], event["severity"], _text(event)) for event in events],
+            )
+            db.execute("DELETE FROM logs WHERE seq <= (SELECT max(seq) FROM logs) - ?", (MAX_LOGS,))
+
+    def logs(
+        self, event_type: Optional[str], severity: Optional[str], limit: int = MAX_LOGS, after: int = 0
+    ) -> List[Tuple[int, Dict[str, Any]]]:
+        """Events with their numbers, oldest first, of those with a number above ``after``."""
+        with self._lock:
+            rows = (
+                self._connection()
+                .execute(
+                    "SELECT seq, data FROM logs WHERE seq > ? AND event_type = coalesce(?, event_type)"
+                    " AND severity = coalesce(?, severity) ORDER BY seq LIMIT ?",
+                    (after, event_type, severity, limit),
+                )
+                .fetchall()
+            )
+        return [(row[0], json.loads(row[1])) for row in rows]
 
     def _connection(self) -> sqlite3.Connection:
         if self._db is None:

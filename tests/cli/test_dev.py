@@ -16,7 +16,7 @@ from typing import Dict, List, Optional
 
 import pytest
 
-from sekuire import PolicyClient, Worker, create_worker
+from sekuire import PolicyClient, SekuireSDK, Worker, create_worker
 from sekuire.cli import dev
 from sekuire.policy.document import thaw
 
@@ -67,6 +67,28 @@ def test_it_prints_the_environment_and_stops(run: Run, number: int) -> None:
     assert err.splitlines()[-1] == "stopped"
     assert "Traceback" not in err
     assert "Warning" not in err
+
+
+@POSIX_ONLY
+def test_it_shows_audit_events(run: Run) -> None:
+    """With --show-logs every audit event is a line on stderr, with nothing in it that could steer the terminal."""
+    process = run("dev", "--port", "0", "--show-logs")
+    found = exported(process)
+    with SekuireSDK(
+        found["SEKUIRE_AGENT_ID"],
+        api_base_url=found["SEKUIRE_API_URL"],
+        install_token=found["SEKUIRE_INSTALL_TOKEN"],
+    ) as sdk:
+        sdk.log("model_call", {"model": "large\x1b[31m\x9b\u202e\n"}, "warn")
+        sdk.log("file_access", {"path": "/tmp/ä"})
+    line = process.line("stderr", "model_call")
+    _, severity, event_type, agent, data = line.split(" ", 4)
+    assert (severity, event_type, agent) == ("warn", "model_call", "my-agent")
+    assert data == '{"model": "large\\u001b[31m\\x9b\\u202e\\n"}\n'
+    assert '{"path": "/tmp/ä"}' in process.line("stderr", "file_access")
+    assert '"state": "connected"' in process.line("stderr", "health")
+    process.signal(signal.SIGTERM)
+    assert process.end()[0] == 0
 
 
 @POSIX_ONLY

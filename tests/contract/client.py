@@ -243,3 +243,17 @@ class Installation:
 
     def release(self, task_id: str, worker_id: str = "w1", attempt: int = 1) -> Answer:
         return self.call("POST", f"/tasks/{task_id}/release", {"attempt": attempt, "worker_id": worker_id})
+
+
+def audit_event(**fields: Any) -> Dict[str, Any]:
+    """An audit event as the contract has it, with ``fields`` instead."""
+    return {
+        "sekuire_id": "agent-1",
+        "session_id": "s-1",
+        "environment": "test",
+        "event_type": "health",
+        "severity": "info",
+        "event_timestamp": "2030-01-01T00:00:00.000001Z",
+        "event_data": {"n": 1},
+        **fields,
+    }

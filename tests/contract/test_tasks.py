@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import pytest
 
-from .client import Client, Installation
+from .client import Client, Installation, audit_event
 
 
 @pytest.fixture
@@ -281,8 +281,52 @@ def test_a_malformed_policy(client: Client) -> None:
 
 def test_audit_events_are_taken(client: Client, installation: Installation) -> None:
     """A batch of audit events is accepted with either credential."""
-    body = {"events": [{"event_type": "health", "severity": "info", "event_data": {}}]}
+    body = {"events": [audit_event()]}
     assert client.admin("POST", "/logs", body).status < 300
     assert installation.call("POST", "/logs", body).status < 300
     assert installation.call("POST", "/logs", {"events": {}}).status == 400
     assert client.call("POST", "/logs", body).status == 401
+
+
+def test_audit_events_are_kept_once(client: Client, installation: Installation) -> None:
+    """A batch whose Idempotency-Key came before is not taken twice; the log can be read page by page."""
+    session = f"s-{installation.id}"
+    events = [audit_event(session_id=session, event_data={"n": n}, event_type="model_call") for n in range(3)]
+    for _ in range(2):
+        answer = installation.call("POST", "/logs", {"events": events}, Idempotency_Key=f"{session}:1")
+        assert answer.status < 300
+    found: List[Any] = []
+    after = 0
+    while True:
+        page = client.admin("GET", f"/logs?event_type=model_call&severity=info&limit=2&after={after}")
+        assert page.status == 200
+        if not page.body["events"]:
+            break
+        found += [event for event in page.body["events"] if event["session_id"] == session]
+        after = page.body["next_after"]
+    assert found == events
+    assert installation.call("GET", "/logs").status == 401
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"event_type": "gossip"},
+        {"severity": "warning"},
+        {"event_timestamp": "yesterday"},
+        {"event_data": []},
+        {"session_id": None},
+        {"workspace_id": 1},
+    ],
+)
+def test_malformed_audit_events(installation: Installation, fields: Dict[str, Any]) -> None:
+    """A batch with an event that is none is refused as a whole, naming the field."""
+    answer = installation.call("POST", "/logs", {"events": [audit_event(), audit_event(**fields)]})
+    assert answer.status == 400
+    assert next(iter(fields)) in answer.body["message"]
+
+
+@pytest.mark.parametrize("query", ["event_type=x", "severity=x", "limit=0", "limit=x", "after=x"])
+def test_wrong_queries_of_the_log(client: Client, query: str) -> None:
+    """A wrong filter or page of the log is refused, not ignored."""
+    assert client.admin("GET", f"/logs?{query}").status == 400

@@ -30,6 +30,7 @@ from .waiting import GUARD, until
 
 #: Blocks that do not run here, and why; the page says the same, in a comment before the block.
 NOT_RUN = {
+    "docs/testing.md: pip install 'sekuire[testing]'": "the documentation's tests have it installed",
     "README.md: python3 -m venv .venv && .venv/bin/pip install '.[local]' && .venv/bin/sekuire demo README.md": "ci",
     "README.md: python3 -m venv .venv && .venv/bin/pip install tox && .venv/bin/tox -e py": "ci",
     "CONTRIBUTING.md: python3 -m venv .venv && .venv/bin/pip install tox": (

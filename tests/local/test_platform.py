@@ -14,7 +14,7 @@ import pytest
 from sekuire.errors import APIError, ConfigurationError
 from sekuire.local import LocalPlatform
 
-from ..contract.client import Installation
+from ..contract.client import Installation, audit_event
 from .conftest import client_of, local_threads, until
 
 Make = Callable[..., LocalPlatform]
@@ -437,7 +437,11 @@ def test_what_came_in_is_kept(platform: LocalPlatform, installation: Installatio
         stream.next("task")
         installation.heartbeat("degraded")
         installation.call("POST", f"/tasks/{task_id}/progress", {"progress": 0.5})
-        installation.call("POST", "/logs", {"events": [{"event_type": "health"}]})
+        events = [
+            audit_event(event_type=kind, severity=severity)
+            for kind, severity in (("health", "info"), ("model_call", "info"), ("model_call", "warn"))
+        ]
+        installation.call("POST", "/logs", {"events": events})
         installation.complete(task_id, status="odd")
         installation.complete(task_id)
         installation.complete(task_id)
@@ -445,7 +449,10 @@ def test_what_came_in_is_kept(platform: LocalPlatform, installation: Installatio
         installation.client.call("POST", f"/tasks/{task_id}/complete", {"status": "completed"})
     assert [body["status"] for body in platform.heartbeats(installation.id)] == ["degraded"]
     assert platform.progress(task_id) == [{"progress": 0.5}]
-    assert platform.logs() == [{"event_type": "health"}]
+    assert platform.logs() == events
+    assert platform.logs("model_call") == events[1:]
+    assert platform.logs(severity="info") == events[:2]
+    assert platform.logs("model_call", "warn") == events[2:]
     assert [status for status, _ in platform.completions(task_id)] == [400, 200, 200, 409, 401]
     assert platform.completions(task_id)[1][1]["status"] == "completed"
     assert platform.heartbeats("x") == platform.completions("x") == platform.progress("x") == []

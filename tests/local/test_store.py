@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 import pytest
 
+from sekuire.local import store as local_store
 from sekuire.local.store import Identity, Refusal, Settings, Store
 
 
@@ -39,6 +40,18 @@ def _claim(store: Store, identity: Identity, worker_id: str = "w", **options: An
 
 
 FAILED = {"status": "failed", "error": {"code": "x", "message": "", "retryable": True}, "execution_time_ms": 1}
+
+
+def test_the_newest_audit_events_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log holds a bounded number of events; numbers go on rising, and a batch is known while one is kept."""
+    monkeypatch.setattr(local_store, "MAX_LOGS", 5)
+    for number in range(4):
+        events = [{"event_type": "health", "severity": "info", "n": 3 * number + i} for i in range(3)]
+        store.log(events, f"b:{number}")
+        store.log(events, f"b:{number}")
+    assert [(seq, event["n"]) for seq, event in store.logs(None, None)] == [(8, 7), (9, 8), (10, 9), (11, 10), (12, 11)]
+    assert [seq for seq, _ in store.logs("health", "info", limit=2, after=9)] == [10, 11]
+    assert store.logs("health", "warn") == []
 
 
 def test_tries_wait_twice_as_long_each_time(store: Store, clock: Clock) -> None:

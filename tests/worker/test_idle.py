@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Tuple
 
 import pytest
 
 from sekuire import TaskContext, Worker
 from sekuire.errors import ConfigurationError, TransportError
 from sekuire.idle import Activity, IdleWatch
-from sekuire.lifecycle import Timer
 from sekuire.local import LocalPlatform
 
 from ..conftest import AGENT
@@ -73,19 +72,39 @@ def test_wrong_values(value: Any, worker_of: Make) -> None:
         worker_of("http://127.0.0.1:9", install_token="skt-1", stop_when_idle=value)
 
 
-def test_a_task_between_two_looks_counts() -> None:
-    """One that came and went unseen begins the time anew."""
-    seen: List[int] = []
-    idle = threading.Event()
-    timer = Timer()
+def test_a_task_between_two_looks_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came and went unseen begins the time anew; a busy worker is never idle."""
+    now = 100.0
+    calls: List[Tuple[float, Callable[[], None]]] = []
+    monkeypatch.setattr("sekuire.idle.time.monotonic", lambda: now)
 
-    def activity() -> Activity:
-        # One more task at each of the first looks, none of them running when looked at.
-        seen.append(min(len(seen) + 1, 8))
-        return Activity(seen[-1], False)
+    class Hand:
+        """A timer that a test turns."""
 
-    IdleWatch(0.08, timer, activity, idle.set).start()
-    assert idle.wait(GUARD)
-    timer.close()
-    # Eight looks that found news, and as many without as the time has.
-    assert len(seen) >= 8 + 4
+        def call_at(self, when: float, function: Callable[[], None]) -> int:
+            calls.append((when, function))
+            return len(calls)
+
+    activity = Activity(0, False)
+    ends: List[float] = []
+    IdleWatch(8.0, Hand(), lambda: activity, lambda: ends.append(now)).start()  # type: ignore[arg-type]
+
+    def turn(until: float) -> None:
+        nonlocal now
+        while calls and calls[0][0] <= until:
+            now, function = calls.pop(0)
+            function()
+        now = until
+
+    turn(107.5)
+    activity = Activity(1, False)
+    turn(115.5)
+    assert ends == []
+    activity = Activity(1, True)
+    turn(200.0)
+    activity = Activity(1, False)
+    turn(207.0)
+    assert ends == []
+    turn(300.0)
+    # The last look that saw it busy was at 200.
+    assert ends == [208.0]

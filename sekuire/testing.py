@@ -1,0 +1,344 @@
+"""For tests of your own: one handler without a platform, or workers on a local one, and no sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from concurrent.futures import Executor, Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
+
+import attrs
+
+from . import protocol
+from .calls import Handler, call
+from .config import WorkerConfig
+from .context import TaskContext
+from .dispatch import Dispatcher
+from .errors import ConfigurationError
+from .lifecycle import Deadline, Timer
+from .models import Completion, Failure, Task
+from .registry import TaskRegistry
+from .report import encode
+from .worker import Worker, create_worker
+
+if TYPE_CHECKING:
+    from .local import LocalPlatform
+
+__all__ = ["AGENT", "TaskResult", "Workbench", "run_task", "wait_idle"]
+
+#: Who the workers of a :class:`Workbench` work for, where nothing else is said.
+AGENT = "test-agent"
+
+#: Seconds between two looks at what nobody announces.
+_LOOK = 0.005
+#: What a task is run with besides its input: the fields of a task, without those that ``run_task`` has otherwise.
+_FIELDS = tuple(field.name for field in attrs.fields(Task) if field.name not in ("capability", "input"))
+_numbers = itertools.count(1)
+_OWN: Any = object()
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class TaskResult:
+    """What :func:`run_task` gives: the task's result as its requester would get it, and more for the test's eyes.
+
+    ``status`` is ``"completed"``, with the ``output`` as it comes out of JSON, or ``"failed"``, with the ``error``:
+    its ``code``, ``message``, ``retryable`` and ``details``. ``progress`` holds what the handler reported, each with
+    its message. ``exception`` is what the handler raised, its middleware included; None where it raised nothing.
+    """
+
+    status: str
+    output: Any = None
+    error: Optional[Failure] = None
+    progress: Tuple[Tuple[float, Optional[str]], ...] = ()
+    execution_time_ms: int = 0
+    exception: Optional[BaseException] = attrs.field(default=None, eq=False)
+
+
+def run_task(
+    worker: Union[Worker, TaskRegistry],
+    capability: str,
+    input: Any = None,
+    *,
+    policy_gateway: Any = _OWN,
+    **context: Any,
+) -> TaskResult:
+    """Run one handler, with everything around it but the network, and give its result.
+
+    The task goes the way of any other: handler look-up, policy gateway, typed input, middleware, timeout, mapping of
+    exceptions, JSON there and back. There is no lease, no login, and nothing is sent; the worker need not be started
+    and is not changed. The handler runs in the calling thread, so that a test's transaction, a debugger and Ctrl-C
+    reach it; within a running event loop, in a thread of its own. A handler that outlives its timeout holds the
+    caller until it returns; the result is ``timeout``.
+
+    :param worker: a Worker, or a :class:`~sekuire.TaskRegistry`, which needs no credentials.
+    :param input: what the task brings; it must have a JSON form.
+    :param policy_gateway: another one than the worker's; None for none.
+    :param context: further fields of the task, such as ``trace_id``, ``workspace_id``, ``attempt`` or ``timeout``
+        (seconds).
+    :raises ConfigurationError: a wrong argument, such as an unknown field or an input that has no JSON form.
+    """
+    scrub: Callable[[str], str] = str
+    if isinstance(worker, Worker):
+        config, handlers, scrub = worker._config, worker._registry, worker._installation.scrub
+    elif isinstance(worker, TaskRegistry):
+        config, handlers = WorkerConfig(agent_id=AGENT), worker
+    else:
+        raise ConfigurationError(f"must be a Worker or a TaskRegistry, got {type(worker).__name__}", "worker")
+    task = _task(capability, input, context)
+    config = attrs.evolve(
+        config,
+        executor=_Inline() if not _is_in_loop() else None,
+        policy_gateway=config.policy_gateway if policy_gateway is _OWN else policy_gateway,
+    )
+    sink = _Sink(config.max_result_bytes)
+    registry = handlers.copy()
+    registry.freeze()
+    for entry in registry:
+        entry.call = sink.watch(entry.call)
+    timer = Timer()
+    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease_held=lambda: True, scrub=scrub)
+    try:
+        dispatcher.submit(task)
+        sink.done.wait()
+    finally:
+        timer.close()
+        patience = Deadline(10.0)
+        dispatcher.end_pool(patience)
+        timer.join(patience)
+    if isinstance(sink.exception, KeyboardInterrupt):
+        raise sink.exception
+    return sink.result()
+
+
+def wait_idle(
+    worker: Worker, timeout: float = 10.0, *, platform: Optional[LocalPlatform] = None, audit: bool = True
+) -> None:
+    """Wait until there is nothing left to do: no task waits or runs, every result is delivered.
+
+    :param platform: count its queued and assigned tasks of the worker's agent too; a worker of a :class:`Workbench`
+        knows its own. Without one, a task that the worker has not received yet is not waited for.
+    :param audit: also have the audit events of the worker's SDK delivered.
+    :raises TimeoutError: it is not so after ``timeout`` seconds; the text says what is left.
+    """
+    deadline = Deadline(timeout)
+    platform = platform or getattr(worker, "_platform", None)
+    pause = threading.Event()
+    while True:
+        left = _left(worker, platform)
+        if not left:
+            break
+        if deadline.is_expired():
+            raise TimeoutError(f"after {timeout:g} s there are still {', '.join(left)}")
+        pause.wait(min(_LOOK, deadline.remaining()))
+    if audit and worker._audit is not None and not worker._audit.flush(deadline.remaining()):
+        raise TimeoutError(f"after {timeout:g} s there are still {worker._audit.stats().waiting} audit events to send")
+
+
+class Workbench:
+    """A local platform and workers for one test, all stopped at its end. ::
+
+        with Workbench() as bench:
+            worker = bench.worker(tasks)
+            task_id = bench.platform.submit("summarize", {"text": "..."})
+            wait_idle(worker)
+
+    Use :meth:`close` where ``with`` does not fit: ``self.addCleanup(bench.close)`` in a ``unittest.TestCase``. The
+    fixtures of the pytest plugin are made of it. Needs the extra: ``pip install 'sekuire[testing]'``.
+
+    :param options: of the :class:`~sekuire.local.LocalPlatform`; what is lost is given out again, and tried again,
+        soon, unless they say otherwise.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        from .local import LocalPlatform
+
+        #: The platform, started.
+        self.platform = LocalPlatform(**{"redelivery_delay": 0.2, "retry_delay": 0.05, **options})
+        self._workers: List[Worker] = []
+        self.platform.start()
+
+    def worker(self, *handlers: Union[TaskRegistry, Mapping[str, Handler]], **options: Any) -> Worker:
+        """A Worker of this platform. With ``handlers`` it is started, without it is yours to register and start.
+
+        :param handlers: registries to include, or mappings from a capability to its handler.
+        :param options: of :class:`~sekuire.WorkerConfig`; ``agent_id`` is ``test-agent``, a lost stream is opened
+            anew soon, and a stop lets handlers run on for 5 s, unless they say otherwise.
+        """
+        agent_id = options.get("agent_id", AGENT)
+        ways = {"install_token", "runtime_token", "refresh_token", "token_provider", "credentials_store"}
+        if not ways & set(options):
+            options["install_token"] = self.platform.create_install_token(agent_id)
+        worker = create_worker(
+            **{
+                "api_base_url": self.platform.url,
+                "agent_id": agent_id,
+                "reconnect_min": 0.01,
+                "reconnect_max": 0.1,
+                "shutdown_timeout": 5.0,
+                **options,
+            }
+        )
+        worker._platform = self.platform
+        self._workers.append(worker)
+        for source in handlers:
+            if isinstance(source, TaskRegistry):
+                worker.include(source)
+            else:
+                for name, handler in source.items():
+                    worker.on_task(name, handler)
+        if handlers:
+            worker.start()
+        return worker
+
+    def environment(self, agent_id: str = AGENT) -> Dict[str, str]:
+        """The ``SEKUIRE_...`` variables with which ``SekuireSDK.from_env()`` finds this platform."""
+        return {
+            "SEKUIRE_API_URL": self.platform.url,
+            "SEKUIRE_AGENT_ID": agent_id,
+            "SEKUIRE_INSTALL_TOKEN": self.platform.create_install_token(agent_id, max_uses=1000),
+            "SEKUIRE_API_KEY": self.platform.api_key,
+        }
+
+    def close(self) -> None:
+        """Stop the workers, then the platform. Idempotent."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker._request_stop(None)
+        for worker in workers:
+            worker.stop()
+        self.platform.stop()
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _task(capability: str, input: Any, context: Mapping[str, Any]) -> Task:
+    """The task as it would come over the wire."""
+    unknown = sorted(set(context) - set(_FIELDS))
+    if unknown:
+        raise ConfigurationError(f"is no field of a task; known are {', '.join(_FIELDS)}", unknown[0])
+    fields = dict(context)
+    timeout = fields.pop("timeout", None)
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+            raise ConfigurationError(f"must be a number of seconds, got {timeout!r}", "timeout")
+        fields["timeout_ms"] = timeout * 1000.0
+    problem = ""
+    try:
+        text = protocol.encode_json(
+            {"task_id": f"test-task-{next(_numbers)}", "capability": capability, "input": input, **fields}
+        ).decode()
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        problem = f"has no JSON form: {error}"
+    if problem:
+        raise ConfigurationError(problem, "input")
+    try:
+        return protocol.decode_task(text)
+    except protocol.Malformed as error:
+        problem = str(error)
+    raise ConfigurationError(f"is no task that a platform could send: {problem}", "run_task")
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _left(worker: Worker, platform: Optional[LocalPlatform]) -> List[str]:
+    left = []
+    if platform is not None:
+        # Before the worker is looked at: a task is in one of the two.
+        agent_id = worker._config.agent_id
+        for status in ("queued", "assigned"):
+            tasks, _ = platform._store.tasks(status, None, 1000, None)
+            left += [
+                f"{status} task {one['task_id']} ({one['capability']})" for one in tasks if one["agent_id"] == agent_id
+            ]
+    stats = worker.stats()
+    for name in ("waiting", "running", "undelivered"):
+        count = getattr(stats, name)
+        if count:
+            left.append(f"{count} {name}")
+    return left
+
+
+class _Inline(Executor):
+    """Runs what it is given at once, in the thread that gives it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class _Sink:
+    """Takes the one result of one task, as a Reporter would. ``done`` is set when it is whole."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.done = threading.Event()
+        self.exception: Optional[BaseException] = None
+        self._max_bytes = max_bytes
+        self._head = b""
+        self._progress: List[Tuple[float, Optional[str]]] = []
+
+    def watch(self, function: Handler) -> Handler:
+        """``function``, with what it raises remembered."""
+
+        def run(context: TaskContext, input: Any) -> Any:
+            try:
+                return call(function, context, input)
+            except BaseException as error:
+                self.exception = error
+                raise
+
+        return run
+
+    def result(self) -> TaskResult:
+        body = protocol.decode_body(self._head + b"}")
+        error = body.get("error")
+        return TaskResult(
+            status=body["status"],
+            output=body.get("output"),
+            error=None if error is None else Failure(**error),
+            progress=tuple(self._progress),
+            execution_time_ms=body["execution_time_ms"],
+            exception=self.exception,
+        )
+
+    def accept(self, completion: Completion) -> Optional[Any]:
+        self._head, _ = encode(completion, self._max_bytes)
+        return self
+
+    def post(self, report: Any) -> None:
+        self.done.set()
+
+    def enqueue(self, report: Any) -> None:
+        self.done.set()
+
+    def recall(self, task_id: str, attempt: int) -> bool:
+        return False
+
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None:
+        otherwise()
+
+    def has_room(self) -> bool:
+        return True
+
+    def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
+        self._progress.append((fraction, message))
