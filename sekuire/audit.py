@@ -150,6 +150,11 @@ class AuditLog:
         encoded, is_whole = self._encode(data if isinstance(data, Mapping) else _wrapped(data))
         self._note(event_type, severity, encoded, len(encoded) + _HEAD, not is_whole)
 
+    def passed(self, task: Task) -> None:
+        """Note that the policy let a task begin. Never blocks, never raises."""
+        data = {"kind": "capability", "target": task.capability[:MAX_TEXT], "task_id": task.task_id, "allowed": True}
+        self._note("policy_check", "info", data, _OWN)
+
     def policy(
         self, decision: Any, kind: Optional[str] = None, target: Optional[str] = None, *, task_id: Optional[str] = None
     ) -> None:

@@ -112,6 +112,7 @@ class Dispatcher:
 
     :param lease_held: whether the lease allows work now; one comparison, called at intake and before each handler.
     :param on_result: told of each result that the sink took, with what the sink made of it; it must not block.
+    :param on_checked: told of each task that a policy allowed; it must not block.
     """
 
     def __init__(
@@ -124,10 +125,12 @@ class Dispatcher:
         lease_held: Callable[[], bool],
         scrub: Callable[[str], str],
         on_result: Optional[Callable[[Task, Completion, Any], None]] = None,
+        on_checked: Optional[Callable[[Task], None]] = None,
         owner: object = None,
     ) -> None:
         self.counts = Counts()
         self._on_result = on_result
+        self._on_checked = on_checked
         self._registry = registry
         self._sink = sink
         self._timer = timer
@@ -524,7 +527,9 @@ class Dispatcher:
             return None
         try:
             if self._check_task is not None:
-                context._policy = self._check_task(task.capability)
+                enforcer = context._policy = self._check_task(task.capability)
+                if self._on_checked is not None and enforcer is not None and enforcer.policy is not None:
+                    self._on_checked(task)
             else:
                 gateway.check_request()
                 gateway.check_capability(task.capability)

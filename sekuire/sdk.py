@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import attrs
 
@@ -26,7 +27,7 @@ from .config import (
     read_environment,
 )
 from .credentials import RuntimeCredentialsStore
-from .errors import ConfigurationError
+from .errors import ConfigurationError, PolicyViolationError
 from .lifecycle import Deadline, check_process, check_starter, is_owned_by
 from .models import BeaconStatus, RuntimeCredentials
 from .secret import Secret
@@ -178,7 +179,17 @@ class SekuireSDK:
             source = keys_source if option == "trusted_policy_keys" else None
             raise ConfigurationError(problem.problem, option, problem.source or source)
         options = {"environment": config.environment, **(config.policy_options or {})}
+        theirs = options.get("on_violation")
+        if theirs is None or callable(theirs):
+            options["on_violation"] = functools.partial(self._note_violation, theirs)
         return PolicyGateway._owning(client, self._workspace_id, options)
+
+    def _note_violation(
+        self, theirs: Optional[Callable[[PolicyViolationError], object]], error: PolicyViolationError
+    ) -> None:
+        self.audit.policy(error)
+        if theirs is not None:
+            theirs(error)
 
     def _ask_for_policy(self, path: str, deadline: Deadline) -> Reply:
         return self._beacon._installation.auth.request("GET", lambda snapshot: path, deadline=deadline)[0]

@@ -139,6 +139,7 @@ class Worker:
             lease_held=self._heartbeat.lease.is_held,
             scrub=self._installation.scrub,
             on_result=None if _audit is None else functools.partial(_audit.task, self.worker_id),
+            on_checked=None if _audit is None else _audit.passed,
             owner=self,
         )
         self._control = Control(

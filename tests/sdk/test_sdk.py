@@ -258,3 +258,33 @@ def test_a_store_of_ones_own(scripted: Scripted, sdk_of: Make) -> None:
         worker.on_task("echo", echo)
         with worker:
             assert worker.is_connected()
+
+
+def test_decisions_of_the_policy_are_audit_events(platform: Any) -> None:
+    """A task that the policy lets begin is a policy_check; what it refuses is a policy_violation, and is told on."""
+    pytest.importorskip("limits")
+    told: List[str] = []
+    content = {
+        "permissions": {"tools": {"blocked_tools": ["shell"]}},
+        "agent": {"capabilities": {"denied_capabilities": ["forbidden"]}},
+    }
+    platform.set_policy("ws-1", content)
+    sdk = SekuireSDK(
+        AGENT,
+        api_base_url=platform.url,
+        install_token=platform.create_install_token(AGENT),
+        workspace_id="ws-1",
+        policy_options={"on_violation": lambda error: told.append(error.rule)},
+    )
+    with sdk:
+        worker = sdk.create_task_worker(heartbeat_interval=0.2)
+        worker.on_task("*", lambda ctx, input: ctx.policy.check_tool("shell").allowed)
+        with worker:
+            allowed = platform.wait(platform.submit("allowed", None, agent_id=AGENT), timeout=GUARD)
+            denied = platform.wait(platform.submit("forbidden", None, agent_id=AGENT), timeout=GUARD)
+    assert (allowed["output"], denied["error"]["code"]) == (False, "policy_denied")
+    assert told == ["tool.blocked", "capability.blocked"]
+    events = [(event["event_type"], event["event_data"]) for event in platform.logs()]
+    (check,) = [data for kind, data in events if kind == "policy_check"]
+    assert check == {"kind": "capability", "target": "allowed", "task_id": allowed["task_id"], "allowed": True}
+    assert [data["rule"] for kind, data in events if kind == "policy_violation"] == told
