@@ -51,6 +51,9 @@ def policy_hash(content: Mapping[str, Any]) -> str:
         digest: str = blake3(dumps(dict(content))).hexdigest()
     except RecursionError:
         problem = "it is nested too deep"
+    except AttributeError:
+        # rfc8785 before 0.1.3 lets it pass.
+        problem = "an object's key is no string"
     if problem:
         raise ValueError(problem)
     return digest

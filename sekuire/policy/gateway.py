@@ -325,11 +325,13 @@ class PolicyGateway:
                 self._listeners.remove(listener)
 
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
-        """End the thread, within ``timeout`` seconds; decisions go on by the policy in force. Idempotent."""
+        """End the thread, within ``timeout`` seconds, and close the connections to a shared store of rate limits;
+        decisions go on by the policy in force. Idempotent."""
         with self._lock:
             self._is_closed = True
             thread = self._thread
         self._stop.set()
+        self._limiter.close()
         if self._owns_client:
             self._client.close()
         if thread is not None and join_all([thread], Deadline(timeout)):
@@ -386,6 +388,7 @@ class PolicyGateway:
             if policy is None and standing.is_loaded and old is None:
                 return
             if self._limiter.namespace != workspace_id:
+                # The one before has counted nothing, and so has no connection to close.
                 self._limiter = RateLimiter(self._storage_uri, namespace=workspace_id)
             enforcer = self._enforcer_of(policy)
             self._standing = _Standing(enforcer, policy, is_loaded=True)

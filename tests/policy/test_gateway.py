@@ -645,3 +645,13 @@ def test_errors_of_refresh(served: Served, make: Make) -> None:
         make().refresh()
     assert caught.value.status == 403
     assert isinstance(caught.value, SekuireError)
+
+
+def test_close_gives_up_the_store_of_rates(served: Served, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """close() closes the connections that a shared store of rate limits holds."""
+    gateway = make()
+    gateway.refresh()
+    closed: List[int] = []
+    monkeypatch.setattr(gateway._limiter, "close", lambda: closed.append(1))
+    gateway.close()
+    assert closed == [1]
