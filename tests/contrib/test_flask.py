@@ -22,6 +22,12 @@ from ..scripted import GUARD, until
 
 
 @pytest.fixture
+def platform(make_platform: Callable[..., Any]) -> Any:
+    """One that soon gives a task anew which a worker took no notice of while it was ending."""
+    return make_platform(redelivery_delay=0.2)
+
+
+@pytest.fixture
 def settings(platform: LocalPlatform) -> Dict[str, Any]:
     return {
         "SEKUIRE_API_URL": platform.url,

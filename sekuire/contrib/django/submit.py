@@ -60,7 +60,9 @@ def _forget(*, setting: str, **kwargs: Any) -> None:
     global _submitter
     if setting == conf.NAME:
         with _lock:
-            _submitter = None
+            old, _submitter = _submitter, None
+        if old is not None and _pid == os.getpid():
+            old.close()
 
 
 setting_changed.connect(_forget)
