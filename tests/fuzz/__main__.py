@@ -47,7 +47,9 @@ def _fuzz(options: argparse.Namespace, directory: Path) -> int:
     last: List[str] = ["0", "", "0", "0", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
+    escaped = False
     for line in process.stdout:
+        escaped = escaped or "Test unit written to" in line
         match = _STATUS.match(line)
         if match:
             last = list(match.groups())
@@ -58,7 +60,8 @@ def _fuzz(options: argparse.Namespace, directory: Path) -> int:
     print(
         f"\n{last[0]} inputs in {seconds:.0f} s from {count} seeds; coverage {last[2]} edges, {last[3]} features, "
         f"{last[4]} inputs worth keeping; "
-        + ("nothing escaped" if status == 0 else "SOMETHING ESCAPED: give the file named above to --input")
+        + ("SOMETHING ESCAPED: give the file named above to --input" if escaped else "nothing escaped")
+        + ("" if status == 0 or escaped else f", but it ended early ({status})")
     )
     return 0 if status == 0 else 1
 
