@@ -200,7 +200,9 @@ class Outbox:
                           self.path, problem)  # fmt: skip
             with self._lock:
                 # A removal that waits for this thread has no owner any more, but its row has been read.
-                removed = {removal[:3]: removal[3] for removal in self._removals}
+                removed: Dict[_Key, int] = {}
+                for removal in self._removals:
+                    removed[removal[:3]] = max(removal[3], removed.get(removal[:3], 0))
                 found = [one for one in found if self._is_free((api_url, agent_id, one.task_id), one.attempt, removed)]
                 self._owners.update({(api_url, agent_id, one.task_id): (owner, one.attempt) for one in found})
         finally:
