@@ -59,6 +59,8 @@ class RemoteExecutor(Executor):
                 f"must be a concurrent.futures.Executor, got {type(executor).__name__}", "RemoteExecutor"
             )
         self._executor = executor
+        # What the worker's settings look at: a wrapped pool must not fork either.
+        self._mp_context = getattr(executor, "_mp_context", None)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         return self._executor.submit(fn, *args, **kwargs)
@@ -86,6 +88,8 @@ def carrier_of(config: WorkerConfig) -> Optional[Carrier]:
     executor = config.executor
     if executor is None or not is_remote(executor):
         return None
+    while isinstance(executor, RemoteExecutor):
+        executor = executor._executor
     size = getattr(executor, "max_workers", None)
     if isinstance(executor, ProcessExecutor) and config.max_workers > executor.max_workers:
         log.warning(
@@ -363,13 +367,14 @@ class RemoteTaskContext(TaskContext):
     a ``ProcessExecutor``, and is dropped elsewhere. One thread at a time may use it.
     """
 
-    __slots__ = ("_end", "_flag", "_looked_at", "_told_at")
+    __slots__ = ("_end", "_flag", "_home", "_looked_at", "_told_at")
 
-    def __init__(self, task: Task, end: Optional[float], flag: _Flag) -> None:
+    def __init__(self, task: Task, end: Optional[float], flag: _Flag, home: int) -> None:
         left = None if end is None else end - time.time()
         super().__init__(task, deadline=None if left is None else time.monotonic() + left)
         self._end = end
         self._flag = flag
+        self._home = home
         self._looked_at = -1.0
         self._told_at = -1.0
 
@@ -377,10 +382,10 @@ class RemoteTaskContext(TaskContext):
     def _of(cls, context: TaskContext, flag: _Flag) -> RemoteTaskContext:
         task = attrs.evolve(context._task, input=None, attempt=context.attempt)
         left = context.remaining()
-        return cls(task, None if left is None else time.time() + left, flag)
+        return cls(task, None if left is None else time.time() + left, flag, os.getpid())
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        return RemoteTaskContext, (self._task, self._end, self._flag)
+        return RemoteTaskContext, (self._task, self._end, self._flag, self._home)
 
     @property
     def deadline(self) -> Optional[dt.datetime]:
@@ -433,8 +438,9 @@ _loaded: Dict[bytes, Handler] = {}
 def run_remote(data: bytes) -> bytes:
     """In the other process: run one task's handler; what it came to, for the one that waits. Raises nothing."""
     try:
-        lifecycle.enter_executor()
         code, context, input = pickle.loads(data)
+        if context._home != os.getpid():  # A cluster of threads is in the worker's own process.
+            lifecycle.enter_executor()
         if not context._flag.begin():
             raise TaskError("handler_error", "the handler's process was lost, and a task is not run twice", True)
         if context.is_cancelled():

@@ -19,8 +19,10 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskContext, TaskRegistry, Worker
+from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
 from sekuire.executors import load_error
+from sekuire.lifecycle import is_in_executor
 from sekuire.models import Task
 from sekuire.remote import _FileFlag, is_remote, run_remote
 
@@ -30,6 +32,7 @@ from ..scripted import GUARD, Scripted, until
 
 Make = Callable[..., Worker]
 SPAWN = multiprocessing.get_context("spawn")
+FORKING = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
 
 
 @pytest.fixture(scope="module")
@@ -300,6 +303,8 @@ def test_which_executors_are_remote() -> None:
     assert [is_remote(one) for one in (threads, None)] == [False] * 2
     with pytest.raises(ConfigurationError, match=r"must be a concurrent\.futures\.Executor, got int"):
         RemoteExecutor(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="must not fork"):
+        WorkerConfig(agent_id="a", executor=RemoteExecutor(FORKING))
     RemoteExecutor(threads).shutdown()
     with pytest.raises(RuntimeError):
         threads.submit(len, "")
@@ -353,20 +358,20 @@ def test_a_flag_that_cannot_be_raised(
     assert any("cannot be told of its cancellation" in record.getMessage() for record in caplog.records)
 
 
-def test_a_task_that_is_cancelled_before_its_process_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     """A call that comes to a process after its task was cancelled does not begin."""
     late = TaskContext(Task(task_id="t1", capability="echo"))
     late._deadline = 0.0
     context = RemoteTaskContext._of(late, _FileFlag())
     code = pickle.dumps((elsewhere.fail, None))
-    # Or this process would be taken for one that runs handlers from now on.
-    monkeypatch.setattr("sekuire.lifecycle._in_executor", False)
     kind, value = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
     error = load_error(value)
     assert kind == "raised"
     assert isinstance(error, TaskError)
     assert (error.code, error.retryable) == ("worker_shutdown", True)
     assert error.message == "cancelled before the task began (timeout)"
+    # This process is the worker's own, and may go on starting others.
+    assert not is_in_executor()
 
 
 def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:
