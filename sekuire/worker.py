@@ -410,8 +410,6 @@ class Worker:
         self._dispatcher.resize(self._config)
 
     def _check_startable(self) -> None:
-        if self._phase == "new":
-            self._registry.freeze(self._carrier())
         if self._registry.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
         if self._config.credentials_store is None:
@@ -422,6 +420,8 @@ class Worker:
                 "install 'sekuire[policy]'), or give policy_gateway=PolicyGateway(...)",
                 "policy_required",
             )
+        if self._phase == "new":
+            self._registry.freeze(self._carrier())
 
     def _carrier(self) -> Optional[Carrier]:
         if self._config.executor is None:
