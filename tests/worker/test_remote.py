@@ -24,6 +24,7 @@ from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
 from sekuire.executors import load_error
 from sekuire.lifecycle import is_in_executor
 from sekuire.models import Task
+from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.remote import _FileFlag, is_remote, run_remote
 
 from .. import elsewhere
@@ -177,6 +178,53 @@ def test_the_gate_is_before(platform: Any, worker_of: Make) -> None:
     with worker:
         assert ended(platform, "sum", {"numbers": []})["error"]["code"] == "policy_denied"
     assert repr(executor) == "<ProcessExecutor of 1, 0 running>"
+
+
+class OnePolicy:
+    """A gateway with one policy."""
+
+    def __init__(self, content: Any) -> None:
+        self.violations: List[str] = []
+        self.enforcer: Any = PolicyEnforcer(
+            Policy.from_content(content, version=7), on_violation=lambda error: self.violations.append(str(error))
+        )
+
+    def check_request(self) -> None: ...
+
+    def check_capability(self, name: str) -> None: ...
+
+    def check_task(self, capability: str) -> Any:
+        return self.enforcer
+
+    def on_heartbeat_response(self, reply: Any) -> None: ...
+
+
+def test_the_policy_is_there_too(platform: Any, make: Make) -> None:
+    """ctx.policy decides in the other process as it does here, and what it refuses is told here."""
+    gateway = OnePolicy(
+        {"permissions": {"tools": {"blocked_tools": ["knife"]}}, "rate_limits": {"tokens": {"max_per_minute": 9}}}
+    )
+    with make(platform, policy_gateway=gateway):
+        for _ in range(2):
+            output = ended(platform, "use tools", ["knife", "spoon"])["output"]
+            assert output == {"said": [False, True], "version": 7, "same": True}
+        error = ended(platform, "use tools", ["spoon", "knife"])["error"]
+        assert (error["code"], error["details"]) == ("policy_denied", {"rule": "tool.blocked"})
+        # What is counted in this process cannot be counted there: it is refused, never let pass.
+        said = ended(platform, "use tools", ["rate"])["output"]["said"][1]
+        assert said.startswith("policy.unavailable: ")
+        assert "storage_uri" in said
+    assert len([one for one in gateway.violations if one.startswith("tool.blocked: ")]) == 4
+
+
+def test_an_enforcer_that_cannot_travel(platform: Any, make: Make) -> None:
+    """Where a gateway's enforcer cannot be sent, asking it is refused; a handler that does not ask runs."""
+    gateway = OnePolicy({})
+    gateway.enforcer = elsewhere.Unpicklable()
+    gateway.enforcer.policy = None
+    with make(platform, policy_gateway=gateway):
+        assert ended(platform, "use tools", ["spoon"])["error"]["code"] == "policy_unavailable"
+        assert ended(platform, "sum", {"numbers": [5]})["output"]["sum"] == 5
 
 
 # -- lost processes ---------------------------------------------------------------------------------------------------
@@ -364,7 +412,7 @@ def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     late._deadline = 0.0
     context = RemoteTaskContext._of(late, _FileFlag())
     code = pickle.dumps((elsewhere.fail, None))
-    kind, value = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
+    kind, value, _ = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
     error = load_error(value)
     assert kind == "raised"
     assert isinstance(error, TaskError)
