@@ -19,8 +19,9 @@ import secrets
 import tempfile
 import threading
 import time
+import weakref
 from concurrent.futures import Executor, Future
-from typing import Any, Callable, Dict, Optional, Protocol, Tuple
+from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
 
 import attrs
 
@@ -28,7 +29,7 @@ from . import lifecycle
 from .calls import Handler, asked_for, call, structure_of, where, with_structure
 from .config import WorkerConfig
 from .context import TaskContext
-from .errors import ConfigurationError, TaskCancelled, TaskError
+from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
 from .executors import ProcessDied, ProcessExecutor, dump_error, load_error, tell
 from .models import Task
 from .registry import Carrier
@@ -41,6 +42,8 @@ log = logging.getLogger("sekuire.remote")
 _STEP = 0.05
 #: The same where a look is a call over the network.
 _FAR_STEP = 0.25
+#: Policies that a process remembers.
+_ENFORCERS = 8
 #: Seconds until a process that could not be killed is tried again.
 _LOOK_AGAIN = 0.5
 #: Seconds between two reports of progress by one process.
@@ -59,6 +62,8 @@ class RemoteExecutor(Executor):
                 f"must be a concurrent.futures.Executor, got {type(executor).__name__}", "RemoteExecutor"
             )
         self._executor = executor
+        # What the worker's settings look at: a wrapped pool must not fork either.
+        self._mp_context = getattr(executor, "_mp_context", None)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         return self._executor.submit(fn, *args, **kwargs)
@@ -86,6 +91,8 @@ def carrier_of(config: WorkerConfig) -> Optional[Carrier]:
     executor = config.executor
     if executor is None or not is_remote(executor):
         return None
+    while isinstance(executor, RemoteExecutor):
+        executor = executor._executor
     size = getattr(executor, "max_workers", None)
     if isinstance(executor, ProcessExecutor) and config.max_workers > executor.max_workers:
         log.warning(
@@ -203,7 +210,11 @@ class _Remote:
             # run_remote() raises nothing: whatever comes is of the executor, and the handler may have begun.
             problem = f"{type(error).__name__}: {error}"
         else:
-            kind, value = pickle.loads(data)
+            kind, value, violations = pickle.loads(data)
+            repeat = getattr(context.policy, "repeat", None)
+            if repeat is not None:
+                for facts in violations:
+                    repeat(PolicyViolationError(*facts))
             if kind == "returned":
                 return pickle.loads(value)
             raise load_error(value)
@@ -363,13 +374,19 @@ class RemoteTaskContext(TaskContext):
     a ``ProcessExecutor``, and is dropped elsewhere. One thread at a time may use it.
     """
 
-    __slots__ = ("_end", "_flag", "_looked_at", "_told_at")
+    __slots__ = ("_end", "_enforcer", "_flag", "_home", "_looked_at", "_told_at", "_violations")
 
-    def __init__(self, task: Task, end: Optional[float], flag: _Flag) -> None:
+    def __init__(
+        self, task: Task, end: Optional[float], flag: _Flag, home: int, enforcer: Optional[bytes] = None
+    ) -> None:
         left = None if end is None else end - time.time()
         super().__init__(task, deadline=None if left is None else time.monotonic() + left)
         self._end = end
         self._flag = flag
+        self._home = home
+        #: The pickled enforcer: None where there is none, empty where it cannot be pickled.
+        self._enforcer = enforcer
+        self._violations: List[PolicyViolationError] = []
         self._looked_at = -1.0
         self._told_at = -1.0
 
@@ -377,10 +394,11 @@ class RemoteTaskContext(TaskContext):
     def _of(cls, context: TaskContext, flag: _Flag) -> RemoteTaskContext:
         task = attrs.evolve(context._task, input=None, attempt=context.attempt)
         left = context.remaining()
-        return cls(task, None if left is None else time.time() + left, flag)
+        end = None if left is None else time.time() + left
+        return cls(task, end, flag, os.getpid(), _pack(context.policy))
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        return RemoteTaskContext, (self._task, self._end, self._flag)
+        return RemoteTaskContext, (self._task, self._end, self._flag, self._home, self._enforcer)
 
     @property
     def deadline(self) -> Optional[dt.datetime]:
@@ -417,6 +435,21 @@ class RemoteTaskContext(TaskContext):
             time.sleep(left)
         return True
 
+    @property
+    def policy(self) -> Any:
+        """A copy of the enforcer that let this task begin; None where no policy gateway was asked.
+
+        What it refuses is told to the worker's when the handler ends. Rate limits can be asked only where they are
+        counted in a shared store.
+
+        :raises PolicyUnavailableError: the gateway's enforcer cannot be pickled.
+        """
+        if self._policy is None and self._enforcer is not None:
+            enforcer = _unpack(self._enforcer)
+            telling = getattr(enforcer, "telling", None)
+            self._policy = enforcer if telling is None else telling(self._violations.append)
+        return self._policy
+
     def _tell(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
         now = time.monotonic()
         if now - self._told_at >= _PROGRESS_PAUSE:
@@ -428,13 +461,43 @@ class RemoteTaskContext(TaskContext):
 
 
 _loaded: Dict[bytes, Handler] = {}
+_packed: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+_unpacked: Dict[bytes, Any] = {}
+
+
+def _pack(enforcer: Any) -> Optional[bytes]:
+    """An enforcer for another process, pickled once for all tasks that it lets begin; empty where it cannot be."""
+    if enforcer is None:
+        return None
+    try:
+        data = _packed.get(enforcer)
+        if data is None:
+            data = _packed[enforcer] = pickle.dumps(enforcer)
+    except Exception as error:  # noqa: BLE001  # One of a gateway of the user's own.
+        log.debug("the policy's enforcer cannot be pickled (%s: %s)", type(error).__name__, error)
+        return b""
+    return data
+
+
+def _unpack(data: bytes) -> Any:
+    if not data:
+        raise PolicyUnavailableError("the policy gateway's enforcer cannot be sent to the handler's process")
+    enforcer = _unpacked.get(data)
+    if enforcer is None:
+        if len(_unpacked) >= _ENFORCERS:
+            _unpacked.clear()
+        enforcer = _unpacked[data] = pickle.loads(data)
+    return enforcer
 
 
 def run_remote(data: bytes) -> bytes:
     """In the other process: run one task's handler; what it came to, for the one that waits. Raises nothing."""
+    violations: List[PolicyViolationError] = []
     try:
-        lifecycle.enter_executor()
         code, context, input = pickle.loads(data)
+        violations = context._violations
+        if context._home != os.getpid():  # A cluster of threads is in the worker's own process.
+            lifecycle.enter_executor()
         if not context._flag.begin():
             raise TaskError("handler_error", "the handler's process was lost, and a task is not run twice", True)
         if context.is_cancelled():
@@ -446,11 +509,15 @@ def run_remote(data: bytes) -> bytes:
         context._progress = context._tell
         result = call(function, context, input)
         try:
-            return pickle.dumps(("returned", pickle.dumps(result)))
+            return pickle.dumps(("returned", pickle.dumps(result), _facts_of(violations)))
         except Exception as error:  # noqa: BLE001
             problem = f"{type(error).__name__}: {error}"
         raise TaskError(
             "result_not_serializable", f"the handler's result cannot be sent back by its process ({problem})"
         )
     except BaseException as error:  # noqa: BLE001
-        return pickle.dumps(("raised", dump_error(error)))
+        return pickle.dumps(("raised", dump_error(error), _facts_of(violations)))
+
+
+def _facts_of(violations: List[PolicyViolationError]) -> List[Tuple[Any, ...]]:
+    return [(one.rule, one.reason, one.retry_after) for one in violations]

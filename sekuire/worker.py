@@ -422,6 +422,8 @@ class Worker:
                 "install 'sekuire[policy]'), or give policy_gateway=PolicyGateway(...)",
                 "policy_required",
             )
+        if self._phase == "new":
+            self._registry.freeze(self._carrier())
 
     def _carrier(self) -> Optional[Carrier]:
         if self._config.executor is None:

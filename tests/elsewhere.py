@@ -109,6 +109,17 @@ def progress(ctx: TaskContext, input: Any) -> None:
     ctx.report_progress(0.75)
 
 
+@tasks.task("use tools")
+def use_tools(ctx: TaskContext, input: List[str]) -> Dict[str, Any]:
+    """Asks for each tool, catching refusals, then enforces the last one again."""
+    said = [bool(ctx.policy.check_tool(name)) for name in input]
+    if input[-1] == "rate":
+        limited = ctx.policy.check_rate_limit("tokens", 1)
+        said.append(f"{limited.rule}: {limited.reason}")
+    ctx.policy.enforce_tool(input[-1])
+    return {"said": said, "version": ctx.policy.policy.version, "same": ctx.policy is ctx.policy}
+
+
 def set_up(path: str) -> None:
     """An initializer."""
     logging.basicConfig(filename=path, level=logging.INFO, force=True)
@@ -159,3 +170,8 @@ def only_there(pid: int) -> OnlyThere:
 
 def tell_twice() -> bool:
     return tell(1) and tell(2)
+
+
+def count(enforcer: Any, amount: int) -> bool:
+    """Whether the policy's enforcer lets that many more tokens be used."""
+    return bool(enforcer.check_rate_limit("tokens", amount))

@@ -587,6 +587,10 @@ def _freeze(value: Any) -> Any:
     return value
 
 
+def _restore(fields: Dict[str, Any]) -> Policy:
+    return Policy(**fields)
+
+
 @attrs.frozen(kw_only=True, slots=True)
 class Policy:
     """A workspace's policy that passed every check, or one made by :meth:`from_content`.
@@ -610,6 +614,11 @@ class Policy:
     updated_at: Optional[dt.datetime] = None
     raw: bytes = attrs.field(default=b"", repr=False, eq=False)
     warnings: Tuple[str, ...] = ()
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        # Mapping proxies cannot be pickled; a handler's process gets a copy.
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(Policy)}
+        return _restore, ({**fields, "content": thaw(self.content)},)
 
     @classmethod
     def from_content(

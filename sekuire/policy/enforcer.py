@@ -118,6 +118,9 @@ class PolicyEnforcer:
     What is asked for and how entries match is in docs/policy.md. Nothing of an argument makes a ``check_...`` raise,
     but for an unknown kind of rate and an amount that is no number: what cannot be understood is refused.
 
+    It can be pickled, for handlers in other processes: the copy has no ``on_violation``, and refuses to count what is
+    limited unless ``limiter`` counts in a shared store.
+
     Any thread may ask; nothing here changes after construction and no lock is taken, but for rate limits in memory,
     whose counting takes one of its own for microseconds. Links, the home and the working directory in lists of paths
     are resolved at construction.
@@ -170,6 +173,19 @@ class PolicyEnforcer:
         enforcer = cls(None, warn_only, on_violation)
         enforcer._unavailable = problem
         return enforcer
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _restore, (self._policy, self._warn_only, self._unavailable, self._limiter)
+
+    def telling(self, on_violation: Callable[[PolicyViolationError], object]) -> PolicyEnforcer:
+        """The same enforcer with another ``on_violation``; it costs nothing to make."""
+        other = object.__new__(PolicyEnforcer)
+        other.__dict__.update(self.__dict__, _on_violation=on_violation)
+        return other
+
+    def repeat(self, error: PolicyViolationError) -> None:
+        """Tell ``on_violation`` of what a copy of this enforcer has refused in another process."""
+        self._tell(error)
 
     @property
     def policy(self) -> Optional[Policy]:
@@ -507,6 +523,14 @@ class PolicyEnforcer:
                 self._on_violation(error)
             except Exception:
                 log.exception("on_violation failed; the decision stands")
+
+
+def _restore(
+    policy: Optional[Policy], warn_only: bool, unavailable: Optional[str], limiter: Optional[RateLimiter]
+) -> PolicyEnforcer:
+    enforcer = PolicyEnforcer(policy, warn_only, limiter=limiter)
+    enforcer._unavailable = unavailable
+    return enforcer
 
 
 _NOUNS = {"tool": "tool", "api": "service", "model": "model", "capability": "capability"}

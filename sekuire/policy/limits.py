@@ -76,11 +76,16 @@ class RateLimiter:
         self._lock = threading.Lock()
         self._windows: Dict[Tuple[str, str], _Window] = {}
         self._store: Any = None if storage_uri in (None, "memory://") else _open_store(storage_uri)
+        # For a copy in another process. It may hold a password: it is shown nowhere.
+        self._storage_uri = storage_uri
         _limiters.add(self)
 
     @property
     def namespace(self) -> str:
         return self._namespace
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return (_reopen, (self._storage_uri, self._namespace)) if self.is_shared else (_Elsewhere, (self._namespace,))
 
     @property
     def is_shared(self) -> bool:
@@ -167,6 +172,33 @@ class RateLimiter:
     def _wait(self, key: str, units: int, seconds: int) -> float:
         begun: float = self._store.get_moving_window(key, units, seconds)[0]
         return min(max(begun + seconds - time.time(), 0.001), float(seconds))
+
+
+class _Elsewhere(RateLimiter):
+    """The copy in another process of a limiter that counts in its own memory, where it cannot be asked."""
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(namespace=namespace)
+
+    def hit(self, kind: str, rate: Rate, amount: int = 1) -> Optional[Excess]:
+        check_request(kind, amount)
+        if amount == 0 or (rate.max_per_minute is None and rate.max_per_hour is None):
+            return None
+        raise PolicyUnavailableError(
+            "rate limits are counted in the memory of the worker's process, which this one cannot ask; count them in a "
+            "store that both can reach (storage_uri)"
+        )
+
+
+_reopened: Dict[Tuple[str, str], RateLimiter] = {}
+
+
+def _reopen(storage_uri: str, namespace: str) -> RateLimiter:
+    # One for all policies of a process: each holds connections.
+    limiter = _reopened.get((storage_uri, namespace))
+    if limiter is None:
+        limiter = _reopened[storage_uri, namespace] = RateLimiter(storage_uri, namespace=namespace)
+    return limiter
 
 
 class _Window:

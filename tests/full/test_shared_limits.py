@@ -9,11 +9,13 @@ from typing import Callable, Iterator, List
 
 import pytest
 
+from sekuire import ProcessExecutor
 from sekuire.errors import PolicyUnavailableError
 from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.policy.document import Rate
 from sekuire.policy.limits import RateLimiter
 
+from .. import elsewhere
 from .redis import GUARD, free_port, redis_server
 
 pytestmark = pytest.mark.full
@@ -154,3 +156,15 @@ def test_the_store_goes_and_comes_back(limiter_of: Callable[[str, str], RateLimi
     assert "hunter2" not in decision.reason
     with redis_server(port, "--requirepass", "hunter2"):
         assert enforcer.check_rate_limit("requests")
+
+
+def test_a_handlers_process_shares_the_count(uri: str, limiter_of: Callable[[str, str], RateLimiter]) -> None:
+    """The copy of an enforcer in a process that runs handlers counts in the same store, for all copies together."""
+    policy = Policy.from_content({"rate_limits": {"tokens": {"max_per_minute": 10}}}, workspace_id="ws_1")
+    enforcer = PolicyEnforcer(policy, limiter=limiter_of(uri, "ws_1"))
+    assert enforcer.check_rate_limit("tokens", 4)
+    with ProcessExecutor(1) as executor:
+        assert executor.submit(elsewhere.count, enforcer, 4).result(GUARD)
+        assert not executor.submit(elsewhere.count, enforcer, 4).result(GUARD)
+    assert enforcer.check_rate_limit("tokens", 2)
+    assert not enforcer.check_rate_limit("tokens", 1)

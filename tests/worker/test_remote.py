@@ -19,9 +19,12 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskContext, TaskRegistry, Worker
+from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
 from sekuire.executors import load_error
+from sekuire.lifecycle import is_in_executor
 from sekuire.models import Task
+from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.remote import _FileFlag, is_remote, run_remote
 
 from .. import elsewhere
@@ -30,6 +33,7 @@ from ..scripted import GUARD, Scripted, until
 
 Make = Callable[..., Worker]
 SPAWN = multiprocessing.get_context("spawn")
+FORKING = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork"))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +180,53 @@ def test_the_gate_is_before(platform: Any, worker_of: Make) -> None:
     assert repr(executor) == "<ProcessExecutor of 1, 0 running>"
 
 
+class OnePolicy:
+    """A gateway with one policy."""
+
+    def __init__(self, content: Any) -> None:
+        self.violations: List[str] = []
+        self.enforcer: Any = PolicyEnforcer(
+            Policy.from_content(content, version=7), on_violation=lambda error: self.violations.append(str(error))
+        )
+
+    def check_request(self) -> None: ...
+
+    def check_capability(self, name: str) -> None: ...
+
+    def check_task(self, capability: str) -> Any:
+        return self.enforcer
+
+    def on_heartbeat_response(self, reply: Any) -> None: ...
+
+
+def test_the_policy_is_there_too(platform: Any, make: Make) -> None:
+    """ctx.policy decides in the other process as it does here, and what it refuses is told here."""
+    gateway = OnePolicy(
+        {"permissions": {"tools": {"blocked_tools": ["knife"]}}, "rate_limits": {"tokens": {"max_per_minute": 9}}}
+    )
+    with make(platform, policy_gateway=gateway):
+        for _ in range(2):
+            output = ended(platform, "use tools", ["knife", "spoon"])["output"]
+            assert output == {"said": [False, True], "version": 7, "same": True}
+        error = ended(platform, "use tools", ["spoon", "knife"])["error"]
+        assert (error["code"], error["details"]) == ("policy_denied", {"rule": "tool.blocked"})
+        # What is counted in this process cannot be counted there: it is refused, never let pass.
+        said = ended(platform, "use tools", ["rate"])["output"]["said"][1]
+        assert said.startswith("policy.unavailable: ")
+        assert "storage_uri" in said
+    assert len([one for one in gateway.violations if one.startswith("tool.blocked: ")]) == 4
+
+
+def test_an_enforcer_that_cannot_travel(platform: Any, make: Make) -> None:
+    """Where a gateway's enforcer cannot be sent, asking it is refused; a handler that does not ask runs."""
+    gateway = OnePolicy({})
+    gateway.enforcer = elsewhere.Unpicklable()
+    gateway.enforcer.policy = None
+    with make(platform, policy_gateway=gateway):
+        assert ended(platform, "use tools", ["spoon"])["error"]["code"] == "policy_unavailable"
+        assert ended(platform, "sum", {"numbers": [5]})["output"]["sum"] == 5
+
+
 # -- lost processes ---------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +351,8 @@ def test_which_executors_are_remote() -> None:
     assert [is_remote(one) for one in (threads, None)] == [False] * 2
     with pytest.raises(ConfigurationError, match=r"must be a concurrent\.futures\.Executor, got int"):
         RemoteExecutor(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="must not fork"):
+        WorkerConfig(agent_id="a", executor=RemoteExecutor(FORKING))
     RemoteExecutor(threads).shutdown()
     with pytest.raises(RuntimeError):
         threads.submit(len, "")
@@ -353,20 +406,20 @@ def test_a_flag_that_cannot_be_raised(
     assert any("cannot be told of its cancellation" in record.getMessage() for record in caplog.records)
 
 
-def test_a_task_that_is_cancelled_before_its_process_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     """A call that comes to a process after its task was cancelled does not begin."""
     late = TaskContext(Task(task_id="t1", capability="echo"))
     late._deadline = 0.0
     context = RemoteTaskContext._of(late, _FileFlag())
     code = pickle.dumps((elsewhere.fail, None))
-    # Or this process would be taken for one that runs handlers from now on.
-    monkeypatch.setattr("sekuire.lifecycle._in_executor", False)
-    kind, value = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
+    kind, value, _ = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
     error = load_error(value)
     assert kind == "raised"
     assert isinstance(error, TaskError)
     assert (error.code, error.retryable) == ("worker_shutdown", True)
     assert error.message == "cancelled before the task began (timeout)"
+    # This process is the worker's own, and may go on starting others.
+    assert not is_in_executor()
 
 
 def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:
