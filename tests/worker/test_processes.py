@@ -20,7 +20,7 @@ Make = Callable[..., Worker]
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 
 PRELUDE = """
-import logging, multiprocessing, os, sys, threading, warnings
+import logging, multiprocessing, os, sys, threading, time, warnings
 from sekuire import Beacon, RuntimeCredentialsStore, SekuireSDK, create_worker
 from sekuire.local import LocalPlatform
 # What this test is about: Python 3.12 and later warn of a fork while threads run.
@@ -53,6 +53,9 @@ def main():
             sender.close()
             result = receiver.recv()
             child.join(60)
+            # Where another thread's start() reaped it in this moment, multiprocessing says None for an instant.
+            while child.exitcode is None:
+                time.sleep(0.001)
             assert child.exitcode == 0, child.exitcode
             return result
 
