@@ -47,6 +47,8 @@ RETRY_MIN, RETRY_MAX = 0.1, 60.0
 STUBBORN = 60.0
 #: Seconds between two looks for a login that others make.
 _LOOK = 0.5
+#: Seconds that the end gets where the platform took nothing lately.
+_LAST_TRY = 1.0
 #: Seconds that an ending process tries for what is left.
 _LEAVE = 2.0
 
@@ -253,6 +255,12 @@ class AuditLog:
                 self._closing = deadline
             else:
                 self._closing.shorten(deadline.remaining())
+            # Where nothing suggests that it can be told now, a process that ends must not be held up.
+            if self._auth.store.current.runtime_token is None:
+                self._closing.shorten(_LAST_TRY if self._may_log_in else 0.0)
+            elif self._is_failing:
+                self._closing.shorten(_LAST_TRY)
+            deadline.shorten(self._closing.remaining())
             self._hurry()
             thread = self._thread
             # No thread could be started any more: the interpreter is ending.
@@ -477,6 +485,8 @@ class AuditLog:
         if isinstance(problem, RevokedError):
             self._switch_off(f"{problem}; no further audit events are sent")
         elif isinstance(problem, TransportError) and problem.retryable:
+            if self._closing is not None:
+                self._closing.shorten(_LAST_TRY)
             self._retry(batch, problem, full_jitter(batch.tries, RETRY_MIN, RETRY_MAX))
         else:
             self._retry(batch, problem, STUBBORN)

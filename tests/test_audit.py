@@ -16,6 +16,7 @@ import pytest
 from sekuire import SekuireSDK, TaskError, audit, protocol
 from sekuire.audit import AuditHandler, AuditStats
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
+from sekuire.lifecycle import Deadline
 
 from .conftest import AGENT
 from .local.test_restart import Process
@@ -985,3 +986,14 @@ def test_its_text(scripted: Scripted, sdk_of: Make) -> None:
     sdk.shutdown()
     assert repr(sdk.audit).endswith(" closed>")
     assert repr(sdk_of(scripted, logging_enabled=False).audit).endswith(" off>")
+
+
+def test_the_end_is_not_held_up(sdk_of: Make) -> None:
+    """Where the platform was never reached there is no token to send with, and the shutdown does not wait for one."""
+    sdk = sdk_of("http://127.0.0.1:9", runtime_token=None, installation_id=None, install_token="skt-1")
+    sdk.audit.open()
+    sdk.log("health", {"n": 1})
+    deadline = Deadline(GUARD)
+    assert sdk.audit.close(deadline) is False
+    assert not deadline.remaining()
+    assert sdk.audit.stats().dropped == 1

