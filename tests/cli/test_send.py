@@ -88,7 +88,9 @@ def test_ctrl_c_while_it_waits(run: Run, platform: LocalPlatform, environ: Dict[
     process.signal(signal.SIGINT)
     code, out, err = process.end()
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "sekuire send: error: interrupted"
+    # Not always the last: an interrupt in the middle of an exchange leaves its socket to the collector, which tells it.
+    assert "sekuire send: error: interrupted" in err.splitlines()
+    assert "Traceback" not in err
     assert "Traceback" not in err
     assert platform.task(task_id)["status"] == "queued"
 

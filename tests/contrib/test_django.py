@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import urllib.request
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -93,9 +95,13 @@ def submitted(platform: LocalPlatform) -> List[Dict[str, Any]]:
 def results(platform: LocalPlatform, *capabilities: str) -> List[Any]:
     """What a worker with one thread makes of the tasks, one after the other."""
     found = []
-    with conf.read().sdk() as sdk, conf.make_worker(sdk, max_workers=1):
-        for name in capabilities:
-            found.append(platform.wait(platform.submit(name, None, agent_id=AGENT), timeout=GUARD))
+    with warnings.catch_warnings():
+        # A thread's persistent connection ends with the thread, as everywhere in Django; Python 3.13 warns of that.
+        warnings.simplefilter("ignore", ResourceWarning)
+        with conf.read().sdk() as sdk, conf.make_worker(sdk, max_workers=1):
+            for name in capabilities:
+                found.append(platform.wait(platform.submit(name, None, agent_id=AGENT), timeout=GUARD))
+        gc.collect()
     return [one["output"] if one["status"] == "completed" else one["error"] for one in found]
 
 

@@ -85,7 +85,7 @@ def test_django(platform: LocalPlatform, tmp_path: pathlib.Path, run: Run, varia
     worker = run("run_sekuire_worker", env=env, program=manage)
     worker.line("stderr", "the task stream is open")
     pages = run("runserver", "--noreload", "127.0.0.1:0", env={**env, "PYTHONUNBUFFERED": "1"}, program=manage)
-    url = pages.line("stdout", "Starting development server at ").split()[-1]
+    url = pages.line("stdout", "development server at ").split()[-1]
     request = urllib.request.Request(url, b"item=tea")
     with urllib.request.urlopen(request, timeout=GUARD) as answer:
         assert json.load(answer) == {"order_id": 1}

@@ -232,6 +232,9 @@ class Background:
 
     def end(self) -> str:
         """Stop it as its user would; what was wrong with that, or nothing."""
+        if self._line.startswith("sekuire worker"):
+            # Before that it may not have come to its signal handlers.
+            until(lambda: "the task stream is open" in self.said() or self._process.poll() is not None)
         is_alive = self._process.poll() is None
         if is_alive:
             self._process.send_signal(self._signal)
