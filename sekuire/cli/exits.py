@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Tuple
 
-from ..errors import ConfigurationError
 from ..exitcodes import FAILED as FAILED
 from ..exitcodes import INTERRUPTED as INTERRUPTED
 from ..exitcodes import OK as OK
 from ..exitcodes import USAGE as USAGE
+from ..exitcodes import code_of
 from ..protocol import one_line
 
 
@@ -39,4 +39,4 @@ def report(command: str, error: Exception) -> int:
         complain(command, *error.lines)
         return error.code
     complain(command, str(error))
-    return USAGE if isinstance(error, ConfigurationError) else FAILED
+    return code_of(error)

@@ -18,7 +18,7 @@ from .. import runner
 from ..calls import CallNext, Handler, Middleware
 from ..context import TaskContext
 from ..errors import ConfigurationError, SekuireError
-from ..exitcodes import FAILED, USAGE
+from ..exitcodes import code_of
 from ..registry import TaskRegistry
 from ..reloader import Reloader
 from ..sdk import SekuireSDK
@@ -210,4 +210,4 @@ def _reload() -> int:
 
 def _report(error: SekuireError) -> int:
     click.echo(f"flask sekuire worker: error: {error}", err=True)
-    return USAGE if isinstance(error, ConfigurationError) else FAILED
+    return code_of(error)

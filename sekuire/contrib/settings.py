@@ -166,8 +166,3 @@ class Settings:
 
 def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
-
-
-def known_keys() -> Tuple[str, ...]:
-    """All keys, without the prefix."""
-    return (*_OPTIONS, _CREDENTIALS_FILE)

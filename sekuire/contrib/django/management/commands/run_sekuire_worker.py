@@ -12,8 +12,8 @@ from django.core.management.base import BaseCommand, CommandError
 from sekuire import runner
 from sekuire.arguments import add_worker_arguments
 from sekuire.contrib.django import conf
-from sekuire.errors import ConfigurationError, SekuireError
-from sekuire.exitcodes import FAILED, USAGE
+from sekuire.errors import SekuireError
+from sekuire.exitcodes import code_of
 from sekuire.reloader import Reloader
 from sekuire.worker import Worker
 
@@ -36,7 +36,7 @@ class Command(BaseCommand):
             if code:
                 sys.exit(code)
             return
-        raise CommandError(str(problem), returncode=_code_of(problem))
+        raise CommandError(str(problem), returncode=code_of(problem))
 
     def _run(self, options: Any) -> int:
         changed = {name: options[name] for name in ("max_workers", "stop_when_idle")}
@@ -51,12 +51,8 @@ class Command(BaseCommand):
 
     def _report(self, error: SekuireError) -> int:
         self.stderr.write(self.style.ERROR(f"the worker stopped: {error}"))
-        return _code_of(error)
+        return code_of(error)
 
     def _reload(self) -> int:
         command = [sys.executable, *(one for one in sys.argv if one != "--reload")]
         return Reloader(command, [os.getcwd()], say=lambda line: self.stderr.write(f"reload: {line}")).run()
-
-
-def _code_of(error: SekuireError) -> int:
-    return USAGE if isinstance(error, ConfigurationError) else FAILED
