@@ -450,16 +450,24 @@ class Dispatcher:
                     return
 
     def _next_for(self, done: _Record) -> Optional[_Record]:
+        """A thread is free of ``done``, however that went: the record it has to run next."""
+        following = None
         with self._condition:
             self._busy -= 1
+            was_late = done in self._stragglers
+            if was_late:
+                self._stragglers.discard(done)
+                # This thread is free again, and may be what another one's place can be filled with.
+                self._replace_stragglers()
             self._condition.notify_all()
-            if not done.holds_permit:
-                return None
-            done.holds_permit = False
-            following = self._pick()
-            if following is None:
-                self._permits += 1
-            return following
+            if done.holds_permit:
+                done.holds_permit = False
+                following = self._pick()
+                self._permits += following is None
+        if was_late:
+            log.info("[%s] the handler ended after its task was answered; its result is discarded", done.task.task_id)
+            self._begin_waiting()
+        return following
 
     def _pick(self) -> Optional[_Record]:
         """The next record that may begin, begun; its caller has the permit. Needs the lock."""
@@ -510,7 +518,6 @@ class Dispatcher:
             if record.timer is not None:
                 self._timer.cancel(record.timer)
         if not self._claim(record):
-            self._forget_straggler(record)
             return
         count = "completed" if completion.failure is None else "failed"
         self._finish(record, completion, "rejected" if denial is not None else count)
@@ -628,14 +635,6 @@ class Dispatcher:
                 self._permits += 1
                 replaced += 1
         self._condition.notify_all()
-
-    def _forget_straggler(self, record: _Record) -> None:
-        with self._condition:
-            self._stragglers.discard(record)
-            # Its thread is free again, and may be what another one's place can be filled with.
-            self._replace_stragglers()
-        self._begin_waiting()
-        log.info("[%s] the handler ended after its task was answered; its result is discarded", record.task.task_id)
 
     def _reject(self, task: Task, attempt: int, failure: Failure) -> None:
         with self._condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any, Callable, Iterator, List
 
 import pytest
@@ -20,9 +21,10 @@ def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     mine = [thread for thread in client_threads() if thread not in before]
+    end = time.monotonic() + GUARD
     for thread in mine:
         # One that has told its end may still be on its last line.
-        thread.join(GUARD)
+        thread.join(max(0.0, end - time.monotonic()))
     assert [thread.name for thread in mine if thread.is_alive()] == []
 
 

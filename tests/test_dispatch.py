@@ -400,6 +400,28 @@ def test_a_handler_that_ends_while_its_timeout_is_answered() -> None:
     dispatcher.end_pool(Deadline(GUARD))
 
 
+@pytest.mark.parametrize("late", ["lease", "failure"])
+def test_a_task_that_is_answered_on_the_way_to_its_handler(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop that answers a task before its handler is called leaves no straggler behind, and its place free."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+
+    def abandon(*_: object) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            return True
+        dispatcher.abandon("shutdown")
+        if late == "failure":
+            raise ZeroDivisionError
+        return False
+
+    monkeypatch.setattr(dispatcher, "_lease_held" if late == "lease" else "_start_clock", abandon)
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+    assert (dispatcher.straggler_names(), handlers.runs) == ([], [])
+    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    dispatcher.end_pool(Deadline(GUARD))
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_a_higher_attempt_while_the_result_is_taken(early: bool) -> None:
     """A delivery that comes just before the sink has the result is met with the result, under its attempt."""
