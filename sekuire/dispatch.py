@@ -32,7 +32,10 @@ _WAITING, _RUNNING, _CLAIMED = "waiting", "running", "claimed"
 
 
 class ResultSink(Protocol):
-    """Where results go; :class:`sekuire.report.Reporter` is one."""
+    """Where results go; :class:`sekuire.report.Reporter` is one.
+
+    What ``accept`` gives back has ``code``: that of the failure the requester gets, None for an output.
+    """
 
     def accept(self, completion: Completion) -> Optional[Any]: ...
 
@@ -570,6 +573,8 @@ class Dispatcher:
         report = self._sink.accept(completion)
         if self._on_result is not None and report is not None:
             self._on_result(record.task, completion, report)
+        if count == "completed" and report is not None and report.code is not None:
+            count = "failed"  # The sink could not send what the handler gave.
         with self._condition:
             if record.attempt > completion.attempt:
                 self._sink.recall(record.task.task_id, record.attempt)

@@ -32,6 +32,12 @@ from .scripted import GUARD, until
 WORKERS, QUEUE = 2, 3
 
 
+class Taken(str):
+    """A task's id, as what the sink sends."""
+
+    code = None
+
+
 class Sink:
     """Takes results as the reporter does, and delivers them at once."""
 
@@ -45,7 +51,7 @@ class Sink:
         #: Called at the beginning of accept(), to put something in between.
         self.before: Callable[[Completion], None] = lambda completion: None
 
-    def accept(self, completion: Completion) -> Optional[str]:
+    def accept(self, completion: Completion) -> Optional[Taken]:
         self.before(completion)
         with self.lock:
             if completion.task_id in self.results:
@@ -53,7 +59,7 @@ class Sink:
                 return None
             self.results[completion.task_id] = completion
             self.attempts[completion.task_id] = completion.attempt
-            return completion.task_id
+            return Taken(completion.task_id)
 
     def post(self, report: Any) -> None:
         with self.lock:

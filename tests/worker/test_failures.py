@@ -321,6 +321,8 @@ def test_result_not_serializable(platform: Any, worker_of: Make, make: Callable[
     with worker:
         error = failing(platform)
         assert (error["code"], error["retryable"]) == ("result_not_serializable", False)
+        until(lambda: worker.stats().failed)
+        assert worker.stats().completed == 0
 
 
 def test_details_without_a_json_form(platform: Any, worker_of: Make) -> None:
