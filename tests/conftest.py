@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from typing import Any, Callable, Iterator, List
@@ -13,6 +14,10 @@ from sekuire import Worker, create_worker
 from .scripted import GUARD, Blackhole, Scripted, client_threads
 
 AGENT = "agent-1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and so would every process that a test starts to send it one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
