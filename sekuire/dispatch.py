@@ -31,13 +31,18 @@ _UNPACKED = 64
 _WAITING, _RUNNING, _CLAIMED = "waiting", "running", "claimed"
 
 
+class Accepted(Protocol):
+    """What a sink made of a result."""
+
+    @property
+    def code(self) -> Optional[str]:
+        """The code of the failure that the requester gets, None for an output."""
+
+
 class ResultSink(Protocol):
-    """Where results go; :class:`sekuire.report.Reporter` is one.
+    """Where results go; :class:`sekuire.report.Reporter` is one."""
 
-    What ``accept`` gives back has ``code``: that of the failure the requester gets, None for an output.
-    """
-
-    def accept(self, completion: Completion) -> Optional[Any]: ...
+    def accept(self, completion: Completion) -> Optional[Accepted]: ...
 
     def post(self, report: Any) -> None: ...
 
@@ -567,7 +572,7 @@ class Dispatcher:
         if record.context is not None:
             self._stragglers.add(record)
 
-    def _answer(self, record: _Record, completion: Completion, count: str) -> Optional[Any]:
+    def _answer(self, record: _Record, completion: Completion, count: str) -> Optional[Accepted]:
         """Give a claimed record's result to the sink, then forget the record; what is to be sent."""
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
         report = self._sink.accept(completion)

@@ -15,7 +15,7 @@ from . import protocol
 from .calls import Handler, call
 from .config import WorkerConfig
 from .context import TaskContext
-from .dispatch import Dispatcher
+from .dispatch import Accepted, Dispatcher
 from .errors import ConfigurationError
 from .lifecycle import Deadline, Timer
 from .models import Completion, Failure, Task
@@ -293,6 +293,7 @@ class _Sink:
     def __init__(self, max_bytes: int) -> None:
         self.done = threading.Event()
         self.exception: Optional[BaseException] = None
+        self.code: Optional[str] = None
         self._max_bytes = max_bytes
         self._head = b""
         self._progress: List[Tuple[float, Optional[str]]] = []
@@ -321,8 +322,8 @@ class _Sink:
             exception=self.exception,
         )
 
-    def accept(self, completion: Completion) -> Optional[Any]:
-        self._head, _ = encode(completion, self._max_bytes)
+    def accept(self, completion: Completion) -> Optional[Accepted]:
+        self._head, self.code = encode(completion, self._max_bytes)
         return self
 
     def post(self, report: Any) -> None:
