@@ -9,12 +9,12 @@ import signal
 import subprocess
 import tempfile
 import threading
-from types import FrameType
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .config import CREDENTIALS_FILE_VARIABLE
 from .errors import ConfigurationError
 from .exitcodes import INTERRUPTED, OK
+from .signals import ENDING, TakenSignals
 
 #: Seconds between two looks at the child.
 _SLICE = 0.1
@@ -58,7 +58,14 @@ class Reloader:
 
     def run(self) -> int:
         """Until a signal, and the end of the child after it; the exit code: 130 after Ctrl-C, else 0."""
-        previous = self._take_signals()
+        # nohup ignores SIGHUP; otherwise a closed terminal would leave the child behind.
+        numbers = [*ENDING, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        with TakenSignals(self._events.put, heeded):
+            self._run()
+        return INTERRUPTED if self._first_signal == signal.SIGINT else OK
+
+    def _run(self) -> None:
         thread = threading.Thread(target=self._report_changes, name="sekuire-reload", daemon=True)
         directory = None if os.environ.get(CREDENTIALS_FILE_VARIABLE) else tempfile.mkdtemp(prefix="sekuire-")
         environ = dict(os.environ)
@@ -75,11 +82,8 @@ class Reloader:
                 self._child.kill()
                 self._child.wait()
             thread.join(_PATIENCE)
-            for number, handler in previous.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
             if directory is not None:
                 shutil.rmtree(directory, ignore_errors=True)
-        return INTERRUPTED if self._first_signal == signal.SIGINT else OK
 
     # -- the main thread --
 
@@ -134,18 +138,6 @@ class Reloader:
             return self._events.get(timeout=_SLICE)
         except queue.Empty:
             return None
-
-    def _take_signals(self) -> Dict[int, Any]:
-        previous: Dict[int, Any] = {}
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP"):
-            number = getattr(signal, name, None)
-            # nohup ignores SIGHUP; otherwise a closed terminal would leave the child behind.
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                previous[number] = signal.signal(number, self._note)
-        return previous
-
-    def _note(self, number: int, frame: Optional[FrameType]) -> None:
-        self._events.put(number)
 
     # -- the watching thread --
 

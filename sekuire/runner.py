@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType
-from typing import Any, Callable, Iterator, List, NoReturn, Optional, Tuple, Union
+from typing import Callable, Iterator, List, NoReturn, Optional, Union
 
 from . import lifecycle
 from .errors import ConfigurationError, SekuireError
 from .exitcodes import INTERRUPTED, OK
 from .lifecycle import Deadline, PeriodicThread, join_all
+from .signals import ENDING, TakenSignals
 from .worker import Worker
 
 #: Seconds that flushing may take where handlers still run, and that idle threads get to end.
@@ -22,10 +22,6 @@ _FLUSH_TIME = 3.0
 _IDLE_TIME = 1.0
 #: Seconds between two touches of the liveness file.
 LIVENESS_INTERVAL = 5.0
-
-_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
-)  # fmt: skip
 
 
 def run(
@@ -65,28 +61,19 @@ class _Ended(BaseException):
         self.code = code
 
 
-class _Signals:
+class _Signals(TakenSignals):
     """The signals while the Worker does not hold them itself: before it runs they end the import, after it the process.
 
-    The Worker replaces these handlers for the time of ``start(block=True)``, and puts them back. Main thread only; a
-    context manager.
+    The Worker replaces these handlers for the time of ``start(block=True)``, and puts them back. Outside the main
+    thread, where no handler can be set, it takes none.
     """
 
     def __init__(self) -> None:
         #: The exit code for a signal after the worker ran; None before.
         self.leave_with: Optional[int] = None
-        self._previous: List[Tuple[int, Any]] = []
+        super().__init__(self._note, ENDING if threading.current_thread() is threading.main_thread() else ())
 
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = [(number, signal.signal(number, self._note)) for number in _SIGNALS]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous:
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+    def _note(self, number: int) -> None:
         if self.leave_with is not None:
             os._exit(self.leave_with)
         elif number == signal.SIGINT:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
-import queue
-import signal
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, TypeVar, Union, overload
 
 import attrs
 
@@ -38,6 +37,7 @@ from .lifecycle import (
 from .models import Command, WorkerReport, WorkerStats
 from .registry import Carrier, TaskRegistry
 from .report import Reporter
+from .signals import SignalQueue
 from .stream import TaskStream
 
 if TYPE_CHECKING:
@@ -240,8 +240,8 @@ class Worker:
         check_starter("Worker")
         check_process(self.pid, "Worker")
         self._check_startable()
-        signals = _Signals() if block and threading.current_thread() is threading.main_thread() else None
-        try:
+        signals = SignalQueue() if block and threading.current_thread() is threading.main_thread() else None
+        with signals or contextlib.nullcontext():
             self._take_start()
             try:
                 self._begin()
@@ -253,9 +253,6 @@ class Worker:
                 # KeyboardInterrupt above all: whoever waits here is leaving, so the threads must not stay.
                 self._request_stop(0.0)
                 raise
-        finally:
-            if signals is not None:
-                signals.restore()
         if self._error is not None:
             self.wait(self._config.shutdown_timeout)
             raise self._error
@@ -460,7 +457,7 @@ class Worker:
             return
         self._wait_until(lambda: self._verdict or self._phase == "stopped", self._config.start_timeout)
 
-    def _wait_for_end(self, signals: Optional[_Signals]) -> None:
+    def _wait_for_end(self, signals: Optional[SignalQueue]) -> None:
         while not self.wait(0 if signals else None):
             assert signals is not None
             number = signals.get(_SIGNAL_SLICE)
@@ -722,36 +719,6 @@ class Worker:
         late += self._dispatcher.straggler_names()
         if late:
             log.warning("still running after the stop: %s", ", ".join(late))
-
-
-class _Signals:
-    """SIGINT and SIGTERM as a queue, while it lives. Main thread only.
-
-    The handler takes no lock and does not log: an ``Event.set()`` there can deadlock against the main thread inside
-    ``Event.wait()``.
-    """
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._previous: Dict[int, Any] = {}
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                self._previous[number] = signal.signal(number, self._note)
-
-    def get(self, timeout: float) -> Optional[int]:
-        try:
-            return self._queue.get(timeout=timeout)
-        except queue.Empty:
-            return None
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            # None: it was not set from Python, so it cannot be put back; the default is the nearest.
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def _note(self, number: int, frame: object) -> None:
-        self._queue.put(number)
 
 
 def create_worker(**options: Any) -> Worker:

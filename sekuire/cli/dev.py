@@ -6,13 +6,11 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import shlex
-import signal
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from ..errors import APIError, ConfigurationError, PolicyIntegrityError
+from ..signals import SignalQueue
 from . import terminal
 from .exits import INTERRUPTED, OK, CommandError
 from .options import local_platform
@@ -240,42 +238,23 @@ class _PolicyFile:
         terminal.note(f"policy {self._path}: version {active['version']} is active in {self.workspace_id}")
 
 
-class _Signals:
-    """SIGINT and SIGTERM as a queue; the second one ends the process. Main thread only; a context manager.
-
-    The handler takes no lock: ``Event.set()`` there can deadlock against a main thread inside ``Event.wait()``.
-    """
+class _Signals(SignalQueue):
+    """The signals while the platform runs; the second one ends the process."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        super().__init__()
         self._count = 0
-        self._previous: Dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
-            number = getattr(signal, name, None)
-            if number is not None:
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def wait(self, looks: Sequence[Callable[[], None]] = ()) -> None:
-        """Until a signal has come; ``looks`` are called a few times a second. In slices: on Windows no signal
-        interrupts a wait."""
+        """Until a signal has come; ``looks`` are called a few times a second."""
         while True:
             for look in looks:
                 look()
-            try:
-                self._queue.get(timeout=_SLICE)
-            except queue.Empty:
-                continue
-            return
+            if self.get(_SLICE) is not None:
+                return
 
-    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+    def _note(self, number: int) -> None:
         self._count += 1
         if self._count > 1:
             os._exit(INTERRUPTED)
-        self._queue.put(number)
+        super()._note(number)

@@ -13,6 +13,7 @@ import pytest
 from sekuire import create_worker, runner
 from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
+from sekuire.signals import ENDING
 
 from .conftest import AGENT, GUARD, POSIX_ONLY, Call, Process, Run, until, variables
 
@@ -402,12 +403,12 @@ def test_a_signal_after_the_worker_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the SDK shuts down, another signal ends the process with the worker's code."""
     codes: List[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    before: Dict[int, Any] = {number: signal.getsignal(number) for number in runner._SIGNALS}
+    before: Dict[int, Any] = {number: signal.getsignal(number) for number in ENDING}
     with runner._Signals() as signals:
         signals.leave_with = 7
         signal.raise_signal(signal.SIGTERM)
     assert codes == [7]
-    assert {number: signal.getsignal(number) for number in runner._SIGNALS} == before
+    assert {number: signal.getsignal(number) for number in ENDING} == before
 
 
 def test_a_revoked_installation_is_not_started(run: Run, module: Write, platform: LocalPlatform) -> None:
