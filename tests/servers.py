@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import types
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -104,11 +105,15 @@ class WebServer:
                 if context is None:
                     super().finish_request(request, address)
                     return
-                with contextlib.suppress(OSError):
-                    # ssl leaves a socket open that was reset before it is wrapped.
-                    request.getpeername()
+                try:
                     with context.wrap_socket(request, server_side=True) as wrapped:
                         super().finish_request(wrapped, address)
+                except OSError as error:
+                    # ssl leaves a socket open that is reset while it is wrapped.
+                    for frame, _ in traceback.walk_tb(error.__traceback__):
+                        wrapped = frame.f_locals.get("self")
+                        if isinstance(wrapped, ssl.SSLSocket):
+                            wrapped.close()
 
             def handle_error(self, request: Any, address: Any) -> None:
                 pass
