@@ -92,6 +92,8 @@ class Authenticator:
         self._refreshing = False
         self._next_try = 0.0
         self._dead: List[str] = []
+        #: What the last attempt was refused with, for those who ask when nothing is left to try.
+        self._refusal: Optional[Tuple[str, Optional[int], Optional[str]]] = None
         #: Told of every grant and when its request was sent (monotonic); called by the renewing thread.
         self.on_grant: Callable[[Grant, float], None] = lambda grant, sent_at: None
         store.seed(
@@ -272,13 +274,15 @@ class Authenticator:
                 refusals.append(refusal)
         if not refusals:
             message = "the platform refused the runtime token, and nothing else was given to authenticate with"
-            if snapshot.credentials.runtime_token is None:
-                if not self._dead:
-                    raise TransportError("the credentials_store holds no credentials yet; waiting for them")
-                message = "every way of authenticating has been refused before"
-            raise AuthenticationError(message, 401)
+            if snapshot.credentials.runtime_token is not None:
+                raise AuthenticationError(message, 401)
+            if not self._dead:
+                raise TransportError("the credentials_store holds no credentials yet; waiting for them")
+            before, status, code = self._refusal or ("the platform refuses them", 401, None)
+            raise AuthenticationError(f"every way of authenticating has been refused before: {before}", status, code)
         last = refusals[-1]
-        raise AuthenticationError("; ".join(refusal.message for refusal in refusals), last.status, last.code)
+        self._refusal = "; ".join(refusal.message for refusal in refusals), last.status, last.code
+        raise AuthenticationError(*self._refusal)
 
     def _ways(self, snapshot: Snapshot, deadline: Deadline) -> List[Callable[[], Renewed]]:
         ways: List[Callable[[], Renewed]] = []

@@ -17,7 +17,7 @@ from sekuire.cli import main
 from sekuire.local import LocalPlatform
 
 #: Guards against a hang, in seconds; no test measures with it.
-GUARD = 30.0
+GUARD = 90.0
 AGENT = "cli-agent"
 POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
 
