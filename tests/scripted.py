@@ -14,7 +14,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
 from urllib.parse import parse_qs, urlsplit
 
 #: Guards against a hang; no test measures with it.
-GUARD = 20.0
+GUARD = 45.0
 
 Answer = Union[Tuple[int, Any], Tuple[int, Any, Dict[str, str]], None]
 
