@@ -83,7 +83,7 @@ class Control:
         self._lock = threading.Lock()
         self._lease_lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
-        self._last_command_at = 0.0
+        self._last_command_at = self._last_desired_at = 0.0
         self._was_terminated = False
         self._lease_timer: Optional[int] = None
         self._warned_policy = False
@@ -111,12 +111,12 @@ class Control:
         # An answer is a verdict, even a bad one; silence is not.
         self._set_connected(False, error is not None and not isinstance(error, TransportError))
 
-    def on_connected(self, connected: Connected) -> None:
+    def on_connected(self, connected: Connected, as_of: float) -> None:
         if connected.installation_id and self._store.current.installation_id is None:
             self._store.adopt_installation(connected.installation_id)
             self._heartbeat.nudge()
         self._heartbeat.note_interval(connected.heartbeat_interval)
-        self._apply_desired(connected.desired_state, None, time.monotonic())
+        self._apply_desired(connected.desired_state, None, as_of)
 
     def on_task(self, task: Task) -> None:
         self._dispatcher.submit(task)
@@ -187,9 +187,11 @@ class Control:
         """Make good what a lost command left: the level behind the commands' edges."""
         reason = "the platform's desired state"
         with self._lock:
-            if desired is None or as_of < self._last_command_at:
-                # Said before the newest command was given; the next one will know of it.
+            if desired is None or as_of < max(self._last_command_at, self._last_desired_at):
+                # Perhaps said before the newest command, or before what the other connection has told meanwhile; the
+                # next one will know of it.
                 return
+            self._last_desired_at = as_of
             if desired == "paused":
                 changed = not self._dispatcher.is_paused_by("command")
                 changed = changed and self._dispatcher.pause("desired_state", reason)

@@ -36,7 +36,8 @@ class StreamListener(Protocol):
     def on_lost(self, error: Optional[SekuireError]) -> None:
         """No stream: it ended (None), broke, or could not be opened; it is tried again."""
 
-    def on_connected(self, connected: Connected) -> None: ...
+    def on_connected(self, connected: Connected, as_of: float) -> None:
+        """``as_of``: the moment (``time.monotonic``) before which the platform has not said it."""
 
     def on_task(self, task: Task) -> None: ...
 
@@ -78,6 +79,8 @@ class TaskStream:
         self._last_event_id = ""
         self._was_open = False
         self._opened_at: Optional[float] = None
+        #: When the stream was asked for, until it has said ``connected``.
+        self._asked_at: Optional[float] = None
         self._refused: Optional[int] = None
         self._ignored: Set[str] = set()
 
@@ -156,6 +159,7 @@ class TaskStream:
         if event_id is not None:
             headers["Last-Event-ID"] = event_id
         path = f"{self._path}?{self._query(snapshot.credentials.installation_id)}"
+        self._asked_at = time.monotonic()
         return self._live.open(path, credential=bearer_of(snapshot), headers=headers)
 
     def _renew(self, snapshot: Snapshot, error: APIError) -> Optional[SekuireError]:
@@ -244,7 +248,9 @@ class TaskStream:
             elif kind == protocol.EVENT_COMMAND:
                 self._listener.on_command(protocol.decode_command(event.data))
             elif kind == protocol.EVENT_CONNECTED:
-                self._listener.on_connected(protocol.decode_connected(event.data))
+                as_of, self._asked_at = self._asked_at, None
+                connected = protocol.decode_connected(event.data)
+                self._listener.on_connected(connected, time.monotonic() if as_of is None else as_of)
             elif kind == protocol.EVENT_MESSAGE:
                 task = protocol.decode_untyped_task(event.data)
                 if task is not None:

@@ -165,6 +165,30 @@ def test_a_stale_heartbeat_does_not_undo_a_newer_command(scripted: Scripted, wor
     assert heard == ["pause"]
 
 
+def test_a_stale_connected_does_not_undo_a_newer_heartbeat(
+    scripted: Scripted, worker_of: Make, handler: Handler
+) -> None:
+    """What the stream says late, of the time when it was asked for, does not count against what a heartbeat told."""
+    scripted.connected = {"desired_state": "running"}
+    scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "paused"})
+    worker = worker_of(scripted, heartbeat_interval=0.03)
+    heard: List[str] = []
+
+    def late(request: Any) -> None:
+        until(worker.is_paused)
+        scripted.wait_for("heartbeat", scripted.count("heartbeat") + 3)
+        scripted.stream(request)
+
+    scripted.on["stream"] = late
+    worker.on_task("echo", handler)
+    worker.on_command(lambda command: heard.append(command.type))
+    with worker:
+        scripted.task("t1")
+        assert scripted.completion("t1")["error"]["code"] == "worker_paused"
+        scripted.wait_for("heartbeat", scripted.count("heartbeat") + 3)
+    assert heard == ["pause"]
+
+
 def test_command_ids_are_carried_out_once(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
     """A command that is replayed after a reconnect does nothing; one without an id always counts."""
     heard: List[str] = []
