@@ -249,18 +249,18 @@ class Handlers:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.gates: Dict[str, List[threading.Event]] = {}
-        self.inside: Counter[str] = Counter()
+        self._inside: Counter[str] = Counter()
         self.runs: Counter[str] = Counter()
 
     def __call__(self, ctx: TaskContext, input: Any) -> str:
         gate = threading.Event()
         with self.lock:
             self.runs[ctx.task_id] += 1
-            self.inside[ctx.task_id] += 1
+            self._inside[ctx.task_id] += 1
             self.gates.setdefault(ctx.task_id, []).append(gate)
         assert gate.wait(3 * GUARD)
         with self.lock:
-            self.inside[ctx.task_id] -= 1
+            self._inside[ctx.task_id] -= 1
         if input == "fail":
             raise ValueError("failed")
         if input == "odd":
@@ -268,13 +268,18 @@ class Handlers:
         ctx.raise_if_cancelled()
         return "done"
 
+    @property
+    def inside(self) -> Counter[str]:
+        with self.lock:
+            return Counter(self._inside)
+
     def let_go(self, task_id: str) -> None:
         """Let every run of this task end, and wait until it has."""
         with self.lock:
             for gate in self.gates.pop(task_id, []):
                 gate.set()
         # Else the machine would take what was before for what came of it.
-        until(lambda: not self.inside[task_id] or task_id in self.gates)
+        until(lambda: not self._inside[task_id] or task_id in self.gates)
 
     def let_all_go(self) -> None:
         for task_id in list(self.gates):
@@ -598,9 +603,14 @@ class TaskStates(RuleBasedStateMachine):
     @invariant()
     def counts_add_up(self) -> None:
         dispatcher, counts = self.life.dispatcher, self.life.dispatcher.counts
-        ended = counts.completed + counts.failed + counts.rejected + counts.released
-        here = dispatcher.running + dispatcher.waiting + (self.submitter is not None)
-        assert counts.received == ended + counts.duplicates + here
+
+        def is_sum() -> bool:
+            ended = counts.completed + counts.failed + counts.rejected + counts.released
+            here = dispatcher.running + dispatcher.waiting + (self.submitter is not None)
+            return counts.received == ended + counts.duplicates + here
+
+        # The stream's thread may not have come to its task yet.
+        until(is_sum)
         assert self.life.reporter.backlog == len(self.life.reporter.undelivered())
         assert self.life.reporter.dropped == sum(self.platform.forgotten.values()) - self.life.forgotten_before
 
