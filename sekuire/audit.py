@@ -39,6 +39,8 @@ MAX_EVENTS, MAX_BYTES = 10_000, 8 * 1024 * 1024
 MAX_DATA = 64 * 1024
 #: Longest message of a log record or an exception in an event, in characters.
 MAX_TEXT = 2000
+#: Longest id or name in an event of the library's own, in characters.
+_MAX_ID = 256
 #: What an event is counted for besides its data, and what one of the library's own is counted for, in bytes.
 _HEAD, _OWN = 300, 600
 #: First and longest delay between tries of one batch, in seconds.
@@ -125,7 +127,8 @@ class AuditLog:
         self._scrub = scrub
         self._path = config.endpoints.path("logs")
         self._call_timeout = config.connect_timeout + config.read_timeout
-        self._lock = threading.Lock()
+        # Reentrant: a signal's handler may log while its thread is in the middle of noting another event.
+        self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._buffer: Deque[_Event] = deque()
         self._held: Optional[_Batch] = None
@@ -154,7 +157,8 @@ class AuditLog:
 
     def passed(self, task: Task) -> None:
         """Note that the policy let a task begin. Never blocks, never raises."""
-        data = {"kind": "capability", "target": task.capability[:MAX_TEXT], "task_id": task.task_id, "allowed": True}
+        target, task_id = task.capability[:_MAX_ID], task.task_id[:_MAX_ID]
+        data = {"kind": "capability", "target": target, "task_id": task_id, "allowed": True}
         self._note("policy_check", "info", data, _OWN)
 
     def policy(
@@ -218,20 +222,21 @@ class AuditLog:
         """A task has its result; ``report.code`` is the failure's code as the requester gets it, None for an output."""
         code = report.code
         data: Dict[str, Any] = {
-            "task_id": task.task_id,
-            "capability": task.capability,
+            # The requester chooses some of these: cut, they neither drive the rest out nor fill the memory.
+            "task_id": task.task_id[:_MAX_ID],
+            "capability": task.capability[:_MAX_ID],
             "status": "completed" if code is None else "failed",
             "execution_time_ms": completion.execution_time_ms,
             "attempt": completion.attempt,
             "worker_id": worker_id,
         }
         if task.trace_id is not None:
-            data["trace_id"] = task.trace_id
+            data["trace_id"] = task.trace_id[:_MAX_ID]
         severity = "info"
         if code is not None:
             data["error_code"] = code
             severity = "error" if code in _BROKEN else "warn"
-        self._note("tool_execution", severity, data, _OWN)
+        self._note("tool_execution", severity, data, _OWN if task.trace_id is None else _OWN + _MAX_ID)
 
     def health(self, state: str, severity: str = "info", **facts: Optional[str]) -> None:
         """The installation or a worker of it has come into another state."""

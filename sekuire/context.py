@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import datetime as dt
 import logging
 import math
@@ -203,3 +204,7 @@ class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subsc
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> Tuple[Any, MutableMapping[str, Any]]:
         kwargs["extra"] = {**(self.extra or {}), **kwargs.get("extra", {})}
         return f"[{self.extra['task_id'] if self.extra else '?'}] {msg}", kwargs
+
+
+#: The task that this thread is with: from before its policy is asked until its handler has ended.
+current_task: contextvars.ContextVar[Optional[TaskContext]] = contextvars.ContextVar("sekuire_task", default=None)

@@ -14,7 +14,7 @@ import attrs
 
 from . import handlers, protocol
 from .config import WorkerConfig
-from .context import TaskContext
+from .context import TaskContext, current_task
 from .errors import PolicyUnavailableError, PolicyViolationError
 from .lifecycle import Deadline, Timer, owned_by
 from .models import Completion, Failure, Task
@@ -451,6 +451,7 @@ class Dispatcher:
                     if self._claim(record):
                         message = f"the worker failed ({type(error).__name__})"
                         self._finish_early(record, protocol.failure("handler_error", message))
+                current_task.set(None)
                 record = self._next_for(record)
                 if record is not None and self._foreign is not None:
                     self._hand_over(record)
@@ -510,6 +511,7 @@ class Dispatcher:
                 return
             context._attempt = record.attempt
             record.context = context
+        current_task.set(context)
         if not self._lease_held():
             if self._claim(record):
                 self._give_back_record(record)

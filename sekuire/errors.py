@@ -174,6 +174,10 @@ class PolicyViolationError(SekuireError):
         self.reason = reason
         #: Seconds until a rate limit admits the next request, or None.
         self.retry_after = retry_after
+        #: What was asked about, such as a tool's name; None where it is unknown, or no single thing.
+        self.target: Optional[str] = None
+        #: Whether it was allowed all the same, by ``warn_only``.
+        self.allowed = False
 
     def __str__(self) -> str:
         return f"{self.rule}: {self.reason}"

@@ -61,10 +61,10 @@ def failure_of(error: BaseException, context: TaskContext, expose_errors: bool, 
         if error.retry_after is not None:
             details["retry_after"] = error.retry_after
         if error.rule == protocol.RULE_UNAVAILABLE:
-            return protocol.failure("policy_unavailable", _text(error), details)
-        return protocol.failure("rate_limited" if limited else "policy_denied", _text(error), details)
+            return protocol.failure("policy_unavailable", _text(error, scrub), details)
+        return protocol.failure("rate_limited" if limited else "policy_denied", _text(error, scrub), details)
     if isinstance(error, PolicyUnavailableError):
-        return protocol.failure("policy_unavailable", _text(error))
+        return protocol.failure("policy_unavailable", _text(error, scrub))
     log.error(
         "[%s] the handler of %r raised", context.task_id, context.capability,
         exc_info=error, extra={"task_id": context.task_id, "capability": context.capability},

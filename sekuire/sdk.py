@@ -26,6 +26,7 @@ from .config import (
     policy_keys_from_environment,
     read_environment,
 )
+from .context import current_task
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError, PolicyViolationError
 from .lifecycle import Deadline, check_process, check_starter, is_owned_by
@@ -178,7 +179,10 @@ class SekuireSDK:
             option = {"path": "policy_path"}.get(problem.option or "", problem.option)
             source = keys_source if option == "trusted_policy_keys" else None
             raise ConfigurationError(problem.problem, option, problem.source or source)
-        options = {"environment": config.environment, **(config.policy_options or {})}
+        options = dict(config.policy_options or {})
+        if "environment" in options:
+            raise ConfigurationError("has no 'environment'; it is an option of its own", "policy_options")
+        options["environment"] = config.environment
         theirs = options.get("on_violation")
         if theirs is None or callable(theirs):
             options["on_violation"] = functools.partial(self._note_violation, theirs)
@@ -187,7 +191,8 @@ class SekuireSDK:
     def _note_violation(
         self, theirs: Optional[Callable[[PolicyViolationError], object]], error: PolicyViolationError
     ) -> None:
-        self.audit.policy(error)
+        context = current_task.get()
+        self.audit.policy(error, target=error.target, task_id=None if context is None else context.task_id)
         if theirs is not None:
             theirs(error)
 

@@ -868,7 +868,11 @@ def test_events_of_the_policy(scripted: Scripted, sdk_of: Make) -> None:
                 "allowed": False,
             },
         ),
-        ("policy_violation", "warn", {"kind": "tool", "rule": "tool.blocked", "reason": "shell is blocked"}),
+        (
+            "policy_violation",
+            "warn",
+            {"kind": "tool", "rule": "tool.blocked", "reason": "shell is blocked", "allowed": False},
+        ),
         ("policy_check", "info", {}),
     ]
 

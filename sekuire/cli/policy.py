@@ -243,6 +243,8 @@ def read_file(path: str, option: str) -> Tuple[bytes, Dict[str, Any]]:
 
     :raises CommandError: it cannot be read, or is no JSON object.
     """
+    from ..policy.document import read_document
+
     payload: Any = None
     problem = ""
     data = b""
@@ -256,6 +258,10 @@ def read_file(path: str, option: str) -> Tuple[bytes, Dict[str, Any]]:
             problem = "it is larger than 1 MiB"
         else:
             payload = protocol.decode_body(data)
+            # What a policy is refused for, such as a key that is there twice, is refused here too.
+            read_document(data)
+    except PolicyIntegrityError as error:
+        problem = str(error)
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or f"it {error}"
     if not problem and not isinstance(payload, dict):

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from .. import protocol
 from ..config import PolicyClientConfig, from_options
@@ -31,6 +31,7 @@ from ..transport.http import Credential, HttpClient, Reply
 from ..transport.retry import Interrupted, call
 from .cache import PolicyCache
 from .document import Policy, check_succession, decode_policy, parse_key
+from .enforcer import PolicyEnforcer
 
 __all__ = ["PolicyClient", "require_extra"]
 
@@ -62,9 +63,11 @@ def require_extra() -> None:
 class _Flight:
     """A fetch in progress: the others wait for ``done`` and share ``policy`` or ``error``."""
 
-    __slots__ = ("done", "error", "policy")
+    __slots__ = ("done", "epoch", "error", "policy")
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
+        #: How often the cache had been invalidated when it began.
+        self.epoch = epoch
         self.done = threading.Event()
         self.policy: Optional[Policy] = None
         self.error: Optional[BaseException] = None
@@ -73,7 +76,7 @@ class _Flight:
 class _Known:
     """What is known of one workspace. The client's lock guards every field."""
 
-    __slots__ = ("answered_at", "flight", "is_loaded", "policy", "version")
+    __slots__ = ("answered_at", "epoch", "flight", "is_loaded", "policy", "version")
 
     def __init__(self) -> None:
         #: The last good policy; None: none is known, or the platform said that there is none.
@@ -82,6 +85,8 @@ class _Known:
         self.version = -1
         #: ``time.monotonic()`` of the last good answer; None: ask again.
         self.answered_at: Optional[float] = None
+        #: How often the cache was invalidated.
+        self.epoch = 0
         self.is_loaded = False
         self.flight: Optional[_Flight] = None
 
@@ -187,18 +192,23 @@ class PolicyClient:
             raise ConfigurationError(f"must be a workspace's id, got {workspace_id!r}", "workspace_id")
         deadline = Deadline(FETCH_TIMEOUT)
         known = self._known_of(workspace_id)
+        epoch = -1
         while True:
             with self._lock:
                 at = known.answered_at
                 if at is not None and time.monotonic() - at < self.cache_ttl:
                     return known.policy
+                # What was asked before an invalidation that came before this call may be too old for it.
+                epoch = known.epoch if epoch < 0 else epoch
                 flight = known.flight
                 if flight is None:
-                    mine = known.flight = _Flight()
+                    mine = known.flight = _Flight(known.epoch)
             if flight is None:
                 return self._lead(workspace_id, known, mine, deadline)
             if not flight.done.wait(deadline.remaining()):
                 raise TransportError("waiting for another thread's fetch of the policy took too long")
+            if flight.epoch < epoch:
+                continue
             if flight.error is None:
                 return flight.policy
             raise own_copy(flight.error)
@@ -215,6 +225,7 @@ class PolicyClient:
         known = self._known_of(workspace_id)
         with self._lock:
             known.answered_at = None
+            known.epoch += 1
 
     def close(self) -> None:
         """End the waits between retries and close the connections. What is known stays."""
@@ -264,6 +275,7 @@ class PolicyClient:
         try:
             policy = decode_policy(body, workspace_id=workspace_id, trusted_keys=self._keys)
             if policy.version >= version:
+                PolicyEnforcer(policy)
                 return policy
             problem = f"it is version {policy.version}, and version {version} was seen before"
         except PolicyIntegrityError as error:
@@ -273,7 +285,7 @@ class PolicyClient:
 
     def _lead(self, workspace_id: str, known: _Known, flight: _Flight, deadline: Deadline) -> Optional[Policy]:
         try:
-            flight.policy = self._fetch(workspace_id, known, deadline)
+            flight.policy = self._fetch(workspace_id, known, flight.epoch, deadline)
             return flight.policy
         except Exception as error:
             flight.error = error
@@ -287,7 +299,7 @@ class PolicyClient:
                 known.flight = None
             flight.done.set()
 
-    def _fetch(self, workspace_id: str, known: _Known, deadline: Deadline) -> Optional[Policy]:
+    def _fetch(self, workspace_id: str, known: _Known, epoch: int, deadline: Deadline) -> Optional[Policy]:
         path = self._endpoints.path("policy", workspace_id=workspace_id)
         asked_at = time.monotonic()
         try:
@@ -302,11 +314,13 @@ class PolicyClient:
         else:
             policy = decode_policy(reply.body, workspace_id=workspace_id, trusted_keys=self._keys)
             self._check_version(known, policy)
+            # One that cannot be enforced on this machine must not take the place of one that can.
+            PolicyEnforcer(policy)
         with self._lock:
             old = known.policy
             known.policy = policy
             known.version = -1 if policy is None else policy.version
-            known.answered_at = asked_at
+            known.answered_at = asked_at if epoch == known.epoch else None
         if policy is None:
             if old is not None and self._cache is not None:
                 self._cache.forget(workspace_id)
@@ -337,7 +351,7 @@ class PolicyClient:
         if protocol.is_revoked(error):
             return protocol.revocation(error)
         if error.status == 404:
-            if error.details is not None:
+            if _is_the_platforms(error.details):
                 return None
             # A proxy's or another server's 404 must not be taken for "everything is allowed".
             error.message = f"no Sekuire platform's answer, is api_base_url right? ({error.message[:80]})"
@@ -370,6 +384,11 @@ class PolicyClient:
     def _or_forget(self) -> str:
         where = f"remove {self._cache.path} and " if self._cache is not None else ""
         return f", or {where}start anew where the platform itself was set back"
+
+
+def _is_the_platforms(body: Optional[Mapping[str, Any]]) -> bool:
+    """Whether an error's body is of the contract's form, which a proxy's, or another server's, seldom is."""
+    return body is not None and all(isinstance(body.get(name), str) and body[name] for name in ("error", "message"))
 
 
 class _Caller:

@@ -308,6 +308,19 @@ def _decode(body: bytes) -> Any:
     raise _Wrong("", f"the policy {problem}")
 
 
+def read_document(body: bytes) -> Any:
+    """What a file holds that is to become a policy, read as strictly as a policy; needs no extra.
+
+    :raises PolicyIntegrityError: it is not JSON in UTF-8, or an object in it has a key twice, for example.
+    """
+    wrong = None
+    try:
+        return _decode(body)
+    except _Wrong as error:
+        wrong = error.error()
+    raise wrong
+
+
 #: Where a value stands: the node of what holds it, and its key or index there; None for the whole.
 _Node = Optional[Tuple[Any, Union[str, int]]]
 

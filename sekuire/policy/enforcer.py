@@ -70,6 +70,8 @@ class Decision:
     rule: Optional[str] = None
     reason: str = ""
     retry_after: Optional[float] = None
+    #: What was asked about, as far as it may be shown; None where it is allowed, or is no single thing.
+    target: Optional[str] = attrs.field(default=None, eq=False, repr=False)
 
     def __bool__(self) -> bool:
         return self.allowed
@@ -126,7 +128,7 @@ class PolicyEnforcer:
     are resolved at construction.
 
     :param policy: the policy, or None where the workspace has none: everything is allowed.
-    :param warn_only: log what is forbidden as a warning, and allow it.
+    :param warn_only: log what is forbidden as a warning, and allow it; refused for a policy whose key was pinned.
     :param on_violation: called with the :class:`~sekuire.errors.PolicyViolationError` of everything forbidden, in the
         thread that asks, also with ``warn_only``; what it raises is logged and ignored.
     :param limiter: counts for the rate limits. Give the same one to the enforcers of successive policies, and to all
@@ -149,6 +151,8 @@ class PolicyEnforcer:
             )
         if on_violation is not None and not callable(on_violation):
             raise ConfigurationError(f"must be callable, got {type(on_violation).__name__}", "on_violation")
+        if warn_only and policy is not None and policy.origin == "pinned":
+            raise ConfigurationError("is refused where a policy key is pinned; remove one of the two", "warn_only")
         self._policy = policy
         self._warn_only = bool(warn_only)
         self._on_violation = on_violation
@@ -439,35 +443,35 @@ class PolicyEnforcer:
         if general is not None:
             return general
         section = self._rules.filesystem
-        done = _quote(operation)
+        done, asked = _quote(operation), _path(path)
         if isinstance(operation, str) and operation.isidentifier() and len(operation) <= 40:
             done = operation
         if section is None:
-            return _deny("fs.missing", operation=done, subject=_quote(path))
+            return _deny("fs.missing", operation=done, subject=asked)
         if not section.enabled:
-            return _deny("fs.disabled", operation=done, subject=_quote(path))
+            return _deny("fs.disabled", operation=done, subject=asked)
         problem = ""
         try:
             subject = read_path(path)
         except Unreadable as error:
             problem = str(error)
         if problem:
-            return _refuse("fs.not_allowed", f"{done} {_quote(path)}", problem)
+            return _refuse("fs.not_allowed", f"{done} {asked}", problem)
         pair = self._paths
         if pair.blocked is not None:
             entry = pair.blocked.find(subject)
             if entry is not None:
-                return _deny("fs.blocked", operation=done, subject=_quote(path), entry=entry, list=pair.blocked_name)
+                return _deny("fs.blocked", operation=done, subject=asked, entry=entry, list=pair.blocked_name)
         decision = _UNRESTRICTED
         if pair.allowed is not None:
             found = pair.allowed.find(subject)
             if found is None:
-                decision = _deny("fs.not_allowed", operation=done, subject=_quote(path), list=pair.allowed_name)
+                decision = _deny("fs.not_allowed", operation=done, subject=asked, list=pair.allowed_name)
                 return attrs.evolve(decision, reason=decision.reason + pair.allowed.hint(subject))
             decision = found
         if self._extensions is not None and not self._extensions.holds(subject.real):
             name = "permissions.filesystem.allowed_extensions"
-            return _deny("fs.ext", operation=done, subject=_quote(path), list=name)
+            return _deny("fs.ext", operation=done, subject=asked, list=name)
         return decision
 
     def _rate_limit(self, kind: str, amount: int) -> Decision:
@@ -496,7 +500,7 @@ class PolicyEnforcer:
             return None
         if self._unavailable is None:
             return _NO_POLICY
-        asked = _host(subject) if noun == "host" else _quote(subject)
+        asked = {"host": _host, "path": _path}.get(noun, _quote)(subject)
         return _refuse("policy.unavailable", f"{noun} {asked}", self._unavailable)
 
     # -- what comes of it --
@@ -504,16 +508,22 @@ class PolicyEnforcer:
     def _settle(self, decision: Decision) -> Decision:
         if decision.allowed:
             return decision
-        self._tell(PolicyViolationError(decision.rule or "", decision.reason, decision.retry_after))
+        self._tell(self._error(decision))
         return attrs.evolve(decision, allowed=True) if self._warn_only else decision
 
     def _demand(self, decision: Decision) -> None:
         if decision.allowed:
             return
-        error = PolicyViolationError(decision.rule or "", decision.reason, decision.retry_after)
+        error = self._error(decision)
         self._tell(error)
         if not self._warn_only:
             raise error
+
+    def _error(self, decision: Decision) -> PolicyViolationError:
+        error = PolicyViolationError(decision.rule or "", decision.reason, decision.retry_after)
+        error.target = decision.target
+        error.allowed = self._warn_only
+        return error
 
     def _tell(self, error: PolicyViolationError) -> None:
         if self._warn_only:
@@ -536,8 +546,9 @@ def _restore(
 _NOUNS = {"tool": "tool", "api": "service", "model": "model", "capability": "capability"}
 
 
-def _deny(rule: str, **facts: object) -> Decision:
-    return Decision(False, rule, MESSAGES[rule].format(**facts))
+def _deny(rule: str, *, subject: str, **facts: object) -> Decision:
+    target = subject[1:-1] if subject[:1] in ("'", '"') and subject[-1:] == subject[:1] else subject
+    return Decision(False, rule, MESSAGES[rule].format(subject=subject, **facts), target=target)
 
 
 def _refuse(rule: str, subject: str, problem: str) -> Decision:
@@ -555,6 +566,12 @@ def _host(value: object) -> str:
     if "@" in value:
         return "'...@...'"
     return _quote(re.split(r"[/\\?#]", value.partition("://")[2] or value)[0] + "...")
+
+
+def _path(value: object) -> str:
+    """As :func:`_quote`; of a URL given by mistake only what :func:`_host` shows."""
+    is_url = isinstance(value, str) and "://" in value
+    return _host(value) if is_url else _quote(value)
 
 
 def _quote(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -44,6 +45,10 @@ _CLOSE_TIMEOUT = 2.0
 #: Seconds that a first decision waits for a first answer, and between two looks at what else may end that wait.
 _LOAD_TIMEOUT, _SLICE = 10.0, 0.1
 
+_PINNED_AND_UNKNOWN = (
+    "a policy key is pinned, and the workspace is not known: the platform has not told it at the login; give "
+    "workspace_id= (SEKUIRE_WORKSPACE_ID)"
+)
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 #: Told of a new policy: whether it allows a capability.
@@ -166,6 +171,9 @@ class PolicyGateway:
         self._is_closed = False
         self._backoff = Backoff(_RETRY_MIN, _RETRY_MAX)
         self._not_before = 0.0
+        #: Of the questions, in their order, and of the last whose answer was taken (under ``_swap_lock``).
+        self._numbers = itertools.count(1)
+        self._taken = 0
         #: Told of every answer and every failure to get one; guards the two below.
         self._verdict = threading.Condition()
         self._is_tried = False
@@ -195,9 +203,12 @@ class PolicyGateway:
         """Whether a task may begin, all of it decided by one policy; the enforcer that decided.
 
         :raises PolicyViolationError: the capability is not allowed, or too many tasks have begun.
-        :raises PolicyUnavailableError: no policy could be loaded.
+        :raises PolicyUnavailableError: no policy could be loaded, or a key is pinned and the workspace is not known.
         """
         if not self._standing.is_loaded and not self.is_active:
+            if self._client.is_pinned and not self._allows_without:
+                # Whoever answers in the platform's place must not get round the key by telling no workspace.
+                raise PolicyUnavailableError(_PINNED_AND_UNKNOWN)
             return None
         enforcer = self._current()
         try:
@@ -281,10 +292,11 @@ class PolicyGateway:
             raise ConfigurationError(
                 "is not known: the platform has not told it; give workspace_id= (SEKUIRE_WORKSPACE_ID)", "workspace_id"
             )
+        number = next(self._numbers)
         self._client.invalidate_cache(workspace_id)
         try:
             policy = self._client.fetch_active_policy(workspace_id)
-            self._adopt(workspace_id, policy)
+            self._adopt(workspace_id, policy, number)
         except SekuireError as error:
             try:
                 self._stay(workspace_id, error)
@@ -374,17 +386,22 @@ class PolicyGateway:
             self._is_tried = True
             self._verdict.notify_all()
 
-    def _adopt(self, workspace_id: str, policy: Optional[Policy]) -> None:
-        """Let ``policy`` decide from now on (None: everything is allowed)."""
+    def _adopt(self, workspace_id: str, policy: Optional[Policy], number: int) -> None:
+        """Let ``policy`` decide from now on (None: everything is allowed); ``number`` is that of the question."""
         with self._swap_lock:
             standing = self._standing
             old = standing.policy
+            is_late = number < self._taken
+            self._taken = max(self._taken, number)
             if policy is not None and old is not None and old.workspace_id == policy.workspace_id:
                 if policy.version < old.version:
                     # Another thread was faster with a newer one.
                     return
                 if policy.hash == old.hash and policy.version == old.version:
                     return
+            elif is_late:
+                # There was a policy, or there was none: whoever asked later knows.
+                return
             if policy is None and standing.is_loaded and old is None:
                 return
             if self._limiter.namespace != workspace_id:
@@ -434,8 +451,12 @@ class PolicyGateway:
             return
         stored = self._client.last_good_policy(workspace_id)
         if stored is not None:
-            self._adopt(workspace_id, stored)
-            return
+            try:
+                self._adopt(workspace_id, stored, 0)
+                return
+            except PolicyIntegrityError as error:
+                # It could be enforced when it was loaded; the working directory is gone, for example.
+                denial = f"{denial}; the last good one cannot be enforced any more: {error}"
         with self._swap_lock:
             if not self._standing.is_loaded:
                 self._standing = self._without(denial)

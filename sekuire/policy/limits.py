@@ -57,10 +57,11 @@ class RateLimiter:
     Without ``storage_uri`` it counts in this process, exactly. With one, for example ``"redis://localhost:6379/0"``,
     all processes that name the same store and ``namespace`` share their counts; the store is one of those that the
     package ``limits`` supports for a moving window, and the clocks of the machines must agree. Tokens of a shared limit
-    above 5,000 are counted in units of a five-thousandth of it, rounded up: never too little.
+    above 5,000 are counted in units, powers of two of which it has 2,500 to 5,000, rounded up: never too little.
+    Where a policy changes such a limit to one of other units, what this process has counted before goes on counting.
 
-    Any thread may call; close a shared one at the end. ``_lock`` guards the windows in memory; it is never held over
-    I/O, and a shared limit does not take it.
+    Any thread may call; close a shared one at the end. ``_lock`` guards what is counted, or noted, in memory; it is
+    never held over I/O.
 
     :param namespace: whose limits these are, normally the workspace's id.
     :raises ConfigurationError: the store's URI cannot be used, or the extra is not installed.
@@ -75,6 +76,8 @@ class RateLimiter:
         self._clock = clock
         self._lock = threading.Lock()
         self._windows: Dict[Tuple[str, str], _Window] = {}
+        #: (kind, window) → unit → when this process has last counted in it, in a shared store.
+        self._units: Dict[Tuple[str, str], Dict[int, float]] = {}
         self._store: Any = None if storage_uri in (None, "memory://") else _open_store(storage_uri)
         # For a copy in another process. It may hold a password: it is shown nowhere.
         self._storage_uri = storage_uri
@@ -146,16 +149,19 @@ class RateLimiter:
         try:
             # The longer window is only looked at before the shorter one counts, so that a refusal costs nothing.
             for name, seconds, limit in [*limits[1:], limits[0]]:
-                key, units, cost = self._scale(kind, name, limit, amount)
+                key, units, cost = self._scale(kind, name, seconds, limit, amount)
+                if cost > units:
+                    # All that is left was taken in other units.
+                    return Excess(name, limit, float(seconds))
                 if name == limits[0][0]:
                     if not self._store.acquire_entry(key, units, seconds, cost):
                         return Excess(name, limit, self._wait(key, units, seconds))
                 elif self._store.get_moving_window(key, units, seconds)[1] + cost > units:
                     return Excess(name, limit, self._wait(key, units, seconds))
             for name, seconds, limit in limits[1:]:
-                key, units, cost = self._scale(kind, name, limit, amount)
-                if not self._store.acquire_entry(key, units, seconds, cost):
-                    return Excess(name, limit, self._wait(key, units, seconds))
+                key, units, cost = self._scale(kind, name, seconds, limit, amount)
+                if cost > units or not self._store.acquire_entry(key, units, seconds, cost):
+                    return Excess(name, limit, self._wait(key, max(units, 1), seconds))
         except Exception as error:  # noqa: BLE001
             # Its text may hold the URI, and with it a password.
             problem = type(error).__name__
@@ -163,11 +169,27 @@ class RateLimiter:
             raise PolicyUnavailableError(f"the store of the rate limits cannot be asked ({problem})")
         return None
 
-    def _scale(self, kind: str, window: str, limit: int, amount: int) -> Tuple[str, int, int]:
+    def _scale(self, kind: str, window: str, seconds: int, limit: int, amount: int) -> Tuple[str, int, int]:
         """The store's key, its limit and what ``amount`` counts there."""
-        unit = -(-limit // MAX_UNITS) if kind == "tokens" else 1
-        # The limit is not in the key: what was counted goes on counting when a policy changes it.
-        return f"sekuire/{self._namespace}/{kind}/{window}/{unit}", limit // unit, -(-amount // unit)
+        # The limit is not in the key: what was counted goes on counting when a policy changes it. A power of two
+        # stays the same for most changes, too.
+        unit = 1 if kind != "tokens" or limit <= MAX_UNITS else 1 << (-(-limit // MAX_UNITS) - 1).bit_length()
+        left = limit
+        now = self._clock()
+        with self._lock:
+            used = self._units.setdefault((kind, window), {})
+            used[unit] = now
+            before = [other for other, at in used.items() if other != unit and now - at < seconds]
+            if len(used) > len(before) + 1:
+                self._units[kind, window] = {one: used[one] for one in (unit, *before)}
+        for other in before:
+            left -= other * self._store.get_moving_window(self._key(kind, window, other), MAX_UNITS, seconds)[1]
+        # Rounding up must not make the whole limit at once too much.
+        cost = min(-(-amount // unit), limit // unit)
+        return self._key(kind, window, unit), max(left // unit, 0), cost
+
+    def _key(self, kind: str, window: str, unit: int) -> str:
+        return f"sekuire/{self._namespace}/{kind}/{window}/{unit}"
 
     def _wait(self, key: str, units: int, seconds: int) -> float:
         begun: float = self._store.get_moving_window(key, units, seconds)[0]

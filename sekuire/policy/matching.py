@@ -250,7 +250,9 @@ def _ipv4(host: str) -> str:
     numbers = []
     for part in parts:
         try:
-            numbers.append(int(part, 16 if part[:2] == "0x" else 8 if part[0] == "0" else 10))
+            # int() alone would take "1_27" and "0o177" too, which no resolver does.
+            base = 16 if part[:2] == "0x" else 8 if part[:1] == "0" else 10
+            numbers.append(int(part, base) if _is_numeric(part) else -1)
         except ValueError:
             numbers.append(-1)
     *front, last = numbers
@@ -456,8 +458,8 @@ def read_path(path: Any, flavour: Any = os.path) -> Subject:
         os.fsencode(path)
         written = _one_root(flavour.abspath(path), flavour)
         real = _one_root(flavour.realpath(path), flavour)
-    except (OSError, ValueError):
-        # The working directory is gone, or the path cannot be encoded.
+    except (OSError, ValueError, RecursionError):
+        # The working directory is gone, the path cannot be encoded, or its links form too long a chain.
         real = ""
     if not real:
         raise Unreadable("it cannot be resolved")
@@ -536,7 +538,7 @@ class Paths(Generic[V]):
         where the entry names it alone; differences in case where the file system ignores them; other names of the file.
     """
 
-    __slots__ = ("_any", "_exact", "_flavour", "_folded", "_generous", "_ids", "_lowered", "_trees")
+    __slots__ = ("_any", "_exact", "_files", "_flavour", "_folded", "_generous", "_ids", "_lowered", "_trees")
 
     def __init__(
         self, entries: Sequence[str], value: Callable[[str], V], *, generous: bool = False, flavour: Any = os.path
@@ -551,6 +553,8 @@ class Paths(Generic[V]):
         self._folded: Dict[str, V] = {}
         self._lowered: Dict[str, List[Tuple[str, bool, V]]] = {}
         self._ids: Dict[Tuple[int, int], _Place] = {}
+        # Blocked entries that may be files, which can be replaced, and have hard links then.
+        self._files: List[_Place] = []
         for entry in entries:
             self._add(entry, value(entry))
 
@@ -569,7 +573,7 @@ class Paths(Generic[V]):
         try:
             written = _one_root(flavour.abspath(text), flavour)
             real = _one_root(flavour.realpath(text), flavour)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             written = real = ""
         if not real:
             raise Unreadable(f"{entry!r} cannot be resolved here (is the working directory gone?)")
@@ -581,6 +585,8 @@ class Paths(Generic[V]):
                 identity = _identity(path)
                 if identity is not None:
                     self._ids.setdefault(identity, _Place(path, made))
+                if not is_tree and not os.path.isdir(path):
+                    self._files.append(_Place(path, made))
             else:
                 (self._trees if is_tree else self._exact).setdefault(path, made)
                 self._lowered.setdefault(path.lower(), []).append((path, is_tree, made))
@@ -634,6 +640,10 @@ class Paths(Generic[V]):
                 # A number may belong to another file by now: ask for both at the same time.
                 if place is not None and _same_file(path, place.path):
                     return place.value  # type: ignore[no-any-return]
+        if self._files and _has_other_names(subject.real):
+            for place in self._files:
+                if _same_file(subject.real, place.path):
+                    return place.value  # type: ignore[no-any-return]
         return None
 
 
@@ -643,6 +653,15 @@ def _identity(path: str) -> Optional[Tuple[int, int]]:
     except (OSError, ValueError):
         return None
     return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _has_other_names(path: str) -> bool:
+    """Whether ``path`` is a file with hard links."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_nlink > 1
 
 
 def _same_file(one: str, other: str) -> bool:

@@ -223,6 +223,7 @@ def test_a_policy(run: Run, tmp_path: Path) -> None:
         ("{", "is not valid JSON"),
         ("[]", "no JSON object"),
         ('{"permissions": {"network": {"enabled": "yes"}}}', "permissions.network.enabled"),
+        ('{"a": 1, "a": 2}', "twice"),
         ('{"a": 99999999999999999999}', "99999999999999999999"),
         ('{"a": "' + "x" * 1024 * 1024 + '"}', "larger than 1 MiB"),
     ],

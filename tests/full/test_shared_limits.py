@@ -140,6 +140,19 @@ def test_a_changed_limit_keeps_its_counts(uri: str, limiter_of: Callable[[str, s
     assert [limiter.hit("requests", Rate(max_per_minute=6)) is None for _ in range(3)] == [True, True, False]
 
 
+def test_a_changed_limit_of_other_units(uri: str, limiter_of: Callable[[str, str], RateLimiter]) -> None:
+    """What was counted in larger units goes on counting; what is left of a higher limit may be used."""
+    limiter = limiter_of(uri, "units")
+    assert limiter.hit("tokens", Rate(max_per_minute=100_000), 100_000) is None
+    for lower in (90_000, 70_000, 4_000):
+        excess = limiter.hit("tokens", Rate(max_per_minute=lower), 1)
+        assert excess is not None
+        assert excess.retry_after is not None
+        assert 0 < excess.retry_after <= 60
+    assert limiter.hit("tokens", Rate(max_per_minute=1_000_000), 800_000) is None
+    assert limiter.hit("tokens", Rate(max_per_minute=1_000_000), 200_000) is not None
+
+
 def test_the_store_goes_and_comes_back(limiter_of: Callable[[str, str], RateLimiter]) -> None:
     """Without it nothing is admitted, and the rule says why; with it again, the same enforcer goes on."""
     port = free_port()

@@ -171,11 +171,42 @@ def test_with_a_pinned_key_there_may_be_none_at_first(served: Served, make: Make
     assert make(trusted_policy_keys=[OWNER.public]).fetch_active_policy(WORKSPACE) is None
 
 
-def test_another_server_s_404_is_no_answer(served: Served, make: Make) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<h1>Not Found</h1>",
+        b"{}",
+        b'{"message":"no Route matched with those values"}',
+        b'{"detail":"Not Found"}',
+        b'{"timestamp":"2026-11-25T01:00:00Z","status":404,"error":"Not Found","message":"","path":"/api/v1/x"}',
+        b'{"error":{"code":404},"message":"no"}',
+    ],
+    ids=["html", "empty", "kong", "fastapi", "spring", "google"],
+)
+def test_another_server_s_404_is_no_answer(served: Served, make: Make, body: bytes) -> None:
     """A 404 that no Sekuire platform sent does not mean that everything is allowed."""
-    served.scripted.on["policy"] = lambda request: (404, b"<h1>Not Found</h1>")
+    client = make()
+    known = client.fetch_active_policy(WORKSPACE)
+    served.scripted.on["policy"] = lambda request: (404, body)
+    client.invalidate_cache(WORKSPACE)
     with pytest.raises(APIError, match="api_base_url"):
-        make().fetch_active_policy(WORKSPACE)
+        client.fetch_active_policy(WORKSPACE)
+    assert client.last_good_policy(WORKSPACE) is known
+
+
+def test_a_policy_that_cannot_be_enforced_here(
+    served: Served, make: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose paths nobody can resolve on this machine is refused, and does not take the good one's place on disk."""
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    client = make(path=tmp_path / "policy.json")
+    known = client.fetch_active_policy(WORKSPACE)
+    served.policy = OWNER.policy(2, {"permissions": {"filesystem": {"enabled": True, "allowed_paths": ["~/data/*"]}}})
+    client.invalidate_cache(WORKSPACE)
+    with pytest.raises(PolicyIntegrityError, match="home directory"):
+        client.fetch_active_policy(WORKSPACE)
+    assert client.last_good_policy(WORKSPACE) == known
+    assert make(path=tmp_path / "policy.json").last_good_policy(WORKSPACE) == known
 
 
 # -- cache and flights ------------------------------------------------------------------------------------------------
@@ -218,6 +249,42 @@ def test_workspaces_are_apart(served: Served, make: Make) -> None:
     client.invalidate_cache("a")
     client.fetch_active_policy("b/c")
     assert served.count == 2
+
+
+def test_an_invalidation_during_a_fetch(served: Served, make: Make) -> None:
+    """Who asks after it gets what was asked for after it, and a result of before is not kept."""
+    entered, release = threading.Event(), threading.Event()
+    usual = served.scripted.on["policy"]
+    client = make()
+
+    def slow(request: Request) -> Any:
+        answer = usual(request)
+        entered.set()
+        assert release.wait(GUARD)
+        return answer
+
+    served.scripted.on["policy"] = slow
+    results: Dict[str, Any] = {}
+
+    def ask(name: str) -> None:
+        results[name] = client.fetch_active_policy(WORKSPACE)
+
+    threads = [threading.Thread(target=ask, args=("before",))]
+    threads[0].start()
+    assert entered.wait(GUARD)
+    served.policy = OWNER.policy(2)
+    client.invalidate_cache(WORKSPACE)
+    threads += [threading.Thread(target=ask, args=(f"after {number}",)) for number in range(8)]
+    for thread in threads[1:]:
+        thread.start()
+    served.scripted.on["policy"] = usual
+    release.set()
+    for thread in threads:
+        thread.join(GUARD)
+    assert version_of(results.pop("before")) == 1
+    assert [version_of(policy) for policy in results.values()] == [2] * 8
+    assert served.count == 2
+    assert version_of(client.fetch_active_policy(WORKSPACE)) == 2
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -637,7 +704,7 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
     client = make()
     client._lock.acquire()
     known = client._known.setdefault(WORKSPACE, client_module._Known())
-    known.flight = client_module._Flight()
+    known.flight = client_module._Flight(0)
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -9,6 +9,7 @@ import re
 import threading
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+import attrs
 import pytest
 
 from sekuire.errors import ConfigurationError, PolicyIntegrityError, PolicyViolationError
@@ -481,6 +482,14 @@ def test_a_failing_callback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         enforcer_of(permissions(tools=TOOLS), on_violation=fail).check_tool("x")
     assert "on_violation failed" in caplog.text
     assert "a bug of the user's" in caplog.text
+
+
+def test_warn_only_is_refused_with_a_pinned_key() -> None:
+    """Whoever pins a key wants its policy enforced."""
+    policy = attrs.evolve(Policy.from_content({}), origin="pinned")
+    with pytest.raises(ConfigurationError, match="warn_only: is refused where a policy key is pinned"):
+        PolicyEnforcer(policy, True)
+    assert PolicyEnforcer(policy).check_tool("x")
 
 
 def test_what_an_enforcer_tells_of_itself() -> None:

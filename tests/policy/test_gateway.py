@@ -418,8 +418,48 @@ def test_a_slow_answer_does_not_undo_a_newer_one(served: Served, make: Make) -> 
     served.policy = OWNER.policy(2, denying("x"))
     older = old()
     assert older is not None
-    gateway._adopt(WORKSPACE, older)
+    gateway._adopt(WORKSPACE, older, 1)
     assert gateway.policy is new
+    # "There is none", the answer to an earlier question, comes last.
+    gateway._adopt(WORKSPACE, None, 0)
+    assert gateway.policy is new
+
+
+def test_a_stored_policy_that_cannot_be_enforced_any_more(
+    served: Served, make: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer it denies, and says why; nothing else fails."""
+    path = tmp_path / "policy.json"
+    monkeypatch.chdir(tmp_path)
+    served.policy = OWNER.policy(1, {"permissions": {"filesystem": {"enabled": True, "allowed_paths": ["data/*"]}}})
+    gateway = make(client={"path": path})
+    assert gateway._client.fetch_active_policy(WORKSPACE) is not None
+    served.policy = 500
+    real = os.path.abspath
+
+    def gone(path: Any) -> Any:
+        if not os.path.isabs(path):
+            raise FileNotFoundError("the working directory is gone")
+        return real(path)
+
+    monkeypatch.setattr(os.path, "abspath", gone)
+    with pytest.raises(SekuireError):
+        gateway.refresh()
+    with pytest.raises(PolicyUnavailableError, match="cannot be enforced any more"):
+        gateway.check_task("x")
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_workspace_that_nobody_tells(served: Served, pinned: bool) -> None:
+    """Nothing is enforced; unless a key is pinned, which the platform could get round otherwise."""
+    keys = [OWNER.public] if pinned else []
+    client = PolicyClient(served.scripted.url, api_key="k", trusted_policy_keys=keys)
+    with PolicyGateway._owning(client, lambda: None, {}) as gateway:
+        if pinned:
+            with pytest.raises(PolicyUnavailableError, match="SEKUIRE_WORKSPACE_ID"):
+                gateway.check_task("x")
+        else:
+            assert gateway.check_task("x") is None
 
 
 def test_rate_limits_outlive_a_change(served: Served, make: Make) -> None:

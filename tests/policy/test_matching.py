@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ntpath
 import os
 import pathlib
@@ -242,7 +243,7 @@ def test_hosts_in_one_form(text: str, form: str) -> None:
         "example.com@evil.org", "example.com:80@evil.org", "example.com:", "example.com:x", "example.com:99999",
         "example.com:-1", "example.com:\u0661", "a%2eb", "exam%70le.com", "*", "*.example.com", "[::1", "::1]",
         "[]", "[::1]x", "[::1]:", "[example.com]", ":::", "1:x", "\u2488com", "1.2.3.256", "1.2.3.4.5",
-        "256.256.256.256", "0x", "1.2.3.0x", "08.1.1.1", "4294967296", "foo.1", "a" * 64, ".".join(["a" * 60] * 5),
+        "256.256.256.256", "0x", "1.2.3.0x", "08.1.1.1", "1_27.0.0.1", "127.-0.0.1", "0o177.0.0.1", "0x_7f.0.0.1", "4294967296", "foo.1", "a" * 64, ".".join(["a" * 60] * 5),
         "a" * 600, "evil\uff0fexample.com", "evil\u2100example.com", "\U0001f600\ud800", "\u2603.net",
         "a\uff20b.com", "x\uff1a80", "xn--\u00e9", "\u00ad", "-\u0300.com", "\u0625xa.example",
     ],
@@ -433,6 +434,22 @@ def test_other_names_of_a_blocked_file(tree: pathlib.Path) -> None:
     (tree / "secret" / "key").rename(tree / "work" / "kept")
     (tree / "secret" / "key").touch()
     assert blocked.find(read_path("work/kept")) is None
+    # The file that has come in its place has other names, too.
+    os.link(tree / "secret" / "key", tree / "work" / "again")
+    assert blocked.find(read_path("work/again")) == "secret/key"
+
+
+@needs_links
+def test_a_long_chain_of_links(tree: pathlib.Path) -> None:
+    """It is followed, or refused; as an entry it is an error of the policy. It ends no task."""
+    before = tree / "work" / "file"
+    for number in range(2 * sys.getrecursionlimit()):
+        link = tree / "work" / f"l{number}"
+        link.symlink_to(before)
+        before = link
+    for use in (lambda: read_path(str(before)), lambda: Paths([str(before)], same)):
+        with contextlib.suppress(Unreadable):
+            use()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/root"), reason="needs /proc")

@@ -132,6 +132,7 @@ def test_without_the_extra(
         ({"policy_options": {"on_change": "x"}}, "on_change"),
         ({"policy_options": {"storage_uri": "nonsense://"}}, "storage_uri"),
         ({"policy_options": {"warn_only": True}}, "warn_only: is refused in production"),
+        ({"policy_options": {"warn_only": True, "environment": "test"}}, "policy_options: has no 'environment'"),
     ],
 )
 def test_wrong_options(scripted: Scripted, sdk_of: Make, options: Any, match: str) -> None:  # noqa: F811
@@ -148,8 +149,13 @@ def test_options_of_the_gateway(platform: Any, sdk_of: Make) -> None:  # noqa: F
         worker = sdk.create_task_worker()
         worker.on_task("echo", echo)
         worker.start()
-        assert run(platform)["error"]["code"] == "policy_denied"
+        task = run(platform)
+        assert task["error"]["code"] == "policy_denied"
+        assert sdk.audit.flush(GUARD)
+        (noted,) = [one["event_data"] for one in platform.logs() if one["event_type"] == "policy_violation"]
     assert [error.rule for error in heard] == ["capability.blocked"]
+    assert (noted["kind"], noted["target"], noted["task_id"]) == ("capability", "echo", task["task_id"])
+    assert noted["allowed"] is False
 
 
 def test_a_gateway_of_the_user_s_own(platform: Any, sdk_of: Make) -> None:  # noqa: F811
