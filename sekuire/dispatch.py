@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tuple
@@ -50,7 +51,7 @@ class ResultSink(Protocol):
 
     def recall(self, task_id: str, attempt: int) -> bool: ...
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None: ...
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None: ...
 
     def has_room(self) -> bool: ...
 
@@ -66,6 +67,8 @@ class _Record:
         "entry",
         "holds_permit",
         "is_begun",
+        "is_called",
+        "is_lost",
         "is_reached",
         "packed",
         "state",
@@ -86,6 +89,10 @@ class _Record:
         #: Whether it was given to a thread (and counts as running), and whether the thread has come to it.
         self.is_begun = False
         self.is_reached = False
+        #: Whether its handler is called now, or was: past the policy, it is begun for whoever stops or pauses.
+        self.is_called = False
+        #: Whether its thread could not be had, and it was answered; a thread that comes to it all the same leaves it.
+        self.is_lost = False
 
 
 def _pack(task: Task) -> Tuple[Task, Optional[bytes]]:
@@ -162,6 +169,9 @@ class Dispatcher:
         self._stragglers: Set[_Record] = set()
         self._pauses: Dict[str, Optional[str]] = {}
         self._closed: Optional[str] = None
+        #: Tasks that are being given back → set when the task has come again; who sends the order holds it.
+        self._given: weakref.WeakValueDictionary[str, threading.Event] = weakref.WeakValueDictionary()
+        self._has_threads = False
         # An executor of other processes is called from threads of our own, with all that is around a call (remote.py).
         self._foreign = None if _is_remote(config.executor) else config.executor
         self._pool: Optional[Executor] = self._foreign
@@ -206,6 +216,7 @@ class Dispatcher:
         counted = False
         with self._condition:
             self.counts.received += 1
+            self._call_off(task.task_id)
             while True:
                 if self._is_known(task):
                     self.counts.duplicates += 1
@@ -249,12 +260,22 @@ class Dispatcher:
             log.error("the platform sent a task that cannot be read and has no id to answer: %s", error)
             return
         log.error("[%s] the platform sent a malformed task: %s", error.task_id, error)
+        task = Task(task_id=error.task_id, capability="?", attempt=error.attempt)
         with self._condition:
+            self._call_off(task.task_id)
             while self._closed is None and not self._sink.has_room():
                 self._condition.wait(_LOOK_AGAIN)
-        task = Task(task_id=error.task_id, capability="?", attempt=error.attempt)
-        if not self._sink.recall(task.task_id, task.attempt):
-            self._reject(task, task.attempt, protocol.failure("invalid_task", str(error)))
+            if self._is_known(task):
+                # It came whole before, and goes on.
+                self.counts.duplicates += 1
+                return
+        self._reject(task, task.attempt, protocol.failure("invalid_task", str(error)))
+
+    def _call_off(self, task_id: str) -> None:
+        """A task has come: an order to give it back must not be carried out any more. Needs the lock."""
+        order = self._given.pop(task_id, None)
+        if order is not None:
+            order.set()
 
     def _is_known(self, task: Task) -> bool:
         record = self._records.get(task.task_id)
@@ -407,7 +428,12 @@ class Dispatcher:
             if self._foreign is not None:
                 future.add_done_callback(functools.partial(self._miss, record))
             return
+        if self._foreign is None and self._has_threads and "start new thread" in problem:
+            # The pool has queued the call before it failed.
+            log.warning("no further thread can be started; the task waits for one of those there are")
+            return
         log.error("the executor takes no more work (%s)", problem)
+        record.is_lost = True
         self._lose_thread(record)
 
     def _miss(self, record: _Record, future: Future[None]) -> None:
@@ -441,8 +467,11 @@ class Dispatcher:
     def _work(self, record: Optional[_Record]) -> None:
         """Run records until none waits; with a foreign executor one, so that its other users get their turn."""
         with owned_by(self._owner):
+            self._has_threads = True
             while record is not None:
                 record.is_reached = True
+                if record.is_lost:
+                    return
                 try:
                     self._run(record)
                 except BaseException as error:
@@ -494,7 +523,7 @@ class Dispatcher:
         taken = [
             record
             for record in self._records.values()
-            if record.state == _WAITING or (record.state == _RUNNING and record.context is None)
+            if record.state == _WAITING or (record.state == _RUNNING and not record.is_called)
         ]
         self._queue.clear()
         for record in taken:
@@ -511,12 +540,15 @@ class Dispatcher:
                 return
             context._attempt = record.attempt
             record.context = context
+            record.is_called = self._gateway is None
         current_task.set(context)
         if not self._lease_held():
             if self._claim(record):
                 self._give_back_record(record)
             return
         denial = self._ask_gateway(task, context)
+        if self._gateway is not None and not self._goes_on(record):
+            return
         if denial is not None:
             completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=denial)
         else:
@@ -531,6 +563,18 @@ class Dispatcher:
             return
         count = "completed" if completion.failure is None else "failed"
         self._finish(record, completion, "rejected" if denial is not None else count)
+
+    def _goes_on(self, record: _Record) -> bool:
+        """Whether a task still begins after its policy was asked, which may have taken its time."""
+        with self._condition:
+            if record.state != _RUNNING:
+                return False
+            record.is_called = True
+        if self._lease_held():
+            return True
+        if self._claim(record):
+            self._give_back_record(record)
+        return False
 
     def _start_clock(self, record: _Record, context: TaskContext) -> None:
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
@@ -577,9 +621,16 @@ class Dispatcher:
     def _answer(self, record: _Record, completion: Completion, count: str) -> Optional[Accepted]:
         """Give a claimed record's result to the sink, then forget the record; what is to be sent."""
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
-        report = self._sink.accept(completion)
-        if self._on_result is not None and report is not None:
-            self._on_result(record.task, completion, report)
+        try:
+            report = self._sink.accept(completion)
+        except BaseException as error:
+            # Part of a result is code of the user's own. Whatever it does, the task is answered and its place free.
+            log.exception("[%s] the result cannot be taken", record.task.task_id)
+            count = "failed"
+            failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
+            completion = Completion(task_id=completion.task_id, attempt=completion.attempt, failure=failure)
+            report = self._sink.accept(completion)
+        self._tell_result(record.task, completion, report)
         if count == "completed" and report is not None and report.code is not None:
             count = "failed"  # The sink could not send what the handler gave.
         with self._condition:
@@ -588,6 +639,14 @@ class Dispatcher:
             self._forget(record)
             setattr(self.counts, count, getattr(self.counts, count) + 1)
         return report
+
+    def _tell_result(self, task: Task, completion: Completion, report: Optional[Accepted]) -> None:
+        if self._on_result is None or report is None:
+            return
+        try:
+            self._on_result(task, completion, report)
+        except Exception:
+            log.exception("[%s] telling of the result failed", task.task_id)
 
     def _finish(self, record: _Record, completion: Completion, count: str) -> None:
         report = self._answer(record, completion, count)
@@ -655,8 +714,7 @@ class Dispatcher:
         completion = Completion(task_id=task.task_id, attempt=attempt, failure=failure)
         report = self._sink.accept(completion)
         if report is not None:
-            if self._on_result is not None:
-                self._on_result(task, completion, report)
+            self._tell_result(task, completion, report)
             self._sink.enqueue(report)
 
     def _reject_record(self, record: _Record, failure: Failure) -> None:
@@ -673,16 +731,21 @@ class Dispatcher:
         self._give_back(record.task, record.attempt)
 
     def _give_back(self, task: Task, attempt: int) -> None:
+        order = threading.Event()
         with self._condition:
             self.counts.released += 1
+            self._given[task.task_id] = order
         log.info("[%s] %s is given back unbegun", task.task_id, _capability(task))
 
         def answer() -> None:
             with self._condition:
+                if order.is_set():
+                    return
+                self._given.pop(task.task_id, None)
                 self.counts.released -= 1
             self._reject(task, attempt, protocol.failure("worker_shutdown", "the worker gave the task back unbegun"))
 
-        self._sink.release(task, attempt, answer)
+        self._sink.release(task, attempt, answer, order.is_set)
 
 
 def _capability(task: Task) -> str:

@@ -276,12 +276,15 @@ class Reporter:
 
     # -- release and progress --
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None:
-        """Give a task that was not begun back; ``otherwise`` is called where the platform does not offer that."""
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
+        """Give a task that was not begun back; ``otherwise`` is called where the platform does not offer that.
+
+        :param is_off: whether the task has come again meanwhile; it is not given back then.
+        """
         if self._release_off:
             otherwise()
             return
-        self._schedule(0.0, lambda: self._release(task.task_id, attempt, otherwise, 0))
+        self._schedule(0.0, lambda: self._release(task.task_id, attempt, otherwise, is_off, 0))
 
     def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
         """Remember the newest progress of a task and send it soon. Never blocks."""
@@ -443,7 +446,11 @@ class Reporter:
 
     # -- inside: release and progress --
 
-    def _release(self, task_id: str, attempt: int, otherwise: Callable[[], None], tries: int) -> None:
+    def _release(
+        self, task_id: str, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool], tries: int
+    ) -> None:
+        if is_off():
+            return
         path = self._endpoints.path("release", task_id=task_id)
         reply, problem = self._send(path, protocol.release_body(attempt, self._worker_id))
         if reply is not None and reply.status in _NOT_SUPPORTED:
@@ -455,7 +462,7 @@ class Reporter:
         elif reply is None or protocol.is_transient(reply.status) or (reply.status == 401 and tries < REFUSALS):
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
-            self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, tries + 1))
+            self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, is_off, tries + 1))
         elif not reply.is_success:
             log.warning("[%s] the platform did not take the task back (HTTP %d)", task_id, reply.status)
 
@@ -552,7 +559,7 @@ def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]
     try:
         head = protocol.completion_head(completion)
     except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
-        problem = f"{type(error).__name__}: {error}"
+        problem = _describe(error)
     except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
         problem = type(error).__name__
     if problem:
@@ -565,6 +572,13 @@ def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]
         log.error("[%s] %s", completion.task_id, message)
         return _substitute_head(completion, "result_too_large", message), "result_too_large"
     return head, None if completion.failure is None else completion.failure.code
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException:  # noqa: BLE001  # A class of the user's own.
+        return type(error).__name__
 
 
 def _substitute_head(completion: Completion, code: str, message: str) -> bytes:

@@ -335,7 +335,7 @@ class _Sink:
     def recall(self, task_id: str, attempt: int) -> bool:
         return False
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None:
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
         otherwise()
 
     def has_room(self) -> bool:

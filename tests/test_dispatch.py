@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-from typing import Any, Callable, Dict, List, Optional, Set
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +25,7 @@ from sekuire.context import TaskContext
 from sekuire.dispatch import Dispatcher
 from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Task
+from sekuire.protocol import MalformedTask
 from sekuire.registry import TaskRegistry
 
 from .scripted import GUARD, until
@@ -47,6 +48,7 @@ class Sink:
         self.attempts: Dict[str, int] = {}
         self.delivered: List[str] = []
         self.released: List[str] = []
+        self.orders: Dict[str, Tuple[Callable[[], None], Callable[[], bool]]] = {}
         self.refused: List[str] = []
         #: Called at the beginning of accept(), to put something in between.
         self.before: Callable[[Completion], None] = lambda completion: None
@@ -74,9 +76,10 @@ class Sink:
             self.attempts[task_id] = max(self.attempts[task_id], attempt)
             return True
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None]) -> None:
+    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
         with self.lock:
             self.released.append(task.task_id)
+            self.orders[task.task_id] = (otherwise, is_off)
 
     def has_room(self) -> bool:
         return True
@@ -133,6 +136,21 @@ class Handlers:
         if input == "fail":
             raise ValueError("failed")
         return "done"
+
+
+class Gateway:
+    """A policy gateway of the user's own, which takes its time."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = threading.Event(), threading.Event()
+
+    def check_request(self) -> None:
+        self.asked.set()
+        assert self.answer.wait(GUARD)
+
+    def check_capability(self, name: str) -> None: ...
+
+    def on_heartbeat_response(self, reply: Any) -> None: ...
 
 
 def dispatcher_of(handlers: Handlers, sink: Sink, timer: Timer, **options: Any) -> Dispatcher:
@@ -425,6 +443,136 @@ def test_a_task_that_is_answered_on_the_way_to_its_handler(late: str, monkeypatc
     until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
     assert (dispatcher.straggler_names(), handlers.runs) == ([], [])
     assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_a_task_that_comes_again_while_it_is_given_back(comes: bool) -> None:
+    """The order to give it back is not carried out any more, and what becomes of it answers nothing."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    handlers.open = True
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    held = [False]
+    dispatcher._lease_held = lambda: held[0] or threading.current_thread() is threading.main_thread()
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: sink.released == ["t1"] and dispatcher._busy == 0)
+    held[0] = True
+    otherwise, is_off = sink.orders["t1"]
+    assert not is_off()
+    if comes:
+        dispatcher.submit(Task(task_id="t1", capability="wide"))
+        until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+        assert is_off()
+    otherwise()
+    counts = dispatcher.counts
+    assert sink.delivered == ["t1"]
+    assert (sink.results["t1"].output == "done") is comes
+    assert (counts.received, counts.released, counts.completed, counts.rejected) == (
+        (2, 1, 1, 0) if comes else (1, 0, 0, 1)
+    )
+    del otherwise, is_off
+    sink.orders.clear()
+    assert not dispatcher._given
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+@pytest.mark.parametrize("part", ["accept", "on_result"])
+def test_a_result_that_cannot_be_taken(part: str) -> None:
+    """Its task is answered all the same, and its place and its thread are free."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    handlers.open = True
+    dispatcher = dispatcher_of(handlers, sink, timer)
+
+    def fail(*_: Any) -> None:
+        sink.before = lambda completion: None
+        raise ZeroDivisionError
+
+    if part == "accept":
+        sink.before = fail
+    else:
+        dispatcher._on_result = fail
+    dispatcher.submit(Task(task_id="t1", capability="narrow"))
+    dispatcher.submit(Task(task_id="t2", capability="narrow"))
+    until(lambda: sink.delivered == ["t1", "t2"] and dispatcher._busy == 0)
+    failure = sink.results["t1"].failure
+    assert (None if failure is None else failure.code) == ("handler_error" if part == "accept" else None)
+    assert dispatcher.counts.failed == (part == "accept")
+    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_malformed_repetition() -> None:
+    """A task that comes again with what cannot be read goes on, and its own result is the answer."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: "t1" in handlers.inside)
+    dispatcher.answer_malformed(MalformedTask("timeout_ms must be a positive number", "t1"))
+    handlers.gate("t1").set()
+    until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+    dispatcher.answer_malformed(MalformedTask("timeout_ms must be a positive number", "t1"))
+    assert sink.results["t1"].output == "done"
+    assert (dispatcher.counts.received, dispatcher.counts.duplicates, dispatcher.counts.rejected) == (3, 2, 0)
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [("pause", "worker_paused"), ("terminate", "worker_terminated"), ("stop", None), ("lease", None)],
+)
+def test_a_stop_while_the_policy_is_asked(what: str, code: Optional[str]) -> None:
+    """The task has not begun: it is answered, or given back, and its handler is not called."""
+    sink, handlers, timer, gateway = Sink(), Handlers(), ManualTimer(), Gateway()
+    handlers.open = True
+    dispatcher = dispatcher_of(handlers, sink, timer, policy_gateway=gateway)
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    assert gateway.asked.wait(GUARD)
+    if what == "pause":
+        dispatcher.pause("local")
+    elif what == "lease":
+        dispatcher._lease_held = lambda: False
+    else:
+        dispatcher.close(what == "terminate")
+    gateway.answer.set()
+    until(lambda: dispatcher._busy == 0)
+    assert handlers.runs == []
+    assert (dispatcher._permits, dispatcher.running, dispatcher.straggler_names()) == (WORKERS, 0, [])
+    if code is None:
+        assert (sink.released, sink.delivered) == (["t1"], [])
+    else:
+        failure = sink.results["t1"].failure
+        assert failure is not None
+        assert failure.code == code
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any thread a task is answered; else it waits for one that is there. The books stay right."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("sekuire-task"):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    dispatcher.submit(Task(task_id="t0", capability="wide"))
+    until(lambda: sink.delivered == ["t0"])
+    monkeypatch.setattr(threading.Thread, "start", real)
+    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    until(lambda: "t1" in handlers.inside)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    dispatcher.submit(Task(task_id="t2", capability="wide"))
+    for task_id in ("t1", "t2"):
+        handlers.gate(task_id).set()
+    until(lambda: set(sink.delivered) == {"t0", "t1", "t2"} and dispatcher._busy == 0)
+    codes = {task_id: one.failure.code if one.failure else None for task_id, one in sink.results.items()}
+    assert codes == {"t0": "worker_shutdown", "t1": None, "t2": None}
+    assert handlers.runs == ["t1", "t2"]
+    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    monkeypatch.setattr(threading.Thread, "start", real)
     dispatcher.end_pool(Deadline(GUARD))
 
 

@@ -194,7 +194,7 @@ class Gateway:
 def test_the_policy_gateway_is_asked() -> None:
     """The worker's gateway decides, or the one that the test gives, or none."""
     worker = create_worker(
-        agent_id="a", runtime_token="t", installation_id="i", policy_gateway=Gateway("capability.blocked")
+        agent_id="a", runtime_token="rt-1", installation_id="i", policy_gateway=Gateway("capability.blocked")
     )
     worker.on_task("work", lambda ctx, input: "done")
     denied = run_task(worker, "work")

@@ -325,6 +325,26 @@ def test_result_not_serializable(platform: Any, worker_of: Make, make: Callable[
         assert worker.stats().completed == 0
 
 
+class Unspeakable(ValueError):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class Mute(Dict[str, Any]):
+    def items(self) -> Any:
+        raise Unspeakable
+
+
+def test_a_result_whose_error_has_no_text(platform: Any, worker_of: Make) -> None:
+    """Even that is told, and the next task of the handler runs."""
+    worker = worker_of(platform)
+    results: List[Any] = ["fine", {"key": Mute(a=1)}]
+    worker.on_task("echo", lambda ctx, input: results.pop(), max_concurrency=1)
+    with worker:
+        assert failing(platform)["code"] == "result_not_serializable"
+        assert platform.wait(platform.submit("echo", {}), GUARD)["output"] == "fine"
+
+
 def test_details_without_a_json_form(platform: Any, worker_of: Make) -> None:
     """A TaskError whose details have no JSON form is result_not_serializable too."""
     worker = worker_of(platform)
