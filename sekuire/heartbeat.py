@@ -47,12 +47,14 @@ class Participant(Protocol):
 class Lease:
     """Until when the platform counts this installation as alive, on the monotonic clock.
 
-    Written by the threads that beat or log in, read by any: ``limit`` is one float, replaced whole.
+    Written by the threads that beat, log in or take part, under ``_lock``; read by any: ``limit`` is one float,
+    replaced whole.
     """
 
-    __slots__ = ("_end", "expires_at", "limit")
+    __slots__ = ("_end", "_lock", "expires_at", "limit")
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._end = math.inf
         #: ``time.monotonic()`` after which work must stop: the lease's end and its grace. Infinite while unknown.
         self.limit = math.inf
@@ -63,13 +65,15 @@ class Lease:
 
     def renew(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float, grace: float) -> None:
         """Begin a new lease; an unknown ``lifetime`` (seconds) means no limit."""
-        self.expires_at = expires_at
-        self._end = math.inf if lifetime is None else sent_at + lifetime
-        self.limit = self._end + grace
+        with self._lock:
+            self.expires_at = expires_at
+            self._end = math.inf if lifetime is None else sent_at + lifetime
+            self.limit = self._end + grace
 
     def allow(self, grace: float) -> None:
         """Set the grace of the present lease."""
-        self.limit = self._end + grace
+        with self._lock:
+            self.limit = self._end + grace
 
 
 # What an installation with several participants says: the state that most needs to be known. One that stops while

@@ -338,7 +338,9 @@ def forget_exit(leaver: Any) -> None:
 
 
 def _leave() -> None:
-    for leaver in list(_leavers):
+    with _leave_lock:
+        leavers = list(_leavers)
+    for leaver in leavers:
         if leaver.pid == os.getpid():
             with contextlib.suppress(Exception):
                 leaver.leave()

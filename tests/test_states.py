@@ -100,6 +100,8 @@ class Platform:
         self.mode = "up"
         self.fates: Dict[str, List[Any]] = {}
         self.attempts: Dict[str, int] = {}
+        #: Under which of them the newest delivery came.
+        self.delivered: Counter[str] = Counter()
         #: Tasks that a retryable failure puts back into the queue, this many times.
         self.tries: Dict[str, int] = {}
         self.done: Dict[str, Dict[str, Any]] = {}
@@ -124,19 +126,25 @@ class Platform:
             self.check(self.keys.setdefault(key, raw) == raw, f"two results under one key: {key} {raw!r}")
             self.check(key in (f"{task_id}:{attempt}", f"{task_id}:{attempt}:2"), f"a wrong key: {key}")
             self.check(self.is_lenient or task_id not in self.answered, f"a report after the last word: {raw!r}")
+            # A failure to be tried again that was on its way when the next try came is no last word to that one.
+            is_overtaken = (
+                body["status"] == "failed" and body["error"]["retryable"] and attempt < self.delivered[task_id]
+            )
             answer = MODES[self.mode]
             if answer is None and self.fates.get(task_id):
                 answer = self.fates[task_id].pop(0)
             if answer in (404, 409):
                 self.forgotten[task_id] += answer == 404
                 self.done.setdefault(task_id, {})
-                self.answered.add(task_id)
+                if answer == 404 or not is_overtaken:
+                    self.answered.add(task_id)
             if answer not in (None, "lost"):
                 return answer
             taken = self._take(task_id, attempt, body)
             if answer == "lost":
                 return "reset"
-            self.answered.add(task_id)
+            if not is_overtaken:
+                self.answered.add(task_id)
             return 200 if taken else 409
 
     def check(self, is_true: bool, problem: str) -> None:
@@ -316,6 +324,8 @@ class Life:
             config, registry, self.reporter, timer=self.timer, lease_held=lambda: machine.lease, scrub=str
         )
         self.closed: Optional[str] = None
+        #: Tasks given to its dispatcher.
+        self.submissions = 0
         #: Answers 404 that this life's reporter was given.
         self.forgotten_before = sum(platform.forgotten.values())
 
@@ -436,7 +446,7 @@ class TaskStates(RuleBasedStateMachine):
         if self.submitter is None:
             task_id = f"t{len(self.inputs)}"
             self.kinds[task_id], self.inputs[task_id], fate, tries = arrival
-            self.platform.attempts[task_id] = 1
+            self.platform.attempts[task_id] = self.platform.delivered[task_id] = 1
             self.platform.tries[task_id] = tries
             self.platform.fates[task_id] = list(FATES[fate])
             self.submit(task_id)
@@ -448,6 +458,7 @@ class TaskStates(RuleBasedStateMachine):
             if elsewhere and task_id not in self.platform.done:
                 # It was given to another worker meanwhile.
                 self.platform.attempts[task_id] += 1
+            self.platform.delivered[task_id] = self.platform.attempts[task_id]
             self.platform.answered.discard(task_id)
             self.platform.released.discard(task_id)
         self.gone.discard(task_id)
@@ -455,7 +466,7 @@ class TaskStates(RuleBasedStateMachine):
 
     def submit(self, task_id: str) -> None:
         timeout = 0.002 if self.inputs[task_id] == "hang" else None
-        attempt = self.platform.attempts[task_id]
+        attempt = self.platform.delivered[task_id]
         task = Task(
             task_id=task_id,
             capability=self.kinds[task_id],
@@ -464,6 +475,7 @@ class TaskStates(RuleBasedStateMachine):
             timeout=timeout,
         )
         self.submitted = task_id
+        self.life.submissions += 1
         self.submitter = threading.Thread(target=self.life.dispatcher.submit, args=(task,), daemon=True)
         self.submitter.start()
         self.rest()
@@ -557,6 +569,8 @@ class TaskStates(RuleBasedStateMachine):
         dispatcher = life.dispatcher
         if self.submitter is not None and not self.submitter.is_alive():
             self.submitter = None
+        if dispatcher.counts.received < life.submissions:
+            return f"the stream's thread has not come to {self.submitted}"
         here, running = self.elsewhere()
         held = set(life.reporter.undelivered())
         if dispatcher.running + dispatcher.waiting != len(here):
@@ -606,10 +620,12 @@ class TaskStates(RuleBasedStateMachine):
 
         def is_sum() -> bool:
             ended = counts.completed + counts.failed + counts.rejected + counts.released
-            here = dispatcher.running + dispatcher.waiting + (self.submitter is not None)
-            return counts.received == ended + counts.duplicates + here
+            is_submitting = self.submitter is not None and self.submitter.is_alive()
+            return (
+                counts.received == ended + counts.duplicates + dispatcher.running + dispatcher.waiting + is_submitting
+            )
 
-        # The stream's thread may not have come to its task yet.
+        # The stream's thread may still be on its way out of a submit().
         until(is_sum)
         assert self.life.reporter.backlog == len(self.life.reporter.undelivered())
         assert self.life.reporter.dropped == sum(self.platform.forgotten.values()) - self.life.forgotten_before
