@@ -13,12 +13,16 @@ import decimal
 import enum
 import functools
 import importlib.util
+import inspect
 import json
 import pathlib
+import sys
+import threading
+import traceback
 import types
 import typing
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import attrs
 
@@ -34,6 +38,8 @@ Path = Tuple[Union[str, int], ...]
 #: Mismatches that are told of one input, and characters of a name or a validator's text.
 MAX_PROBLEMS = 10
 _MAX_NAME, _MAX_TEXT = 60, 200
+#: Ways in which the place of one of pydantic's errors is read.
+_MAX_WAYS = 20
 
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _LISTS = (
@@ -42,6 +48,7 @@ _LISTS = (
 )  # fmt: skip
 _SETS = (set, frozenset, collections.abc.Set, collections.abc.MutableSet)
 _LITERAL: Any = typing.Literal
+_FINAL: Any = typing.Final
 _UNIONS = (Union, getattr(types, "UnionType", Union))
 
 
@@ -91,6 +98,8 @@ def _guarded(make: Callable[[Any], Any], annotation: Any) -> Any:
         problem = error.problem
     except Exception as error:  # noqa: BLE001
         problem = f"{type(error).__name__}: {error}"
+    # It may hold hooks that refer to the one that was not made.
+    _converter.cache_clear()
     raise ConfigurationError(f"{_name(annotation)} cannot be built from JSON: {problem}")
 
 
@@ -129,7 +138,7 @@ def _problems(error: BaseException) -> Iterator[Tuple[Path, str]]:
         return
     inner = getattr(error, "exceptions", None)
     if not isinstance(inner, (tuple, list)):
-        yield (), _said(error)
+        yield _said(error)
         return
     for one in inner:
         names = [note.name for note in getattr(one, "__notes__", ()) if hasattr(note, "name")]
@@ -142,13 +151,31 @@ def _problems(error: BaseException) -> Iterator[Tuple[Path, str]]:
                 yield (names[-1], *path), problem
 
 
-def _said(error: BaseException) -> str:
-    """The text of an error that a class's own check raised."""
+def _said(error: BaseException) -> Tuple[Path, str]:
+    """The field and the text of an error that a class's own check raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    path: Path = next(((field.name,) for frame in frames for field in _fields_given_to(frame)), ())
     text = str(error.args[0]) if error.args else ""
-    if len(error.args) > 1 and isinstance(error.args[1], attrs.Attribute):
-        # The validators of attrs quote the value.
-        text = text.split(" (got ")[0].replace(repr(error.args[-1]), "it")
-    return f"is refused: {text[:_MAX_TEXT]}" if text else f"is refused ({type(error).__name__})"
+    if frames and _is_of_library(frames[-1]):
+        # The validators and converters of attrs quote the value, and so do builtins that are used as such.
+        if path:
+            return path, "is refused by its validator"
+        text = ""
+    return path, f"is refused: {text[:_MAX_TEXT]}" if text else f"is refused ({type(error).__name__})"
+
+
+def _fields_given_to(frame: types.FrameType) -> Iterator[attrs.Attribute[Any]]:
+    """The fields among the arguments of a function that was called: attrs gives validators theirs."""
+    code = frame.f_code
+    for name in code.co_varnames[: code.co_argcount]:
+        value = frame.f_locals.get(name)
+        if isinstance(value, attrs.Attribute):
+            yield value
+
+
+def _is_of_library(frame: types.FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return package in ("attr", "cattrs", "pydantic") or frame.f_code.co_filename.startswith("<attrs generated")
 
 
 def _text_of(path: Path) -> str:
@@ -165,6 +192,23 @@ def _text_of(path: Path) -> str:
 # -- pydantic ---------------------------------------------------------------------------------------------------------
 
 
+#: What is said instead of the texts that hold parts of the input.
+_QUOTING = {
+    "byte_size_unit": "could not interpret byte unit",
+    "bytes_invalid_encoding": "Data should be in a valid encoding",
+    "datetime_object_invalid": "Invalid datetime object",
+    "get_attribute_error": "Error extracting attribute",
+    "import_error": "Invalid python path",
+    "iteration_error": "Error iterating over object",
+    "mapping_type": "Input should be a valid mapping",
+    "timezone_offset": "Timezone offset of {tz_expected} required",
+    "union_tag_invalid": "Input tag found using {discriminator} does not match any of the expected tags: "
+    "{expected_tags}",
+    "uuid_parsing": "Input should be a valid UUID",
+    "zoneinfo_str": "invalid timezone",
+}
+
+
 def _pydantic_hook(cls: Any) -> Structure:
     from pydantic import TypeAdapter, ValidationError
 
@@ -179,10 +223,54 @@ def _pydantic_hook(cls: Any) -> Structure:
                 return adapter.validate_json(json.dumps(value))
             return adapter.validate_python(value)
         except ValidationError as error:
-            problems = [(tuple(one["loc"]), one["msg"][:_MAX_TEXT]) for one in error.errors()]
-        raise Mismatch(problems)
+            problems = [(_path_in(value, one), _text_by_pydantic(one)[:_MAX_TEXT]) for one in error.errors()]
+        raise Mismatch(list(dict.fromkeys(problems)))
 
     return structure
+
+
+def _text_by_pydantic(error: Any) -> str:
+    context = error.get("ctx", {})
+    if error["type"] in _QUOTING:
+        return _QUOTING[error["type"]].format_map(context)
+    text: str = error["msg"]
+    if error["type"] == "value_error":
+        raised = context.get("error")
+        if "reason" in context:
+            # Of an email address; the reason quotes it.
+            return text.partition(":")[0]
+        if isinstance(raised, Exception) and raised.__traceback__ is None:
+            # Of a builtin that is used as a check, such as int; its text quotes the value.
+            return f"is refused ({type(raised).__name__})"
+    return text
+
+
+def _path_in(value: Any, error: Any) -> Path:
+    """The path of pydantic's error in ``value``: without the names of a union's members, which are not in there."""
+    location, target = error["loc"], error["input"]
+    missing: Path = ()
+    if error["type"].startswith("missing"):
+        location, missing = location[:-1], location[-1:]
+    # Each way of reading it so far: a name may be a key in one place, and a member of a union in another.
+    ways: List[Tuple[Any, Path]] = [(value, ())]
+    for one in location:
+        following: List[Tuple[Any, Path]] = []
+        for inner, path in ways:
+            if one in inner if isinstance(inner, dict) else _is_index(one, inner):
+                following.append((inner[one], (*path, one)))
+            following.append((inner, path))
+        ways = following[:_MAX_WAYS]
+    fitting = (
+        [path for inner, path in ways if inner is target]
+        # A strict model's input was read from text: other objects, of the same value.
+        or [path for inner, path in ways if type(inner) is type(target) and inner == target]
+        or [max((path for _, path in ways), key=len)]
+    )
+    return fitting[0] + missing
+
+
+def _is_index(one: Any, value: Any) -> bool:
+    return isinstance(value, list) and isinstance(one, int) and one < len(value)
 
 
 # -- cattrs -----------------------------------------------------------------------------------------------------------
@@ -198,15 +286,27 @@ def _converter() -> Any:
 def _make_converter() -> Any:
     from cattrs import Converter
 
+    being_made = threading.local()
+
     class StrictConverter(Converter):
         """cattrs, but for values: a mismatch is never converted away."""
 
         def gen_structure_attrs_fromdict(self, cl: Any) -> Any:
-            return _of_object(cl, super().gen_structure_attrs_fromdict(cl))
+            return _of_object(cl, _object(self, cl))
 
         def get_structure_hook(self, type: Any, cache_result: bool = True) -> Any:
-            # cattrs has a hook for it, which would make bytes of anything.
-            return _unsupported(type) if type is bytes else super().get_structure_hook(type, cache_result)
+            if type is bytes:
+                # cattrs has a hook for it, which would make bytes of anything.
+                return _unsupported(type)
+            made = being_made.__dict__.setdefault("types", set())
+            if type in made:
+                # It holds itself: looked up when there is a value to build.
+                return lambda value, cl: self.get_structure_hook(type)(value, type)
+            made.add(type)
+            try:
+                return super().get_structure_hook(type, cache_result)
+            finally:
+                made.discard(type)
 
     converter = StrictConverter(structure_fallback_factory=_unsupported)
     for kind, structure in _SCALARS.items():
@@ -214,11 +314,14 @@ def _make_converter() -> Any:
     converter.register_structure_hook(enum.Enum, lambda value, cl: _enum(cl)(value, cl))
     for predicate, factory in (
         (lambda cl: _is_typed_dict(_origin(cl)), functools.partial(_typed_dict, converter)),
+        # That of cattrs takes a TypedDict in it for one of its own.
+        (lambda cl: hasattr(cl, "__metadata__"), lambda cl: _without_type(_hook_of(converter, cl.__origin__))),
         (lambda cl: cl in (None, type(None)), _null),
         (lambda cl: _origin(cl) is _LITERAL, _literal),
         (lambda cl: _origin(cl) in _LISTS, functools.partial(_array, converter)),
         (lambda cl: _origin(cl) in _SETS, functools.partial(_set, converter)),
         (lambda cl: _origin(cl) is tuple, functools.partial(_tuple, converter)),
+        (_is_named_tuple, functools.partial(_named_tuple, converter)),
         (lambda cl: _origin(cl) in _MAPPINGS, functools.partial(_mapping, converter)),
         (lambda cl: typing.get_origin(cl) in _UNIONS, functools.partial(_union, converter)),
         (_is_pydantic, lambda cl: _without_type(_pydantic_hook(cl))),
@@ -243,6 +346,127 @@ def _unsupported(cl: Any) -> Any:
     )
 
 
+# -- the fields of classes --------------------------------------------------------------------------------------------
+
+
+def _resolved(owner: Any, name: str, hint: Any) -> Any:
+    """The annotation of a field, its names looked up in the module of the class, and the class itself."""
+    names = {owner.__name__: owner, **vars(owner)}
+    names.update((one.__name__, one) for one in getattr(owner, "__type_params__", ()))
+    module = getattr(sys.modules.get(owner.__module__), "__dict__", {})
+    found = hint
+    try:
+        # The module first, as typing does: a field may be called as its class is.
+        while True:
+            holder = type(owner.__name__, (), {"__annotations__": {name: found}})
+            found = typing.get_type_hints(holder, names, module, include_extras=True)[name]
+            following = _with_references(found)
+            if following is found:
+                return found
+            found = following
+    except Exception as error:  # noqa: BLE001  # The annotation is code.
+        problem = f"{type(error).__name__}: {error}"
+    raise ConfigurationError(
+        f"the annotation {getattr(hint, '__forward_arg__', hint)!r} of {owner.__qualname__}.{name} cannot be resolved "
+        f"({problem}); define or import it at the top level of the class's module, above the handler"
+    )
+
+
+def _with_references(hint: Any) -> Any:
+    """``hint`` with strings in it, as in ``list["Item"]``, made references: Python does that itself from 3.11 on."""
+    arguments = getattr(hint, "__args__", ())
+    is_builtin = isinstance(hint, types.GenericAlias)
+    made = [
+        typing.ForwardRef(one) if is_builtin and isinstance(one, str) else _with_references(one) for one in arguments
+    ]
+    if all(one is other for one, other in zip(made, arguments)):
+        return hint
+    origin: Any = typing.get_origin(hint)
+    return types.GenericAlias(origin, tuple(made)) if is_builtin else hint.copy_with(tuple(made))
+
+
+def _owner(cl: Any, name: str) -> Any:
+    """The class among the bases of ``cl`` that annotates ``name``."""
+    return next((base for base in cl.__mro__ if name in vars(base).get("__annotations__", {})), cl)
+
+
+def _hints(cl: Any, names: Sequence[str]) -> Dict[str, Any]:
+    owners = {name: _owner(cl, name) for name in names}
+    return {name: _resolved(owner, name, vars(owner)["__annotations__"][name]) for name, owner in owners.items()}
+
+
+def _bound(cl: Any, outer: Optional[Dict[Any, Any]] = None) -> Dict[Any, Dict[Any, Any]]:
+    """What stands for the type variables of a class and of each of its bases."""
+    origin = _origin(cl)
+    arguments = [_filled(one, outer or {}) for one in typing.get_args(cl)]
+    own = dict(zip(getattr(origin, "__parameters__", ()), arguments))
+    bound = {origin: own}
+    for base in vars(origin).get("__orig_bases__", origin.__bases__):
+        bound.update(_bound(base, own))
+    return bound
+
+
+def _filled(hint: Any, bound: Dict[Any, Any]) -> Any:
+    """``hint`` with what stands for its type variables."""
+    if isinstance(hint, typing.TypeVar):
+        return bound.get(hint, hint)
+    parameters = getattr(hint, "__parameters__", ()) if typing.get_origin(hint) else ()
+    return hint[tuple(bound.get(one, one) for one in parameters)] if bound and parameters else hint
+
+
+def _fields(cl: Any) -> List[attrs.Attribute[Any]]:
+    """The fields of an attrs class or a dataclass, as attrs describes them, their types resolved."""
+    origin, bound = _origin(cl), _bound(cl)
+    fields = []
+    for field in attrs.fields(origin if attrs.has(origin) else _as_attrs(origin)):
+        owner = _owner(origin, field.name)
+        # None may be the annotation, or stand for none.
+        is_annotated = field.type is not None or field.name in vars(owner).get("__annotations__", {})
+        hint = _resolved(owner, field.name, field.type) if is_annotated else Any
+        fields.append(field.evolve(type=_filled(hint, bound.get(owner, {}))))
+    return fields
+
+
+def _as_attrs(cl: Any) -> Any:
+    """An attrs class with the fields of a dataclass: nothing of the dataclass itself is touched."""
+    fields = {}
+    for field in dataclasses.fields(cl):
+        default: Any = attrs.NOTHING
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = attrs.Factory(field.default_factory)
+        hint: Any = field.type
+        fields[field.name] = attrs.field(default=default, init=field.init, kw_only=True, type=hint, alias=field.name)
+    return attrs.make_class(cl.__name__, fields, init=False, repr=False, eq=False)
+
+
+def _object(converter: Any, cl: Any) -> Any:
+    from cattrs.gen import make_dict_structure_fn_from_attrs
+
+    origin = _origin(cl)
+    fields = _fields(cl)
+    given = {field.alias for field in fields if field.init}
+    for name in _demanded(origin):
+        if name not in given:
+            raise ConfigurationError(
+                f"{_name(origin)} cannot be made without {name!r}, which no field of the JSON gives (an InitVar?); "
+                "give it a default"
+            )
+    variables = {one.__name__: value for one, value in _bound(cl)[origin].items()}
+    return make_dict_structure_fn_from_attrs(fields, origin, converter, variables)
+
+
+def _demanded(cl: Any) -> List[str]:
+    """What a call of ``cl`` must name, as far as its signature says."""
+    try:
+        parameters = inspect.signature(cl).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in kinds]
+
+
 def _of_object(cl: Any, hook: Any) -> Any:
     def structure(value: Any, cl: Any = cl) -> Any:
         if not isinstance(value, dict):
@@ -250,6 +474,9 @@ def _of_object(cl: Any, hook: Any) -> Any:
         return hook(value, cl)
 
     return structure
+
+
+# -- the kinds of annotations -----------------------------------------------------------------------------------------
 
 
 def _scalar(what: str, kinds: Tuple[type, ...], build: Optional[Callable[[Any], Any]] = None) -> Any:
@@ -322,8 +549,7 @@ def _enum(cl: Type[enum.Enum]) -> Any:
 
 def _literal(cl: Any) -> Any:
     values = typing.get_args(cl)
-    plain = {(type(one), one): one for one in values}
-    plain.update({(type(one.value), one.value): one for one in values if isinstance(one, enum.Enum)})
+    plain = _literal_values(cl)
 
     def structure(value: Any, cl: Any) -> Any:
         try:
@@ -334,6 +560,14 @@ def _literal(cl: Any) -> Any:
         raise Mismatch([((), f"expected {_one_of(shown)}, got {_other(value)}")])
 
     return structure
+
+
+def _literal_values(cl: Any) -> Dict[Tuple[type, Any], Any]:
+    """The values of a ``Literal`` by what JSON has for them."""
+    values = typing.get_args(cl)
+    plain = {(type(one), one): one for one in values}
+    plain.update({(type(one.value), one.value): one for one in values if isinstance(one, enum.Enum)})
+    return plain
 
 
 def _other(value: Any) -> str:
@@ -378,12 +612,37 @@ def _array(converter: Any, cl: Any) -> Any:
 
 def _set(converter: Any, cl: Any) -> Any:
     array = _array(converter, cl)
+    element = _unhashable(_arguments(cl, 1)[0])
+    if element is not None:
+        raise ConfigurationError(f"a set cannot hold {_name(element)}, which is not hashable")
     make = frozenset if _origin(cl) in (frozenset, collections.abc.Set) else set
 
     def structure(value: Any, cl: Any) -> Any:
         return make(array(value, cl))
 
     return structure
+
+
+def _unhashable(annotation: Any) -> Any:
+    """What in ``annotation`` no set can hold; None if there is nothing."""
+    annotation = _bare(annotation)
+    origin = _origin(annotation)
+    if origin is tuple or origin in _UNIONS:
+        return next((one for one in map(_unhashable, typing.get_args(annotation)) if one is not None), None)
+    has_no_hash = isinstance(origin, type) and getattr(origin, "__hash__", None) is None
+    # Lists are built for abstract sequences, which have a hash, and frozensets for abstract sets, which have none.
+    return annotation if origin in _LISTS or (has_no_hash and origin is not collections.abc.Set) else None
+
+
+def _bare(annotation: Any) -> Any:
+    """``annotation`` without ``Annotated``, ``Final`` and ``NewType``."""
+    while True:
+        if hasattr(annotation, "__supertype__"):
+            annotation = annotation.__supertype__
+        elif hasattr(annotation, "__metadata__") or typing.get_origin(annotation) is _FINAL:
+            annotation = typing.get_args(annotation)[0]
+        else:
+            return annotation
 
 
 def _tuple(converter: Any, cl: Any) -> Any:
@@ -401,6 +660,16 @@ def _tuple(converter: Any, cl: Any) -> Any:
         return tuple(_each(enumerate(zip(hooks, value)), lambda pair: pair[0](pair[1])))
 
     return structure
+
+
+def _is_named_tuple(cl: Any) -> bool:
+    names = getattr(cl, "_fields", ()) if isinstance(cl, type) and issubclass(cl, tuple) else ()
+    return bool(names) and all(name in vars(_owner(cl, name)).get("__annotations__", {}) for name in names)
+
+
+def _named_tuple(converter: Any, cl: Any) -> Any:
+    array = _tuple(converter, Tuple[tuple(_hints(cl, cl._fields).values())])
+    return lambda value, _: cl(*array(value, cl))
 
 
 def _mapping(converter: Any, cl: Any) -> Any:
@@ -425,7 +694,7 @@ def _is_typed_dict(cl: Any) -> bool:
 def _typed_dict(converter: Any, cl: Any) -> Any:
     cl = _origin(cl)
     hooks, required = {}, set()
-    for name, hint in typing.get_type_hints(cl, include_extras=True).items():
+    for name, hint in _hints(cl, list(cl.__annotations__)).items():
         # Looked at here: where annotations are strings, Python itself takes every key for what __total__ says.
         is_required = name in cl.__required_keys__
         while getattr(_origin(hint), "_name", None) in ("Required", "NotRequired", "ReadOnly"):
@@ -462,10 +731,7 @@ def _union(converter: Any, cl: Any) -> Any:
     classes = [one for one in others if _is_class(one)]
     hooks: List[Structure] = []
     if len(classes) > 1:
-        # Their fields tell them apart; where they do not, this raises.
-        from cattrs.disambiguators import create_default_dis_func
-
-        tell = create_default_dis_func(converter, *classes)
+        tell = _teller(classes)
         by_class = {one: _hook_of(converter, one) for one in classes}
         hooks.append(lambda value: _told(tell, by_class, value))
         others = [one for one in others if one not in classes]
@@ -500,6 +766,56 @@ def _joined(problems: List[Tuple[Path, str]]) -> List[Tuple[Path, str]]:
 def _is_class(annotation: Any) -> bool:
     origin = _origin(annotation)
     return (attrs.has(origin) or dataclasses.is_dataclass(origin)) and not _is_pydantic(annotation)
+
+
+def _teller(classes: Sequence[Any]) -> Callable[[Any], Any]:
+    """What says which of ``classes`` an object is for.
+
+    A field of all of them whose ``Literal`` differs tells them apart; else required fields that the others lack.
+    """
+    fields = {cl: {field.name: field for field in _fields(cl)} for cl in classes}
+    tags = [_by_tag(name, fields) for name in fields[classes[0]] if all(name in fields[cl] for cl in classes)]
+    tellers = [(name, groups) for name, groups in tags if groups]
+    if tellers:
+        tag, groups = min(tellers, key=lambda one: max(map(len, one[1].values())))
+        by_value = {value: _teller(group) if len(group) > 1 else group[0] for value, group in groups.items()}
+
+        def by_tag(value: Any) -> Any:
+            found = by_value[type(value[tag]), value[tag]]
+            return found if found in fields else found(value)
+
+        return by_tag
+
+    by_field: Dict[str, Any] = {}
+    fallback: Any = None
+    # Those with most fields first: the later ones have less to be told from.
+    for cl in sorted(classes, key=lambda cl: -len(fields[cl])):
+        rest: Set[str] = set()
+        rest.update(*(fields[one] for one in classes if one is not cl and one not in by_field.values()))
+        required = [name for name, field in fields[cl].items() if field.init and field.default is attrs.NOTHING]
+        own = next((name for name in required if name not in rest), None)
+        if own is not None:
+            by_field[own] = cl
+        elif fallback is None:
+            fallback = cl
+        else:
+            raise ConfigurationError(
+                f"{_name(fallback)} and {_name(cl)} cannot be told apart: give each a required field that the other "
+                "lacks, or both a field with different Literals"
+            )
+    return lambda value: next((cl for name, cl in by_field.items() if name in value), fallback)
+
+
+def _by_tag(name: str, fields: Dict[Any, Dict[str, attrs.Attribute[Any]]]) -> Tuple[str, Dict[Any, List[Any]]]:
+    """The classes for each value of a field; none where it is no ``Literal`` or does not tell them apart."""
+    groups: Dict[Any, List[Any]] = {}
+    for cl, own in fields.items():
+        hint = _bare(own[name].type)
+        if _origin(hint) is not _LITERAL:
+            return name, {}
+        for value in _literal_values(hint):
+            groups.setdefault(value, []).append(cl)
+    return name, groups if all(len(group) < len(fields) for group in groups.values()) else {}
 
 
 def _told(tell: Any, by_class: Dict[Any, Structure], value: Any) -> Any:
