@@ -98,7 +98,7 @@ def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]])
     """``function`` given what ``structure`` builds of its input; a mismatch is the failure ``invalid_task``."""
     if structure is None:
         return function
-    from .typed import Mismatch
+    from .mismatch import Mismatch
 
     def run(context: TaskContext, input: Any) -> Any:
         try:

@@ -16,9 +16,7 @@ import importlib.util
 import inspect
 import json
 import pathlib
-import sys
 import threading
-import traceback
 import types
 import typing
 import uuid
@@ -28,16 +26,14 @@ import attrs
 
 from . import protocol
 from .errors import ConfigurationError
+from .fields import bound_of, fields_of, hints_of, origin_of, owner_of
+from .mismatch import MAX_PROBLEMS, MAX_TEXT, Mismatch, Path, expected, kind_of, problems_of
 
-__all__ = ["Mismatch", "structure_of"]
+__all__ = ["structure_of"]
 
 #: Builds a handler's input from JSON; raises :class:`Mismatch`.
 Structure = Callable[[Any], Any]
-Path = Tuple[Union[str, int], ...]
 
-#: Mismatches that are told of one input, and characters of a name or a validator's text.
-MAX_PROBLEMS = 10
-_MAX_NAME, _MAX_TEXT = 60, 200
 #: Ways in which the place of one of pydantic's errors is read.
 _MAX_WAYS = 20
 
@@ -50,24 +46,6 @@ _SETS = (set, frozenset, collections.abc.Set, collections.abc.MutableSet)
 _LITERAL: Any = typing.Literal
 _FINAL: Any = typing.Final
 _UNIONS = (Union, getattr(types, "UnionType", Union))
-
-
-class Mismatch(Exception):
-    """An input is not what the annotation says; ``problems`` are pairs of a path in it and what is wrong there."""
-
-    def __init__(self, problems: Sequence[Tuple[Path, str]]) -> None:
-        super().__init__(problems)
-        self.problems = problems
-
-    def details(self) -> Dict[str, Any]:
-        """For a failure's ``details``."""
-        shown = self.problems[:MAX_PROBLEMS]
-        return {"problems": [{"path": _text_of(path), "problem": problem} for path, problem in shown]}
-
-    def __str__(self) -> str:
-        path, problem = self.problems[0]
-        more = len(self.problems) - 1
-        return f"{_text_of(path)}: {problem}" + (f" (and {more} more)" if more else "")
 
 
 def structure_of(annotation: Any) -> Structure:
@@ -86,7 +64,7 @@ def _call(hook: Structure, value: Any) -> Any:
     try:
         return hook(value)
     except Exception as error:  # noqa: BLE001  # Of cattrs, or of the class's own code.
-        problems = list(_problems(error))
+        problems = list(problems_of(error))
     # Raised out here: as its context, the library's error would keep the input in its frames.
     raise Mismatch(problems)
 
@@ -109,84 +87,6 @@ def _is_pydantic(annotation: Any) -> bool:
 
 def _name(annotation: Any) -> str:
     return annotation.__qualname__ if isinstance(annotation, type) else str(annotation)
-
-
-# -- what is wrong, and where -----------------------------------------------------------------------------------------
-
-
-def _expected(what: str, value: Any) -> Mismatch:
-    return Mismatch([((), f"expected {what}, got {_kind(value)}")])
-
-
-def _kind(value: Any) -> str:
-    """What ``value`` is, never what it says: it may be a secret in the wrong place."""
-    if value is None:
-        return "null"
-    for kind, name in (
-        (bool, "a boolean"), (int, "an integer"), (float, "a number"), (str, "a string"), (list, "an array"),
-        (dict, "an object"),
-    ):  # fmt: skip
-        if isinstance(value, kind):
-            return name
-    return f"a {type(value).__name__}"
-
-
-def _problems(error: BaseException) -> Iterator[Tuple[Path, str]]:
-    """The mismatches that an error of a hook, of cattrs or of a class's own code stands for."""
-    if isinstance(error, Mismatch):
-        yield from error.problems
-        return
-    inner = getattr(error, "exceptions", None)
-    if not isinstance(inner, (tuple, list)):
-        yield _said(error)
-        return
-    for one in inner:
-        names = [note.name for note in getattr(one, "__notes__", ()) if hasattr(note, "name")]
-        if not names:
-            yield from _problems(one)
-        elif isinstance(one, KeyError) and one.args == (names[-1],):
-            yield (names[-1],), "is missing"
-        else:
-            for path, problem in _problems(one):
-                yield (names[-1], *path), problem
-
-
-def _said(error: BaseException) -> Tuple[Path, str]:
-    """The field and the text of an error that a class's own check raised."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    path: Path = next(((field.name,) for frame in frames for field in _fields_given_to(frame)), ())
-    text = str(error.args[0]) if error.args else ""
-    if frames and _is_of_library(frames[-1]):
-        # The validators and converters of attrs quote the value, and so do builtins that are used as such.
-        if path:
-            return path, "is refused by its validator"
-        text = ""
-    return path, f"is refused: {text[:_MAX_TEXT]}" if text else f"is refused ({type(error).__name__})"
-
-
-def _fields_given_to(frame: types.FrameType) -> Iterator[attrs.Attribute[Any]]:
-    """The fields among the arguments of a function that was called: attrs gives validators theirs."""
-    code = frame.f_code
-    for name in code.co_varnames[: code.co_argcount]:
-        value = frame.f_locals.get(name)
-        if isinstance(value, attrs.Attribute):
-            yield value
-
-
-def _is_of_library(frame: types.FrameType) -> bool:
-    package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    return package in ("attr", "cattrs", "pydantic") or frame.f_code.co_filename.startswith("<attrs generated")
-
-
-def _text_of(path: Path) -> str:
-    text = "input"
-    for one in path:
-        if isinstance(one, int):
-            text += f"[{one}]"
-        else:
-            shown = one[:_MAX_NAME]
-            text += f".{shown}" if shown.isidentifier() else f"[{shown!r}]"
-    return text
 
 
 # -- pydantic ---------------------------------------------------------------------------------------------------------
@@ -223,7 +123,7 @@ def _pydantic_hook(cls: Any) -> Structure:
                 return adapter.validate_json(json.dumps(value))
             return adapter.validate_python(value)
         except ValidationError as error:
-            problems = [(_path_in(value, one), _text_by_pydantic(one)[:_MAX_TEXT]) for one in error.errors()]
+            problems = [(_path_in(value, one), _text_by_pydantic(one)[:MAX_TEXT]) for one in error.errors()]
         raise Mismatch(list(dict.fromkeys(problems)))
 
     return structure
@@ -313,25 +213,21 @@ def _make_converter() -> Any:
         converter.register_structure_hook(kind, structure)
     converter.register_structure_hook(enum.Enum, lambda value, cl: _enum(cl)(value, cl))
     for predicate, factory in (
-        (lambda cl: _is_typed_dict(_origin(cl)), functools.partial(_typed_dict, converter)),
+        (lambda cl: _is_typed_dict(origin_of(cl)), functools.partial(_typed_dict, converter)),
         # That of cattrs takes a TypedDict in it for one of its own.
         (lambda cl: hasattr(cl, "__metadata__"), lambda cl: _without_type(_hook_of(converter, cl.__origin__))),
         (lambda cl: cl in (None, type(None)), _null),
-        (lambda cl: _origin(cl) is _LITERAL, _literal),
-        (lambda cl: _origin(cl) in _LISTS, functools.partial(_array, converter)),
-        (lambda cl: _origin(cl) in _SETS, functools.partial(_set, converter)),
-        (lambda cl: _origin(cl) is tuple, functools.partial(_tuple, converter)),
+        (lambda cl: origin_of(cl) is _LITERAL, _literal),
+        (lambda cl: origin_of(cl) in _LISTS, functools.partial(_array, converter)),
+        (lambda cl: origin_of(cl) in _SETS, functools.partial(_set, converter)),
+        (lambda cl: origin_of(cl) is tuple, functools.partial(_tuple, converter)),
         (_is_named_tuple, functools.partial(_named_tuple, converter)),
-        (lambda cl: _origin(cl) in _MAPPINGS, functools.partial(_mapping, converter)),
+        (lambda cl: origin_of(cl) in _MAPPINGS, functools.partial(_mapping, converter)),
         (lambda cl: typing.get_origin(cl) in _UNIONS, functools.partial(_union, converter)),
         (_is_pydantic, lambda cl: _without_type(_pydantic_hook(cl))),
     ):
         converter.register_structure_hook_factory(predicate, factory)
     return converter
-
-
-def _origin(annotation: Any) -> Any:
-    return typing.get_origin(annotation) or annotation
 
 
 def _without_type(structure: Structure) -> Any:
@@ -346,106 +242,11 @@ def _unsupported(cl: Any) -> Any:
     )
 
 
-# -- the fields of classes --------------------------------------------------------------------------------------------
-
-
-def _resolved(owner: Any, name: str, hint: Any) -> Any:
-    """The annotation of a field, its names looked up in the module of the class, and the class itself."""
-    names = {owner.__name__: owner, **vars(owner)}
-    names.update((one.__name__, one) for one in getattr(owner, "__type_params__", ()))
-    module = getattr(sys.modules.get(owner.__module__), "__dict__", {})
-    found = hint
-    try:
-        # The module first, as typing does: a field may be called as its class is.
-        while True:
-            holder = type(owner.__name__, (), {"__annotations__": {name: found}})
-            found = typing.get_type_hints(holder, names, module, include_extras=True)[name]
-            following = _with_references(found)
-            if following is found:
-                return found
-            found = following
-    except Exception as error:  # noqa: BLE001  # The annotation is code.
-        problem = f"{type(error).__name__}: {error}"
-    raise ConfigurationError(
-        f"the annotation {getattr(hint, '__forward_arg__', hint)!r} of {owner.__qualname__}.{name} cannot be resolved "
-        f"({problem}); define or import it at the top level of the class's module, above the handler"
-    )
-
-
-def _with_references(hint: Any) -> Any:
-    """``hint`` with strings in it, as in ``list["Item"]``, made references: Python does that itself from 3.11 on."""
-    arguments = getattr(hint, "__args__", ())
-    is_builtin = isinstance(hint, types.GenericAlias)
-    made = [
-        typing.ForwardRef(one) if is_builtin and isinstance(one, str) else _with_references(one) for one in arguments
-    ]
-    if all(one is other for one, other in zip(made, arguments)):
-        return hint
-    origin: Any = typing.get_origin(hint)
-    return types.GenericAlias(origin, tuple(made)) if is_builtin else hint.copy_with(tuple(made))
-
-
-def _owner(cl: Any, name: str) -> Any:
-    """The class among the bases of ``cl`` that annotates ``name``."""
-    return next((base for base in cl.__mro__ if name in vars(base).get("__annotations__", {})), cl)
-
-
-def _hints(cl: Any, names: Sequence[str]) -> Dict[str, Any]:
-    owners = {name: _owner(cl, name) for name in names}
-    return {name: _resolved(owner, name, vars(owner)["__annotations__"][name]) for name, owner in owners.items()}
-
-
-def _bound(cl: Any, outer: Optional[Dict[Any, Any]] = None) -> Dict[Any, Dict[Any, Any]]:
-    """What stands for the type variables of a class and of each of its bases."""
-    origin = _origin(cl)
-    arguments = [_filled(one, outer or {}) for one in typing.get_args(cl)]
-    own = dict(zip(getattr(origin, "__parameters__", ()), arguments))
-    bound = {origin: own}
-    for base in vars(origin).get("__orig_bases__", origin.__bases__):
-        bound.update(_bound(base, own))
-    return bound
-
-
-def _filled(hint: Any, bound: Dict[Any, Any]) -> Any:
-    """``hint`` with what stands for its type variables."""
-    if isinstance(hint, typing.TypeVar):
-        return bound.get(hint, hint)
-    parameters = getattr(hint, "__parameters__", ()) if typing.get_origin(hint) else ()
-    return hint[tuple(bound.get(one, one) for one in parameters)] if bound and parameters else hint
-
-
-def _fields(cl: Any) -> List[attrs.Attribute[Any]]:
-    """The fields of an attrs class or a dataclass, as attrs describes them, their types resolved."""
-    origin, bound = _origin(cl), _bound(cl)
-    fields = []
-    for field in attrs.fields(origin if attrs.has(origin) else _as_attrs(origin)):
-        owner = _owner(origin, field.name)
-        # None may be the annotation, or stand for none.
-        is_annotated = field.type is not None or field.name in vars(owner).get("__annotations__", {})
-        hint = _resolved(owner, field.name, field.type) if is_annotated else Any
-        fields.append(field.evolve(type=_filled(hint, bound.get(owner, {}))))
-    return fields
-
-
-def _as_attrs(cl: Any) -> Any:
-    """An attrs class with the fields of a dataclass: nothing of the dataclass itself is touched."""
-    fields = {}
-    for field in dataclasses.fields(cl):
-        default: Any = attrs.NOTHING
-        if field.default is not dataclasses.MISSING:
-            default = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            default = attrs.Factory(field.default_factory)
-        hint: Any = field.type
-        fields[field.name] = attrs.field(default=default, init=field.init, kw_only=True, type=hint, alias=field.name)
-    return attrs.make_class(cl.__name__, fields, init=False, repr=False, eq=False)
-
-
 def _object(converter: Any, cl: Any) -> Any:
     from cattrs.gen import make_dict_structure_fn_from_attrs
 
-    origin = _origin(cl)
-    fields = _fields(cl)
+    origin = origin_of(cl)
+    fields = fields_of(cl)
     given = {field.alias for field in fields if field.init}
     for name in _demanded(origin):
         if name not in given:
@@ -453,7 +254,7 @@ def _object(converter: Any, cl: Any) -> Any:
                 f"{_name(origin)} cannot be made without {name!r}, which no field of the JSON gives (an InitVar?); "
                 "give it a default"
             )
-    variables = {one.__name__: value for one, value in _bound(cl)[origin].items()}
+    variables = {one.__name__: value for one, value in bound_of(cl)[origin].items()}
     return make_dict_structure_fn_from_attrs(fields, origin, converter, variables)
 
 
@@ -470,7 +271,7 @@ def _demanded(cl: Any) -> List[str]:
 def _of_object(cl: Any, hook: Any) -> Any:
     def structure(value: Any, cl: Any = cl) -> Any:
         if not isinstance(value, dict):
-            raise _expected("an object", value)
+            raise expected("an object", value)
         return hook(value, cl)
 
     return structure
@@ -484,7 +285,7 @@ def _scalar(what: str, kinds: Tuple[type, ...], build: Optional[Callable[[Any], 
         if _is_enum(cl):
             return _enum(cl)(value, cl)
         if not isinstance(value, kinds) or isinstance(value, bool) is not (bool in kinds):
-            raise _expected(what, value)
+            raise expected(what, value)
         try:
             built = value if build is None else build(value)
         except (ValueError, ArithmeticError):
@@ -520,7 +321,7 @@ _SCALARS: Dict[Any, Any] = {
 def _null(cl: Any) -> Any:
     def structure(value: Any, cl: Any) -> None:
         if value is not None:
-            raise _expected("null", value)
+            raise expected("null", value)
 
     return structure
 
@@ -571,7 +372,7 @@ def _literal_values(cl: Any) -> Dict[Tuple[type, Any], Any]:
 
 
 def _other(value: Any) -> str:
-    kind = _kind(value)
+    kind = kind_of(value)
     return f"another {kind.split(' ', 1)[1]}" if kind.startswith("a") else kind
 
 
@@ -587,7 +388,7 @@ def _each(pairs: Iterator[Tuple[Union[str, int], Any]], hook: Structure) -> List
         try:
             built.append(hook(value))
         except Exception as error:  # noqa: BLE001
-            problems += [((key, *path), problem) for path, problem in _problems(error)]
+            problems += [((key, *path), problem) for path, problem in problems_of(error)]
             if len(problems) >= MAX_PROBLEMS:
                 break
     if problems:
@@ -604,7 +405,7 @@ def _array(converter: Any, cl: Any) -> Any:
 
     def structure(value: Any, cl: Any) -> Any:
         if not isinstance(value, list):
-            raise _expected("an array", value)
+            raise expected("an array", value)
         return _each(enumerate(value), hook)
 
     return structure
@@ -615,7 +416,7 @@ def _set(converter: Any, cl: Any) -> Any:
     element = _unhashable(_arguments(cl, 1)[0])
     if element is not None:
         raise ConfigurationError(f"a set cannot hold {_name(element)}, which is not hashable")
-    make = frozenset if _origin(cl) in (frozenset, collections.abc.Set) else set
+    make = frozenset if origin_of(cl) in (frozenset, collections.abc.Set) else set
 
     def structure(value: Any, cl: Any) -> Any:
         return make(array(value, cl))
@@ -626,7 +427,7 @@ def _set(converter: Any, cl: Any) -> Any:
 def _unhashable(annotation: Any) -> Any:
     """What in ``annotation`` no set can hold; None if there is nothing."""
     annotation = _bare(annotation)
-    origin = _origin(annotation)
+    origin = origin_of(annotation)
     if origin is tuple or origin in _UNIONS:
         return next((one for one in map(_unhashable, typing.get_args(annotation)) if one is not None), None)
     has_no_hash = isinstance(origin, type) and getattr(origin, "__hash__", None) is None
@@ -654,7 +455,7 @@ def _tuple(converter: Any, cl: Any) -> Any:
 
     def structure(value: Any, cl: Any) -> Any:
         if not isinstance(value, list):
-            raise _expected("an array", value)
+            raise expected("an array", value)
         if len(value) != len(hooks):
             raise Mismatch([((), f"expected an array of {len(hooks)}, got one of {len(value)}")])
         return tuple(_each(enumerate(zip(hooks, value)), lambda pair: pair[0](pair[1])))
@@ -664,11 +465,11 @@ def _tuple(converter: Any, cl: Any) -> Any:
 
 def _is_named_tuple(cl: Any) -> bool:
     names = getattr(cl, "_fields", ()) if isinstance(cl, type) and issubclass(cl, tuple) else ()
-    return bool(names) and all(name in vars(_owner(cl, name)).get("__annotations__", {}) for name in names)
+    return bool(names) and all(name in vars(owner_of(cl, name)).get("__annotations__", {}) for name in names)
 
 
 def _named_tuple(converter: Any, cl: Any) -> Any:
-    array = _tuple(converter, Tuple[tuple(_hints(cl, cl._fields).values())])
+    array = _tuple(converter, Tuple[tuple(hints_of(cl, cl._fields).values())])
     return lambda value, _: cl(*array(value, cl))
 
 
@@ -680,7 +481,7 @@ def _mapping(converter: Any, cl: Any) -> Any:
 
     def structure(value: Any, cl: Any) -> Any:
         if not isinstance(value, dict):
-            raise _expected("an object", value)
+            raise expected("an object", value)
         keys = _each(((key, key) for key in value), key_of)
         return dict(zip(keys, _each(iter(value.items()), value_of)))
 
@@ -692,13 +493,13 @@ def _is_typed_dict(cl: Any) -> bool:
 
 
 def _typed_dict(converter: Any, cl: Any) -> Any:
-    cl = _origin(cl)
+    cl = origin_of(cl)
     hooks, required = {}, set()
-    for name, hint in _hints(cl, list(cl.__annotations__)).items():
+    for name, hint in hints_of(cl, list(cl.__annotations__)).items():
         # Looked at here: where annotations are strings, Python itself takes every key for what __total__ says.
         is_required = name in cl.__required_keys__
-        while getattr(_origin(hint), "_name", None) in ("Required", "NotRequired", "ReadOnly"):
-            is_required = {"Required": True, "NotRequired": False}.get(_origin(hint)._name, is_required)
+        while getattr(origin_of(hint), "_name", None) in ("Required", "NotRequired", "ReadOnly"):
+            is_required = {"Required": True, "NotRequired": False}.get(origin_of(hint)._name, is_required)
             hint = typing.get_args(hint)[0]
         hooks[name] = _hook_of(converter, hint)
         if is_required:
@@ -706,7 +507,7 @@ def _typed_dict(converter: Any, cl: Any) -> Any:
 
     def structure(value: Any, cl: Any) -> Any:
         if not isinstance(value, dict):
-            raise _expected("an object", value)
+            raise expected("an object", value)
         found: Dict[str, Any] = {}
         problems: List[Tuple[Path, str]] = []
         for name, hook in hooks.items():
@@ -717,7 +518,7 @@ def _typed_dict(converter: Any, cl: Any) -> Any:
             try:
                 found[name] = hook(value[name])
             except Exception as error:  # noqa: BLE001
-                problems += [((name, *path), problem) for path, problem in _problems(error)]
+                problems += [((name, *path), problem) for path, problem in problems_of(error)]
         if problems:
             raise Mismatch(problems)
         return found
@@ -745,7 +546,7 @@ def _union(converter: Any, cl: Any) -> Any:
             try:
                 return hook(value)
             except Exception as error:  # noqa: BLE001
-                problems += _problems(error)
+                problems += problems_of(error)
         raise Mismatch(_joined(problems))
 
     return structure
@@ -764,7 +565,7 @@ def _joined(problems: List[Tuple[Path, str]]) -> List[Tuple[Path, str]]:
 
 
 def _is_class(annotation: Any) -> bool:
-    origin = _origin(annotation)
+    origin = origin_of(annotation)
     return (attrs.has(origin) or dataclasses.is_dataclass(origin)) and not _is_pydantic(annotation)
 
 
@@ -773,7 +574,7 @@ def _teller(classes: Sequence[Any]) -> Callable[[Any], Any]:
 
     A field of all of them whose ``Literal`` differs tells them apart; else required fields that the others lack.
     """
-    fields = {cl: {field.name: field for field in _fields(cl)} for cl in classes}
+    fields = {cl: {field.name: field for field in fields_of(cl)} for cl in classes}
     tags = [_by_tag(name, fields) for name in fields[classes[0]] if all(name in fields[cl] for cl in classes)]
     tellers = [(name, groups) for name, groups in tags if groups]
     if tellers:
@@ -811,7 +612,7 @@ def _by_tag(name: str, fields: Dict[Any, Dict[str, attrs.Attribute[Any]]]) -> Tu
     groups: Dict[Any, List[Any]] = {}
     for cl, own in fields.items():
         hint = _bare(own[name].type)
-        if _origin(hint) is not _LITERAL:
+        if origin_of(hint) is not _LITERAL:
             return name, {}
         for value in _literal_values(hint):
             groups.setdefault(value, []).append(cl)
@@ -820,7 +621,7 @@ def _by_tag(name: str, fields: Dict[Any, Dict[str, attrs.Attribute[Any]]]) -> Tu
 
 def _told(tell: Any, by_class: Dict[Any, Structure], value: Any) -> Any:
     if not isinstance(value, dict):
-        raise _expected("an object", value)
+        raise expected("an object", value)
     try:
         found = tell(value)
     except Exception:  # noqa: BLE001  # Of several kinds, by the way in which the classes are told apart.
