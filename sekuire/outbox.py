@@ -16,6 +16,7 @@ import attrs
 
 from . import filelock
 from .errors import ConfigurationError
+from .lifecycle import Deadline
 from .protocol import is_id, one_line
 
 log = logging.getLogger("sekuire.outbox")
@@ -24,6 +25,8 @@ _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.
 _APPLICATION_ID = 0x534B554F
 _LONGEST_WAIT = 60.0
+#: Seconds that :func:`open_outbox` waits for another thread that opens or closes the same file.
+_TURN_TIMEOUT = 30.0
 #: What sqlite3 raises; the second where its message quotes a name in a damaged file that is no UTF-8.
 _FAILURES = (sqlite3.Error, UnicodeDecodeError)
 #: How SQLite says that there is no room on the disk, or none for the files beside the database.
@@ -98,6 +101,8 @@ class Outbox:
     the leader alone touches SQLite, outside the lock. It commits everything that has queued meanwhile in one
     transaction, so that at eight threads the cost of a sync to disk is shared by eight results; then it opens the gate
     of each thread whose row that was, hands the lead to the first that has queued since, and goes its way.
+    The module's ``_registry_changed`` guards which outboxes the process has, ``_users`` and ``_is_open``. It is not
+    held over I/O either: an outbox that is not open belongs to the one thread that opens or closes it.
 
     What is put is synced to the disk before :meth:`put` returns. A removal is not waited for: it is written at once,
     or, where somebody leads, by that thread or the next before they return. It is not synced: it survives a kill of the
@@ -116,17 +121,15 @@ class Outbox:
         self._closed = False
         self._warned = False
         self._users = 0
+        #: False while one thread opens it, and from the moment when the last user has begun to close it.
+        self._is_open = False
         #: Who delivers a completion, and which attempt's it is.
         self._owners: Dict[_Key, Tuple[object, int]] = {}
         self._level = ""
-        self._lock_file = self._take_lock()
+        #: The lock file's descriptor; -1 while it is not open.
+        self._lock_file = -1
         #: None while the disk is too full even to open it; the next change tries again.
         self._database: Optional[sqlite3.Connection] = None
-        try:
-            self._database = self._open()
-        except BaseException:
-            self._drop_lock()
-            raise
 
     # -- contents --
 
@@ -237,24 +240,50 @@ class Outbox:
 
     # -- life --
 
+    def open(self) -> None:
+        """Lock the file and open it. Only :func:`open_outbox` calls this, and :meth:`let_go` where it fails."""
+        self._take_lock()
+        self._database = self._open()
+
     def close(self) -> None:
         """One user less; the last one closes the file. In a forked child, whose file it is not, nothing happens."""
         if self.pid != os.getpid():
             return
-        with _registry_lock:
-            self._users -= 1
-            if self._users > 0:
-                return
-            _registry.pop(self.path, None)
-        with self._lock:
-            self._closed = True
-        self._take_lead()
-        self._write_queued()
-        if self._database is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._database.close()
-        self._lead()
-        self._drop_lock()
+        is_last = False
+        try:
+            with _registry_changed:
+                is_last = self._users == 1
+                self._users = max(0, self._users - 1)
+                if not is_last:
+                    return
+                # It stays in the registry: whoever wants the file now waits until its lock has been dropped.
+                self._is_open = False
+            with self._lock:
+                self._closed = True
+            self._take_lead()
+            try:
+                self._write_queued()
+                if self._database is not None:
+                    with contextlib.suppress(sqlite3.Error):
+                        self._database.close()
+            finally:
+                self._lead()
+        finally:
+            if is_last:
+                self.let_go()
+
+    def let_go(self) -> None:
+        """Drop the file and its lock, then let others open it anew. Only the thread that opens or closes calls this."""
+        try:
+            if self._database is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._database.close()
+            self._drop_lock()
+        finally:
+            with _registry_changed:
+                if _registry.get(self.path) is self:
+                    del _registry[self.path]
+                _registry_changed.notify_all()
 
     def __repr__(self) -> str:
         return f"<Outbox {self.path}>"
@@ -269,7 +298,16 @@ class Outbox:
                 self._leading = True
                 return
             self._visitors.append(ticket)
-        ticket.wait()
+        try:
+            ticket.wait()
+        except BaseException:
+            # Ctrl-C, for example: a turn that is given to nobody would hold up all others for ever.
+            with self._lock:
+                if ticket in self._visitors:
+                    self._visitors.remove(ticket)
+                elif not self._pass_on():
+                    self._leading = False
+            raise
 
     @staticmethod
     def _wait(ticket: _Ticket) -> bool:
@@ -425,25 +463,26 @@ class Outbox:
             raise
         return database
 
-    def _take_lock(self) -> int:
+    def _take_lock(self) -> None:
         problem = ""
-        descriptor = -1
         try:
-            descriptor = filelock.open_lock(self._lock_path)
-            if not filelock.try_lock(descriptor):
+            # Noted before it is locked: a child that is forked right then must know what to let go of.
+            self._lock_file = filelock.open_lock(self._lock_path)
+            if not filelock.try_lock(self._lock_file):
                 problem = "another process uses it; give every process an outbox of its own"
         except OSError as error:
             problem = f"{self._lock_path!r} cannot be locked: {error.strerror}"
         if problem:
-            if descriptor >= 0:
-                os.close(descriptor)
             raise ConfigurationError(f"{self.path!r}: {problem}", "outbox")
-        return descriptor
 
     def _drop_lock(self) -> None:
+        # Forgotten before it is closed: its number may be another file's at once, which a forked child must not close.
+        descriptor, self._lock_file = self._lock_file, -1
+        if descriptor < 0:
+            return
         with contextlib.suppress(OSError):
-            filelock.unlock(self._lock_file)
-        os.close(self._lock_file)
+            filelock.unlock(descriptor)
+        os.close(descriptor)
 
 
 def _portions(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
@@ -463,16 +502,17 @@ def _stored(task_id: object, attempt: object, substituted: object, body: object)
 
 
 _registry: Dict[str, Outbox] = {}
-_registry_lock = threading.Lock()
+_registry_changed = threading.Condition()
 
 
 def _after_fork() -> None:
     """In a forked child: let go of the parent's outboxes, so that none stays locked by a child that outlives it."""
-    global _registry_lock
-    _registry_lock = threading.Lock()
+    global _registry_changed
+    _registry_changed = threading.Condition()
     for outbox in _registry.values():
-        with contextlib.suppress(OSError):
-            os.close(outbox._lock_file)
+        if outbox._lock_file >= 0:
+            with contextlib.suppress(OSError):
+                os.close(outbox._lock_file)
     # Kept, and never closed here: SQLite's connection belongs to the parent too.
     _inherited.extend(_registry.values())
     _registry.clear()
@@ -486,6 +526,8 @@ if hasattr(os, "register_at_fork"):
 def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
     """The outbox at ``path``: the one this process has open, or a new one. Each call wants its own ``close()``.
 
+    One that another thread opens or closes at this moment is waited for, up to 30 s.
+
     :raises ConfigurationError: the directory is missing, the file is another program's, or another process uses it.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
@@ -496,17 +538,44 @@ def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
         raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "outbox")
     if os.path.isdir(name):
         raise ConfigurationError(f"{name!r} is a directory; name a file in it", "outbox")
-    with _registry_lock:
-        outbox = _registry.get(name)
-        if outbox is None:
-            outbox = _registry[name] = _made(name)
-        outbox._users += 1
-        return outbox
-
-
-def _made(name: str) -> Outbox:
+    mine = Outbox(name)
     try:
-        return Outbox(name)
+        outbox = _share(mine)
+        if outbox is mine:
+            _open(mine)
+            with _registry_changed:
+                mine._users = 1
+                mine._is_open = True
+                _registry_changed.notify_all()
+        return outbox
+    finally:
+        if not mine._is_open and _registry.get(name) is mine:
+            mine.let_go()
+
+
+def _share(mine: Outbox) -> Outbox:
+    """The outbox of this path that is open, with one user more; or ``mine``, which others wait for from now on."""
+    deadline = Deadline(_TURN_TIMEOUT)
+    with _registry_changed:
+        while True:
+            outbox = _registry.setdefault(mine.path, mine)
+            if outbox is mine:
+                return mine
+            if outbox._is_open:
+                outbox._users += 1
+                return outbox
+            if not _registry_changed.wait(deadline.remaining()):
+                raise ConfigurationError(
+                    f"{mine.path!r}: another thread of this process has been opening or closing it for "
+                    f"{_TURN_TIMEOUT:g} s",
+                    "outbox",
+                )
+
+
+def _open(outbox: Outbox) -> None:
+    try:
+        outbox.open()
+        return
     except (OSError, sqlite3.Error) as error:
         text = getattr(error, "strerror", None) or str(error)
-    raise ConfigurationError(f"cannot open {name!r}: {text}", "outbox")
+    raise ConfigurationError(f"cannot open {outbox.path!r}: {text}", "outbox")

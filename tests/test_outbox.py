@@ -12,12 +12,13 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sekuire import outbox as outbox_module
 from sekuire import protocol
 from sekuire.errors import ConfigurationError
 from sekuire.models import is_id
@@ -98,6 +99,157 @@ def test_workers_of_one_process_share_it(tmp_path: Path) -> None:
     third = open_outbox(tmp_path / "outbox.db")
     assert third is not first
     third.close()
+
+
+class Opening:
+    """An ``open_outbox`` on a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.outbox: Optional[Outbox] = None
+        self.error: Optional[BaseException] = None
+        self.thread = threading.Thread(target=self._run, args=(path,), daemon=True)
+        self.thread.start()
+
+    def _run(self, path: Path) -> None:
+        try:
+            self.outbox = open_outbox(path)
+        except BaseException as error:
+            self.error = error
+
+    def is_waiting(self) -> bool:
+        return len(outbox_module._registry_changed._waiters) == 1  # type: ignore[attr-defined]
+
+    def finish(self) -> Outbox:
+        self.thread.join(GUARD)
+        assert self.error is None, self.error
+        assert self.outbox is not None
+        return self.outbox
+
+
+def test_one_that_is_opened_while_it_closes(tmp_path: Path) -> None:
+    """Who wants the file while its last user closes it waits for that, and finds what was put last."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox.put(URL, AGENT, None, stored("a"))
+    outbox._take_lead()
+    closing = threading.Thread(target=outbox.close, daemon=True)
+    closing.start()
+    until(lambda: outbox._visitors)
+    opening = Opening(tmp_path / "outbox.db")
+    until(lambda: opening.error or opening.is_waiting())
+    assert opening.error is None
+    # The other files of the process are not held up.
+    other = open_outbox(tmp_path / "other.db")
+    other.close()
+    outbox._lead()
+    closing.join(GUARD)
+    again = opening.finish()
+    assert again is not outbox
+    assert [one.task_id for one in again.claim(URL, AGENT, object())] == ["a"]
+    again.close()
+
+
+def test_a_close_that_does_not_end_is_not_waited_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for another thread is bounded, and its error says what it waited for."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox._take_lead()
+    closing = threading.Thread(target=outbox.close, daemon=True)
+    closing.start()
+    until(lambda: outbox._visitors)
+    monkeypatch.setattr(outbox_module, "_TURN_TIMEOUT", 0.01)
+    with pytest.raises(ConfigurationError, match="another thread of this process has been opening or closing it"):
+        open_outbox(tmp_path / "outbox.db")
+    outbox._lead()
+    closing.join(GUARD)
+    open_outbox(tmp_path / "outbox.db").close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_that_is_opened_by_two_threads(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread opens the file another waits for it, and tries by itself if that failed; no other path waits."""
+    entered, release = threading.Event(), threading.Event()
+    real = Outbox._open
+
+    def slow(outbox: Outbox) -> Any:
+        if outbox.path.endswith("outbox.db") and not entered.is_set():
+            entered.set()
+            assert release.wait(GUARD)
+            if fails:
+                raise OSError(5, "no luck")
+        return real(outbox)
+
+    monkeypatch.setattr(Outbox, "_open", slow)
+    first = Opening(tmp_path / "outbox.db")
+    assert entered.wait(GUARD)
+    other = Opening(tmp_path / "other.db")
+    other.finish().close()
+    second = Opening(tmp_path / "outbox.db")
+    until(second.is_waiting)
+    release.set()
+    outbox = second.finish()
+    first.thread.join(GUARD)
+    if fails:
+        assert isinstance(first.error, ConfigurationError)
+        assert "no luck" in str(first.error)
+    else:
+        assert first.outbox is outbox
+        outbox.close()
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    outbox.close()
+    open_outbox(tmp_path / "outbox.db").close()
+
+
+def test_a_close_too_many_harms_nobody(tmp_path: Path) -> None:
+    """Closing what is closed already does nothing, neither to who has opened the file anew nor to a descriptor."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox.close()
+    again = open_outbox(tmp_path / "outbox.db")
+    outbox.close()
+    assert open_outbox(tmp_path / "outbox.db") is again
+    again.close()
+    assert again.put(URL, AGENT, None, stored("a"))
+    again.close()
+
+
+def test_a_close_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends a close, the file can be opened anew."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+
+    def fail() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(outbox, "_write_queued", fail)
+    with pytest.raises(MemoryError):
+        outbox.close()
+    again = open_outbox(tmp_path / "outbox.db")
+    assert again.put(URL, AGENT, None, stored("a"))
+    again.close()
+
+
+@pytest.mark.parametrize("has_turn", [False, True])
+def test_an_interrupted_wait_for_a_turn_holds_up_no_other(
+    has_turn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that waits for its turn at the database and is interrupted takes none, or hands it on."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    outbox._take_lead()
+
+    def interrupt(ticket: Any) -> None:
+        if has_turn:
+            outbox._lead()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(outbox_module._Ticket, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            outbox.claim(URL, AGENT, object())
+    if not has_turn:
+        outbox._lead()
+    assert outbox._visitors == []
+    putting = threading.Thread(target=outbox.put, args=(URL, AGENT, None, stored("a")), daemon=True)
+    putting.start()
+    putting.join(GUARD)
+    assert not putting.is_alive()
+    outbox.close()
 
 
 def test_another_process_is_refused(tmp_path: Path) -> None:

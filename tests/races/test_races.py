@@ -195,6 +195,23 @@ def share_an_outbox(path: str) -> None:
     assert rows == {**wanted, **{one.task_id: 1 for one in left}}
 
 
+def test_an_outbox_that_is_opened_and_closed_all_the_time(tmp_path: pathlib.Path) -> None:
+    """Threads of one process that open and close the same file are never told that another uses it."""
+    path = tmp_path / "outbox.db"
+
+    def work(name: int) -> None:
+        for turn in range(15 * ROUNDS):
+            outbox = open_outbox(path)
+            assert outbox.put("u", "a", None, Stored(f"{name}-{turn}", 1, False, b"{"), name)
+            outbox.disown(name)
+            outbox.close()
+
+    together(*[functools.partial(work, name) for name in range(4)])
+    outbox = open_outbox(path)
+    assert len(outbox.claim("u", "a", object())) == 4 * 15 * ROUNDS
+    outbox.close()
+
+
 # -- the reporter -----------------------------------------------------------------------------------------------------
 
 
