@@ -150,8 +150,9 @@ class PeriodicThread:
 class Timer:
     """Calls functions at moments of the monotonic clock, on one daemon thread made with the first of them.
 
-    Any thread may call :meth:`call_at`, :meth:`cancel` and :meth:`close`. ``_condition`` guards the heap; the
-    functions are called outside it. They must be quick and must not block: they share the thread.
+    Any thread may call :meth:`call_at`, :meth:`cancel` and :meth:`close`. ``_condition`` guards the heap and which
+    thread it is; the functions are called outside it. They must be quick and must not block: they share the thread.
+    While no thread can be started the calls are kept, and each further :meth:`call_at` tries again.
     """
 
     def __init__(self, name: str = "sekuire-timer", owner: object = None) -> None:
@@ -163,6 +164,7 @@ class Timer:
         self._numbers = itertools.count()
         self._thread: Optional[threading.Thread] = None
         self._closed = False
+        self._warned = False
 
     def call_at(self, when: float, function: Callable[[], None]) -> int:
         """Call ``function`` at ``when`` (``time.monotonic()``); the number is for :meth:`cancel`."""
@@ -173,11 +175,16 @@ class Timer:
             self._functions[number] = function
             heapq.heappush(self._heap, (when, number))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                self._thread = _started(self._run, self._name)
             elif self._heap[0][1] == number:
                 self._condition.notify()
-            return number
+            missing = self._thread is None
+            warn = missing and not self._warned
+            self._warned = missing
+        if warn:
+            log.warning("%s: no new thread can be started, so timed calls come late; the next one tries again",
+                        self._name)  # fmt: skip
+        return number
 
     def cancel(self, number: int) -> None:
         """Forget a call that has not been made; harmless afterwards."""
@@ -201,6 +208,10 @@ class Timer:
         return thread is None or not join_all([thread], deadline)
 
     def _run(self) -> None:
+        with self._condition:
+            if not _serves(self._thread):
+                return
+            self._thread = threading.current_thread()
         with owned_by(self._owner):
             while True:
                 function = self._next()
@@ -232,8 +243,10 @@ class Timer:
 class CallbackThread:
     """Runs users' callbacks one after the other, in order, on one daemon thread made with the first of them.
 
-    Any thread may call :meth:`post` and :meth:`close`. ``_condition`` guards the queue; callbacks run outside it. One
-    that raises is logged; one that hangs delays only callbacks, of which at most ``limit`` wait.
+    Any thread may call :meth:`post` and :meth:`close`. ``_condition`` guards the queue and which thread it is;
+    callbacks run outside it. One that raises is logged; one that hangs delays only callbacks, of which at most
+    ``limit`` wait. While no thread can be started they wait too: each further :meth:`post`, and :meth:`close`, tries
+    again.
     """
 
     def __init__(self, name: str = "sekuire-callback", owner: object = None, limit: int = 1000) -> None:
@@ -245,6 +258,7 @@ class CallbackThread:
         self._thread: Optional[threading.Thread] = None
         self._closed = False
         self._full = False
+        self._warned = False
 
     def post(self, callback: Callable[..., object], *args: Any) -> None:
         """Call ``callback(*args)`` soon. After :meth:`close`, or with ``limit`` waiting, it is left out."""
@@ -256,10 +270,13 @@ class CallbackThread:
             self._full = full
             if not full:
                 self._queue.append((callback, args))
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                    self._thread.start()
-                self._condition.notify()
+            self._need_thread()
+            missing = self._thread is None
+            warn_missing = missing and not self._warned
+            self._warned = missing
+        if warn_missing:
+            log.warning("%s: no new thread can be started, so callbacks come late; the next one tries again",
+                        self._name)  # fmt: skip
         if warn:
             log.warning("%s: %d callbacks wait behind one that does not return; further ones are left out",
                         self._name, self._limit)  # fmt: skip
@@ -268,13 +285,26 @@ class CallbackThread:
         """Take no more; those waiting still run, then the thread ends."""
         with self._condition:
             self._closed = True
-            self._condition.notify()
+            self._need_thread()
+            left_out = len(self._queue) if self._thread is None else 0
+        if left_out:
+            log.warning("%s: no new thread can be started; %d callbacks are left out", self._name, left_out)
 
     def join(self, deadline: Deadline) -> bool:
         thread = self._thread
         return thread is None or not join_all([thread], deadline)
 
+    def _need_thread(self) -> None:
+        """Have the thread, where there is something to do for it, and wake it. Needs the lock."""
+        if self._thread is None and self._queue:
+            self._thread = _started(self._run, self._name)
+        self._condition.notify()
+
     def _run(self) -> None:
+        with self._condition:
+            if not _serves(self._thread):
+                return
+            self._thread = threading.current_thread()
         with owned_by(self._owner):
             while True:
                 with self._condition:
@@ -289,6 +319,24 @@ class CallbackThread:
                     log.exception("a callback failed: %r", callback)
                 except BaseException as error:  # noqa: BLE001  # sys.exit() must not end the thread of all callbacks.
                     log.error("a callback raised %s; ignored", type(error).__name__)
+
+
+def _started(run: Callable[[], None], name: str) -> Optional[threading.Thread]:
+    """A new daemon thread that runs; None where none can be started: too many, or the interpreter is ending."""
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
+def _serves(known: Optional[threading.Thread]) -> bool:
+    """Whether the current thread is the one to serve, where ``known`` is the one that counts as started.
+
+    A Ctrl-C can end :func:`_started` while the thread starts all the same; of two, the first to ask serves.
+    """
+    return known is None or known is threading.current_thread()
 
 
 # -- the process: exit and fork ---------------------------------------------------------------------------------------

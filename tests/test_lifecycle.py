@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 
@@ -333,6 +334,65 @@ def test_a_timer_used_by_many_threads(timer: Timer) -> None:
     assert len(seen) == len(set(seen))
 
 
+class Unstartable:
+    """Threads of some name that cannot be started while ``error`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.error: Optional[BaseException] = RuntimeError("can't start new thread")
+        #: Whether the thread starts all the same, as when Ctrl-C comes while its start is waited for.
+        self.starts = False
+        self.tries = 0
+        real = threading.Thread.start
+
+        def start(thread: threading.Thread) -> None:
+            if thread.name != name:
+                return real(thread)
+            self.tries += 1
+            if self.starts or self.error is None:
+                real(thread)
+            if self.error is not None:
+                raise self.error
+            return None
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_a_timer_whose_thread_cannot_be_started(
+    timer: Timer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls asked for while no thread can be started are kept, with one warning, and made once one can be."""
+    unstartable = Unstartable(monkeypatch, "test-timer")
+    seen: List[int] = []
+    done = threading.Event()
+    numbers = [timer.call_at(time.monotonic(), functools.partial(seen.append, number)) for number in range(3)]
+    assert unstartable.tries == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "test-timer: no new thread can be started, so timed calls come late; the next one tries again"
+    ]
+    assert timer.join(Deadline(0))
+    timer.cancel(numbers[1])
+    unstartable.error = None
+    timer.call_at(time.monotonic(), done.set)
+    assert done.wait(PATIENCE)
+    assert seen == [0, 2]
+    assert unstartable.tries == 4
+
+
+@pytest.mark.parametrize("starts", [False, True], ids=["before", "after"])
+def test_a_timer_that_is_interrupted_as_it_starts(starts: bool, timer: Timer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a Ctrl-C while the thread is started one thread makes the calls, whether that one came up or not."""
+    unstartable = Unstartable(monkeypatch, "test-timer")
+    unstartable.error, unstartable.starts = KeyboardInterrupt(), starts
+    made, done = threading.Event(), threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        timer.call_at(time.monotonic(), made.set)
+    unstartable.error = None
+    timer.call_at(time.monotonic(), done.set)
+    assert made.wait(PATIENCE)
+    assert done.wait(PATIENCE)
+    until(lambda: len([thread for thread in threading.enumerate() if thread.name == "test-timer"]) == 1)
+
+
 # -- callbacks --------------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +487,63 @@ def test_a_callback_works_for_its_owner() -> None:
     callbacks.close()
     assert callbacks.join(Deadline(PATIENCE))
     assert seen == [True]
+
+
+def test_callbacks_whose_thread_cannot_be_started(
+    callbacks: CallbackThread, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Callbacks posted while no thread can be started are kept, with one warning, and run in order once one can be."""
+    unstartable = Unstartable(monkeypatch, "test-callback")
+    seen: List[int] = []
+    done = threading.Event()
+    for number in range(3):
+        callbacks.post(seen.append, number)
+    assert [record.getMessage() for record in caplog.records] == [
+        "test-callback: no new thread can be started, so callbacks come late; the next one tries again"
+    ]
+    unstartable.error = None
+    callbacks.post(done.set)
+    assert done.wait(PATIENCE)
+    assert seen == [0, 1, 2]
+    assert unstartable.tries == 4
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_the_close_of_callbacks_whose_thread_could_not_be_started(
+    recovers: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """close() has those run that could not be before, or tells how many are left out."""
+    unstartable = Unstartable(monkeypatch, "test-callback")
+    callbacks = CallbackThread("test-callback")
+    seen: List[int] = []
+    callbacks.post(seen.append, 1)
+    caplog.clear()
+    if recovers:
+        unstartable.error = None
+    callbacks.close()
+    assert callbacks.join(Deadline(PATIENCE))
+    assert seen == ([1] if recovers else [])
+    left_out = [] if recovers else ["test-callback: no new thread can be started; 1 callbacks are left out"]
+    assert [record.getMessage() for record in caplog.records] == left_out
+
+
+def test_callbacks_that_are_interrupted_as_they_start(
+    callbacks: CallbackThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C while the thread is started does not make two threads of it: callbacks stay in order."""
+    unstartable = Unstartable(monkeypatch, "test-callback")
+    unstartable.error, unstartable.starts = KeyboardInterrupt(), True
+    seen: List[Any] = []
+    done = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        callbacks.post(lambda: seen.append((0, threading.get_ident())))
+    unstartable.error = None
+    for number in range(1, 4):
+        callbacks.post(lambda number=number: seen.append((number, threading.get_ident())))
+    callbacks.post(done.set)
+    assert done.wait(PATIENCE)
+    assert [number for number, _ in seen] == [0, 1, 2, 3]
+    assert len({thread for _, thread in seen}) == 1
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
