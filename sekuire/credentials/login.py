@@ -206,22 +206,24 @@ class Authenticator:
         return left > min(lifetime * _EARLY_SHARE, _EARLY_MOST) * (1.0 - snapshot.jitter)
 
     def _renew_early(self, snapshot: Snapshot, left: float, deadline: Deadline) -> Snapshot:
+        """Renew a token that still works; where that fails, serve it, unless it has ended meanwhile."""
         if not (self._provider or self._can_refresh(snapshot)) or time.monotonic() < self._next_try:
             return snapshot
         if left > min((snapshot.lifetime or 0.0) * _LATE_SHARE, _LATE_MOST):
             self._renew_in_background(snapshot.generation)
             return snapshot
         try:
-            return self.store.renew(snapshot.generation, lambda one: self._renew_gently(one, deadline), deadline)
+            return self._try_gently(snapshot.generation, deadline)
         except RevokedError:
             raise
         except SekuireError as error:
             problem = error
-        self._postpone(problem)
         snapshot = self.store.snapshot
-        if snapshot.time_left() == 0:
-            # The try took all that was left. A live token is served even so; an expired one is never handed out.
-            raise problem
+        if snapshot.credentials.runtime_token is None or snapshot.time_left() == 0:
+            # The try took all that was left. An expired token is never handed out; and that this one way is closed says
+            # nothing of the others.
+            return self._renew(snapshot.generation, deadline)
+        self._postpone(problem)
         return snapshot
 
     def _renew_in_background(self, generation: int) -> None:
@@ -229,16 +231,21 @@ class Authenticator:
             if self._refreshing:
                 return
             self._refreshing = True
+        thread = threading.Thread(target=self._background, args=(generation,), name="sekuire-refresh", daemon=True)
+        is_started = False
         try:
-            threading.Thread(target=self._background, args=(generation,), name="sekuire-refresh", daemon=True).start()
+            thread.start()
+            is_started = True
         except RuntimeError:
-            # No thread can be started any more (the interpreter is ending); the token still lives.
-            self._refreshing = False
+            # No thread can be started now (too many, or the interpreter is ending); the token still lives.
+            pass
+        finally:
+            if not is_started:
+                self._refreshing = False
 
     def _background(self, generation: int) -> None:
         try:
-            deadline = Deadline(RENEWAL_TIMEOUT)
-            self.store.renew(generation, lambda one: self._renew_gently(one, deadline), deadline)
+            self._try_gently(generation, Deadline(RENEWAL_TIMEOUT))
         except SekuireError as error:
             self._postpone(error)
         except Exception:
@@ -253,11 +260,21 @@ class Authenticator:
             log.warning("renewing the runtime token failed, the present one still works: %s", error)
 
     def _renew(self, generation: int, deadline: Deadline) -> Snapshot:
-        return self.store.renew(generation, lambda snapshot: self._try_all(snapshot, deadline), deadline)
+        return self.store.renew(
+            generation, lambda snapshot: self._try_all(snapshot, deadline), deadline, (self, "every way")
+        )
+
+    def _try_gently(self, generation: int, deadline: Deadline) -> Snapshot:
+        return self.store.renew(
+            generation, lambda snapshot: self._renew_gently(snapshot, deadline), deadline, (self, "gently")
+        )
 
     def _renew_gently(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         """Renewal of a token that still works: only what costs nothing that could not be had again."""
         problem: Optional[AuthenticationError] = None
+        if self._provider is None and not self._can_refresh(snapshot):
+            # Another's renewal, which this one has waited for, was refused with it.
+            raise AuthenticationError("the refresh token has been refused before")
         try:
             return self._provide(snapshot) if self._provider else self._refresh(snapshot, deadline)
         except _Refused as refusal:
@@ -418,13 +435,11 @@ class TokenProvider:
     def ask(self) -> Secret:
         """The token it gives now.
 
-        :raises TransportError: it failed, or did not return within 10 s.
+        :raises TransportError: it failed, did not return within 10 s, or no thread can be started to call it.
         """
-        with self._lock:
-            running = self._running
-            if running is None or running.done.is_set():
-                running = self._running = _ProviderCall(self._function)
-                running.start()
+        running = self._call()
+        if running is None:
+            raise TransportError("token_provider cannot be called now: no new thread can be started")
         if not running.done.wait(PROVIDER_TIMEOUT):
             raise TransportError(f"token_provider did not return within {PROVIDER_TIMEOUT:g} s")
         with self._lock:
@@ -433,6 +448,20 @@ class TokenProvider:
         if running.token is None:
             raise TransportError(f"token_provider failed: {running.problem}")
         return running.token
+
+    def _call(self) -> Optional[_ProviderCall]:
+        """The call in flight, or a new one; None where its thread cannot be started."""
+        with self._lock:
+            running = self._running
+            if running is None or running.done.is_set():
+                running = _ProviderCall(self._function)
+                try:
+                    running.start()
+                except RuntimeError:
+                    return None
+                # Only now: nobody would ever end a call whose thread has not started.
+                self._running = running
+            return running
 
 
 class _ProviderCall:

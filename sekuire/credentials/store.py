@@ -14,11 +14,12 @@ from typing import Callable, List, Optional, Tuple, Union
 
 import attrs
 
-from ..errors import ConfigurationError, SekuireError, TransportError
+from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
 from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
 from ..protocol import MAX_LIFETIME
 from ..secret import Secret
+from ..transport.retry import Interrupted
 from .file import CredentialsFile, Stored
 
 log = logging.getLogger("sekuire.credentials")
@@ -28,6 +29,8 @@ _LOCK_TIMEOUT = 10.0
 _MOST_SEEDS = 8
 #: Replaced tokens that are remembered, because a platform may take them for a while yet.
 _MOST_REPLACED = 100
+#: Failures that tell of the ways which the renewing thread had, or of its own stop: another may fare better.
+_OF_THE_LEADER = (AuthenticationError, PlanLimitError, Interrupted)
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -64,11 +67,15 @@ class Renewed:
 
 
 class _Flight:
-    """A renewal in progress: the others wait for ``done`` and share ``error``."""
+    """A renewal in progress by the ways of ``who``: the others wait for ``done``, and may share ``error``.
 
-    __slots__ = ("done", "error", "thread")
+    ``error`` is written before ``done`` is set, and read after it, so no lock is needed.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("done", "error", "thread", "who")
+
+    def __init__(self, who: object) -> None:
+        self.who = who
         self.done = threading.Event()
         self.error: Optional[BaseException] = None
         self.thread = threading.get_ident()
@@ -77,9 +84,10 @@ class _Flight:
 class RuntimeCredentialsStore:
     """Runtime credentials shared by all objects it is given to, such as a Beacon and a Worker.
 
-    Any thread may call anything. ``_lock`` guards the snapshot and the flight, and is never held over I/O;
-    ``_write_lock`` orders writers (a renewal, a heartbeat's token, the user's :meth:`update`), guards what only they
-    use, and is held while the file is written, because a rotated refresh token must be on disk before anyone uses it.
+    Any thread may call anything. ``_lock`` guards the snapshot and which flight is on (at most one), and is never held
+    over I/O; ``_write_lock`` orders writers (a renewal, a heartbeat's token, the user's :meth:`update`), guards what
+    only they use, and is held while the file is written, because a rotated refresh token must be on disk before anyone
+    uses it.
 
     :param credentials: what to begin with.
     :param path: a file that makes it last. It must be private to this user (mode 0600; it is made so), in a directory
@@ -193,25 +201,32 @@ class RuntimeCredentialsStore:
                 # The file must know at a restart that these settings were there already.
                 self._complete(snapshot, credentials.installation_id)
 
-    def renew(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
+    def renew(
+        self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline, who: object = None
+    ) -> Snapshot:
         """The credentials that replace generation ``used``: those that are there already, or those ``action`` gets.
 
-        One thread runs ``action``; the others wait for it, each until its own ``deadline``, and share its success or
-        failure. With a file, what another process has written meanwhile is taken before ``action`` is tried.
+        One thread runs its ``action``; the others wait for it, each until its own ``deadline``, and share its success.
+        They share its failure too, but for one that says that the leader's ways are closed (or that its owner stops)
+        where the leader was not of the same ``who``: then each ``who`` has a flight of its own, one after the other.
+        With a file, what another process has written meanwhile is taken before ``action`` is tried.
 
+        :param who: whose ways, and which of them, ``action`` tries; equal where a refusal of one is a refusal of all.
         :raises SekuireError: what ``action`` raised; each waiter gets a copy of its own.
         :raises TransportError: ``deadline`` passed first.
         """
-        with self._lock:
-            if self._snapshot.generation != used:
-                return self._snapshot
-            flight = self._flight
-            if flight is None:
-                mine = self._flight = _Flight()
-        if flight is not None:
-            return self._wait(flight, used, deadline)
+        mine = _Flight(who)
         try:
-            return self._lead(used, action, deadline)
+            while True:
+                with self._lock:
+                    if self._snapshot.generation != used:
+                        return self._snapshot
+                    flight = self._flight
+                    if flight is None:
+                        self._flight = mine
+                if flight is None:
+                    return self._lead(used, action, deadline)
+                self._wait(flight, who, deadline)
         except Exception as error:
             mine.error = error
             raise
@@ -221,7 +236,8 @@ class RuntimeCredentialsStore:
             raise
         finally:
             with self._lock:
-                self._flight = None
+                if self._flight is mine:
+                    self._flight = None
             mine.done.set()
 
     def offer(self, used: int, renewed: Renewed) -> bool:
@@ -260,14 +276,23 @@ class RuntimeCredentialsStore:
 
     # -- inside --
 
-    def _wait(self, flight: _Flight, used: int, deadline: Deadline) -> Snapshot:
+    def _wait(self, flight: _Flight, who: object, deadline: Deadline) -> None:
+        """Wait for the end of another thread's renewal.
+
+        :raises SekuireError: it failed in a way that counts for ``who`` too, or the deadline passed.
+        """
         if flight.thread == threading.get_ident():
             raise SekuireError("a token_provider must not use the credentials that it provides")
-        if not flight.done.wait(deadline.remaining()):
-            raise TransportError("waiting for another thread's renewal of the credentials took too long")
-        if flight.error is not None:
-            raise own_copy(flight.error)
-        return self._snapshot
+        if flight.done.wait(deadline.remaining()):
+            error = flight.error
+            if error is None:
+                return
+            if flight.who == who or not isinstance(error, _OF_THE_LEADER):
+                raise own_copy(error)
+            if not deadline.is_expired():
+                return
+            # Without this, others whose ways are closed could come before this thread again and again.
+        raise TransportError("waiting for another thread's renewal of the credentials took too long")
 
     def _lead(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
         with self._writing(deadline):

@@ -36,6 +36,8 @@ from sekuire.secret import Secret
 from sekuire.transport.http import HttpClient
 from sekuire.transport.retry import Interrupted
 
+from ..scripted import Scripted
+from ..scripted import grant as scripted_grant
 from ..servers import (
     PATIENCE,
     Answer,
@@ -522,6 +524,136 @@ def test_64_threads_that_get_401_together() -> None:
         assert store.generation == old.generation + 1
 
 
+# -- several that renew together --------------------------------------------------------------------------------------
+
+
+class Refusing:
+    """Refreshes of a scripted platform that are refused once the test lets them be."""
+
+    def __init__(self, scripted: Scripted) -> None:
+        self.entered, self.release = threading.Event(), threading.Event()
+        scripted.on["refresh"] = self._answer
+
+    def _answer(self, request: Any) -> Any:
+        self.entered.set()
+        assert self.release.wait(PATIENCE)
+        return 401, {"error": "dead", "message": "unknown refresh token"}
+
+
+class Calls:
+    """The same call in several threads; what each got, or the error that it got."""
+
+    def __init__(self, call: Callable[[], Snapshot], count: int = 1) -> None:
+        self._results: List[Any] = []
+        self._call = call
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._call())
+        except BaseException as problem:
+            self._results.append(problem)
+
+    def finish(self) -> List[Any]:
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        assert len(self._results) == len(self._threads)
+        return self._results
+
+
+def waiting_for(store: RuntimeCredentialsStore, count: int) -> bool:
+    """Whether so many threads wait for the renewal that is on."""
+    flight = store._flight
+    return flight is not None and len(flight.done._cond._waiters) == count  # type: ignore[attr-defined]
+
+
+def granting(scripted: Scripted, lifetime: float) -> None:
+    """Bootstraps whose tokens are numbered; the first of them lives so long."""
+
+    def bootstrap(request: Any) -> Any:
+        number = scripted.count("bootstrap")
+        end = dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=lifetime)
+        fields = {"expires_at": protocol.format_time(end)} if number == 1 else {}
+        return 201, scripted_grant(f"skr_{number}", refresh_token=f"skf_{number}", **fields)
+
+    scripted.on["bootstrap"] = bootstrap
+
+
+@pytest.mark.parametrize("count", [1, 64])
+def test_a_refused_early_renewal_is_not_the_end_of_who_has_other_ways(
+    count: int, scripted: Scripted, make: Make, clock: Clock
+) -> None:
+    """Threads whose 401 meets a background refresh that is refused go on to the install token, in one bootstrap."""
+    granting(scripted, 1000.0)
+    refusing = Refusing(scripted)
+    auth = make(scripted, install_token=INSTALL)
+    old = auth.snapshot(patience())
+    clock.ahead = 1000.0 - 155
+    assert token(auth.snapshot(patience())) == "skr_1"
+    assert refusing.entered.wait(PATIENCE)
+    calls = Calls(lambda: auth.rejected(old.generation, patience()), count)
+    until(lambda: waiting_for(auth.store, count))
+    refusing.release.set()
+    assert [token(one) if isinstance(one, Snapshot) else one for one in calls.finish()] == ["skr_2"] * count
+    assert (scripted.count("refresh"), scripted.count("bootstrap")) == (1, 2)
+
+
+def test_two_of_one_store_with_other_ways(scripted: Scripted, make: Make) -> None:
+    """Of two agents on one store, the one with an install token uses it though the other's renewal was refused."""
+    refusing = Refusing(scripted)
+    given = RuntimeCredentials(installation_id="inst-1", runtime_token="skr_given", refresh_token="skf_given")
+    store = RuntimeCredentialsStore(given)
+    poor, rich = make(scripted, store=store), make(scripted, store=store, install_token=INSTALL)
+    used = store.generation
+    leader = Calls(lambda: poor.rejected(used, patience()))
+    assert refusing.entered.wait(PATIENCE)
+    waiter = Calls(lambda: rich.rejected(used, patience()))
+    until(lambda: waiting_for(store, 1))
+    refusing.release.set()
+    assert [type(one) for one in leader.finish()] == [AuthenticationError]
+    assert [token(one) if isinstance(one, Snapshot) else one for one in waiter.finish()] == ["rt-1"]
+    # The other one goes on with what this one got.
+    assert token(poor.snapshot(patience())) == "rt-1"
+    assert scripted.count("bootstrap") == 1
+
+
+def test_a_success_is_shared_by_two_of_one_store(scripted: Scripted, make: Make) -> None:
+    """What one agent of a store gets by its own ways serves the other, which asks for nothing."""
+    refusing = Refusing(scripted)
+    given = RuntimeCredentials(installation_id="inst-1", runtime_token="skr_given", refresh_token="skf_given")
+    store = RuntimeCredentialsStore(given)
+    poor, rich = make(scripted, store=store), make(scripted, store=store, install_token=INSTALL)
+    used = store.generation
+    leader = Calls(lambda: rich.rejected(used, patience()))
+    assert refusing.entered.wait(PATIENCE)
+    waiter = Calls(lambda: poor.rejected(used, patience()))
+    until(lambda: waiting_for(store, 1))
+    refusing.release.set()
+    for calls in (leader, waiter):
+        assert [token(one) if isinstance(one, Snapshot) else one for one in calls.finish()] == ["rt-1"]
+    assert (scripted.count("refresh"), scripted.count("bootstrap")) == (1, 1)
+
+
+def test_a_late_refresh_does_not_repeat_a_refusal(scripted: Scripted, make: Make, clock: Clock) -> None:
+    """A refresh token that the platform called dead meanwhile is not sent again; the live token is served."""
+    granting(scripted, 1000.0)
+    refusing = Refusing(scripted)
+    auth = make(scripted, install_token=INSTALL)
+    old = auth.snapshot(patience())
+    scripted.on["bootstrap"] = lambda request: (409, {"error": "consumed"})
+    leader = Calls(lambda: auth.rejected(old.generation, patience()))
+    assert refusing.entered.wait(PATIENCE)
+    clock.ahead = 1000.0 - 55
+    waiter = Calls(lambda: auth.snapshot(patience()))
+    until(lambda: waiting_for(auth.store, 1))
+    refusing.release.set()
+    assert [type(one) for one in leader.finish()] == [AuthenticationError]
+    assert waiter.finish() == [old]
+    assert scripted.count("refresh") == 1
+
+
 # -- keeping fresh ----------------------------------------------------------------------------------------------------
 
 
@@ -644,20 +776,41 @@ def test_an_expired_token_is_never_handed_out(fake: Fake, make: Make, clock: Clo
     assert token(auth.snapshot(patience())) not in (None, "skr_runtime_1")
 
 
-def test_a_token_that_ends_during_its_late_refresh(fake: Fake, make: Make, clock: Clock) -> None:
-    """A token whose end comes while its renewal fails is not handed out."""
+@pytest.mark.parametrize("refusal", [401, 422])
+def test_a_token_that_ends_during_its_late_refresh(
+    refusal: int, fake: Fake, make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token whose end comes while its renewal is refused is not handed out; the other ways are tried."""
     fake.lifetime = 1000.0
     auth = make(fake, install_token=INSTALL)
     auth.snapshot(patience())
 
     def slow(request: Request) -> Answer:
-        clock.ahead += 100
-        return error(422)
+        clock.ahead = 1000.0 + 45
+        return error(refusal)
 
     fake.on["refresh"] = slow
     clock.ahead = 1000.0 - 55
-    with pytest.raises(AuthenticationError):
-        auth.snapshot(patience())
+    assert token(auth.snapshot(patience())) == "skr_runtime_2"
+    # One that the platform called dead is not sent again.
+    assert fake.calls == ["bootstrap", "refresh", *(["refresh"] if refusal == 422 else []), "bootstrap"]
+    assert "still works" not in caplog.text
+
+
+def test_a_token_that_ends_with_nothing_to_replace_it(fake: Fake, make: Make, clock: Clock) -> None:
+    """A token whose end comes while its renewal is refused, and behind which is no other way, is an error."""
+    fake.lifetime = 1000.0
+    auth = make(fake, installation_id="inst-1", refresh_token="skf_given")
+    auth.snapshot(patience())
+
+    def slow(request: Request) -> Answer:
+        clock.ahead = 1000.0 + 45
+        return error(401)
+
+    fake.on["refresh"] = slow
+    clock.ahead = 1000.0 - 55
+    refused(auth)
+    assert fake.calls == ["refresh", "refresh"]
 
 
 def test_a_revocation_in_a_late_refresh(fake: Fake, make: Make, clock: Clock) -> None:
@@ -723,6 +876,26 @@ def test_a_background_refresh_that_cannot_start(
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", fail)
         assert token(auth.snapshot(patience())) == "skr_runtime_1"
+    auth.snapshot(patience())
+    until(lambda: fake.calls == ["bootstrap", "refresh"])
+
+
+def test_a_background_refresh_that_is_interrupted_as_it_starts(
+    fake: Fake, make: Make, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C while the background thread is started does not end the early refreshes for good."""
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL)
+    auth.snapshot(patience())
+    clock.ahead = 1000.0 - 155
+
+    def interrupt(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            auth.snapshot(patience())
     auth.snapshot(patience())
     until(lambda: fake.calls == ["bootstrap", "refresh"])
 
@@ -849,6 +1022,30 @@ def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.Monke
     until(lambda: provider._running is None or provider._running.done.is_set())
     monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", PATIENCE)
     assert token(auth.snapshot(patience())) == "skr_2"
+
+
+def test_a_provider_whose_thread_cannot_be_started(
+    scripted: Scripted, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no thread can be started the provider is not called, which may pass; the next who needs it calls it."""
+    calls: List[int] = []
+    real, fails = threading.Thread.start, [1]
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "sekuire-token-provider" and fails:
+            fails.pop()
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    auth = make(scripted, token_provider=lambda: calls.append(1) or "skr_one")
+    problem = refused(auth, TransportError)
+    assert "no new thread can be started" in str(problem)
+    assert problem.retryable
+    assert calls == []
+    reply, snapshot = beat(auth)
+    assert (reply.status, token(snapshot)) == (404, "skr_one")
+    assert calls == [1]
 
 
 def test_many_threads_ask_a_provider_once(fake: Fake, make: Make) -> None:

@@ -18,9 +18,18 @@ import pytest
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials import store as store_module
 from sekuire.credentials.store import Renewed, fingerprint
-from sekuire.errors import APIError, AuthenticationError, ConfigurationError, SekuireError, TransportError
+from sekuire.errors import (
+    APIError,
+    AuthenticationError,
+    ConfigurationError,
+    PlanLimitError,
+    RevokedError,
+    SekuireError,
+    TransportError,
+)
 from sekuire.lifecycle import Deadline
 from sekuire.models import Grant, RuntimeCredentials
+from sekuire.transport.retry import Interrupted
 
 from ..servers import PATIENCE, assert_clean, run_python, until
 
@@ -338,19 +347,21 @@ class Callers:
         action: Callable[[Snapshot], Renewed],
         count: int,
         patience: float = PATIENCE,
+        who: object = None,
     ) -> None:
         self.results: List[Any] = []
         self._used = store.generation
         self._store = store
         self._action = action
         self._patience = patience
+        self._who = who
         self._threads = [threading.Thread(target=self._call, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()
 
     def _call(self) -> None:
         try:
-            self.results.append(self._store.renew(self._used, self._action, Deadline(self._patience)))
+            self.results.append(self._store.renew(self._used, self._action, Deadline(self._patience), self._who))
         except BaseException as error:
             self.results.append(error)
 
@@ -403,6 +414,97 @@ def test_a_failure_is_shared() -> None:
         assert_clean(error, "skr_1", "skf_1")
     assert token(store) == "skr_1"
     assert store.renew(store.generation, lambda snapshot: renewed(3), Deadline(PATIENCE)).credentials == credentials(3)
+
+
+def waiting_for(store: RuntimeCredentialsStore, count: int) -> bool:
+    """Whether so many threads wait for the renewal that is on."""
+    flight = store._flight
+    return flight is not None and len(flight.done._cond._waiters) == count  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "error", [AuthenticationError("refused", 401), PlanLimitError(402, None, "no"), Interrupted("stopped")], ids=repr
+)
+def test_what_a_leader_cannot_do_says_nothing_of_others(error: SekuireError) -> None:
+    """A refusal is not shared with those who have other ways: they try theirs, in one further renewal for all."""
+    store = RuntimeCredentialsStore(credentials(1))
+    gate = Gate(fail_with(error))
+    leader = Callers(store, gate, 1, who="one")
+    assert gate.entered.wait(PATIENCE)
+    other = Gate(lambda: renewed(2))
+    waiting = Callers(store, other, 64, who="other")
+    until(lambda: waiting_for(store, 64))
+    gate.open.set()
+    assert leader.finish() == [error]
+    # At most one renewal at a time: now it is theirs, and each of them is in it.
+    assert other.entered.wait(PATIENCE)
+    other.open.set()
+    assert {snapshot.credentials.runtime_token.reveal() for snapshot in waiting.finish()} == {"skr_2"}
+    assert (gate.count, other.count) == (1, 1)
+
+
+@pytest.mark.parametrize("error", [TransportError("away"), APIError(503), RevokedError("leak")], ids=repr)
+def test_what_is_the_platforms_is_shared_by_all(error: SekuireError) -> None:
+    """An outage and the kill switch say the same to everyone, whatever ways they have."""
+    store = RuntimeCredentialsStore(credentials(1))
+    gate = Gate(fail_with(error))
+    leader = Callers(store, gate, 1, who="one")
+    assert gate.entered.wait(PATIENCE)
+    waiting = Callers(store, never, 3, who="other")
+    until(lambda: waiting_for(store, 3))
+    gate.open.set()
+    leader.finish()
+    assert {type(found) for found in waiting.finish()} == {type(error)}
+
+
+def test_others_refusals_end_with_the_waiters_deadline() -> None:
+    """Who has no time left for a try of its own gets an error that may pass, not the refusal of others."""
+    store = RuntimeCredentialsStore(credentials(1))
+    gate = Gate(fail_with(AuthenticationError("refused", 401)))
+    leader = Callers(store, gate, 1, who="one")
+    assert gate.entered.wait(PATIENCE)
+    deadline = Deadline(PATIENCE)
+    found: List[BaseException] = []
+
+    def wait() -> None:
+        try:
+            store.renew(store.generation, never, deadline, "other")
+        except BaseException as error:
+            found.append(error)
+
+    waiter = threading.Thread(target=wait, daemon=True)
+    waiter.start()
+    until(lambda: waiting_for(store, 1))
+    deadline.shorten(0)
+    gate.open.set()
+    leader.finish()
+    waiter.join(PATIENCE)
+    assert [type(error) for error in found] == [TransportError]
+
+
+def test_credentials_that_came_before_the_renewal_began_are_no_renewal() -> None:
+    """Who waits for a renewal of older credentials than its own is not sent away with its own."""
+    store = RuntimeCredentialsStore(credentials(1))
+    old = store.generation
+    began = threading.Event()
+
+    class Slow(Deadline):
+        def remaining(self) -> float:
+            began.set()
+            return super().remaining()
+
+    results: List[Snapshot] = []
+    with store._writing(Deadline(PATIENCE)):
+        leader = threading.Thread(target=lambda: results.append(store.renew(old, never, Slow(PATIENCE))), daemon=True)
+        leader.start()
+        assert began.wait(PATIENCE)
+        # The leader waits for the write lock; a heartbeat's token comes first.
+        store._store(credentials(2), HOUR, time.monotonic(), time.time())
+        waiting = Callers(store, lambda snapshot: renewed(3), 1)
+        until(lambda: waiting_for(store, 1))
+    leader.join(PATIENCE)
+    assert [snapshot.credentials.runtime_token for snapshot in results] == [credentials(2).runtime_token]
+    assert [snapshot.credentials for snapshot in waiting.finish()] == [credentials(3)]
 
 
 def test_each_waiter_has_its_own_deadline() -> None:

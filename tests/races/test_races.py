@@ -21,6 +21,7 @@ from sekuire.context import TaskContext
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials.store import Renewed
 from sekuire.dispatch import Dispatcher
+from sekuire.errors import AuthenticationError
 from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Grant, RuntimeCredentials, Task
 from sekuire.outbox import Outbox, Stored, open_outbox
@@ -130,6 +131,38 @@ def test_rotation_beside_heartbeats(kept: bool, tmp_path: pathlib.Path) -> None:
         if kept:
             assert RuntimeCredentialsStore(path=tmp_path / "c.json").current == store.current
     assert issuer.wrong == []
+
+
+def test_refusals_of_some_beside_the_success_of_others(tmp_path: pathlib.Path) -> None:
+    """Threads with different ways on one store: who has one that works gets through, in one renewal at a time."""
+    for _ in range(10 * ROUNDS):
+        store = RuntimeCredentialsStore(RuntimeCredentials(installation_id="i", runtime_token="rt-0"))
+        used = store.generation
+        flying, tries, most = [0], Counter(), [0]  # type: ignore[var-annotated]
+        ends: List[str] = []
+
+        def act(who: str, works: bool, flying: Any = flying, tries: Any = tries, most: Any = most) -> Renewed:
+            flying[0] += 1
+            most[0] = max(most[0], flying[0])
+            tries[who] += 1
+            time.sleep(0)
+            flying[0] -= 1
+            if not works:
+                raise AuthenticationError("refused", 401)
+            return Issuer.renewed(RuntimeCredentials(installation_id="i", runtime_token="rt-1"))
+
+        def call(who: str, works: bool, store: Any = store, used: int = used, ends: Any = ends, act: Any = act) -> None:
+            try:
+                store.renew(used, lambda snapshot: act(who, works), Deadline(GUARD), who)
+                ends.append(who)
+            except AuthenticationError:
+                assert not works
+
+        poor = [functools.partial(call, f"poor-{number}", False) for number in range(3)] * 5
+        together(*poor, *[functools.partial(call, "rich", True)] * 10)
+        assert most == [1]
+        assert tries["rich"] == 1
+        assert ends.count("rich") == 10
 
 
 def test_two_stores_of_one_file(tmp_path: pathlib.Path) -> None:

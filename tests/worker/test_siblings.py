@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, List, Tuple
+from typing import Any, Callable, List, Tuple
 
-from sekuire import TaskContext, Worker, create_worker
+import pytest
+
+from sekuire import RuntimeCredentials, RuntimeCredentialsStore, TaskContext, Worker, create_worker
+from sekuire.errors import AuthenticationError, SekuireError
 from sekuire.local import LocalPlatform
 
-from ..scripted import GUARD, until
+from ..scripted import GUARD, Scripted, until
 
 
 def test_a_draining_worker_keeps_what_it_runs() -> None:
@@ -54,6 +57,62 @@ def test_a_draining_worker_keeps_what_it_runs() -> None:
         assert platform.wait(task_id, 30)["output"] == "first"
         assert runs == ["first"]
         second.stop()
+
+
+def test_a_sibling_with_other_ways_outlives_a_refusal(
+    scripted: Scripted, worker_of: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers share a store: the refusal that ends the one without an install token does not end the other."""
+    entered, release = threading.Event(), threading.Event()
+    given = RuntimeCredentials(installation_id="inst-1", runtime_token="rt-dead", refresh_token="rf-dead")
+    store = RuntimeCredentialsStore(given)
+
+    def refresh(request: Any) -> Any:
+        entered.set()
+        assert release.wait(GUARD)
+        return 401, {"error": "dead"}
+
+    def stream(request: Any) -> Any:
+        if request.headers["Authorization"].endswith("rt-dead"):
+            return 401, {"error": "expired"}
+        return scripted.stream(request)
+
+    # Heartbeats are taken, so that the streams alone renew.
+    scripted.on.update(refresh=refresh, stream=stream)
+    poor = worker_of(scripted, credentials_store=store)
+    rich = worker_of(scripted, credentials_store=store, install_token="skt-1")
+    problems: List[BaseException] = []
+    joined = threading.Event()
+    wait = store._wait
+
+    def noted(*args: Any) -> Any:
+        if threading.current_thread() is rich._stream_thread:
+            joined.set()
+        return wait(*args)
+
+    monkeypatch.setattr(store, "_wait", noted)
+
+    def start(worker: Worker) -> None:
+        worker.on_task("work", lambda ctx, input: "done")
+        try:
+            worker.start()
+        except SekuireError as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=start, args=(worker,), daemon=True) for worker in (poor, rich)]
+    threads[0].start()
+    assert entered.wait(GUARD)
+    threads[1].start()
+
+    assert joined.wait(GUARD)
+    release.set()
+    for thread in threads:
+        thread.join(GUARD)
+    assert [type(error) for error in problems] == [AuthenticationError]
+    assert rich.is_connected()
+    scripted.task("t1", "work")
+    assert scripted.completion("t1")["output"] == "done"
+    assert scripted.count("bootstrap") == 1
 
 
 def worker_on(platform: LocalPlatform, name: str, runs: List[Tuple[str, Any]], **options: Any) -> Worker:
