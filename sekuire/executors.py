@@ -141,7 +141,14 @@ class ProcessExecutor(Executor):
                 name = f"sekuire-process-{self._made}"
                 thread = threading.Thread(target=self._serve, args=(name,), name=name, daemon=True)
                 self._threads.append(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # No further one can be started now. What there is serves the call, if there is one.
+                    self._threads.remove(thread)
+                    if not self._threads:
+                        self._queue.remove(call)
+                        raise
             self._condition.notify()
         return call.future
 

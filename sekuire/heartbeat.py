@@ -138,7 +138,12 @@ class Heartbeat:
         with self._lock:
             if self._thread is None:
                 self._thread = PeriodicThread("sekuire-heartbeat", self._beat, self.interval, owner=self._owner)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:
+                    # No thread can be started now; the next one to ask tries again.
+                    self._thread = None
+                    raise
 
     def nudge(self) -> None:
         """Beat now."""

@@ -280,3 +280,25 @@ def test_no_process_outlives_the_program(tmp_path: pathlib.Path, end: str) -> No
         process.kill()
         process.stdin.close()
         process.wait()
+
+
+def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any the call is refused, and not kept; else it waits for one that is there. Later calls try again."""
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("sekuire-process"):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with ProcessExecutor(2) as executor:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="can't start"):
+            executor.submit(elsewhere.square, 2)
+        monkeypatch.setattr(threading.Thread, "start", real)
+        assert executor.submit(elsewhere.square, 3).result(GUARD) == 9
+        monkeypatch.setattr(threading.Thread, "start", start)
+        # One is busy or idle; a second one cannot be had.
+        calls = [executor.submit(elsewhere.square, number) for number in range(4)]
+        assert [call.result(GUARD) for call in calls] == [0, 1, 4, 9]
+        monkeypatch.setattr(threading.Thread, "start", real)

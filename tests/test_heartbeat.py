@@ -12,6 +12,7 @@ import pytest
 
 from sekuire import TaskContext, Worker, heartbeat
 from sekuire.heartbeat import Lease
+from sekuire.lifecycle import PeriodicThread
 
 from .conftest import AGENT
 from .scripted import GUARD, Scripted, grant, until
@@ -464,3 +465,16 @@ def test_heartbeats_go_on_until_the_last_report(scripted: Scripted, worker_of: M
     assert statuses.count("stopped") == 1
     assert statuses[-1] == "stopped"
     assert set(statuses[beats + 1 : -1]) == {"stopping"}
+
+
+def test_a_thread_that_cannot_be_started(scripted: Scripted, worker_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one who starts the heartbeat tries again."""
+    worker = worker_of(scripted)
+    beats = worker._heartbeat
+    monkeypatch.setattr(PeriodicThread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+    with pytest.raises(RuntimeError, match="no thread"):
+        beats.start()
+    monkeypatch.undo()
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        scripted.wait_for("heartbeat")
