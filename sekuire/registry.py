@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
@@ -120,7 +121,7 @@ class TaskRegistry:
         """
         if not isinstance(name, str):
             raise ConfigurationError(
-                f"needs the capability's name first: @….{self._option}('summarize'), got {type(name).__name__}",
+                f"needs the capability's name first: @….{self._option}('summarize'), got {shown(name)}",
                 self._option,
             )
 
@@ -261,6 +262,11 @@ class TaskRegistry:
             self._catch_all = entry
         else:
             self._entries[entry.name] = entry
+
+
+def shown(name: Any) -> str:
+    """What stands in the place of a capability's name: of a function where it is, which finds a bare decorator."""
+    return where(name) if inspect.isroutine(name) else type(name).__name__
 
 
 def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], Any]]:

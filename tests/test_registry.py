@@ -50,7 +50,8 @@ def test_wrong_declarations() -> None:
     tasks.task("first", first)
     cases: List[Any] = [
         (lambda: tasks.task("first", second), "task('first'): is taken by first ("),
-        (lambda: tasks.task(first), "task: needs the capability's name first: @….task('summarize'), got function"),
+        (lambda: tasks.task(first), f"name first: @….task('summarize'), got first ({__file__}:"),
+        (lambda: tasks.task(3), "task: needs the capability's name first: @….task('summarize'), got int"),
         (lambda: tasks.task("a", lambda ctx: None), "must accept two arguments: handler(ctx, input)"),
         (lambda: tasks.task("a", first, timeout=-1), "timeout must be"),
         (lambda: tasks.task("a,b", first), "task: 'a,b' cannot name a capability"),
