@@ -82,6 +82,10 @@ class ProcessExecutor(Executor):
         _check_count("max_tasks_per_child", max_tasks_per_child)
         if initializer is not None and not callable(initializer):
             raise ConfigurationError(f"must be callable, got {type(initializer).__name__}", "initializer")
+        if not isinstance(initargs, (tuple, list)):
+            raise ConfigurationError(
+                f"must be a tuple of arguments, such as ({initargs!r},), got {type(initargs).__name__}", "initargs"
+            )
         problem = unpicklable((initializer, initargs))
         if problem:
             raise ConfigurationError(f"it and initargs must be picklable ({problem})", "initializer")
@@ -94,7 +98,8 @@ class ProcessExecutor(Executor):
         self.pid = os.getpid()
         self.max_workers = max_workers or os.cpu_count() or 1
         self.kill_after = kill_after
-        self._start = (initializer, tuple(initargs))
+        self.initializer = initializer
+        self._initargs = tuple(initargs)
         self._calls_of_one = max_tasks_per_child
         self._condition = threading.Condition()
         self._queue: Deque[_Call] = deque()
@@ -254,7 +259,7 @@ class ProcessExecutor(Executor):
             return self._queue.popleft() if self._queue else None
 
     def _make(self, name: str) -> _Child:
-        child = _Child(name, *self._start)
+        child = _Child(name, self.initializer, self._initargs)
         with self._condition:
             self._children.add(child)
             is_late = self._killed

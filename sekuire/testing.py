@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import threading
 from concurrent.futures import Executor, Future
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 import attrs
@@ -165,7 +165,10 @@ class Workbench:
         :param handlers: registries to include, or mappings from a capability to its handler.
         :param options: of :class:`~sekuire.WorkerConfig`; ``agent_id`` is ``test-agent``, a lost stream is opened
             anew soon, and a stop lets handlers run on for 5 s, unless they say otherwise.
+        :raises ConfigurationError: a wrong option or handler.
         """
+        for source in handlers:
+            _check_source(source)
         agent_id = options.get("agent_id", AGENT)
         ways = {"install_token", "runtime_token", "refresh_token", "token_provider", "credentials_store"}
         if not ways & set(options):
@@ -250,6 +253,21 @@ def _task(capability: str, input: Any, context: Mapping[str, Any]) -> Task:
     except protocol.Malformed as error:
         problem = str(error)
     raise ConfigurationError(f"is no task that a platform could send: {problem}", "run_task")
+
+
+def _check_source(source: Any) -> None:
+    """:raises ConfigurationError: it gives a worker no handlers."""
+    if isinstance(source, (TaskRegistry, Mapping)):
+        return
+    found = type(source).__name__
+    if isinstance(source, ModuleType):
+        found = f"the module {source.__name__}"
+        names = [f"{source.__name__}.{name}" for name, value in vars(source).items() if isinstance(value, TaskRegistry)]
+        if names:
+            found += f"; did you mean {' or '.join(names)}?"
+    raise ConfigurationError(
+        f"must be a TaskRegistry, or a mapping from a capability to its handler, got {found}", "worker"
+    )
 
 
 def _is_in_loop() -> bool:

@@ -228,6 +228,8 @@ def test_wrong_arguments() -> None:
         ({"max_workers": True}, "max_workers: must be a whole number"),
         ({"max_tasks_per_child": 1.5}, "max_tasks_per_child: must be a whole number"),
         ({"initializer": "x"}, "initializer: must be callable"),
+        ({"initializer": print, "initargs": 3}, "initargs: must be a tuple of arguments, such as (3,), got int"),
+        ({"initializer": print, "initargs": "abc"}, "initargs: must be a tuple of arguments, such as ('abc',), got"),
         ({"initializer": lambda: None}, "initializer: it and initargs must be picklable"),
         ({"kill_after": -1}, "kill_after: must be a number of seconds"),
         ({"kill_after": float("nan")}, "kill_after: must be a number of seconds"),

@@ -32,6 +32,9 @@ def tasks_of(**handlers: Any) -> TaskRegistry:
     return tasks
 
 
+REGISTRY = TaskRegistry()
+
+
 def fail(ctx: Any, input: Any) -> Any:
     raise TaskError("no_funds", "empty", retryable=True, details={"left": 0})
 
@@ -236,6 +239,24 @@ def test_wrong_arguments(call: Any, words: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         call()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (sys.modules[__name__], f"got the module {__name__}; did you mean {__name__}.REGISTRY?"),
+        (pathlib, "must be a TaskRegistry, or a mapping from a capability to its handler, got the module pathlib"),
+        ([fail], "got list"),
+        ("greetings", "got str"),
+        (fail, "got function"),
+    ],
+)
+def test_what_holds_no_handlers(bench: Workbench, source: Any, words: str) -> None:
+    """It is told before a worker is made of what stands beside it."""
+    with pytest.raises(ConfigurationError) as caught:
+        bench.worker({"x": fail}, source)
+    assert words in str(caught.value)
+    assert bench._workers == []
 
 
 def test_its_results_compare() -> None:
