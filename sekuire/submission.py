@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, Mapping
 
 from . import protocol
 from .config import ConnectionConfig, check_capability
 from .errors import ConfigurationError, SekuireError, TransportError
 from .secret import Secret
 from .transport.http import HttpClient
-
-#: Fields of a task that its submitter may give (docs/protocol.md, "Platform side").
-FIELDS = ("workspace_id", "trace_id", "timeout_ms", "max_attempts")
 
 
 class TaskSubmitter:
@@ -34,7 +32,8 @@ class TaskSubmitter:
     def prepare(capability: str, input: Any, agent_id: str, **fields: Any) -> bytes:
         """A task's body, for :meth:`send`.
 
-        :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``.
+        :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``; None counts as
+            not given.
         :raises ConfigurationError: a wrong capability, agent or field, or an input without a JSON form.
         """
         return _body(capability, input, agent_id, fields)
@@ -67,17 +66,45 @@ class TaskSubmitter:
         self.http.close()
 
 
-def _body(capability: str, input: Any, agent_id: str, fields: Any) -> bytes:
+def _body(capability: str, input: Any, agent_id: str, fields: Mapping[str, Any]) -> bytes:
     check_capability(capability, "capability")
-    if not protocol.is_id(agent_id):
-        raise ConfigurationError(
-            f"must be a non-empty str of at most 256 bytes without control characters, got {agent_id!r}", "agent_id"
-        )
+    _check_id("agent_id", agent_id)
     for name in fields:
         if name not in FIELDS:
             raise ConfigurationError(f"is no field of a task; known are {', '.join(FIELDS)}", name)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name, value in fields.items():
+        # The platform would say so too, but to a caller that has committed, or gone on, meanwhile.
+        _CHECKS[name](name, value)
     try:
         return protocol.submit_body(capability, input, agent_id, fields)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise ConfigurationError(f"the task cannot be written as JSON: {problem}")
+
+
+def _check_id(name: str, value: Any) -> None:
+    if not protocol.is_id(value):
+        raise ConfigurationError(
+            f"must be a non-empty str of at most 256 bytes without control characters, got {value!r}", name
+        )
+
+
+def _check_milliseconds(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ConfigurationError(f"must be a number of milliseconds above 0, got {value!r}", name)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"must be a whole number, 1 or more, got {value!r}", name)
+
+
+_CHECKS = {
+    "workspace_id": _check_id,
+    "trace_id": _check_id,
+    "timeout_ms": _check_milliseconds,
+    "max_attempts": _check_count,
+}
+#: Fields of a task that its submitter may give (docs/protocol.md, "Platform side").
+FIELDS = tuple(_CHECKS)

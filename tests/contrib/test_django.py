@@ -183,6 +183,33 @@ class TestSubmitOnCommit:
         with pytest.raises(ConfigurationError, match="is no field of a task; known are workspace_id"):
             submit_on_commit("look", None, priority=1)
 
+    @pytest.mark.parametrize(
+        ("field", "value", "text"),
+        [
+            ("timeout_ms", "60s", "must be a number of milliseconds above 0, got '60s'"),
+            ("timeout_ms", 0, "must be a number of milliseconds above 0, got 0"),
+            ("timeout_ms", float("inf"), "must be a number of milliseconds above 0, got inf"),
+            ("timeout_ms", True, "must be a number of milliseconds above 0, got True"),
+            ("max_attempts", 0, "must be a whole number, 1 or more, got 0"),
+            ("max_attempts", 1.0, "must be a whole number, 1 or more, got 1.0"),
+            ("trace_id", 7, "must be a non-empty str"),
+            ("workspace_id", "", "must be a non-empty str"),
+            ("agent_id", 7, "must be a non-empty str"),
+        ],
+    )
+    def test_a_wrong_field(self, platform: LocalPlatform, field: str, value: Any, text: str) -> None:
+        """It is told at the call too, so that the transaction can be rolled back."""
+        with transaction.atomic():
+            with pytest.raises(ConfigurationError, match=f"^{field}: {text}"):
+                submit_on_commit("look", None, robust=True, **{field: value})
+        assert submitted(platform) == []
+
+    def test_a_field_that_is_none(self, platform: LocalPlatform) -> None:
+        """It counts as not given."""
+        submit_on_commit("look", None, trace_id=None, timeout_ms=None, max_attempts=None, workspace_id=None)
+        (task,) = submitted(platform)
+        assert task.get("trace_id") is None
+
     def test_a_platform_that_is_not_there(self, platform: LocalPlatform) -> None:
         """The data is committed, and the error says that the task is in doubt; robust=True hands it to Django's log."""
         with override_settings(SEKUIRE={**settings.SEKUIRE, "API_URL": "http://127.0.0.1:9"}):
