@@ -7,8 +7,10 @@ import queue
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from .config import CREDENTIALS_FILE_VARIABLE
@@ -26,6 +28,11 @@ _PATIENCE = 10.0
 #: What happened: changed files, or the number of a signal.
 _Event = Union[Tuple[str, ...], int]
 
+#: Set for the children: the process id of the one that runs them.
+RELOADER_VARIABLE = "SEKUIRE_RELOADER"
+#: Seconds between two looks of a child at whether that one still lives.
+_PARENT_SLICE = 0.5
+
 
 class Reloader:
     """Runs ``command`` as a child, and anew when a Python file below ``paths`` was saved (extra ``reload``).
@@ -33,16 +40,24 @@ class Reloader:
     The child gets SIGTERM (on Windows CTRL_BREAK), which lets a worker drain; the next one starts when it has ended. A
     child that ends by itself, because of a syntax error for example, is not started again before the next save. Where
     the environment names no credentials file, one that only this user can read is kept for the children: an install
-    token can be used up by the first of them.
+    token can be used up by the first of them. A child finds the process id of this process in the environment, ends in
+    order when that is gone (:func:`end_with_reloader`), and cannot be a Reloader itself: a command that reloads again
+    would never end starting processes.
 
     :meth:`run` belongs to the main thread, which alone starts and ends children. ``sekuire-reload`` watches the files
     and tells it by a queue; it ends with :meth:`run`. A signal handler puts one item into the same queue.
 
     :param say: called with each line for the user, on the main thread.
-    :raises ConfigurationError: the extra is not installed, or a path is no directory.
+    :raises ConfigurationError: the extra is not installed, a path is no directory, or this is a reloader's child.
     """
 
     def __init__(self, command: Sequence[str], paths: Sequence[str], *, say: Callable[[str], None]) -> None:
+        outer = os.environ.get(RELOADER_VARIABLE)
+        if outer:
+            raise ConfigurationError(
+                f"this process was started by a reloader, that of process {outer} ({RELOADER_VARIABLE}); one is enough",
+                "reload",
+            )
         for path in paths:
             if not os.path.isdir(path):
                 raise ConfigurationError(f"there is no directory {path!r} to watch", "reload")
@@ -68,7 +83,7 @@ class Reloader:
     def _run(self) -> None:
         thread = threading.Thread(target=self._report_changes, name="sekuire-reload", daemon=True)
         directory = None if os.environ.get(CREDENTIALS_FILE_VARIABLE) else tempfile.mkdtemp(prefix="sekuire-")
-        environ = dict(os.environ)
+        environ = {**os.environ, RELOADER_VARIABLE: str(os.getpid())}
         if directory is not None:
             environ[CREDENTIALS_FILE_VARIABLE] = os.path.join(directory, "credentials.json")
         try:
@@ -151,6 +166,49 @@ class Reloader:
             self._is_watching.set()
             if found:
                 self._events.put(tuple(sorted(path for _, path in found)))
+
+
+def program() -> List[str]:
+    """How this process was started, for a command that starts its program anew: what stands before its arguments."""
+    options = [*(f"-W{one}" for one in sys.warnoptions)]
+    options += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    # Without a parent it is a file all the same: a directory or an archive that holds a __main__.py.
+    if spec is not None and spec.name != "__main__":
+        return [sys.executable, *options, "-m", spec.parent if spec.name.endswith(".__main__") else spec.name]
+    script = sys.argv[0]
+    # What pip makes on Windows is a program; it takes its ending away from its own name.
+    if not os.path.exists(script) and os.path.exists(f"{script}.exe"):
+        return [f"{script}.exe"]
+    return [sys.executable, *options, script]
+
+
+# -- in the child -----------------------------------------------------------------------------------------------------
+
+
+def is_reloaded() -> bool:
+    """Whether this process is the child of a :class:`Reloader`. What it starts has the variable too, and is not."""
+    return os.environ.get(RELOADER_VARIABLE) == str(os.getppid())
+
+
+def end_with_reloader() -> None:
+    """In a child of a :class:`Reloader`: end as on SIGTERM when that has died, killed for example. Else do nothing.
+
+    The child has a session of its own, so that nothing else would tell it: it would work on, with old code, beside the
+    next one. On POSIX only: on Windows a process does not learn so that its parent has gone.
+    """
+    if os.name == "posix" and is_reloaded():
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="sekuire-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_PARENT_SLICE)
+    # To the process, not to this thread: it must reach a main thread that waits.
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 def _watcher() -> Callable[..., Any]:

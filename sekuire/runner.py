@@ -14,6 +14,7 @@ from . import lifecycle
 from .errors import ConfigurationError, SekuireError
 from .exitcodes import INTERRUPTED, OK
 from .lifecycle import Deadline, PeriodicThread, join_all
+from .reloader import end_with_reloader
 from .signals import ENDING, TakenSignals
 from .worker import Worker
 
@@ -40,6 +41,7 @@ def run(
     :raises ConfigurationError: the liveness file cannot be written.
     """
     with _Signals() as signals:
+        end_with_reloader()
         try:
             worker = make()
         except _Ended as ended:

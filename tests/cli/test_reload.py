@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import re
 import signal
 import sys
 import tempfile
+import types
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 
 from sekuire.local import LocalPlatform
+from sekuire.reloader import program
 
 from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, until, variables
 
@@ -144,6 +147,67 @@ def test_ctrl_c(
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@needs_proc
+def test_the_death_of_the_reloader(
+    run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
+) -> None:
+    """The child, which nobody could end any more, drains by itself."""
+    save(MODULE.replace("{version!r}", "'one'"))
+    process = begin(run, environment)
+    (child,) = children(process)
+    running = platform.submit("answer", {"until": "go"}, agent_id=AGENT)
+    until(lambda: platform.progress(running))
+    process.signal(signal.SIGKILL)
+    process.line("stderr", "signal 15: stopping")
+    (tmp_path / "go").touch()
+    assert platform.wait(running, timeout=30)["output"] == "one"
+    process.end()
+    until(lambda: is_gone(child))
+    assert platform.heartbeats(platform.installations()[0]["installation_id"])[-1]["status"] == "stopped"
+
+
+def is_gone(pid: int) -> bool:
+    """Whether the process has ended; nobody may have asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_no_reloader_inside_a_reloader(call: Call, save: Callable[[str], None]) -> None:
+    """It would be the first of an endless chain."""
+    save(MODULE)
+    code, _, err = call("worker", "tasks:make_worker", "--reload", env={"SEKUIRE_RELOADER": "7"})
+    assert code == 2
+    assert "this process was started by a reloader, that of process 7" in err
+
+
+@pytest.mark.parametrize(
+    ("spec", "start"),
+    [
+        ("flask.__main__", ["-m", "flask"]),
+        ("tools.manage", ["-m", "tools.manage"]),
+        ("__main__", ["manage.py"]),
+        (None, ["manage.py"]),
+    ],
+)
+def test_how_a_program_was_started(
+    spec: Optional[str], start: List[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a module or as a file, with the interpreter's options; what pip makes on Windows is a program by itself."""
+    main = types.ModuleType("__main__")
+    main.__spec__ = None if spec is None else importlib.machinery.ModuleSpec(spec, None)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["manage.py", "--reload"])
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    monkeypatch.setattr(sys, "_xoptions", {"dev": True, "utf8": "1"})
+    assert program() == [sys.executable, "-Werror", "-Xdev", "-Xutf8=1", *start]
+    if spec is None:
+        (tmp_path / "tool.exe").touch()
+        monkeypatch.setattr(sys, "argv", [str(tmp_path / "tool")])
+        assert program() == [str(tmp_path / "tool.exe")]
 
 
 def test_credentials_are_private_while_it_runs(

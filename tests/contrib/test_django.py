@@ -14,7 +14,7 @@ import textwrap
 import urllib.request
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
@@ -396,6 +396,55 @@ class TestCommand:
         with pytest.raises(CommandError, match="agent_id: is required; set SEKUIRE_AGENT_ID") as caught:
             call_command("run_sekuire_worker")
         assert caught.value.returncode == 2
+
+    @POSIX_ONLY
+    @pytest.mark.parametrize(
+        "program", [("manage.py", "run_sekuire_worker", "--reload"), ("-m", "django", "run_sekuire_worker", "--reload"),
+                    ("inside.py",)]
+    )  # fmt: skip
+    def test_reloads(
+        self, program: Tuple[str, ...], platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
+    ) -> None:
+        """However it was started, a save starts the same anew, with the same options."""
+        pytest.importorskip("watchfiles")
+        (project / "go").touch()
+        (project / "manage.py").write_text(
+            "import sys\nfrom django.core.management import execute_from_command_line as run\nrun(sys.argv)\n"
+        )
+        (project / "inside.py").write_text(
+            "import django\nfrom django.core.management import call_command\ndjango.setup()\n"
+            "call_command('run_sekuire_worker', reload=True, liveness_file='alive', max_workers=1)\n"
+        )
+        options = () if program == ("inside.py",) else ("--liveness-file", "alive", "--max-workers", "1")
+        # Python puts the directory of a script on the path, and `-m` the current one.
+        variables = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
+        process = run(*options, env={**variables, "PYTHONDONTWRITEBYTECODE": "1"}, program=program)
+
+        def answer() -> Any:
+            return platform.wait(platform.submit("slow", None, agent_id=AGENT), timeout=GUARD)["output"]
+
+        assert answer() == "done"
+        assert int((project / "alive").read_text()) != process.popen.pid
+        module = project / "work" / "sekuire_tasks.py"
+        part = project / "part"
+        part.write_text(module.read_text().replace('"done"', '"new"'))
+        part.replace(module)
+        until(lambda: answer() == "new")
+        process.signal(signal.SIGTERM)
+        assert process.end()[0] == 0
+
+    @pytest.mark.parametrize("argument", ["--rel", "--max=1"])
+    def test_abbreviations(self, argument: str) -> None:
+        """They are refused: the process that reloads would not know its own option again."""
+        with pytest.raises(CommandError, match="unrecognized arguments: --"):
+            call_command("run_sekuire_worker", argument)
+
+    def test_what_does_not_go_with_a_reload(self) -> None:
+        """An end when idle, and settings that another process could not find."""
+        with pytest.raises(CommandError, match="--stop-when-idle does not go with --reload"):
+            call_command("run_sekuire_worker", reload=True, stop_when_idle=1.0)
+        with pytest.raises(CommandError, match="needs settings that are a module"):
+            call_command("run_sekuire_worker", reload=True)
 
     @pytest.mark.parametrize("arguments", [["--max-workers", "0"], ["--stop-when-idle", "never"]])
     def test_wrong_arguments(self, arguments: List[str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import Any, List
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
 from sekuire import runner
@@ -14,7 +15,7 @@ from sekuire.arguments import add_worker_arguments
 from sekuire.contrib.django import conf
 from sekuire.errors import SekuireError
 from sekuire.exitcodes import code_of
-from sekuire.reloader import Reloader
+from sekuire.reloader import Reloader, program
 from sekuire.worker import Worker
 
 
@@ -24,12 +25,13 @@ class Command(BaseCommand):
     help = "Run the handlers of all sekuire_tasks.py. SIGTERM and Ctrl-C drain the worker; a second one stops at once."
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.allow_abbrev = False
         add_worker_arguments(parser)
 
     def handle(self, *args: Any, **options: Any) -> None:
         problem: SekuireError
         try:
-            code = self._reload() if options["reload"] else self._run(options)
+            code = self._reload(options) if options["reload"] else self._run(options)
         except SekuireError as error:
             problem = error
         else:
@@ -53,6 +55,35 @@ class Command(BaseCommand):
         self.stderr.write(self.style.ERROR(f"the worker stopped: {error}"))
         return code_of(error)
 
-    def _reload(self) -> int:
-        command = [sys.executable, *(one for one in sys.argv if one != "--reload")]
+    def _reload(self, options: Any) -> int:
+        if options["stop_when_idle"] is not None:
+            raise CommandError(
+                "--stop-when-idle does not go with --reload, which waits for the next save", returncode=2
+            )
+        command = [*self._program(options), *_arguments(options)]
         return Reloader(command, [os.getcwd()], say=lambda line: self.stderr.write(f"reload: {line}")).run()
+
+    def _program(self, options: Any) -> List[str]:
+        """How the child is started: as this process was, or, within another program, by Django's own command."""
+        name = type(self).__module__.rpartition(".")[2]
+        if getattr(self, "_called_from_command_line", False):
+            return [*program(), name]
+        module = getattr(settings, "SETTINGS_MODULE", None)
+        if module is None:
+            raise CommandError("a reload needs settings that are a module (DJANGO_SETTINGS_MODULE)", returncode=2)
+        # The other program's directory is on the path only because Python has put it there.
+        found = {"settings": module, "pythonpath": os.path.abspath(sys.path[0])}
+        options.update({key: value for key, value in found.items() if options.get(key) is None})
+        return [sys.executable, "-m", "django", name]
+
+
+def _arguments(options: Any) -> List[str]:
+    """The command line of the child: the same as here, without the reload."""
+    line: List[str] = []
+    for key in ("settings", "pythonpath", "verbosity", "max_workers", "liveness_file"):
+        if options.get(key) is not None:
+            line.append(f"--{key.replace('_', '-')}={options[key]}")
+    for key in ("traceback", "no_color", "force_color", "skip_checks"):
+        if options.get(key):
+            line.append(f"--{key.replace('_', '-')}")
+    return line
