@@ -11,10 +11,13 @@ import attrs
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
+    OUTBOX_VARIABLE,
+    POLICY_KEYS_VARIABLE,
     ConnectionConfig,
     SDKConfig,
     WorkerConfig,
     from_options,
+    policy_keys_from_environment,
     read_environment,
 )
 from ..credentials import RuntimeCredentialsStore
@@ -32,11 +35,14 @@ _WORKER = (frozenset(str(field.alias) for field in attrs.fields(WorkerConfig)) -
     "heartbeat_interval"
 }
 _CREDENTIALS_FILE = "CREDENTIALS_FILE"
+#: The variable's name for ``trusted_policy_keys``, which may also be given by the option's.
+_POLICY_KEYS = POLICY_KEYS_VARIABLE[len(PREFIX) :]
 #: Key without its prefix → option: named as the environment variable where there is one, else as the option.
 _OPTIONS: Dict[str, str] = {name.upper(): name for name in sorted(_SDK | _WORKER)}
 for _option, _variable in ENVIRONMENT.items():
     _OPTIONS.pop(_option.upper(), None)
     _OPTIONS[_variable[len(PREFIX) :]] = _option
+_OPTIONS[_POLICY_KEYS] = "trusted_policy_keys"
 
 
 class Settings:
@@ -44,9 +50,10 @@ class Settings:
 
     :param values: key without the prefix ``SEKUIRE_`` → value; None counts as not set. Keys are named as the
         environment variables (``API_URL``, ``INSTALL_TOKEN``, ``CREDENTIALS_FILE``) or as the options
-        (``MAX_WORKERS``, ``TASK_TIMEOUT``).
+        (``MAX_WORKERS``, ``TASK_TIMEOUT``). The keys of policies, ``POLICY_PUBLIC_KEYS``, may be a list, or a text as
+        in the variable.
     :param label: the name under which the user knows a key, for errors.
-    :raises ConfigurationError: an unknown key.
+    :raises ConfigurationError: an unknown key, or two that say the same.
     """
 
     def __init__(self, values: Mapping[str, Any], label: Callable[[str], str]) -> None:
@@ -63,15 +70,22 @@ class Settings:
                 close = difflib.get_close_matches(key, [*_OPTIONS, _CREDENTIALS_FILE], n=1)
                 hint = f"did you mean {label(close[0])}?" if close else "the configuration page lists all settings"
                 raise ConfigurationError(f"is no setting of sekuire; {hint}", label(key))
-            if value is not None:
-                self._keys[option] = key
-                self._options[option] = value
+            if key == _POLICY_KEYS and isinstance(value, str):
+                # Empty, it counts as not set, as the variable does.
+                value = [one.strip() for one in value.split(",") if one.strip()] or None
+            if value is None:
+                continue
+            if option in self._options:
+                raise ConfigurationError(f"says the same as {label(self._keys[option])}; give one of them", label(key))
+            self._keys[option] = key
+            self._options[option] = value
 
     def sdk(self) -> SekuireSDK:
         """An SDK from these settings and, behind them, the environment; not yet started.
 
         :raises ConfigurationError: a setting or variable is wrong or missing; the text names it.
         """
+        self.agent_id()
         options = _only(self._options, _SDK)
         try:
             if self._file is not None and "credentials_store" not in options:
@@ -99,15 +113,26 @@ class Settings:
     def check(self) -> None:
         """Check every value that is set, here or in the environment, without needing those that are not.
 
+        Nothing is opened, made or asked; a look at whether a directory is there is the most that is done.
+
         :raises ConfigurationError: a wrong value; the text names it.
         """
         options, sources = self._resolved()
+        keys = policy_keys_from_environment()
+        if keys and "trusted_policy_keys" not in options and options.get("policy_gateway") is None:
+            options["trusted_policy_keys"] = keys
+            sources["trusted_policy_keys"] = f"environment variable {POLICY_KEYS_VARIABLE}"
         own = _only(self._options, _WORKER)
         try:
             if self._file is not None:
                 RuntimeCredentialsStore(path=self._file)
-            from_options(SDKConfig, {"agent_id": "unknown", **_only(options, _SDK)}, sources)
-            from_options(WorkerConfig, {**own, "agent_id": "unknown"})
+            config = from_options(SDKConfig, {"agent_id": "unknown", **_only(options, _SDK)}, sources)
+            worker = from_options(WorkerConfig, {**own, "agent_id": "unknown"})
+            if worker.outbox is not None:
+                _check_outbox(worker.outbox)
+            elif os.environ.get(OUTBOX_VARIABLE):
+                _check_outbox(os.environ[OUTBOX_VARIABLE], f"environment variable {OUTBOX_VARIABLE}")
+            _check_policy(config, sources)
             return
         except ConfigurationError as error:
             found = error
@@ -122,6 +147,10 @@ class Settings:
     def has_credentials_file(self) -> bool:
         """Whether the credentials last."""
         return self._file is not None or bool(os.environ.get(CREDENTIALS_FILE_VARIABLE))
+
+    def runs_elsewhere(self) -> bool:
+        """Whether handlers run in other processes that nothing was told to prepare."""
+        return is_unprepared(self._options.get("executor"))
 
     def agent_id(self) -> str:
         """Whose settings these are.
@@ -159,9 +188,66 @@ class Settings:
         key = self._keys.get(error.option or "")
         if error.option == "path" and self._file is not None:
             key = _CREDENTIALS_FILE
+        if error.source is None and key is None and error.option in self._options.get("policy_options", ()):
+            return ConfigurationError(f"{error.option} {error.problem}", self._label(self._keys["policy_options"]))
         if error.source is not None or key is None:
             return ConfigurationError(error.problem, error.option, error.source)
         return ConfigurationError(error.problem, self._label(key))
+
+
+def is_unprepared(executor: Any) -> bool:
+    """Whether ``executor`` runs calls in other processes, and has no function that each of them begins with."""
+    if executor is None:
+        return False
+    # A web process, which has none, need not pay for these.
+    from ..executors import ProcessExecutor
+    from ..remote import RemoteExecutor, is_remote
+
+    if not is_remote(executor):
+        return False
+    while isinstance(executor, RemoteExecutor):
+        executor = executor._executor
+    if isinstance(executor, ProcessExecutor):
+        return executor.initializer is None
+    # As the standard library's pool has it; of others nothing is known.
+    return getattr(executor, "_initializer", None) is None
+
+
+def _check_outbox(path: Any, source: Optional[str] = None) -> None:
+    name = os.path.realpath(os.fspath(path))
+    directory = os.path.dirname(name)
+    problem = ""
+    if not os.path.isdir(directory):
+        problem = f"the directory {directory!r} does not exist; make it first"
+    elif os.path.isdir(name):
+        problem = f"{name!r} is a directory; name a file in it"
+    if problem:
+        raise ConfigurationError(problem, "outbox" if source is None else None, source)
+
+
+def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
+    """What the SDK will say of the policy's options, short of whether a shared store can be reached."""
+    from ..policy.client import PolicyClient, missing_packages
+    from ..policy.gateway import PolicyGateway
+
+    # A web process can do without the extra; the worker says that it is missing.
+    if config.policy_gateway is not None or missing_packages():
+        return
+    options = {name: value for name, value in (config.policy_options or {}).items() if name != "storage_uri"}
+    if "environment" in options:
+        raise ConfigurationError("has no 'environment'; it is an option of its own", "policy_options")
+    try:
+        client = PolicyClient._with(_ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path)
+        PolicyGateway._owning(client, lambda: None, {**options, "environment": config.environment})
+        return
+    except ConfigurationError as error:
+        found = error
+    option = "policy_path" if found.option == "path" else found.option
+    raise ConfigurationError(found.problem, option, found.source or sources.get(option or ""))
+
+
+def _ask_nothing(path: str, deadline: Any) -> Any:
+    raise NotImplementedError
 
 
 def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:

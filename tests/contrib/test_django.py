@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
+from sekuire import ProcessExecutor
 from sekuire.errors import ConfigurationError, TransportError
 from sekuire.local import LocalPlatform
 
@@ -256,6 +259,14 @@ class TestChecks:
             ({"API_URL": "api.sekuire.ai"}, "settings.SEKUIRE['API_URL']: must begin with https://"),
             ({"API_KEY": "sk_live canary"}, "settings.SEKUIRE['API_KEY']: holds whitespace"),
             ({"CREDENTIALS_FILE": "/nowhere/c.json"}, "settings.SEKUIRE['CREDENTIALS_FILE']: the directory '/nowhere'"),
+            ({"OUTBOX": "/nowhere/o.db"}, "settings.SEKUIRE['OUTBOX']: the directory '/nowhere' does not exist"),
+            ({"OUTBOX": os.getcwd()}, f"settings.SEKUIRE['OUTBOX']: {os.path.realpath(os.getcwd())!r} is a directory"),
+            ({"POLICY_PATH": "/nowhere/p", "CREDENTIALS_FILE": "c.json"}, "settings.SEKUIRE['POLICY_PATH']: the direc"),
+            ({"POLICY_OPTIONS": {"x": 1}}, "settings.SEKUIRE['POLICY_OPTIONS']: has no 'x'; known are warn_only"),
+            ({"POLICY_OPTIONS": {"environment": "x"}}, "settings.SEKUIRE['POLICY_OPTIONS']: has no 'environment'"),
+            ({"POLICY_OPTIONS": {"on_change": 3}}, "settings.SEKUIRE['POLICY_OPTIONS']: on_change must be"),
+            ({"TRUSTED_POLICY_KEYS": ["zz"]}, "settings.SEKUIRE['TRUSTED_POLICY_KEYS']: an Ed25519 public key is 32"),
+            ({"POLICY_PUBLIC_KEYS": "zz,yy"}, "settings.SEKUIRE['POLICY_PUBLIC_KEYS']: an Ed25519 public key is 32"),
         ],
     )
     def test_wrong_settings(self, values: Any, text: str) -> None:
@@ -267,40 +278,100 @@ class TestChecks:
         assert (message.id, "canary" in message.msg) == ("sekuire.E001", False)
         assert message.msg.startswith(text)
 
-    def test_a_wrong_variable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("name", "value"), [("API_URL", "api.sekuire.ai"), ("OUTBOX", "/nowhere/o"), ("POLICY_PUBLIC_KEYS", "zz")]
+    )
+    def test_a_wrong_variable(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """A value from the environment is told with its variable."""
-        monkeypatch.setenv("SEKUIRE_API_URL", "api.sekuire.ai")
+        monkeypatch.setenv(f"SEKUIRE_{name}", value)
         (message,) = checks.check_settings(None)
-        assert "environment variable SEKUIRE_API_URL" in message.msg
+        assert f"environment variable SEKUIRE_{name}" in message.msg
+
+    def test_the_policy_without_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A web process needs none, and cannot tell what is wrong with a key."""
+        monkeypatch.setattr("sekuire.policy.client.missing_packages", lambda: ("blake3",))
+        with override_settings(SEKUIRE={"POLICY_PUBLIC_KEYS": "zz"}):
+            assert self.ids(checks.check_settings) == []
+
+    def test_handlers_in_other_processes(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A warning, until something sets Django up there."""
+        with ProcessExecutor(1) as executor, override_settings(SEKUIRE={"EXECUTOR": executor}):
+            (message,) = checks.check_settings(None)
+            assert (message.id, "initializer=django.setup" in message.hint) == ("sekuire.W002", True)
+        with ProcessExecutor(1, initializer=django.setup) as executor:
+            with override_settings(SEKUIRE={"EXECUTOR": executor}):
+                assert self.ids(checks.check_settings) == []
+
+    def test_a_worker_with_other_processes(
+        self, configured: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The worker's log says it too, for those who skip the checks."""
+        monkeypatch.setattr(handlers.tasks, "_frozen", None)
+        with ProcessExecutor(1) as executor, conf.read().sdk() as sdk:
+            conf.make_worker(sdk, executor=executor, max_workers=1)
+        assert "handlers run in other processes, where Django is not set up" in caplog.text
 
     @pytest.mark.parametrize(
-        ("code", "id", "text"),
+        ("code", "id", "text", "place"),
         [
-            ("@task\ndef f(ctx, input): ...", "sekuire.E002", "needs the capability's name first"),
-            ("@task('x')\ndef f(ctx): ...", "sekuire.E002", "must accept two arguments"),
-            ("@task('look')\ndef f(ctx, input): ...", "sekuire.E002", "is taken by look"),
-            ("import no_such_module", "sekuire.E003", "ModuleNotFoundError"),
-            ("def f(:", "sekuire.E003", "SyntaxError"),
+            (
+                "@task\ndef f(ctx, input): ...",
+                "sekuire.E002",
+                "needs the capability's name first",
+                "sekuire_tasks.py:2",
+            ),
+            ("@task('x')\ndef f(ctx): ...", "sekuire.E002", "must accept two arguments", "sekuire_tasks.py:2"),
+            ("\n@task('look')\ndef f(ctx, input): ...", "sekuire.E002", "is taken by look", "sekuire_tasks.py:3"),
+            ("import no_such_module", "sekuire.E003", "ModuleNotFoundError", "sekuire_tasks.py:2"),
+            ("import json\njson.loads('x')", "sekuire.E003", "JSONDecodeError", "sekuire_tasks.py:3"),
+            ("from wrongapp import helper", "sekuire.E003", "ZeroDivisionError", "helper.py:3"),
+            ("def f(:", "sekuire.E003", "SyntaxError", "sekuire_tasks.py:2"),
+            ("raise SystemExit(3)", "sekuire.E003", "ended with sys.exit(3) when it was", "sekuire_tasks.py:2"),
         ],
     )
     def test_wrong_handlers(
-        self, code: str, id: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, code: str, id: str, text: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A module that cannot be used, or not be imported, is an error that says why."""
-        app = tmp_path / "wrongapp"
-        app.mkdir()
-        (app / "__init__.py").touch()
-        (app / "sekuire_tasks.py").write_text(f"from sekuire.contrib.django import task\n{code}\n")
+        """A module that cannot be used, or not be imported, is an error that says whose it is, why, and where."""
+        with self.wrong_app(tmp_path, monkeypatch, code):
+            (message,) = checks.check_handlers(None)
+        assert (message.id, text in message.msg) == (id, True), message
+        assert message.msg.startswith("wrongapp.sekuire_tasks")
+        assert message.msg.endswith(f" ({tmp_path / 'wrongapp' / place})")
+
+    def test_every_app_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One check finds the mistakes of all apps; what an installed package raises has a place in it."""
+        monkeypatch.setattr(checks, "_NOT_THEIRS", (*checks._NOT_THEIRS, str(tmp_path)))
+        with self.wrong_app(tmp_path, monkeypatch, "1 / 0", "wrongapp", "wrongapp2"):
+            one, two = checks.check_handlers(None)
+        assert one.msg.endswith(f"{tmp_path / 'wrongapp' / 'sekuire_tasks.py'}:2)")
+        assert two.msg.endswith(f"{tmp_path / 'wrongapp2' / 'sekuire_tasks.py'}:2)")
+
+    def test_an_exit_does_not_end_the_worker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Without the check, too, it is an error, and not an end without a word."""
+        with self.wrong_app(tmp_path, monkeypatch, "import sys\nsys.exit()"):
+            with pytest.raises(ConfigurationError, match=r"^wrongapp.sekuire_tasks: ended with sys.exit\(\)"):
+                handlers.discover()
+
+    @contextlib.contextmanager
+    def wrong_app(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, *names: str) -> Iterator[None]:
+        """Apps with ``code`` among the installed ones."""
+        names = names or ("wrongapp",)
+        for name in names:
+            app = tmp_path / name
+            app.mkdir()
+            (app / "__init__.py").touch()
+            (app / "helper.py").write_text("def fail():\n    pass\nfail.x = 1 / 0\n")
+            (app / "sekuire_tasks.py").write_text(f"from sekuire.contrib.django import task\n{code}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         # A worker of another test may have taken the handlers.
         monkeypatch.setattr(handlers.tasks, "_frozen", None)
         try:
-            with override_settings(INSTALLED_APPS=[*settings.INSTALLED_APPS, "wrongapp"]):
-                (message,) = checks.check_handlers(None)
+            with override_settings(INSTALLED_APPS=[*settings.INSTALLED_APPS, *names]):
+                yield
         finally:
             for name in [name for name in sys.modules if name.startswith("wrongapp")]:
                 del sys.modules[name]
-        assert (message.id, text in message.msg) == (id, True), message
 
     def test_no_handler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An app that is installed for nothing is a warning."""
@@ -393,7 +464,8 @@ class TestCommand:
     def test_nobody_configured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is missing is named, with exit code 2."""
         monkeypatch.delenv("SEKUIRE_AGENT_ID", raising=False)
-        with pytest.raises(CommandError, match="agent_id: is required; set SEKUIRE_AGENT_ID") as caught:
+        text = r"^settings.SEKUIRE\['AGENT_ID'\]: is required; set SEKUIRE_AGENT_ID"
+        with pytest.raises(CommandError, match=text) as caught:
             call_command("run_sekuire_worker")
         assert caught.value.returncode == 2
 

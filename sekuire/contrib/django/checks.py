@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+import os
+import sysconfig
+import traceback
+from typing import Any, List, Optional
 
+import django
+from django.apps import AppConfig, apps
 from django.core.checks import CheckMessage, Error, Warning
 
 from ...errors import ConfigurationError
@@ -11,35 +16,60 @@ from . import conf, handlers
 
 TAG = "sekuire"
 
+_LIBRARY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+#: Where a project's own code is not.
+_NOT_THEIRS = tuple(
+    path + os.sep
+    for path in (
+        _LIBRARY,
+        os.path.dirname(os.path.abspath(django.__file__)),
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    )
+)
+
 
 def check_settings(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
     """Values that are set, here or in the environment; what a worker needs beyond them is the worker's to say."""
     found: List[CheckMessage] = []
     try:
-        conf.read().check()
+        settings = conf.read()
+        settings.check()
     except ConfigurationError as error:
-        found.append(Error(str(error), id="sekuire.E001"))
+        return [Error(str(error), id="sekuire.E001")]
+    if settings.runs_elsewhere():
+        found.append(Warning(f"EXECUTOR: {conf.ELSEWHERE}", hint=conf.PREPARE, id="sekuire.W002"))
     return found
 
 
 def check_handlers(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
     """Every ``sekuire_tasks.py`` can be imported and declares what can be declared: names, signatures, extras."""
-    try:
-        handlers.discover()
-    except ConfigurationError as error:
-        return [Error(f"a {handlers.MODULE}.py cannot be used: {error}", id="sekuire.E002")]
-    except Exception as error:  # noqa: BLE001  # Whatever a module of the project raises.
-        return [
-            Error(
-                f"a {handlers.MODULE}.py cannot be imported: {type(error).__name__}: {error}",
-                hint="import it in manage.py shell to see where",
-                id="sekuire.E003",
-            )
-        ]
-    if handlers.tasks.is_empty():
+    found: List[CheckMessage] = []
+    for app in apps.get_app_configs():
+        name = f"{app.name}.{handlers.MODULE}"
+        try:
+            handlers.load(app)
+        except handlers.Exited as error:
+            found.append(Error(f"{error}{_at(error.__cause__, app)}", id="sekuire.E003"))
+        except ConfigurationError as error:
+            found.append(Error(f"{name} cannot be used: {error}{_at(error, app)}", id="sekuire.E002"))
+        except Exception as error:  # noqa: BLE001  # Whatever a module of the project raises.
+            text = f"{name} cannot be imported: {type(error).__name__}: {error}{_at(error, app)}"
+            found.append(Error(text, hint="import it in manage.py shell to see all of it", id="sekuire.E003"))
+    if not found and handlers.tasks.is_empty():
         hint = f"declare one with @task('name') in a {handlers.MODULE}.py, or take the app out of INSTALLED_APPS"
-        return [Warning("no handler is declared in any installed app", hint=hint, id="sekuire.W001")]
-    return []
+        found.append(Warning("no handler is declared in any installed app", hint=hint, id="sekuire.W001"))
+    return found
+
+
+def _at(error: Optional[BaseException], app: AppConfig) -> str:
+    """The place in the project's own code where ``error`` came up, in brackets; nothing where it is not known."""
+    if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
+        return f" ({error.filename}:{error.lineno})"
+    frames = [] if error is None else traceback.extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if os.path.isfile(frame.filename) and not frame.filename.startswith(_NOT_THEIRS)]
+    # An app that is itself installed as a package.
+    mine = mine or [frame for frame in frames if frame.filename.startswith(app.path + os.sep)]
+    return f" ({mine[-1].filename}:{mine[-1].lineno})" if mine else ""
 
 
 def check_security(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Mapping
 
 from django.conf import settings
@@ -9,10 +10,15 @@ from django.conf import settings
 from ...errors import ConfigurationError
 from ...sdk import SekuireSDK
 from ...worker import Worker
-from ..settings import Settings
+from ..settings import Settings, is_unprepared
 from . import handlers
 
+log = logging.getLogger("sekuire.contrib.django")
+
 NAME = "SEKUIRE"
+#: What is said of an executor of other processes that have no initializer, and what to do.
+ELSEWHERE = "handlers run in other processes, where Django is not set up and what is around a handler here is missing"
+PREPARE = "give the executor initializer=django.setup; the page on Django says what a handler there has to do itself"
 
 
 def read() -> Settings:
@@ -33,6 +39,8 @@ def make_worker(sdk: SekuireSDK, **options: Any) -> Worker:
     """
     handlers.discover()
     worker = read().worker(sdk, **options)
+    if is_unprepared(worker._config.executor):
+        log.warning("%s; %s", ELSEWHERE, PREPARE)
     worker.middleware(handlers.around)
     worker.include(handlers.tasks)
     return worker

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, List
 
+from django.apps import AppConfig, apps
 from django.conf import settings
 from django.db import close_old_connections, reset_queries
 from django.utils import timezone, translation
-from django.utils.module_loading import autodiscover_modules
+from django.utils.module_loading import module_has_submodule
 
 from ...calls import CallNext
 from ...context import TaskContext
+from ...errors import ConfigurationError
 from ...registry import TaskRegistry
 
-__all__ = ["around", "discover", "middleware", "task", "tasks"]
+__all__ = ["around", "discover", "load", "middleware", "task", "tasks"]
 
 #: The module that is looked for in each installed app.
 MODULE = "sekuire_tasks"
@@ -27,10 +30,34 @@ middleware = tasks.middleware
 def discover() -> List[str]:
     """Import ``sekuire_tasks.py`` of every installed app; the capabilities that are declared then.
 
-    A second call imports nothing. What a module raises passes.
+    A second call imports nothing. What a module raises passes, but for an exit: see :func:`load`.
     """
-    autodiscover_modules(MODULE)
+    for app in apps.get_app_configs():
+        load(app)
     return tasks.names
+
+
+class Exited(ConfigurationError):
+    """The module ended with ``sys.exit()``, which must not end the process as if all were well."""
+
+
+def load(app: AppConfig) -> None:
+    """Import ``sekuire_tasks.py`` of one app, if it has one.
+
+    :raises Exited: it ended with ``sys.exit()``.
+    """
+    name = f"{app.name}.{MODULE}"
+    try:
+        import_module(name)
+        return
+    except SystemExit as error:
+        problem = f"ended with sys.exit({'' if error.code is None else error.code}) when it was imported"
+        cause = error
+    except ModuleNotFoundError:
+        if module_has_submodule(app.module, MODULE):
+            raise
+        return
+    raise Exited(f"{problem}; what a script does belongs under: if __name__ == '__main__':", name) from cause
 
 
 def around(ctx: TaskContext, input: Any, call_next: CallNext) -> Any:
