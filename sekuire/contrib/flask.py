@@ -6,26 +6,34 @@ and tests with many applications: what belongs to an application is in ``app.ext
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any, Callable, List, Optional, TypeVar
 
-import click
-import flask
-from flask.cli import AppGroup, ScriptInfo
+try:
+    import click
+    import flask
+    from flask.cli import AppGroup, ScriptInfo
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"sekuire.contrib.flask needs Flask ({error}); run: pip install 'sekuire[flask]'", name=error.name
+    ) from error
 
 from .. import runner
 from ..calls import CallNext, Handler, Middleware
 from ..context import TaskContext
 from ..errors import ConfigurationError, SekuireError
 from ..exitcodes import code_of
-from ..registry import TaskRegistry
-from ..reloader import Reloader
+from ..registry import TaskRegistry, shown
+from ..reloader import Reloader, is_reloaded, program
 from ..sdk import SekuireSDK
 from ..worker import Worker
-from .settings import PREFIX, Settings
+from .settings import PREFIX, Settings, is_unprepared
 
 __all__ = ["Sekuire", "tasks_of"]
+
+log = logging.getLogger("sekuire.contrib.flask")
 
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)
@@ -39,6 +47,11 @@ class _State:
     def __init__(self) -> None:
         self.extension: Optional[Sekuire] = None
         self.registries: List[TaskRegistry] = []
+
+
+def _check_app(app: Any, option: str) -> None:
+    if not isinstance(app, flask.Flask):
+        raise ConfigurationError(f"must be a flask.Flask, got {type(app).__name__}", option)
 
 
 def _state(app: Any) -> _State:
@@ -70,8 +83,9 @@ class Sekuire:
     def init_app(self, app: flask.Flask) -> None:
         """Attach the extension to ``app``, with the command ``flask sekuire worker``.
 
-        :raises ConfigurationError: another extension object is attached already.
+        :raises ConfigurationError: another extension object is attached already, or it is no application.
         """
+        _check_app(app, "init_app")
         state = _state(app)
         if state.extension is not None and state.extension is not self:
             raise ConfigurationError("the application has a Sekuire extension already; use one for all", "init_app")
@@ -96,7 +110,7 @@ class Sekuire:
 
         if not isinstance(name, str):
             raise ConfigurationError(
-                f"needs the capability's name first: @sekuire.task('summarize'), got {type(name).__name__}", "task"
+                f"needs the capability's name first: @sekuire.task('summarize'), got {shown(name)}", "task"
             )
         return register
 
@@ -121,6 +135,7 @@ class Sekuire:
 
         :raises ConfigurationError: a setting is wrong, missing or unknown; the text names the key.
         """
+        _check_app(app, "app")
         return _settings(app).sdk()
 
     def create_worker(self, app: flask.Flask, sdk: Optional[SekuireSDK] = None, **options: Any) -> Worker:
@@ -130,11 +145,17 @@ class Sekuire:
             which win over the settings.
         :raises ConfigurationError: a wrong setting, a name declared twice, or no handler at all.
         """
+        _check_app(app, "app")
         state = _state(app)
         if state.extension is not self:
             raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
         settings = _settings(app)
         worker = settings.worker(settings.sdk() if sdk is None else sdk, **options)
+        if is_unprepared(worker._config.executor):
+            log.warning(
+                "handlers run in other processes, where they have no application context; give the executor an "
+                "initializer that pushes one, or let each handler make its own"
+            )
 
         def in_context(ctx: TaskContext, input: Any, call_next: CallNext) -> Any:
             with app.app_context():
@@ -151,10 +172,26 @@ class Sekuire:
 
 
 def tasks_of(blueprint: flask.Blueprint) -> TaskRegistry:
-    """A registry whose handlers belong to every application that registers ``blueprint``."""
+    """A registry whose handlers belong to every application that registers ``blueprint``, once or more often.
+
+    :raises ConfigurationError: it is no blueprint.
+    """
+    if not isinstance(blueprint, flask.Blueprint):
+        raise ConfigurationError(
+            f"must be a flask.Blueprint, got {type(blueprint).__name__}; an application's own handlers are declared by "
+            "its Sekuire(app).task",
+            "tasks_of",
+        )
     registry = TaskRegistry()
-    # Under the state that init_app finds or makes: blueprints may be registered before it or after.
-    blueprint.record(lambda setup: _state(setup.app).registries.append(registry))
+
+    def add(setup: Any) -> None:
+        # To the state that init_app finds or makes: blueprints may be registered before it or after.
+        registries = _state(setup.app).registries
+        # One application may register the blueprint under several names.
+        if not any(one is registry for one in registries):
+            registries.append(registry)
+
+    blueprint.record(add)
     return registry
 
 
@@ -182,7 +219,10 @@ def _worker(
     reload: bool,
 ) -> None:
     """Run the application's handlers until SIGTERM or Ctrl-C, which drain it; a second one stops at once."""
-    if reload:
+    if reload and stop_when_idle is not None:
+        raise click.UsageError("--stop-when-idle does not go with --reload, which waits for the next save")
+    # A variable of Flask's, FLASK_SEKUIRE_WORKER_RELOAD, says it to the child as well.
+    if reload and not is_reloaded():
         sys.exit(_reload())
     changed = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
     options = {name: value for name, value in changed.items() if value is not None}
@@ -204,8 +244,12 @@ def _worker(
 
 
 def _reload() -> int:
-    command = [sys.executable, "-m", "flask", *(one for one in sys.argv[1:] if one != "--reload")]
-    return Reloader(command, [os.getcwd()], say=lambda line: click.echo(f"reload: {line}", err=True)).run()
+    # click takes no abbreviations: the option stands there as it is.
+    command = [*program(), *(one for one in sys.argv[1:] if one != "--reload")]
+    try:
+        return Reloader(command, [os.getcwd()], say=lambda line: click.echo(f"reload: {line}", err=True)).run()
+    except SekuireError as error:
+        return _report(error)
 
 
 def _report(error: SekuireError) -> int:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Optional
 
-from opentelemetry import trace
-from opentelemetry.trace import Link, SpanKind, Status, StatusCode, TracerProvider
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+try:
+    from opentelemetry import trace
+    from opentelemetry.trace import Link, SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"sekuire.contrib.opentelemetry needs OpenTelemetry's API ({error}); run: pip install 'sekuire[opentelemetry]'",
+        name=error.name,
+    ) from error
 
 from ..calls import CallNext, Middleware
 from ..context import TaskContext

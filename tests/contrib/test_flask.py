@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
+import subprocess
 import sys
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import flask
 import pytest
 
-from sekuire import SekuireSDK, TaskRegistry, Worker
+from sekuire import ProcessExecutor, RemoteExecutor, SekuireSDK, TaskRegistry, Worker
 from sekuire.contrib.flask import Sekuire, tasks_of
 from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
@@ -19,6 +22,9 @@ from sekuire.local import LocalPlatform
 from ..cli.conftest import POSIX_ONLY, Process, Run
 from ..conftest import AGENT
 from ..scripted import GUARD, until
+
+#: A public key as a policy's are; nobody has the private one.
+KEY = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"
 
 
 @pytest.fixture
@@ -193,7 +199,12 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ({"SEKUIRE_API_URL": "ftp://x"}, "app.config['SEKUIRE_API_URL']: must begin with https://"),
         ({"SEKUIRE_INSTALL_TOKEN": "skt_canary\n"}, "app.config['SEKUIRE_INSTALL_TOKEN']: begins or ends with white"),
         ({"SEKUIRE_CREDENTIALS_FILE": "/nowhere/c"}, "app.config['SEKUIRE_CREDENTIALS_FILE']: the directory"),
-        ({"SEKUIRE_AGENT_ID": None}, "agent_id: is required; set SEKUIRE_AGENT_ID"),
+        ({"SEKUIRE_AGENT_ID": None}, "app.config['SEKUIRE_AGENT_ID']: is required; set SEKUIRE_AGENT_ID"),
+        ({"SEKUIRE_POLICY_PUBLIC_KEYS": "zz"}, "app.config['SEKUIRE_POLICY_PUBLIC_KEYS']: an Ed25519 public key is 32"),
+        ({"SEKUIRE_POLICY_PUBLIC_KEYS": KEY, "SEKUIRE_TRUSTED_POLICY_KEYS": [KEY]},
+         "app.config['SEKUIRE_TRUSTED_POLICY_KEYS']: says the same as app.config['SEKUIRE_POLICY_PUBLIC_KEYS']"),
+        ({"SEKUIRE_POLICY_OPTIONS": {"x": 1}}, "app.config['SEKUIRE_POLICY_OPTIONS']: has no 'x'"),
+        ({"SEKUIRE_POLICY_OPTIONS": {"on_change": "x"}}, "app.config['SEKUIRE_POLICY_OPTIONS']: on_change must be"),
     ],
 )  # fmt: skip
 def test_wrong_settings(app: flask.Flask, changed: Dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +228,7 @@ def test_wrong_use(app: flask.Flask) -> None:
     sekuire.init_app(app)
     with pytest.raises(ConfigurationError, match="has a Sekuire extension already"):
         Sekuire(app)
-    with pytest.raises(ConfigurationError, match="needs the capability's name first"):
+    with pytest.raises(ConfigurationError, match=r"needs the capability's name first.*, got .*test_flask\.py:\d+"):
         sekuire.task(lambda ctx, input: None)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="must accept two arguments"):
         sekuire.task("one")(lambda ctx: None)  # type: ignore[arg-type,misc]
@@ -229,6 +240,76 @@ def test_wrong_use(app: flask.Flask) -> None:
     sekuire.task("x")(lambda ctx, input: 2)
     with pytest.raises(ConfigurationError, match=r"is taken by .*test_flask\.py"):
         sekuire.create_worker(app)
+
+
+def test_what_is_no_application(app: flask.Flask) -> None:
+    """It is told with what it is, not with what it lacks."""
+    calls: List[Any] = [
+        (lambda: Sekuire("x"), "init_app: must be a flask.Flask, got str"),
+        (lambda: Sekuire().init_app(flask.Blueprint("b", __name__)), "init_app: must be a flask.Flask, got Blueprint"),
+        (lambda: Sekuire().sdk("x"), "app: must be a flask.Flask, got str"),
+        (lambda: Sekuire().create_worker("x"), "app: must be a flask.Flask, got str"),
+        (lambda: tasks_of(app), "tasks_of: must be a flask.Blueprint, got Flask; an application's own handlers"),
+    ]
+    for call, text in calls:
+        with pytest.raises(ConfigurationError) as caught:
+            call()
+        assert str(caught.value).startswith(text)
+    with app.app_context():
+        Sekuire(flask.current_app)
+
+
+@pytest.mark.parametrize("keys", [f" {KEY}, {KEY},", [KEY, KEY]])
+def test_keys_named_as_the_variable(app: flask.Flask, keys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SEKUIRE_POLICY_PUBLIC_KEYS is a text as in the environment, or a list; empty, it leaves the environment's."""
+    monkeypatch.setenv("SEKUIRE_POLICY_PUBLIC_KEYS", "zz")
+    app.config["SEKUIRE_POLICY_PUBLIC_KEYS"] = keys
+    sdk = Sekuire(app).sdk(app)
+    assert sdk._config.trusted_policy_keys == (KEY, KEY)
+    sdk.shutdown()
+    app.config["SEKUIRE_POLICY_PUBLIC_KEYS"] = ""
+    with pytest.raises(ConfigurationError, match="environment variable SEKUIRE_POLICY_PUBLIC_KEYS"):
+        app.extensions["sekuire"].extension.sdk(app)
+
+
+def test_a_blueprint_under_two_names(platform: LocalPlatform, app: flask.Flask) -> None:
+    """Its handlers are there once."""
+    sekuire = Sekuire(app)
+    blueprint = flask.Blueprint("reports", __name__)
+    tasks_of(blueprint).task("report")(lambda ctx, input: "a report")
+    app.register_blueprint(blueprint, url_prefix="/one")
+    app.register_blueprint(blueprint, url_prefix="/two", name="again")
+    assert outputs(platform, sekuire.create_worker(app), ("report", None)) == ["a report"]
+
+
+def in_context() -> None:
+    """Begin a process with an application context."""
+    flask.Flask("elsewhere").app_context().push()
+
+
+def name_of_app(ctx: Any, input: Any) -> str:
+    return flask.current_app.name
+
+
+def test_handlers_in_other_processes(
+    platform: LocalPlatform, app: flask.Flask, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning says that no context is there; an initializer that pushes one mends it."""
+    sekuire = Sekuire(app)
+    sekuire.task("name")(name_of_app)
+    text = "handlers run in other processes, where they have no application context"
+    with ProcessExecutor(1) as executor:
+        app.config["SEKUIRE_EXECUTOR"] = RemoteExecutor(executor)
+        sekuire.create_worker(app, max_workers=1)
+        assert [record.getMessage().startswith(text) for record in caplog.records] == [True]
+    caplog.clear()
+    with ProcessExecutor(1, initializer=in_context) as executor:
+        worker = sekuire.create_worker(app, executor=executor, max_workers=1)
+        assert outputs(platform, worker, ("name", None)) == ["elsewhere"]
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=in_context)
+        sekuire.create_worker(app, executor=pool, max_workers=1)
+        pool.shutdown()
+    assert text not in caplog.text
 
 
 # -- the command --
@@ -321,9 +402,48 @@ def test_the_command_reloads(platform: LocalPlatform, tmp_path: Path, run: Run, 
     assert process.end()[0] == 0
 
 
+@POSIX_ONLY
+def test_the_command_reloads_once(platform: LocalPlatform, tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
+    """Where a variable of Flask's asks for it, the child has that too, and is a worker all the same."""
+    pytest.importorskip("watchfiles")
+    process = flask_run(tmp_path, run, "worker", env={**variables, "FLASK_SEKUIRE_WORKER_RELOAD": "1"})
+    done = platform.wait(platform.submit("greet", {"name": "Ada"}, agent_id=AGENT), GUARD)
+    assert done["output"] == "Hello, Ada"
+    process.signal(signal.SIGTERM)
+    assert process.end()[0] == 0
+
+
+@POSIX_ONLY
+def test_the_command_does_not_reload_when_idle(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
+    """The two options contradict each other."""
+    code, _, err = flask_run(tmp_path, run, "worker", "--reload", "--stop-when-idle", "1", env=variables).end()
+    assert (code, "--stop-when-idle does not go with --reload" in err) == (2, True)
+
+
+@POSIX_ONLY
+def test_the_command_reloads_without_the_extra(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
+    """One line that names it, and no traceback."""
+    (tmp_path / "watchfiles.py").write_text("raise ImportError('not here')", encoding="utf-8")
+    code, _, err = flask_run(tmp_path, run, "worker", "--reload", env=variables).end()
+    assert code == 2
+    assert "pip install 'sekuire[reload]'" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("package", "bridge", "extra"),
+    [("flask", "flask", "flask"), ("django", "django", "django"), ("opentelemetry", "opentelemetry", "opentelemetry")],
+)
+def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
+    """The import's error names what to install."""
+    code = f"import sys; sys.modules[{package!r}] = None; import sekuire.contrib.{bridge}"
+    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    last = ran.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: ")
+    assert last.endswith(f"pip install 'sekuire[{extra}]'")
+
+
 def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Flask does not pay for it."""
-    import subprocess
-
     code = "import sekuire, sys; sys.exit('flask' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

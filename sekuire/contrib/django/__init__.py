@@ -10,6 +10,13 @@ and handlers into the modules ``sekuire_tasks.py`` of your apps::
         ...
 """
 
+try:
+    import django  # noqa: F401  # Here, where the error can say what to install.
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"sekuire.contrib.django needs Django ({error}); run: pip install 'sekuire[django]'", name=error.name
+    ) from error
+
 from .handlers import middleware, task, tasks
 from .submit import submit_on_commit
 
