@@ -1,3 +1,15 @@
 """Fixtures of the bridges' tests: commands of other projects run as those of the library do."""
 
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import pytest
+
 from ..cli.conftest import run as run
+
+
+@pytest.fixture
+def platform(make_platform: Callable[..., Any]) -> Any:
+    """One that soon gives a task anew which a worker took no notice of while it was ending."""
+    return make_platform(redelivery_delay=0.2)

@@ -28,12 +28,6 @@ KEY = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"
 
 
 @pytest.fixture
-def platform(make_platform: Callable[..., Any]) -> Any:
-    """One that soon gives a task anew which a worker took no notice of while it was ending."""
-    return make_platform(redelivery_delay=0.2)
-
-
-@pytest.fixture
 def settings(platform: LocalPlatform) -> Dict[str, Any]:
     return {
         "SEKUIRE_API_URL": platform.url,
