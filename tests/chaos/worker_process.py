@@ -106,7 +106,7 @@ def left_of(worker: Worker, handlers: Handlers, before: int, settings: Dict[str,
     if settings["outbox"] is not None:
         files.append(settings["outbox"] + ".lock")
     return {
-        "threads": [one.name for one in threading.enumerate() if one is not threading.main_thread()],
+        "threads": living_threads(),
         "descriptors": descriptors() - before,
         "locks": [*held_locks(), *(path for path in files if os.path.exists(path) and not _is_free(path))],
         "running": stats.running,
@@ -117,6 +117,15 @@ def left_of(worker: Worker, handlers: Handlers, before: int, settings: Dict[str,
         "reconnects": stats.reconnects,
         "undelivered": undelivered,
     }
+
+
+def living_threads() -> List[str]:
+    """The names of the others that still live."""
+    others = [one for one in threading.enumerate() if one is not threading.main_thread()]
+    for one in others:
+        # One that has told its end may still be on its last line.
+        one.join(1.0)
+    return [one.name for one in others if one.is_alive()]
 
 
 def descriptors() -> int:
