@@ -105,7 +105,8 @@ class Reporter:
     are free, ended by :meth:`close`). A report is planned there once at most. ``_condition`` guards all state, the
     pool's queue and its count of busy threads among it, and is never held over I/O or a callback.
 
-    With an outbox, a result is on disk before it is first sent, and leaves it when it is settled.
+    With an outbox, a result is on disk before it is first sent, and leaves it when it is settled. One that has not been
+    sent, because all threads wait for the platform, is put there by :meth:`keep` or at the end.
 
     :param on_revoked: called, without a lock, when an answer carries the kill switch.
     """
@@ -168,6 +169,17 @@ class Reporter:
     def enqueue(self, report: Report) -> None:
         """Have a report sent by the pool, at once."""
         self._plan(report, 0.0)
+
+    def keep(self, report: Report) -> None:
+        """Put a report that was not sent yet into the outbox, for a thread that leaves the sending to the pool.
+
+        The pool may be long in coming to it: its threads can all wait for a platform that does not answer.
+        """
+        if self._outbox is None:
+            return
+        with self._condition:
+            attempt, head, substituted = report.attempt, report.head, report.substituted
+        self._keep_on_disk(self._outbox, report, attempt, substituted, head)
 
     def recall(self, task_id: str, attempt: int) -> bool:
         """Whether this task has a result already; a delivery with a higher ``attempt`` gets it under that number.
@@ -333,6 +345,42 @@ class Reporter:
                 self._condition.wait(min(deadline.remaining(), 0.5))
             return not self._held
 
+    def keep_all(self) -> List[str]:
+        """Put every undelivered result that is not in the outbox there; the tasks of those that it has not taken.
+
+        For the end: what no thread of the pool has come to, such as timeouts and refusals, is in memory only.
+        """
+        outbox = self._outbox
+        if outbox is None:
+            return self.undelivered()
+        from .outbox import Stored  # Loaded already, by whoever made the outbox.
+
+        while True:
+            with self._condition:
+                missing = [
+                    (report, Stored(report.task_id, report.attempt, report.substituted, report.head))
+                    for report in self._held.values()
+                    if not _is_kept(report)
+                ]
+            if not missing or not outbox.put_all(
+                *self._sender, self._auth.store.current.installation_id, [stored for _, stored in missing], self
+            ):
+                break
+            settled: List[Stored] = []
+            with self._condition:
+                for report, stored in missing:
+                    if self._held.get(report.task_id) is not report:
+                        # Accepted while it was written: whoever settled it did not know that it is there.
+                        settled.append(stored)
+                        continue
+                    # Where a higher attempt came meanwhile, the next round replaces it.
+                    report.stored_attempt = stored.attempt
+                    report.is_stored = report.substituted == stored.substituted
+            for stored in settled:
+                outbox.remove(*self._sender, stored.task_id, stored.attempt)
+        with self._condition:
+            return [report.task_id for report in self._held.values() if not _is_kept(report)]
+
     def close(self, deadline: Deadline) -> List[str]:
         """End the pool's threads; the names of those still sending at ``deadline``."""
         with self._condition:
@@ -341,6 +389,7 @@ class Reporter:
             self._condition.notify_all()
             threads = list(self._threads)
         if self._outbox is not None:
+            self.keep_all()
             self._outbox.disown(self)
         return join_all(threads, deadline)
 
@@ -598,6 +647,11 @@ class Reporter:
                     return action
                 self._condition.wait(min(delay, LONG_WAIT))
             return None
+
+
+def _is_kept(report: Report) -> bool:
+    """Whether the outbox has a report as it would be sent now."""
+    return report.is_stored and report.stored_attempt == report.attempt
 
 
 def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]]:

@@ -680,14 +680,25 @@ class Worker:
 
     def _flush(self) -> None:
         # What the drain's end answered for has had no time yet.
-        if not self._reporter.flush(Deadline(max(_FLUSH_LEAST, self._deadline.remaining()))):
-            ids = self._reporter.undelivered()
-            if ids:
-                log.error(
-                    "the results of %d tasks were not delivered before the stop: %s%s%s",
-                    len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "",
-                    "" if self._outbox is None else f"; they are in the outbox {self._outbox.path}",
-                )  # fmt: skip
+        if self._reporter.flush(Deadline(max(_FLUSH_LEAST, self._deadline.remaining()))):
+            return
+        # What is in memory only goes to the disk before anything is said of it.
+        lost = set(self._reporter.keep_all())
+        ids = self._reporter.undelivered()
+        if self._outbox is None:
+            self._tell_undelivered(ids, "")
+            return
+        path = self._outbox.path
+        self._tell_undelivered([one for one in ids if one not in lost], f"; they are in the outbox {path}")
+        self._tell_undelivered([one for one in ids if one in lost], f" and are lost: the outbox {path} lacks them")
+
+    @staticmethod
+    def _tell_undelivered(ids: List[str], what_then: str) -> None:
+        if ids:
+            log.error(
+                "the results of %d tasks were not delivered before the stop: %s%s%s",
+                len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "", what_then,
+            )  # fmt: skip
 
     def _close_outbox(self) -> None:
         outbox, self._outbox = self._outbox, None
