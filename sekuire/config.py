@@ -393,7 +393,8 @@ class WorkerConfig(AgentConfig):
     :param task_timeout: longest run of a handler, or None for no limit.
     :param start_timeout: how long :meth:`~sekuire.Worker.start` waits for the login's first verdict.
     :param shutdown_timeout: how long a stop lets running handlers go on, reports included.
-    :param stop_when_idle: stop by itself after this long without a task; None: never.
+    :param stop_when_idle: stop by itself after this long without a task, or with an error after as long without the
+        platform; None: never.
     :param stream_idle_timeout: a stream on which nothing came for this long is opened anew.
     :param outbox: a file that keeps results until the platform has them, also through a crash; one process at a time.
     :param expose_errors: whether the message of an unexpected exception goes to the platform, or only its type.

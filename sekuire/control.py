@@ -39,7 +39,8 @@ class Control:
 
     The stream's thread and the heartbeat's thread call it; ``_lock`` orders the two where they change the same state
     (the pause that a command and the desired state both speak of) and is not held over a callback. The dispatcher's
-    lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease.
+    lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease. ``is_taking``:
+    the stream's thread has a task in hand, which may wait for room or for the lease; only that thread writes it.
 
     :param restore: delivers what an earlier process left; called once, after the login and before the first stream.
     :param note: told of what changes the worker's health: state, reason, severity; it must not block.
@@ -66,6 +67,7 @@ class Control:
     ) -> None:
         self.command_callbacks: List[Callable[[Command], object]] = []
         self.was_connected = False
+        self.is_taking = False
         self.unusable = 0
         self._config = config
         self._store = installation.store
@@ -119,10 +121,14 @@ class Control:
         self._apply_desired(connected.desired_state, None, as_of)
 
     def on_task(self, task: Task) -> None:
+        self.is_taking = True
         self._dispatcher.submit(task)
+        self.is_taking = False
 
     def on_malformed_task(self, error: protocol.MalformedTask) -> None:
+        self.is_taking = True
         self._dispatcher.answer_malformed(error)
+        self.is_taking = False
 
     def on_unusable_event(self) -> None:
         self.unusable += 1

@@ -47,6 +47,8 @@ class ResultSink(Protocol):
 
     def post(self, report: Any) -> None: ...
 
+    def keep(self, report: Any) -> None: ...
+
     def enqueue(self, report: Any) -> None: ...
 
     def recall(self, task_id: str, attempt: int) -> bool: ...
@@ -655,6 +657,8 @@ class Dispatcher:
         if report is None:
             return
         if self._foreign is not None:
+            # Here and not by who sends it: the result must be on disk however long the platform lets the others wait.
+            self._sink.keep(report)
             self._sink.enqueue(report)
         else:
             self._sink.post(report)

@@ -158,6 +158,32 @@ class Outbox:
         self._disown(*key, stored.attempt)
         return False
 
+    def put_all(
+        self, api_url: str, agent_id: str, installation_id: Optional[str], many: Sequence[Stored], owner: object = None
+    ) -> bool:
+        """:meth:`put` of at least one completion, in one transaction: all are on disk then, or none is."""
+        sender, now = (api_url, agent_id), time.time()
+        tickets = [
+            _Ticket((*sender, one.task_id, installation_id, one.attempt, one.substituted, one.head, now))
+            for one in many
+        ]
+        with self._lock:
+            if self._closed:
+                return False
+            self._owners.update({(*sender, one.task_id): (owner, one.attempt) for one in many})
+            self._puts.extend(tickets)
+            leads = not self._leading
+            self._leading = True
+        # They queue as one and are written as one, so the first speaks for all.
+        if leads or self._wait(tickets[0]):
+            self._lead(tickets[0])
+        if tickets[0].problem is None:
+            return True
+        self._warn(tickets[0].problem)
+        for one in many:
+            self._disown(*sender, one.task_id, one.attempt)
+        return False
+
     def remove(self, api_url: str, agent_id: str, task_id: str, attempt: int) -> None:
         """Forget a completion that was accepted; the next try of its task, with a higher ``attempt``, may be here."""
         with self._lock:

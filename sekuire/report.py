@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from . import protocol
 from .config import WorkerConfig
@@ -53,7 +52,8 @@ class Report:
     ``code`` is the failure's as it is sent, None for an output.
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
-    ``is_stored``: its present form is in the outbox, under ``stored_attempt``.
+    ``is_stored``: its present form is in the outbox, under ``stored_attempt``. ``planned``: when the pool sends it, and
+    the number of that action; None while it is in nobody's hands, or being sent.
     """
 
     __slots__ = (
@@ -63,6 +63,7 @@ class Report:
         "is_final",
         "is_given_up",
         "is_stored",
+        "planned",
         "refused",
         "stored_attempt",
         "stubborn",
@@ -80,20 +81,32 @@ class Report:
         self.is_given_up = False
         self.is_stored = False
         self.stored_attempt = 0
+        self.planned: Optional[Tuple[float, int]] = None
         self.tries = 0
         self.refused = 0
         self.substituted = False
         self.stubborn = False
 
 
+class _Action(NamedTuple):
+    """What the pool does at ``when`` (``time.monotonic()``); ``counts``: a flush waits for it."""
+
+    when: float
+    number: int
+    function: Callable[[], None]
+    counts: bool
+
+
 class Reporter:
     """Delivers results, releases and progress of one worker.
 
     Any thread may call anything. A handler's thread sends its own first report (:meth:`accept`, then :meth:`post`);
-    everything else, retries included, is sent by ``sekuire-report-N`` (at most four, made on need, ended by
-    :meth:`close`). ``_condition`` guards all state and is never held over I/O or a callback.
+    everything else, retries included, is sent by ``sekuire-report-N`` (at most four, made when more is due than threads
+    are free, ended by :meth:`close`). A report is planned there once at most. ``_condition`` guards all state, the
+    pool's queue and its count of busy threads among it, and is never held over I/O or a callback.
 
-    With an outbox, a result is on disk before it is first sent, and leaves it when it is settled.
+    With an outbox, a result is on disk before it is first sent, and leaves it when it is settled. One that has not been
+    sent, because all threads wait for the platform, is put there by :meth:`keep` or at the end.
 
     :param on_revoked: called, without a lock, when an answer carries the kill switch.
     """
@@ -123,10 +136,11 @@ class Reporter:
         self._held_bytes = 0
         self._remembered: OrderedDict[str, Report] = OrderedDict()
         self._remembered_bytes = 0
-        self._queue: List[Tuple[float, int, Callable[[], None]]] = []
+        self._queue: List[_Action] = []
         self._numbers = itertools.count()
         self._pending = 0
-        self._idle = 0
+        #: Threads of the pool inside an action; the others are free, or on their way to the queue.
+        self._busy = 0
         self._threads: List[threading.Thread] = []
         self._closed = False
         self._flushing = False
@@ -154,7 +168,18 @@ class Reporter:
 
     def enqueue(self, report: Report) -> None:
         """Have a report sent by the pool, at once."""
-        self._schedule(0.0, lambda: self.post(report))
+        self._plan(report, 0.0)
+
+    def keep(self, report: Report) -> None:
+        """Put a report that was not sent yet into the outbox, for a thread that leaves the sending to the pool.
+
+        The pool may be long in coming to it: its threads can all wait for a platform that does not answer.
+        """
+        if self._outbox is None:
+            return
+        with self._condition:
+            attempt, head, substituted = report.attempt, report.head, report.substituted
+        self._keep_on_disk(self._outbox, report, attempt, substituted, head)
 
     def recall(self, task_id: str, attempt: int) -> bool:
         """Whether this task has a result already; a delivery with a higher ``attempt`` gets it under that number.
@@ -170,7 +195,7 @@ class Reporter:
                 report.attempt = max(report.attempt, attempt)
                 if is_news and report.stubborn:
                     # What the platform refused it asks for now, for example in the name of a new installation.
-                    self._schedule(0.0, lambda: self.post(report))
+                    self._plan(report, 0.0)
                 return True
             remembered = self._remembered.get(task_id)
             if remembered is not None:
@@ -197,12 +222,13 @@ class Reporter:
             report.attempt = max(report.attempt, attempt)
             self._held[report.task_id] = report
             self._held_bytes += len(report.head)
-            self._schedule(0.0, lambda: self.post(report))
+            self._plan(report, 0.0)
         return True
 
     def post(self, report: Report) -> None:
         """Send a report once; where it is not settled then, it is sent again by the pool, later."""
         with self._condition:
+            report.planned = None
             if self._held.get(report.task_id) is not report:
                 return
             attempt, body, substituted = report.attempt, report.head, report.substituted
@@ -309,14 +335,51 @@ class Reporter:
             self._flushing = True
             for report in self._held.values():
                 report.tries = 0
-            self._queue = [(0.0, number, action) for _, number, action in self._queue]
+            self._queue = [action._replace(when=0.0) for action in self._queue]
             heapq.heapify(self._queue)
+            self._fit_threads()
             self._condition.notify_all()
             while self._pending or any(not report.is_given_up for report in self._held.values()):
                 if deadline.is_expired():
                     return False
                 self._condition.wait(min(deadline.remaining(), 0.5))
             return not self._held
+
+    def keep_all(self) -> List[str]:
+        """Put every undelivered result that is not in the outbox there; the tasks of those that it has not taken.
+
+        For the end: what no thread of the pool has come to, such as timeouts and refusals, is in memory only.
+        """
+        outbox = self._outbox
+        if outbox is None:
+            return self.undelivered()
+        from .outbox import Stored  # Loaded already, by whoever made the outbox.
+
+        while True:
+            with self._condition:
+                missing = [
+                    (report, Stored(report.task_id, report.attempt, report.substituted, report.head))
+                    for report in self._held.values()
+                    if not _is_kept(report)
+                ]
+            if not missing or not outbox.put_all(
+                *self._sender, self._auth.store.current.installation_id, [stored for _, stored in missing], self
+            ):
+                break
+            settled: List[Stored] = []
+            with self._condition:
+                for report, stored in missing:
+                    if self._held.get(report.task_id) is not report:
+                        # Accepted while it was written: whoever settled it did not know that it is there.
+                        settled.append(stored)
+                        continue
+                    # Where a higher attempt came meanwhile, the next round replaces it.
+                    report.stored_attempt = stored.attempt
+                    report.is_stored = report.substituted == stored.substituted
+            for stored in settled:
+                outbox.remove(*self._sender, stored.task_id, stored.attempt)
+        with self._condition:
+            return [report.task_id for report in self._held.values() if not _is_kept(report)]
 
     def close(self, deadline: Deadline) -> List[str]:
         """End the pool's threads; the names of those still sending at ``deadline``."""
@@ -326,6 +389,7 @@ class Reporter:
             self._condition.notify_all()
             threads = list(self._threads)
         if self._outbox is not None:
+            self.keep_all()
             self._outbox.disown(self)
         return join_all(threads, deadline)
 
@@ -426,7 +490,7 @@ class Reporter:
         )
         report.tries += 1
         if passing:
-            self._schedule(delay, lambda: self.post(report))
+            self._plan(report, delay)
         else:
             self._try_late(report)
 
@@ -441,7 +505,7 @@ class Reporter:
     def _try_late(self, report: Report) -> None:
         with self._condition:
             report.is_given_up = self._flushing
-            self._schedule(STUBBORN, lambda: self.post(report), counts=not self._flushing)
+            self._plan(report, STUBBORN, counts=not self._flushing)
             self._condition.notify_all()
 
     # -- inside: release and progress --
@@ -499,30 +563,60 @@ class Reporter:
 
     # -- inside: the pool --
 
-    def _schedule(self, delay: float, action: Callable[[], None], counts: bool = True) -> None:
-        """Have the pool do ``action`` in ``delay`` seconds; one that ``counts`` is waited for by :meth:`flush`."""
+    def _plan(self, report: Report, delay: float, counts: bool = True) -> None:
+        """Have the pool send ``report`` in ``delay`` seconds, or as planned before where that is sooner."""
+        with self._condition:
+            when = time.monotonic() + delay
+            if report.planned is not None:
+                before, number = report.planned
+                if before <= when:
+                    return
+                self._unschedule(number)
+            planned = self._schedule(delay, lambda: self.post(report), counts)
+            report.planned = None if planned is None else (when, planned)
 
-        def counted() -> None:
-            try:
-                action()
-            finally:
-                with self._condition:
-                    self._pending -= 1
-                    self._condition.notify_all()
+    def _schedule(self, delay: float, action: Callable[[], None], counts: bool = True) -> Optional[int]:
+        """Have the pool do ``action`` in ``delay`` seconds; one that ``counts`` is waited for by :meth:`flush`.
 
+        :returns: the action's number; None when it is too late for any.
+        """
         with self._condition:
             if self._closed:
-                return
+                return None
+            number = next(self._numbers)
             self._pending += counts
-            heapq.heappush(self._queue, (time.monotonic() + delay, next(self._numbers), counted if counts else action))
-            if self._idle == 0 and len(self._threads) < MAX_THREADS:
-                name = f"sekuire-report-{len(self._threads) + 1}"
-                thread = threading.Thread(target=self._work, name=name, daemon=True)
-                # RuntimeError: no new thread any more, the interpreter is ending; those that are there go on.
-                with contextlib.suppress(RuntimeError):
-                    thread.start()
-                    self._threads.append(thread)
+            heapq.heappush(self._queue, _Action(time.monotonic() + delay, number, action, counts))
+            self._fit_threads()
             self._condition.notify_all()
+            return number
+
+    def _unschedule(self, number: int) -> None:
+        """Take an action that was not begun out of the queue. Needs the lock."""
+        found = next((action for action in self._queue if action.number == number), None)
+        if found is not None:
+            self._queue.remove(found)
+            heapq.heapify(self._queue)
+            self._pending -= found.counts
+
+    def _fit_threads(self) -> None:
+        """Make threads until there is a free one for each action that is due, and one to await others. Needs the lock.
+
+        A thread that was woken and has not come to its action yet is free: who counts waiting ones alone makes none for
+        the second action of a burst, which then waits for the answer to the first.
+        """
+        if len(self._threads) >= MAX_THREADS or not self._queue:
+            return
+        now = time.monotonic()
+        wanted = max(1, sum(action.when <= now for action in self._queue))
+        while len(self._threads) < MAX_THREADS and len(self._threads) - self._busy < wanted:
+            name = f"sekuire-report-{len(self._threads) + 1}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # No new thread any more, the interpreter is ending; those that are there go on.
+                return
+            self._threads.append(thread)
 
     def _work(self) -> None:
         with owned_by(self._owner):
@@ -531,22 +625,33 @@ class Reporter:
                 if action is None:
                     return
                 try:
-                    action()
-                except Exception:
+                    action.function()
+                except BaseException:
+                    # sys.exit() in a user's token provider must not end it: nobody would notice that it is gone.
                     log.exception("sending a report failed in an unforeseen way")
+                finally:
+                    with self._condition:
+                        self._busy -= 1
+                        if action.counts:
+                            self._pending -= 1
+                            self._condition.notify_all()
 
-    def _next(self) -> Optional[Callable[[], None]]:
+    def _next(self) -> Optional[_Action]:
         with self._condition:
-            self._idle += 1
-            try:
-                while not self._closed:
-                    delay = self._queue[0][0] - time.monotonic() if self._queue else LONG_WAIT
-                    if delay <= 0:
-                        return heapq.heappop(self._queue)[2]
-                    self._condition.wait(min(delay, LONG_WAIT))
-                return None
-            finally:
-                self._idle -= 1
+            while not self._closed:
+                delay = self._queue[0].when - time.monotonic() if self._queue else LONG_WAIT
+                if delay <= 0:
+                    action = heapq.heappop(self._queue)
+                    self._busy += 1
+                    self._fit_threads()
+                    return action
+                self._condition.wait(min(delay, LONG_WAIT))
+            return None
+
+
+def _is_kept(report: Report) -> bool:
+    """Whether the outbox has a report as it would be sent now."""
+    return report.is_stored and report.stored_attempt == report.attempt
 
 
 def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]]:

@@ -347,6 +347,8 @@ class _Sink:
     def post(self, report: Any) -> None:
         self.done.set()
 
+    def keep(self, report: Any) -> None: ...
+
     def enqueue(self, report: Any) -> None:
         self.done.set()
 

@@ -450,7 +450,13 @@ class Worker:
             self._note_state("started")
         self._stream_thread.start()
         if self._config.stop_when_idle is not None:
-            IdleWatch(self._config.stop_when_idle, self._timer, self._activity, self._stop_idle).start()
+            IdleWatch(
+                self._config.stop_when_idle,
+                self._timer,
+                self._activity,
+                on_idle=self._stop_idle,
+                on_away=self._stop_away,
+            ).start()
 
     def _wait_for_verdict(self) -> None:
         if is_owned_by(self):
@@ -544,18 +550,29 @@ class Worker:
     # -- stopping --
 
     def _activity(self) -> Activity:
+        running = self._dispatcher.running > 0
         # Results that the outbox keeps need no waiting for; without one they would be lost.
         unsent = self._outbox is None and self._reporter.backlog > 0
-        is_busy = bool(self._dispatcher.running or self._dispatcher.waiting or unsent)
-        return Activity(self._dispatcher.counts.received, is_busy)
+        return Activity(
+            self._dispatcher.counts.received,
+            is_working=running or unsent,
+            is_waiting=self._dispatcher.waiting > 0 or self._control.is_taking,
+            is_fed=self._connected and self._heartbeat.lease.is_held(),
+        )
 
     def _stop_idle(self) -> None:
-        seconds = self._config.stop_when_idle
-        if self._control.was_connected:
-            self._request_stop(None, reason=f"idle for {seconds:g} s")
+        self._request_stop(None, reason=f"idle for {self._config.stop_when_idle:g} s")
+
+    def _stop_away(self) -> None:
+        # Whoever waits for the work to be done must not take this for it.
+        within = f"within stop_when_idle ({self._config.stop_when_idle:g} s)"
+        if not self._control.was_connected:
+            problem = f"there was no task stream {within}"
+        elif not self._connected:
+            problem = f"the task stream was lost and not open again {within}"
         else:
-            # Whoever waits for the work to be done must not take this for it.
-            self._fail(TransportError(f"there was no task stream within stop_when_idle ({seconds:g} s)"))
+            problem = f"the lease was lost and not renewed {within}"
+        self._fail(TransportError(problem))
 
     def _terminate(self, timeout: Optional[float], reason: str) -> None:
         self._request_stop(timeout, terminated=True, reason=reason)
@@ -680,14 +697,25 @@ class Worker:
 
     def _flush(self) -> None:
         # What the drain's end answered for has had no time yet.
-        if not self._reporter.flush(Deadline(max(_FLUSH_LEAST, self._deadline.remaining()))):
-            ids = self._reporter.undelivered()
-            if ids:
-                log.error(
-                    "the results of %d tasks were not delivered before the stop: %s%s%s",
-                    len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "",
-                    "" if self._outbox is None else f"; they are in the outbox {self._outbox.path}",
-                )  # fmt: skip
+        if self._reporter.flush(Deadline(max(_FLUSH_LEAST, self._deadline.remaining()))):
+            return
+        # What is in memory only goes to the disk before anything is said of it.
+        lost = set(self._reporter.keep_all())
+        ids = self._reporter.undelivered()
+        if self._outbox is None:
+            self._tell_undelivered(ids, "")
+            return
+        path = self._outbox.path
+        self._tell_undelivered([one for one in ids if one not in lost], f"; they are in the outbox {path}")
+        self._tell_undelivered([one for one in ids if one in lost], f" and are lost: the outbox {path} lacks them")
+
+    @staticmethod
+    def _tell_undelivered(ids: List[str], what_then: str) -> None:
+        if ids:
+            log.error(
+                "the results of %d tasks were not delivered before the stop: %s%s%s",
+                len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "", what_then,
+            )  # fmt: skip
 
     def _close_outbox(self) -> None:
         outbox, self._outbox = self._outbox, None

@@ -69,6 +69,8 @@ class Sink:
 
     enqueue = post
 
+    def keep(self, report: Any) -> None: ...
+
     def recall(self, task_id: str, attempt: int) -> bool:
         with self.lock:
             if task_id not in self.results:

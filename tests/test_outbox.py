@@ -542,6 +542,43 @@ def test_many_threads_lose_nothing(tmp_path: Path) -> None:
     assert left == 8 * 15
 
 
+def test_many_are_put_as_one(tmp_path: Path) -> None:
+    """All of them are on disk, beside what other threads put; they have an owner; a closed outbox takes none."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    owner = object()
+    together = threading.Barrier(6)
+
+    def put(way: int) -> None:
+        together.wait(GUARD)
+        for number in range(20):
+            some = [Stored(f"{way}-{number}-{one}", 1, False, b"{") for one in range(70 if way % 2 else 1)]
+            if way % 2:
+                assert outbox.put_all("https://a", "agent", None, some, owner)
+            else:
+                assert outbox.put("https://a", "agent", None, some[0], owner)
+
+    threads = [threading.Thread(target=put, args=(way,)) for way in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(GUARD)
+    assert not any(thread.is_alive() for thread in threads)
+    assert outbox.claim("https://a", "agent", object()) == []
+    outbox.disown(owner)
+    assert len(outbox.claim("https://a", "agent", object())) == 3 * 20 * 71
+    outbox.close()
+    assert not outbox.put_all("https://a", "agent", None, [Stored("late", 1, False, b"{")])
+
+
+def test_many_that_cannot_be_written_have_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the disk does not take is told as such, and nobody owns it."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    monkeypatch.setattr(outbox, "_commit", lambda puts, removals: "the disk is full" if puts else None)
+    assert not outbox.put_all("https://a", "agent", None, [Stored("t1", 1, False, b"{")], object())
+    assert outbox.owner_of("https://a", "agent", "t1") is None
+    outbox.close()
+
+
 def test_an_orphaned_child_does_not_keep_it(tmp_path: Path) -> None:
     """A forked child that outlives its killed parent does not hold the parent's outbox."""
     script = """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import Any, Callable, List
+import time
+from typing import Any, Callable, Iterator, List
 
 import pytest
 
 from sekuire import TaskContext, TaskError, Worker, report
-from sekuire.models import Task
+from sekuire.lifecycle import Deadline
+from sekuire.models import Completion, Task
 
 from .conftest import AGENT
 from .scripted import GUARD, Request, Scripted, until
@@ -215,6 +218,117 @@ def test_a_lasting_refusal_does_not_hold_up_the_stop(
     worker.stop()
     assert worker.wait(0)
     assert (scripted.count("complete"), worker.stats().undelivered) == (2, 1)
+
+
+# -- the pool --
+
+
+def take(worker: Worker, task_id: str) -> report.Report:
+    """A result in the reporter's hands that nobody sends yet."""
+    taken = worker._reporter.accept(Completion(task_id=task_id, attempt=1, output=1))
+    assert taken is not None
+    return taken
+
+
+@pytest.fixture
+def patient(scripted: Scripted, worker_of: Make) -> Worker:
+    """It waits for an answer longer than any test."""
+    return worker_of(scripted, read_timeout=3 * GUARD)
+
+
+@pytest.fixture
+def slow(scripted: Scripted, patient: Worker) -> Iterator[threading.Event]:
+    """One thread of the pool is there, and idle; from now on answers come when this is set."""
+    reporter = patient._reporter
+    reporter.enqueue(take(patient, "t0"))
+    until(lambda: patient.stats().undelivered == 0 and not reporter._pending)
+    # It waits for the next: with a result that comes before, there may be need of another thread.
+    until(lambda: reporter._condition._waiters)  # type: ignore[attr-defined]
+    assert len(reporter._threads) == 1
+    go = threading.Event()
+    scripted.on["complete"] = lambda request: (200, {}) if go.wait(GUARD) else (500, {})
+    yield go
+    go.set()
+    assert reporter.close(Deadline(GUARD)) == []
+
+
+def test_a_slow_answer_holds_up_no_other(scripted: Scripted, patient: Worker, slow: threading.Event) -> None:
+    """A burst of results is sent by as many threads as there are, not by the one that happens to be idle."""
+    reporter = patient._reporter
+    burst = [take(patient, f"t{number}") for number in range(1, 9)]
+    # The idle thread wakes when all have come, as in a burst.
+    with reporter._condition:
+        for one in burst:
+            reporter.enqueue(one)
+    scripted.wait_for("complete", 1 + report.MAX_THREADS)
+    assert len(reporter._threads) == report.MAX_THREADS
+    slow.set()
+    until(lambda: patient.stats().undelivered == 0)
+
+
+def test_a_slow_answer_holds_up_no_retry(scripted: Scripted, patient: Worker, slow: threading.Event) -> None:
+    """What becomes due while the only thread waits for an answer gets another thread."""
+    reporter = patient._reporter
+    first, second = take(patient, "t1"), take(patient, "t2")
+    # Both planned before the thread looks.
+    with reporter._condition:
+        for one in (first, second):
+            reporter._schedule(0.05, functools.partial(reporter.post, one))
+    scripted.wait_for("complete", 3)
+    slow.set()
+    until(lambda: patient.stats().undelivered == 0)
+
+
+def test_whatever_an_action_raises_ends_no_thread(
+    scripted: Scripted, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread of the pool goes on after what ends programs, and sends what comes next."""
+    reporter = worker._reporter
+
+    def leave() -> None:
+        raise SystemExit
+
+    for _ in range(2 * report.MAX_THREADS):
+        reporter._schedule(0.0, leave)
+    until(lambda: not reporter._pending)
+    reporter.enqueue(take(worker, "t1"))
+    until(lambda: worker.stats().undelivered == 0)
+    assert all(thread.is_alive() for thread in reporter._threads)
+    assert sum("unforeseen" in record.message for record in caplog.records) == 2 * report.MAX_THREADS
+    assert reporter.close(Deadline(GUARD)) == []
+
+
+def test_new_attempts_leave_one_plan(scripted: Scripted, worker: Worker) -> None:
+    """Each higher attempt of a refused result is answered at once; the slow tries stay one row."""
+    scripted.on["complete"] = lambda request: (403, {"error": "x"})
+    reporter = worker._reporter
+    worker.start()
+    scripted.task("t1")
+    scripted.wait_for("complete")
+    until(lambda: len(reporter._queue) == 1)
+    for attempt in range(2, 8):
+        scripted.task("t1", attempt=attempt)
+        assert scripted.wait_for("complete", attempt)[-1].json["attempt"] == attempt
+        # The answer has been acted upon: nothing is under way, and what follows is planned.
+        until(lambda: len(reporter._queue) == reporter._pending)
+        assert reporter._pending == 1
+    worker.stop()
+    assert scripted.count("complete") == 8
+
+
+@pytest.mark.parametrize(("first", "then", "when"), [(50.0, 0.5, 0.5), (0.5, 50.0, 0.5)])
+def test_a_report_is_planned_once(worker: Worker, first: float, then: float, when: float) -> None:
+    """Of two plans for one report the earlier stays, and a flush waits for it alone."""
+    reporter = worker._reporter
+    one = take(worker, "t1")
+    reporter._plan(one, first + 1000)
+    reporter._plan(one, then + 1000)
+    (action,) = reporter._queue
+    assert reporter._pending == 1
+    assert action.when - time.monotonic() == pytest.approx(when + 1000, abs=40.0)
+    assert one.planned is not None
+    assert one.planned[1] == action.number
+    assert reporter.close(Deadline(GUARD)) == []
 
 
 # -- release --

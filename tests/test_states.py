@@ -359,6 +359,9 @@ class Disk:
     def put(self, *args: Any) -> bool:
         return not self.is_dead and self._outbox.put(*args)
 
+    def put_all(self, *args: Any) -> bool:
+        return not self.is_dead and self._outbox.put_all(*args)
+
     def remove(self, *args: Any) -> None:
         if not self.is_dead:
             self._outbox.remove(*args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import signal
 import sqlite3
@@ -13,7 +14,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 
-from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
+from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker, report
 from sekuire.models import Task
 
 from ..conftest import AGENT
@@ -412,3 +413,174 @@ def test_a_next_try_while_the_last_result_leaves_the_disk(
         until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
         until(lambda: stored(tmp_path) == [])
     assert runs == [1, 2]
+
+
+# -- a platform that takes calls and does not answer --
+
+
+@pytest.fixture
+def silent(scripted: Scripted) -> Iterator[threading.Event]:
+    """The platform answers no result until this is set."""
+    answer = threading.Event()
+    scripted.on["complete"] = lambda request: (200, {}) if answer.wait(GUARD) else (500, {})
+    yield answer
+    answer.set()
+
+
+def told(caplog: pytest.LogCaptureFixture) -> List[str]:
+    """What the log says of undelivered results."""
+    return [one.getMessage() for one in caplog.records if "were not delivered before the stop" in one.getMessage()]
+
+
+def test_results_of_an_executor_do_not_wait_for_the_platform(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path, silent: threading.Event
+) -> None:
+    """What handlers gave in an executor's threads is on disk although every thread that sends waits for an answer."""
+    ids = [f"t{number}" for number in range(10)]
+    with concurrent.futures.ThreadPoolExecutor(len(ids)) as pool:
+        # Nobody gives up waiting, and comes to the next one by that.
+        worker = worker_of(
+            scripted, outbox=tmp_path / "outbox.db", executor=pool, max_workers=len(ids), read_timeout=3 * GUARD
+        )
+        worker.on_task("work", lambda ctx, input: "precious")
+        with worker:
+            for task_id in ids:
+                scripted.task(task_id, "work")
+            until(lambda: worker.stats().undelivered == len(ids))
+            until(lambda: stored(tmp_path) == ids)
+            silent.set()
+            until(lambda: worker.stats().undelivered == 0)
+            until(lambda: stored(tmp_path) == [])
+
+
+@pytest.mark.parametrize("kind", ["timeout", "refusal"])
+def test_a_stop_keeps_what_was_never_sent(
+    scripted: Scripted,
+    worker_of: Callable[..., Worker],
+    tmp_path: Path,
+    silent: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+) -> None:
+    """Answers in memory, behind others that are under way, are in the outbox when the stop says so; none is lost."""
+    monkeypatch.setattr("sekuire.worker._FLUSH_LEAST", 0.05)
+    ids = [f"t{number}" for number in range(10)]
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=len(ids))
+
+    @worker.on_task("work", timeout=0.01)
+    def work(ctx: Any, input: Any) -> None:
+        ctx.wait_cancelled(GUARD)
+
+    worker.start()
+    for task_id in ids:
+        scripted.task(task_id, "work" if kind == "timeout" else "unknown")
+    until(lambda: worker.stats().undelivered == len(ids))
+    scripted.wait_for("complete", report.MAX_THREADS)
+    worker.stop(0)
+    assert worker.wait(GUARD)
+    assert stored(tmp_path) == ids
+    (message,) = told(caplog)
+    assert message.startswith("the results of 10 tasks were not delivered before the stop: ")
+    assert message.endswith(f"; they are in the outbox {tmp_path / 'outbox.db'}")
+    silent.set()
+    second = worker_of(scripted, outbox=tmp_path / "outbox.db")
+    second.on_task("work", work)
+    with second:
+        until(lambda: stored(tmp_path) == [])
+    assert {request.task_id for request in scripted.of("complete")} == set(ids)
+
+
+def test_a_stop_tells_what_the_outbox_lacks(
+    scripted: Scripted,
+    worker_of: Callable[..., Worker],
+    tmp_path: Path,
+    silent: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Results that the disk takes no more are not told to be there."""
+    monkeypatch.setattr("sekuire.worker._FLUSH_LEAST", 0.05)
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=1)
+    worker.on_task("work", lambda ctx, input: "precious")
+    outbox = worker._outbox
+    assert outbox is not None
+    worker.start()
+    scripted.task("t1", "work")
+    scripted.wait_for("complete")
+    assert stored(tmp_path) == ["t1"]
+    commit = outbox._commit
+    monkeypatch.setattr(outbox, "_commit", lambda puts, removals: "disk is full" if puts else commit(puts, removals))
+    scripted.task("t2", "unknown")
+    until(lambda: worker.stats().undelivered == 2)
+    worker.stop(0)
+    assert worker.wait(GUARD)
+    assert stored(tmp_path) == ["t1"]
+    start, path = "the results of 1 tasks were not delivered before the stop: ", tmp_path / "outbox.db"
+    assert told(caplog) == [
+        f"{start}t1; they are in the outbox {path}",
+        f"{start}t2 and are lost: the outbox {path} lacks them",
+    ]
+
+
+def test_a_result_that_is_accepted_while_a_stop_keeps_it(
+    scripted: Scripted,
+    worker_of: Callable[..., Worker],
+    tmp_path: Path,
+    silent: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer comes between the look at what is undelivered and the disk: no row stays behind."""
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
+    worker.on_task("work", lambda ctx, input: "precious")
+    outbox, reporter = worker._outbox, worker._reporter
+    assert outbox is not None
+    put, put_all = outbox.put, outbox.put_all
+    # Not on disk before it is sent, as with a disk that was full then.
+    monkeypatch.setattr(outbox, "put", lambda *args: False)
+
+    def late(*args: Any) -> bool:
+        silent.set()
+        until(lambda: worker.stats().undelivered == 0)
+        return put_all(*args)
+
+    monkeypatch.setattr(outbox, "put_all", late)
+    with worker:
+        scripted.task("t1", "work")
+        scripted.wait_for("complete")
+        assert reporter.keep_all() == []
+        assert stored(tmp_path) == []
+        monkeypatch.setattr(outbox, "put", put)
+
+
+def test_a_higher_attempt_while_a_stop_keeps_the_result(
+    scripted: Scripted,
+    worker_of: Callable[..., Worker],
+    tmp_path: Path,
+    silent: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An attempt that comes while the result is written is what the outbox has of it at the end."""
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
+    worker.on_task("work", lambda ctx, input: "precious")
+    outbox, reporter = worker._outbox, worker._reporter
+    assert outbox is not None
+    monkeypatch.setattr(outbox, "put", lambda *args: False)
+    put_all = outbox.put_all
+    seen: List[int] = []
+
+    def raised(*args: Any) -> bool:
+        seen.append(args[3][0].attempt)
+        if len(seen) == 1:
+            assert reporter.recall("t1", 7)
+        return put_all(*args)
+
+    monkeypatch.setattr(outbox, "put_all", raised)
+    with worker:
+        scripted.task("t1", "work")
+        scripted.wait_for("complete")
+        assert reporter.keep_all() == []
+        assert seen == [1, 7]
+        with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db")) as database:
+            assert database.execute("SELECT task_id, attempt FROM completion").fetchall() == [("t1", 7)]
+        silent.set()
