@@ -193,8 +193,9 @@ class Reporter:
                 report = held
                 is_news = attempt > report.attempt
                 report.attempt = max(report.attempt, attempt)
-                if is_news and report.stubborn:
-                    # What the platform refused it asks for now, for example in the name of a new installation.
+                if is_news and report.stubborn and report.planned is not None:
+                    # What the platform refused it asks for now, for example in the name of a new installation. One
+                    # that is being sent is sent again after that.
                     self._plan(report, 0.0)
                 return True
             remembered = self._remembered.get(task_id)
@@ -239,7 +240,7 @@ class Reporter:
         data = body + protocol.completion_tail(attempt, self._worker_id)
         reply, problem = self._send(path, data, key)
         if reply is None:
-            self._retry(report, problem, passing=isinstance(problem, TransportError) and problem.retryable)
+            self._retry(report, attempt, problem, passing=isinstance(problem, TransportError) and problem.retryable)
         elif reply.is_success or reply.status == 409:
             self._settle(report, attempt)
         elif reply.status in (404, 410):
@@ -249,13 +250,13 @@ class Reporter:
         elif reply.status in (400, 413, 422) and not substituted:
             self._substitute(report, reply)
         elif protocol.is_transient(reply.status):
-            self._retry(report, f"HTTP {reply.status}", reply.retry_after() or 0.0)
+            self._retry(report, attempt, f"HTTP {reply.status}", reply.retry_after() or 0.0)
         elif reply.status == 401 and report.refused < REFUSALS:
             # The token was renewed, but can have been ended since, or one of several gateways not know it yet.
             report.refused += 1
-            self._retry(report, protocol.decode_error(reply.status, reply.body))
+            self._retry(report, attempt, protocol.decode_error(reply.status, reply.body))
         else:
-            self._keep(report, reply)
+            self._keep(report, attempt, reply)
 
     def restore(self, deadline: Deadline) -> int:
         """Take up what an earlier process left in the outbox, send it, and wait until each was sent once.
@@ -425,7 +426,9 @@ class Reporter:
             # The platform's next try of the task may have come before its answer to this one. It was taken for a
             # repetition, so nobody runs it: it gets this result too. One look and one step, or it could come between.
             again = not dropped and not report.is_final and report.attempt > attempt
+            was_stored, attempt = report.is_stored, report.attempt
             if not again:
+                report.is_stored = False
                 del self._held[report.task_id]
                 self._held_bytes -= len(report.head)
                 self.dropped += dropped
@@ -433,9 +436,8 @@ class Reporter:
                 self._condition.notify_all()
         if again:
             self.enqueue(report)
-        elif self._outbox is not None and report.is_stored:
-            report.is_stored = False
-            self._outbox.remove(*self._sender, report.task_id, report.attempt)
+        elif self._outbox is not None and was_stored:
+            self._outbox.remove(*self._sender, report.task_id, attempt)
 
     def _keep_on_disk(self, outbox: Outbox, report: Report, attempt: int, substituted: bool, head: bytes) -> None:
         from .outbox import Stored  # Loaded already, by whoever made the outbox.
@@ -478,34 +480,38 @@ class Reporter:
             report.tries = 0
         self.enqueue(report)
 
-    def _retry(self, report: Report, why: object, at_least: float = 0.0, passing: bool = True) -> None:
+    def _retry(self, report: Report, attempt: int, why: object, at_least: float = 0.0, passing: bool = True) -> None:
         """Send again after a backoff, or, where the problem is not ``passing``, slowly."""
-        delay = max(full_jitter(report.tries, RETRY_MIN, RETRY_MAX), at_least) if passing else STUBBORN
+        with self._condition:
+            # In one step, or a flush in between would find nothing to hurry, and then wait for the whole delay.
+            tries = report.tries
+            report.tries += 1
+            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), at_least) if passing else STUBBORN
+            if passing:
+                self._plan(report, delay)
         log.log(
-            logging.DEBUG if report.tries else logging.WARNING,
+            logging.DEBUG if tries else logging.WARNING,
             "[%s] the result was not delivered (%s); it is kept and sent again in %.1f s",
             report.task_id,
             why,
             delay,
         )
-        report.tries += 1
-        if passing:
-            self._plan(report, delay)
-        else:
-            self._try_late(report)
+        if not passing:
+            self._try_late(report, attempt)
 
-    def _keep(self, report: Report, reply: Reply) -> None:
+    def _keep(self, report: Report, attempt: int, reply: Reply) -> None:
         if not report.stubborn:
             report.stubborn = True
             error = protocol.decode_error(reply.status, reply.body)
             log.error("[%s] the platform does not take the result (%s); it is kept and tried every %g s",
                       report.task_id, error, STUBBORN)  # fmt: skip
-        self._try_late(report)
+        self._try_late(report, attempt)
 
-    def _try_late(self, report: Report) -> None:
+    def _try_late(self, report: Report, attempt: int) -> None:
         with self._condition:
             report.is_given_up = self._flushing
-            self._plan(report, STUBBORN, counts=not self._flushing)
+            # At once where the platform has asked for it under a higher attempt meanwhile.
+            self._plan(report, STUBBORN if report.attempt == attempt else 0.0, counts=not self._flushing)
             self._condition.notify_all()
 
     # -- inside: release and progress --
