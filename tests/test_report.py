@@ -316,6 +316,33 @@ def test_new_attempts_leave_one_plan(scripted: Scripted, worker: Worker) -> None
     assert scripted.count("complete") == 8
 
 
+def test_a_new_attempt_while_a_refused_result_is_sent(scripted: Scripted, worker: Worker) -> None:
+    """It is not sent beside the request that is under way, but at once after that."""
+    under_way, go = threading.Event(), threading.Event()
+
+    def refuse(request: Request) -> Any:
+        if scripted.count("complete") == 2:
+            under_way.set()
+            assert go.wait(GUARD)
+        return 403, {"error": "x"}
+
+    scripted.on["complete"] = refuse
+    reporter = worker._reporter
+    worker.start()
+    scripted.task("t1")
+    scripted.wait_for("complete")
+    until(lambda: len(reporter._queue) == 1)
+    scripted.task("t1", attempt=2)
+    assert under_way.wait(GUARD)
+    scripted.task("t1", attempt=3)
+    until(lambda: worker.stats().duplicates == 2)
+    assert not reporter._queue
+    assert scripted.count("complete") == 2
+    go.set()
+    assert scripted.wait_for("complete", 3)[-1].json["attempt"] == 3
+    worker.stop()
+
+
 @pytest.mark.parametrize(("first", "then", "when"), [(50.0, 0.5, 0.5), (0.5, 50.0, 0.5)])
 def test_a_report_is_planned_once(worker: Worker, first: float, then: float, when: float) -> None:
     """Of two plans for one report the earlier stays, and a flush waits for it alone."""
