@@ -337,7 +337,10 @@ class TestChecks:
             (message,) = checks.check_handlers(None)
         assert (message.id, text in message.msg) == (id, True), message
         assert message.msg.startswith("wrongapp.sekuire_tasks")
-        assert message.msg.endswith(f" ({tmp_path / 'wrongapp' / place})")
+        name, _, line = place.partition(":")
+        # A decorator's call stands in the line of its function before Python 3.10.
+        lines = [int(line)] + ([int(line) + 1] if "@task" in code and sys.version_info < (3, 10) else [])
+        assert message.msg.endswith(tuple(f" ({tmp_path / 'wrongapp' / name}:{one})" for one in lines))
 
     def test_every_app_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One check finds the mistakes of all apps; what an installed package raises has a place in it."""
