@@ -511,6 +511,15 @@ class TaskStates(RuleBasedStateMachine):
         if self.submitter is not None:
             self.gone.add(self.submitted)
         self.may_rerun.update(set(self.inputs) - kept)
+        # A failure to be tried again that is on disk under an attempt before the newest delivery, which came after the
+        # last sending, is no answer to that one: it goes down with the process.
+        overtaken = {
+            task_id
+            for task_id, one in self.life.reporter._held.items()
+            if not one.is_final and one.stored_attempt < self.platform.delivered[task_id]
+        }
+        self.gone |= overtaken
+        self.may_rerun.update(overtaken & kept)
         keys = self.platform.keys.items()
         self.platform.keys = {key: raw for key, raw in keys if key.split(":")[0] in kept}
         self.bury()
