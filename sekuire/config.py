@@ -455,8 +455,12 @@ POLICY_OVERRIDE_VARIABLE = "SEKUIRE_POLICY_DEV_OVERRIDE"
 
 def policy_keys_from_environment() -> Tuple[str, ...]:
     """The public keys that ``SEKUIRE_POLICY_PUBLIC_KEYS`` names, separated by commas; none where it is not set."""
-    keys = os.environ.get(POLICY_KEYS_VARIABLE, "").split(",")
-    return tuple(key.strip() for key in keys if key.strip())
+    return split_policy_keys(os.environ.get(POLICY_KEYS_VARIABLE, ""))
+
+
+def split_policy_keys(text: str) -> Tuple[str, ...]:
+    """The public keys in a text that separates them by commas."""
+    return tuple(key.strip() for key in text.split(",") if key.strip())
 
 
 def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:

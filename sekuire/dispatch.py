@@ -544,9 +544,7 @@ class Dispatcher:
             record.context = context
             record.is_called = self._gateway is None
         current_task.set(context)
-        if not self._lease_held():
-            if self._claim(record):
-                self._give_back_record(record)
+        if not self._has_lease(record):
             return
         denial = self._ask_gateway(task, context)
         if self._gateway is not None and not self._goes_on(record):
@@ -572,6 +570,10 @@ class Dispatcher:
             if record.state != _RUNNING:
                 return False
             record.is_called = True
+        return self._has_lease(record)
+
+    def _has_lease(self, record: _Record) -> bool:
+        """Whether the lease allows a task to begin now; else it is given back."""
         if self._lease_held():
             return True
         if self._claim(record):

@@ -549,12 +549,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
-    """The outbox at ``path``: the one this process has open, or a new one. Each call wants its own ``close()``.
+def checked_path(path: Any) -> str:
+    """Where an outbox at ``path`` would be; nothing is opened or made.
 
-    One that another thread opens or closes at this moment is waited for, up to 30 s.
-
-    :raises ConfigurationError: the directory is missing, the file is another program's, or another process uses it.
+    :raises ConfigurationError: it cannot be there.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigurationError(f"must be a path, got {path!r}", "outbox")
@@ -564,6 +562,17 @@ def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
         raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "outbox")
     if os.path.isdir(name):
         raise ConfigurationError(f"{name!r} is a directory; name a file in it", "outbox")
+    return name
+
+
+def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
+    """The outbox at ``path``: the one this process has open, or a new one. Each call wants its own ``close()``.
+
+    One that another thread opens or closes at this moment is waited for, up to 30 s.
+
+    :raises ConfigurationError: the directory is missing, the file is another program's, or another process uses it.
+    """
+    name = checked_path(path)
     mine = Outbox(name)
     try:
         outbox = _share(mine)

@@ -180,13 +180,10 @@ class SekuireSDK:
             source = keys_source if option == "trusted_policy_keys" else None
             raise ConfigurationError(problem.problem, option, problem.source or source)
         options = dict(config.policy_options or {})
-        if "environment" in options:
-            raise ConfigurationError("has no 'environment'; it is an option of its own", "policy_options")
-        options["environment"] = config.environment
         theirs = options.get("on_violation")
         if theirs is None or callable(theirs):
             options["on_violation"] = functools.partial(self._note_violation, theirs)
-        return PolicyGateway._owning(client, self._workspace_id, options)
+        return PolicyGateway._owning(client, self._workspace_id, options, config.environment)
 
     def _note_violation(
         self, theirs: Optional[Callable[[PolicyViolationError], object]], error: PolicyViolationError

@@ -19,6 +19,7 @@ from ..config import (
     from_options,
     policy_keys_from_environment,
     read_environment,
+    split_policy_keys,
 )
 from ..credentials import RuntimeCredentialsStore
 from ..errors import ConfigurationError
@@ -72,7 +73,7 @@ class Settings:
                 raise ConfigurationError(f"is no setting of sekuire; {hint}", label(key))
             if key == _POLICY_KEYS and isinstance(value, str):
                 # Empty, it counts as not set, as the variable does.
-                value = [one.strip() for one in value.split(",") if one.strip()] or None
+                value = list(split_policy_keys(value)) or None
             if value is None:
                 continue
             if option in self._options:
@@ -214,15 +215,14 @@ def is_unprepared(executor: Any) -> bool:
 
 
 def _check_outbox(path: Any, source: Optional[str] = None) -> None:
-    name = os.path.realpath(os.fspath(path))
-    directory = os.path.dirname(name)
-    problem = ""
-    if not os.path.isdir(directory):
-        problem = f"the directory {directory!r} does not exist; make it first"
-    elif os.path.isdir(name):
-        problem = f"{name!r} is a directory; name a file in it"
-    if problem:
-        raise ConfigurationError(problem, "outbox" if source is None else None, source)
+    from ..outbox import checked_path
+
+    try:
+        checked_path(path)
+        return
+    except ConfigurationError as error:
+        problem = error.problem
+    raise ConfigurationError(problem, "outbox" if source is None else None, source)
 
 
 def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
@@ -234,11 +234,9 @@ def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
     if config.policy_gateway is not None or missing_packages():
         return
     options = {name: value for name, value in (config.policy_options or {}).items() if name != "storage_uri"}
-    if "environment" in options:
-        raise ConfigurationError("has no 'environment'; it is an option of its own", "policy_options")
     try:
         client = PolicyClient._with(_ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path)
-        PolicyGateway._owning(client, lambda: None, {**options, "environment": config.environment})
+        PolicyGateway._owning(client, lambda: None, options, config.environment)
         return
     except ConfigurationError as error:
         found = error

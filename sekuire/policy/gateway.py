@@ -118,15 +118,19 @@ class PolicyGateway:
 
     @classmethod
     def _owning(
-        cls, client: PolicyClient, workspace_id: Callable[[], Optional[str]], options: Mapping[str, Any]
+        cls,
+        client: PolicyClient,
+        workspace_id: Callable[[], Optional[str]],
+        options: Mapping[str, Any],
+        environment: Optional[str] = None,
     ) -> PolicyGateway:
         """A gateway that closes its client, for a workspace that may only be known after the login."""
-        known = ("warn_only", "on_violation", "on_unavailable", "on_change", "storage_uri", "environment")
+        known = ("warn_only", "on_violation", "on_unavailable", "on_change", "storage_uri")
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
             raise ConfigurationError(f"has no {unknown!r}; known are {', '.join(known)}", "policy_options")
         gateway = cls.__new__(cls)
-        gateway._set_up(client, workspace_id, **options)
+        gateway._set_up(client, workspace_id, environment=environment, **options)
         gateway._owns_client = True
         return gateway
 

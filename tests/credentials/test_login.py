@@ -600,12 +600,19 @@ def test_a_refused_early_renewal_is_not_the_end_of_who_has_other_ways(
     assert (scripted.count("refresh"), scripted.count("bootstrap")) == (1, 2)
 
 
-def test_two_of_one_store_with_other_ways(scripted: Scripted, make: Make) -> None:
-    """Of two agents on one store, the one with an install token uses it though the other's renewal was refused."""
+def two_of_one_store(
+    scripted: Scripted, make: Make
+) -> Tuple[Refusing, RuntimeCredentialsStore, Authenticator, Authenticator]:
+    """Two agents on one store, whose refresh is refused: one without another way, one with an install token."""
     refusing = Refusing(scripted)
     given = RuntimeCredentials(installation_id="inst-1", runtime_token="skr_given", refresh_token="skf_given")
     store = RuntimeCredentialsStore(given)
-    poor, rich = make(scripted, store=store), make(scripted, store=store, install_token=INSTALL)
+    return refusing, store, make(scripted, store=store), make(scripted, store=store, install_token=INSTALL)
+
+
+def test_two_of_one_store_with_other_ways(scripted: Scripted, make: Make) -> None:
+    """Of two agents on one store, the one with an install token uses it though the other's renewal was refused."""
+    refusing, store, poor, rich = two_of_one_store(scripted, make)
     used = store.generation
     leader = Calls(lambda: poor.rejected(used, patience()))
     assert refusing.entered.wait(PATIENCE)
@@ -621,10 +628,7 @@ def test_two_of_one_store_with_other_ways(scripted: Scripted, make: Make) -> Non
 
 def test_a_success_is_shared_by_two_of_one_store(scripted: Scripted, make: Make) -> None:
     """What one agent of a store gets by its own ways serves the other, which asks for nothing."""
-    refusing = Refusing(scripted)
-    given = RuntimeCredentials(installation_id="inst-1", runtime_token="skr_given", refresh_token="skf_given")
-    store = RuntimeCredentialsStore(given)
-    poor, rich = make(scripted, store=store), make(scripted, store=store, install_token=INSTALL)
+    refusing, store, poor, rich = two_of_one_store(scripted, make)
     used = store.generation
     leader = Calls(lambda: rich.rejected(used, patience()))
     assert refusing.entered.wait(PATIENCE)
