@@ -19,11 +19,11 @@ import attrs
 from . import protocol
 from .config import SDKConfig
 from .credentials import Authenticator, Snapshot
-from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from .errors import ConfigurationError, SekuireError
 from .lifecycle import LONG_WAIT, Deadline, at_exit, check_process, forget_exit, join_all
 from .models import Completion, Task
-from .transport.http import Reply
 from .transport.retry import full_jitter
+from .wire.verdict import Later, Retry, Revoked, Settled, Substitute, Unauthorized, Unsupported, Verdict, verdict
 
 __all__ = ["AuditHandler", "AuditLog", "AuditStats"]
 
@@ -56,7 +56,6 @@ _LEAVE = 2.0
 
 _TYPES = frozenset(protocol.EVENT_TYPES)
 _SEVERITIES = frozenset(protocol.SEVERITIES)
-_NOT_SUPPORTED = (404, 405, 501)
 #: Failures of a task that something is broken for, where the others are decisions.
 _BROKEN = frozenset(("handler_error", "timeout", "result_not_serializable", "result_too_large"))
 
@@ -471,50 +470,39 @@ class AuditLog:
         def path_of(snapshot: Snapshot) -> str:
             return self._path
 
-        problem: Optional[SekuireError] = None
-        reply: Optional[Reply] = None
         try:
             reply, _ = self._auth.request(
                 "POST", path_of, body=batch.body, idempotency_key=batch.key, deadline=Deadline(limit)
             )
+            found = verdict("logs", reply)
         except SekuireError as error:
-            problem = error
-        if reply is None:
-            assert problem is not None
-            self._take_problem(batch, problem)
-        else:
-            self._take_reply(batch, reply)
-
-    def _take_problem(self, batch: _Batch, problem: SekuireError) -> None:
-        """No answer came."""
-        if isinstance(problem, RevokedError):
-            self._switch_off(f"{problem}; no further audit events are sent")
-        elif isinstance(problem, TransportError) and problem.retryable:
-            if self._closing is not None:
+            found = verdict("logs", error)
+            if isinstance(found, Retry) and self._closing is not None:
                 self._closing.shorten(_LAST_TRY)
-            self._retry(batch, problem, full_jitter(batch.tries, RETRY_MIN, RETRY_MAX))
-        else:
-            self._retry(batch, problem, STUBBORN)
+        self._act_on(batch, found)
 
-    def _take_reply(self, batch: _Batch, reply: Reply) -> None:
-        if reply.is_success:
+    def _act_on(self, batch: _Batch, found: Verdict) -> None:
+        is_off = self._auth.support.note("logs", found)
+        if isinstance(found, Settled):
             self._settle(batch)
-            return
-        error = protocol.decode_error(reply.status, reply.body)
-        if reply.status in _NOT_SUPPORTED and not self._was_taken:
-            self._switch_off(f"the platform takes no audit events ({error}); none are sent any more")
-        elif protocol.is_transient(reply.status) or reply.status in (401, *_NOT_SUPPORTED):
-            # Where it has taken some before, a 404 is a platform that is being replaced.
-            delay = full_jitter(batch.tries, RETRY_MIN, RETRY_MAX)
-            self._retry(batch, error, max(delay, reply.retry_after() or 0.0))
-        elif reply.status == 413 and len(batch.events) > 1:
+        elif isinstance(found, Revoked):
+            self._switch_off(f"{found.error}; no further audit events are sent")
+        elif is_off and not self._was_taken:
+            self._switch_off(f"the platform does not offer audit events ({found.error}); no more are sent")
+        elif isinstance(found, Later):
+            self._retry(batch, found.error, STUBBORN)
+        elif isinstance(found, (Retry, Unauthorized, Unsupported)):
+            # Where it has accepted some before, a 404 is a platform that is being replaced.
+            least = found.delay if isinstance(found, Retry) else 0.0
+            self._retry(batch, found.error, max(full_jitter(batch.tries, RETRY_MIN, RETRY_MAX), least))
+        elif isinstance(found, Substitute) and len(batch.events) > 1:
             self._split(batch)
         else:
             is_news = not self._is_refused
             self._is_refused = True
             log.log(
                 logging.ERROR if is_news else logging.DEBUG,
-                "the platform refused %d audit events, which are dropped: %s", len(batch.events), error,
+                "the platform refused %d audit events, which are dropped: %s", len(batch.events), found.error,
             )  # fmt: skip
             self._settle(batch, dropped=True)
 

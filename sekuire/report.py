@@ -14,11 +14,22 @@ from . import protocol
 from .config import WorkerConfig
 from .context import TaskContext
 from .credentials import Authenticator, Snapshot
-from .errors import RevokedError, SekuireError, TransportError
+from .errors import RevokedError, SekuireError
 from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
 from .models import Completion, Task
-from .transport.http import Reply
 from .transport.retry import full_jitter
+from .wire.verdict import (
+    Dropped,
+    Failed,
+    Retry,
+    Revoked,
+    Settled,
+    Substitute,
+    Unauthorized,
+    Unsupported,
+    Verdict,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from .outbox import Outbox
@@ -42,8 +53,6 @@ MEMORY_BYTES = 16 * 1024 * 1024
 MEMORY_ENTRY_BYTES = 64 * 1024
 #: Seconds between two progress reports of one task.
 PROGRESS_PAUSE = 1.0
-
-_NOT_SUPPORTED = (404, 405, 501)
 
 
 class Report:
@@ -125,6 +134,7 @@ class Reporter:
         self._outbox = outbox
         self._sender = (config.api_base_url, config.agent_id)
         self._auth = auth
+        self._support = auth.support
         self._worker_id = worker_id
         self._on_revoked = on_revoked
         self._owner = owner
@@ -146,8 +156,6 @@ class Reporter:
         self._flushing = False
         self._progress: Dict[str, Tuple[float, Optional[str]]] = {}
         self._progress_at: Dict[str, float] = {}
-        self._progress_off = False
-        self._release_off = False
 
     # -- results --
 
@@ -238,25 +246,24 @@ class Reporter:
         key = protocol.completion_key(report.task_id, attempt, substituted)
         path = self._endpoints.path("complete", task_id=report.task_id)
         data = body + protocol.completion_tail(attempt, self._worker_id)
-        reply, problem = self._send(path, data, key)
-        if reply is None:
-            self._retry(report, attempt, problem, passing=isinstance(problem, TransportError) and problem.retryable)
-        elif reply.is_success or reply.status == 409:
+        found = self._ask("complete", path, data, key)
+        self._support.note("complete", found)
+        if isinstance(found, Settled):
             self._settle(report, attempt)
-        elif reply.status in (404, 410):
-            log.warning("[%s] the platform no longer knows this task (%d); its result is dropped",
-                        report.task_id, reply.status)  # fmt: skip
+        elif isinstance(found, Retry):
+            self._retry(report, attempt, found)
+        elif isinstance(found, Dropped):
+            log.warning("[%s] the platform no longer knows this task (%s); its result is dropped",
+                        report.task_id, found.error)  # fmt: skip
             self._settle(report, attempt, dropped=True)
-        elif reply.status in (400, 413, 422) and not substituted:
-            self._substitute(report, reply)
-        elif protocol.is_transient(reply.status):
-            self._retry(report, attempt, f"HTTP {reply.status}", reply.retry_after() or 0.0)
-        elif reply.status == 401 and report.refused < REFUSALS:
+        elif isinstance(found, Substitute) and not substituted:
+            self._substitute(report, found)
+        elif isinstance(found, Unauthorized) and report.refused < REFUSALS:
             # The token was renewed, but can have been ended since, or one of several gateways not know it yet.
             report.refused += 1
-            self._retry(report, attempt, protocol.decode_error(reply.status, reply.body))
+            self._retry(report, attempt, Retry(found.error))
         else:
-            self._keep(report, attempt, reply)
+            self._keep(report, attempt, found)
 
     def restore(self, deadline: Deadline) -> int:
         """Take up what an earlier process left in the outbox, send it, and wait until each was sent once.
@@ -308,7 +315,7 @@ class Reporter:
 
         :param is_off: whether the task has come again meanwhile; it is not given back then.
         """
-        if self._release_off:
+        if not self._support.is_offered("release"):
             otherwise()
             return
         self._schedule(0.0, lambda: self._release(task.task_id, attempt, otherwise, is_off, 0))
@@ -317,7 +324,12 @@ class Reporter:
         """Remember the newest progress of a task and send it soon. Never blocks."""
         task_id = context.task_id
         with self._condition:
-            if self._progress_off or self._closed or task_id in self._held or task_id in self._remembered:
+            if (
+                not self._support.is_offered("progress")
+                or self._closed
+                or task_id in self._held
+                or task_id in self._remembered
+            ):
                 return
             waiting = task_id in self._progress
             self._progress[task_id] = (fraction, message)
@@ -396,10 +408,9 @@ class Reporter:
 
     # -- inside: one result --
 
-    def _send(self, path: str, body: bytes, key: Optional[str] = None) -> Tuple[Optional[Reply], SekuireError]:
-        """A reply of any status, or why there is none."""
-        problem: SekuireError = TransportError("not sent")
-        revoked: Optional[RevokedError] = None
+    def _ask(self, endpoint: str, path: str, body: bytes, key: Optional[str] = None) -> Verdict:
+        """Send once, and return what came of it; the kill switch has been passed on then."""
+        found: Verdict
 
         def path_of(snapshot: Snapshot) -> str:
             return path
@@ -408,14 +419,12 @@ class Reporter:
             reply, _ = self._auth.request(
                 "POST", path_of, body=body, idempotency_key=key, deadline=Deadline(self._call_timeout)
             )
-            return reply, problem
-        except RevokedError as error:
-            problem = revoked = error
+            found = verdict(endpoint, reply)
         except SekuireError as error:
-            problem = error
-        if revoked is not None:
-            self._on_revoked(revoked)
-        return None, problem
+            found = verdict(endpoint, error)
+        if isinstance(found, Revoked):
+            self._on_revoked(found.error)
+        return found
 
     def _settle(self, report: Report, attempt: int, dropped: bool = False) -> None:
         """The platform has, or does not want, what was sent under ``attempt``."""
@@ -462,14 +471,13 @@ class Reporter:
                 if self._remembered_bytes <= MEMORY_BYTES:
                     break
 
-    def _substitute(self, report: Report, reply: Reply) -> None:
-        error = protocol.decode_error(reply.status, reply.body)
-        code = "result_too_large" if reply.status == 413 else "result_rejected"
-        log.error("[%s] the platform refused the result (%s); it is told %s instead", report.task_id, error, code)
+    def _substitute(self, report: Report, found: Substitute) -> None:
+        log.error("[%s] the platform refused the result (%s); the failure %s is sent instead",
+                  report.task_id, found.error, found.code)  # fmt: skip
         substitute = Completion(
             task_id=report.task_id,
             attempt=report.attempt,
-            failure=protocol.failure(code, f"the platform refused the result: {error}"),
+            failure=protocol.failure(found.code, f"the platform refused the result: {found.error}"),
         )
         head = protocol.completion_head(substitute)
         with self._condition:
@@ -480,31 +488,28 @@ class Reporter:
             report.tries = 0
         self.enqueue(report)
 
-    def _retry(self, report: Report, attempt: int, why: object, at_least: float = 0.0, passing: bool = True) -> None:
-        """Send again after a backoff, or, where the problem is not ``passing``, slowly."""
+    def _retry(self, report: Report, attempt: int, found: Retry) -> None:
+        """Send again after a backoff."""
         with self._condition:
             # In one step, or a flush in between would find nothing to hurry, and then wait for the whole delay.
             tries = report.tries
             report.tries += 1
-            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), at_least) if passing else STUBBORN
-            if passing:
-                self._plan(report, delay)
+            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), found.delay)
+            self._plan(report, delay)
         log.log(
             logging.DEBUG if tries else logging.WARNING,
             "[%s] the result was not delivered (%s); it is kept and sent again in %.1f s",
             report.task_id,
-            why,
+            found.error,
             delay,
         )
-        if not passing:
-            self._try_late(report, attempt)
 
-    def _keep(self, report: Report, attempt: int, reply: Reply) -> None:
+    def _keep(self, report: Report, attempt: int, found: Failed) -> None:
+        """Send again, slowly: repeating is unlikely to help."""
         if not report.stubborn:
             report.stubborn = True
-            error = protocol.decode_error(reply.status, reply.body)
-            log.error("[%s] the platform does not take the result (%s); it is kept and tried every %g s",
-                      report.task_id, error, STUBBORN)  # fmt: skip
+            log.error("[%s] the result cannot be delivered (%s); it is kept and sent every %g s",
+                      report.task_id, found.error, STUBBORN)  # fmt: skip
         self._try_late(report, attempt)
 
     def _try_late(self, report: Report, attempt: int) -> None:
@@ -522,45 +527,39 @@ class Reporter:
         if is_off():
             return
         path = self._endpoints.path("release", task_id=task_id)
-        reply, problem = self._send(path, protocol.release_body(attempt, self._worker_id))
-        if reply is not None and reply.status in _NOT_SUPPORTED:
-            # 404 is also an unknown task; answering that one is harmless.
-            self._release_off = reply.status != 404
+        found = self._ask("release", path, protocol.release_body(attempt, self._worker_id))
+        self._support.note("release", found)
+        if isinstance(found, Unsupported):
             otherwise()
-        elif reply is None and not (isinstance(problem, TransportError) and problem.retryable):
-            log.warning("[%s] the platform did not take the task back (%s)", task_id, problem)
-        elif reply is None or protocol.is_transient(reply.status) or (reply.status == 401 and tries < REFUSALS):
-            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
-            log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
+        elif isinstance(found, Retry) or (isinstance(found, Unauthorized) and tries < REFUSALS):
+            least = found.delay if isinstance(found, Retry) else 0.0
+            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), least)
+            log.debug("[%s] not released (%s); again in %.1f s", task_id, found.error, delay)
             self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, is_off, tries + 1))
-        elif not reply.is_success:
-            log.warning("[%s] the platform did not take the task back (HTTP %d)", task_id, reply.status)
+        elif not isinstance(found, Settled):
+            log.warning("[%s] the platform did not accept the release of the task (%s)", task_id, found.error)
 
     def _send_progress(self, context: TaskContext) -> None:
         task_id = context.task_id
         with self._condition:
             newest = self._progress.pop(task_id, None)
-            if newest is None or self._progress_off:
+            if newest is None:
                 return
             self._progress_at[task_id] = time.monotonic() + PROGRESS_PAUSE
         path = self._endpoints.path("progress", task_id=task_id)
-        reply, problem = self._send(path, protocol.progress_body(*newest))
-        if reply is not None and reply.status in _NOT_SUPPORTED:
+        found = self._ask("progress", path, protocol.progress_body(*newest))
+        # A task that has ended since may be unknown to the platform by now: that says nothing of the endpoint.
+        is_open = self._is_open(task_id)
+        if is_open and isinstance(found, Unsupported) and self._support.note("progress", found):
             with self._condition:
-                # The task may have ended meanwhile, and a platform may not know it any more.
-                is_over = reply.status == 404 and (task_id in self._held or task_id in self._remembered)
-                warn = not self._progress_off and not is_over
-                if not is_over:
-                    self._progress_off = True
-                    self._progress.clear()
-            if warn:
-                log.warning("the platform takes no progress reports (HTTP %d); none are sent any more", reply.status)
-        elif reply is not None and reply.status == 409 and self._is_open(task_id):
-            # Another worker, which the platform gave the task to meanwhile, was first: nobody waits for this result.
+                self._progress.clear()
+            log.warning("the platform does not offer progress reports (%s); no more are sent", found.error)
+        elif isinstance(found, Dropped) and found.is_superseded and is_open:
+            # Another worker, which the platform gave the task to since, was first: nobody waits for this result.
             log.warning("[%s] the platform has the task's result already; the handler is cancelled", task_id)
             context._cancel("superseded")
-        elif reply is None or not reply.is_success:
-            log.debug("[%s] progress was not taken (%s)", task_id, reply.status if reply else problem)
+        elif not isinstance(found, Settled):
+            log.debug("[%s] progress was not accepted (%s)", task_id, found.error)
 
     def _is_open(self, task_id: str) -> bool:
         """Whether this task has no result here."""

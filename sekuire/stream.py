@@ -11,12 +11,13 @@ from . import protocol
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT, bearer_of
-from .errors import APIError, SekuireError, StreamError, TransportError
+from .errors import APIError, AuthenticationError, PlanLimitError, SekuireError, StreamError, TransportError
 from .lifecycle import Deadline
 from .models import Command, Connected, Task
 from .transport.live import LiveAnswer, LiveClient
 from .transport.retry import Backoff, Interrupted
 from .transport.sse import Event, EventStream
+from .wire.verdict import Failed, Retry, Revoked, Settled, Unauthorized, verdict
 
 log = logging.getLogger("sekuire.stream")
 
@@ -131,14 +132,15 @@ class TaskStream:
                 return None
             self._listener.on_login()
             answer = self._open(snapshot)
-            if answer.status == 401:
-                error = self._error_of(answer)
-                answer.close()
-                return self._renew(snapshot, error)
-            self._check(answer)
-            self._refused = None
-            self._read(answer)
-            return None
+            found = verdict("task_stream", answer)
+            if isinstance(found, Settled):
+                self._refused = None
+                self._read(answer)
+                return None
+            answer.close()
+            if isinstance(found, Unauthorized):
+                return self._renew(snapshot, found)
+            return self._problem(found, answer)
         except Interrupted:
             return None
         except (TransportError, APIError) as error:
@@ -162,49 +164,36 @@ class TaskStream:
         self._asked_at = time.monotonic()
         return self._live.open(path, credential=bearer_of(snapshot), headers=headers)
 
-    def _renew(self, snapshot: Snapshot, error: APIError) -> Optional[SekuireError]:
-        if protocol.is_revoked(error):
-            raise protocol.revocation(error)
-        fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT))
+    def _renew(self, snapshot: Snapshot, found: Unauthorized) -> Optional[SekuireError]:
+        try:
+            fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT))
+        except AuthenticationError:
+            if not found.is_foreign:
+                raise
+            # Another server says so, and it ends no login.
+            return found.error
         first = self._refused is None
         self._refused = fresh.generation
         # With a fresh token there is nothing to wait for; should that be refused too, the backoff slows this down.
-        return self._listen() if first else error
+        return self._listen() if first else found.error
 
-    def _check(self, answer: LiveAnswer) -> None:
-        """:raises SekuireError: this answer is no stream."""
-        status = answer.status
-        kind = answer.headers.get("Content-Type", "")
-        if status == 200 and kind.partition(";")[0].strip().lower() == protocol.STREAM_TYPE:
-            return
+    def _problem(self, found: Failed, answer: LiveAnswer) -> SekuireError:
+        """Return why the stream is not open, if that may pass.
+
+        :raises SekuireError: it cannot pass.
+        """
+        if isinstance(found, Retry) and (self._was_open or not found.is_fatal_at_first):
+            return found.error
+        if isinstance(found, Revoked) or isinstance(found.error, PlanLimitError):
+            raise found.error
         url = self._live.route.base + self._path
-        if status == 204:
-            raise StreamError(f"{url} answered 204, which means: do not connect again")
-        if answer.may_be_cut():
-            raise TransportError(f"{url} answered {status}, but the answer ended early")
-        if 200 <= status < 400:
-            what = f"{url} answered {status} with content type {protocol.one_line(kind)[:80] or 'none'!r}"
-            hint = "a task stream is 200 and text/event-stream; is api_base_url right, or is endpoints= needed?"
-            if status >= 300:
-                raise StreamError(f"{what}: a redirect, which is not followed; check api_base_url")
-            if not self._was_open:
-                raise StreamError(f"{what}; {hint}")
-            raise TransportError(what)
-        error = self._error_of(answer)
-        if protocol.is_revoked(error):
-            raise protocol.revocation(error)
-        if status in (404, 405):
-            what = f"{url} answered {error} (content type {protocol.one_line(kind)[:80] or 'none'!r})"
-            if not self._was_open:
-                raise StreamError(f"{what}; is api_base_url right, or is endpoints= needed?")
-            raise TransportError(what)
-        if status == 402 or protocol.is_transient(status):
-            raise error
-        raise StreamError(f"{url} refused the task stream: {error}")
-
-    def _error_of(self, answer: LiveAnswer) -> APIError:
-        after = protocol.retry_after(answer.headers.get("Retry-After"), protocol.utc_now())
-        return protocol.decode_error(answer.status, answer.error_body(), after)
+        if isinstance(found, Retry):
+            kind = protocol.one_line(answer.headers.get("Content-Type", ""))[:80] or "none"
+            raise StreamError(
+                f"{url} answered {answer.status} with content type {kind!r}, not a task stream: {found.error}; "
+                "is api_base_url right, or is endpoints= needed?"
+            )
+        raise StreamError(f"{url} refused the task stream: {found.error}")
 
     def _read(self, answer: LiveAnswer) -> None:
         events = EventStream(

@@ -110,8 +110,13 @@ def test_a_passing_problem_is_tried_again(scripted: Scripted, worker: Worker, an
 
 
 @pytest.mark.parametrize(
-    "answer", [(404, {}), (405, {}), (200, b"<html>", {"Content-Type": "text/html"}), (202, b"")], ids=str
-)
+    "answer",
+    [
+        (404, {}), (405, {}), (200, b"<html>", {"Content-Type": "text/html"}), (202, b""), (301, b""), (403, b"<html>"),
+        (402, {"detail": "x"}),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_is_fatal_at_first_is_not_later(scripted: Scripted, worker: Worker, answer: Any) -> None:
     """After a first 200 an answer that is no stream means a proxy or a deployment: it is tried again."""
     with worker:
@@ -124,9 +129,9 @@ def test_what_is_fatal_at_first_is_not_later(scripted: Scripted, worker: Worker,
         works(scripted, "t2")
 
 
-@pytest.mark.parametrize("answer", [(204, b""), (301, b""), (403, {}), (402, {})], ids=str)
+@pytest.mark.parametrize("answer", [(204, b""), (403, {}), (402, {})], ids=str)
 def test_what_is_fatal_later_too(scripted: Scripted, worker: Worker, answer: Any) -> None:
-    """204, a redirect and a refusal stop the worker whenever they come."""
+    """204 and a refusal of the platform stop the worker whenever they come."""
     with worker:
         works(scripted, "t1")
         scripted.on["stream"] = lambda request: answer

@@ -27,6 +27,7 @@ from ..models import Grant, HeartbeatReply, RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import Credential, HttpClient, Reply
 from ..transport.retry import call
+from ..wire.verdict import Support, Unauthorized, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
 
 log = logging.getLogger("sekuire.credentials")
@@ -79,6 +80,8 @@ class Authenticator:
         workspace_id: Optional[str] = None,
     ) -> None:
         self.store = store
+        #: Which optional endpoints this platform offers, for all that share the installation.
+        self.support = Support()
         self._http = http
         self._stop = stop
         self._agent_id = config.agent_id
@@ -163,12 +166,29 @@ class Authenticator:
         snapshot = self.snapshot(deadline)
         reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
         if reply.status == 401 and _revocation_in(reply) is None:
-            snapshot = self.rejected(snapshot.generation, deadline)
+            fresh = self._after_refusal(snapshot, reply, deadline)
+            if fresh is None:
+                return reply, snapshot
+            snapshot = fresh
             reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
         revoked = _revocation_in(reply)
         if revoked is not None:
             raise revoked
         return reply, snapshot
+
+    def _after_refusal(self, snapshot: Snapshot, reply: Reply, deadline: Deadline) -> Optional[Snapshot]:
+        """Return credentials for the replay of a call that got 401. None if another server said so and none are left.
+
+        A 401 that is not the platform's starts a refresh too, but it does not end a login (docs/protocol.md, "Whose
+        answer is it?", exception a).
+        """
+        try:
+            return self.rejected(snapshot.generation, deadline)
+        except AuthenticationError:
+            found = verdict("tasks", reply)
+            if not (isinstance(found, Unauthorized) and found.is_foreign):
+                raise
+        return None
 
     def accept_heartbeat(self, reply: HeartbeatReply, used: int, sent_at: float, sent_wall: float) -> None:
         """Take the fresh token that a heartbeat's answer may carry."""

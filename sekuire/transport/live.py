@@ -17,7 +17,7 @@ from .. import protocol
 from ..config import ConnectionConfig
 from ..errors import TransportError
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
-from .http import Credential, Route, describe, is_framed, without
+from .http import Credential, Route, describe, without
 
 #: Most bytes read of an answer that is an error, not a stream.
 _MAX_ERROR = 65536
@@ -111,15 +111,16 @@ class LiveAnswer:
                 return
             yield piece
 
-    def may_be_cut(self) -> bool:
-        """Whether the connection may have ended within this answer's headers (see :meth:`Reply.may_be_cut`)."""
-        return not is_framed(self.headers) and not self.error_body()
-
-    def error_body(self) -> bytes:
+    @property
+    def body(self) -> bytes:
         """What an answer that is no stream says, at most 64 KiB; empty where it cannot be read, or not in time."""
         if self._error_body is None:
             self._error_body = self._read_error()
         return self._error_body
+
+    def retry_after(self) -> Optional[float]:
+        """Seconds of ``Retry-After``, or None."""
+        return protocol.retry_after(self.headers.get("Retry-After"), protocol.utc_now())
 
     def _read_error(self) -> bytes:
         try:

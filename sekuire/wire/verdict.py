@@ -140,6 +140,8 @@ _MAY_BE_EMPTY: FrozenSet[str] = frozenset(
 #: Endpoints that a platform need not have, and the statuses that say so.
 _OPTIONAL: FrozenSet[str] = frozenset(("release", "progress", "logs", "capabilities", "cancel", "approvals"))
 _NOT_THERE = (404, 405, 501)
+#: The code of a 404 that is about one task, not about the endpoint.
+_UNKNOWN_TASK = "TASK_NOT_FOUND"
 #: Endpoints that log in. Each status here says that the credentials it was given are dead.
 _LOGINS: FrozenSet[str] = frozenset(("bootstrap", "recover", "refresh"))
 _DEAD = (400, 401, 403, 404, 409, 410)
@@ -178,7 +180,7 @@ def verdict(endpoint: str, outcome: Union[Answer, BaseException]) -> Verdict:
         return _of_page(endpoint, status, outcome)
     if endpoint == "policy" and status == 404:
         return SETTLED if payload.get("code") in (None, "POLICY_NOT_FOUND") else Retry(error, error.retry_after or 0.0)
-    if endpoint in _OPTIONAL and status in _NOT_THERE:
+    if endpoint in _OPTIONAL and status in _NOT_THERE and error.code != _UNKNOWN_TASK:
         return Unsupported(error)
     if protocol.is_transient(status):
         return Retry(error, error.retry_after or 0.0)
@@ -254,8 +256,7 @@ def _foreign(endpoint: str, answer: Answer) -> NotThePlatform:
     status = answer.status
     delay = answer.retry_after() or 0.0
     is_fatal = endpoint in _FIRST and status not in _NEVER_FATAL and status < 500
-    if 200 <= status < 300 and not answer.headers.get("Content-Type") and not _is_framed(answer.headers):
-        # It may be the platform's, cut on its way: the end of a connection ends its headers too.
+    if _may_be_cut(answer):
         return NotThePlatform(TransportError("the answer ended early", retry_after=delay), delay)
     what = f"{status}, {protocol.one_line(_content_type(answer))[:80] or 'no content type'}"
     text = protocol.page_text(answer.body)
@@ -276,6 +277,20 @@ def _content_type(answer: Answer) -> str:
 def _is_framed(headers: Mapping[str, str]) -> bool:
     """Return True if the headers say where the body ends (RFC 9112, section 6.3)."""
     return "Content-Length" in headers or "Transfer-Encoding" in headers
+
+
+def _may_be_cut(answer: Answer) -> bool:
+    """Return True if this may be the platform's answer, cut within its headers or within a body without a length.
+
+    http.client takes the end of a connection for the end of the headers, and of a body without a length.
+    """
+    if _is_framed(answer.headers) or _content_type(answer) not in ("", protocol.JSON_TYPE):
+        return False
+    try:
+        protocol.decode_body(answer.body)
+    except protocol.Malformed:
+        return True
+    return False
 
 
 def _object(body: bytes) -> Optional[Mapping[str, Any]]:

@@ -176,10 +176,10 @@ def test_what_an_error_says(live: Make) -> None:
         for number, expected in enumerate([b'{"message": "no: Bearer ***"}', b""]):
             answer = client.open("/stream", credential=BEARER, headers={"Last-Event-ID": str(number)})
             assert answer.status == 403
-            assert answer.error_body() == expected
+            assert answer.body == expected
             answer.close()
         answer = client.open("/stream", credential=None, headers={"Last-Event-ID": "0"})
-        assert answer.error_body() == bodies[0]
+        assert answer.body == bodies[0]
         answer.close()
 
 
@@ -194,7 +194,7 @@ def test_a_dripping_error_is_bounded(live: Make) -> None:
 
     with RawServer(talk) as server:
         answer = open_stream(live(server.url, read_timeout=0.3))
-        assert answer.error_body() == b""
+        assert answer.body == b""
         answer.close()
 
 

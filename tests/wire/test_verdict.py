@@ -46,9 +46,9 @@ ERROR_FORMS = (
     b'{"error": {"message": "y"}}',
 )
 FOREIGN_FORMS = (
-    b"<html><body>Not found</body></html>", b"", b"null", b"[]", b'"error"', b"\xff\xfe", b'{"error": ""}', b'{"error": null}',
-    b'{"error": {}}', b'{"error": 404}', b'{"detail": "x"}', b'{"message": "no Route matched"}', b'{"code": 404}',
-    b'{"error": "x"', b'{"status": "down"}',
+    b"<html><body>Not found</body></html>", b"", b"null", b"[]", b'"error"', b"\xff\xfe", b'{"error": ""}',
+    b'{"error": null}', b'{"error": {}}', b'{"error": 404}', b'{"detail": "x"}', b'{"message": "no Route matched"}',
+    b'{"code": 404}', b'{"error": "x"', b'{"status": "down"}',
 )  # fmt: skip
 
 
@@ -192,6 +192,8 @@ def test_what_a_refusal_carries() -> None:
     limit = verdict("bootstrap", Answer(402, error))
     assert isinstance(limit, Refused)
     assert isinstance(limit.error, PlanLimitError)
+    unknown = b'{"error": "x", "code": "TASK_NOT_FOUND"}'
+    assert verdict("release", Answer(404, unknown)) == Dropped(_ANY)
     gone = verdict("task_stream", Answer(404, error))
     assert isinstance(gone, Retry)
     assert gone.is_fatal_at_first
@@ -276,6 +278,16 @@ def test_errors_in_place_of_an_answer() -> None:
         assert type(found) is Retry
         assert "secret" not in str(found.error)
         assert type(error).__name__ in str(found.error)
+
+
+@pytest.mark.parametrize("endpoint", ["refresh", "task_stream", "complete"])
+def test_an_answer_that_may_be_cut_ends_nothing(endpoint: str) -> None:
+    """Without a length the end of the connection looks like the end of the answer."""
+    for status, body, kind in itertools.product((200, 400, 404), (b"", b'{"error": "x'), (JSON, NONE)):
+        found = verdict(endpoint, Answer(status, body, kind, **{"Content-Length": ""}))
+        assert isinstance(found, NotThePlatform)
+        assert not found.is_fatal_at_first
+        assert str(found.error) == "the answer ended early"
 
 
 def test_what_is_said_of_another_server() -> None:
