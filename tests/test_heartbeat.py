@@ -390,21 +390,27 @@ def test_an_answer_without_a_usable_lease(
 ) -> None:
     """What holds no usable lease leaves the old one to its end, whoever answered and with what status."""
     monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
-    scripted.on["bootstrap"] = lambda request: (201, grant(**lease_of(1.0)))
-    scripted.on["heartbeat"] = lambda request: answer
+    scripted.on["heartbeat"] = lambda request: (200, lease_of(1.0))
+    begun = threading.Event()
     reasons: List[Any] = []
 
     def hold(ctx: TaskContext, input: Any) -> None:
+        begun.set()
         ctx.wait_cancelled(GUARD)
         reasons.append(ctx.cancel_reason)
 
     worker = worker_of(scripted, heartbeat_interval=0.05)
     worker.on_task("echo", hold)
     with worker:
+        until(lambda: worker.stats().lease_expires_at)
         scripted.task("t1")
+        assert begun.wait(GUARD)
+        scripted.on["heartbeat"] = lambda request: answer
         until(lambda: reasons == ["lease lost"])
         assert worker.stats().lease_expires_at is not None
-        assert (worker.stats().last_heartbeat_at is not None) is is_beat
+        beat, count = worker.stats().last_heartbeat_at, scripted.count("heartbeat")
+        scripted.wait_for("heartbeat", count + 3)
+        assert (worker.stats().last_heartbeat_at != beat) is is_beat
 
 
 def test_a_page_ends_no_lease(scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:

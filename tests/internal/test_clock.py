@@ -52,9 +52,14 @@ def test_a_sandbox_without_the_clock_it_names(monkeypatch: pytest.MonkeyPatch) -
 def test_the_clocks_of_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     """MacOS has a raw clock that counts sleep, the clock of Windows does so anyway, elsewhere the wall clock helps."""
     asked: List[int] = []
+
+    def read(clock: int) -> float:
+        asked.append(clock)
+        return 5.0
+
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
     monkeypatch.setattr(time, "CLOCK_MONOTONIC_RAW", 4, raising=False)
-    monkeypatch.setattr(time, "clock_gettime", lambda clock: asked.append(clock) or 5.0, raising=False)
+    monkeypatch.setattr(time, "clock_gettime", read, raising=False)
     assert choose_elapsed("darwin")() == 5.0
     assert asked == [4]
     assert choose_elapsed("win32") is time.monotonic
