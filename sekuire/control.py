@@ -14,7 +14,7 @@ from .config import WorkerConfig
 from .dispatch import Dispatcher
 from .errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
 from .installation import Installation
-from .lifecycle import CallbackThread, Timer
+from .lifecycle import LOOK_AGAIN, CallbackThread, Timer
 from .models import Command, Connected, HeartbeatReply, Task, WorkerReport
 
 log = logging.getLogger("sekuire.worker")
@@ -39,8 +39,9 @@ class Control:
 
     The stream's thread and the heartbeat's thread call it; ``_lock`` orders the two where they change the same state
     (the pause that a command and the desired state both speak of) and is not held over a callback. The dispatcher's
-    lock is taken below it. ``_lease_lock`` guards the lease's timer; any thread may bring a new lease. ``is_taking``:
-    the stream's thread has a task in hand, which may wait for room or for the lease; only that thread writes it.
+    lock is taken below it. ``_lease_lock`` guards the watch over the lease (``_lease_timer``, ``_asked_at`` and
+    ``_lost``); any thread may bring a new lease. ``is_taking``: the stream's thread has a task in hand, which may wait
+    for room or for the lease; only that thread writes it.
 
     :param restore: delivers what an earlier process left; called once, after the login and before the first stream.
     :param note: told of what changes the worker's health: state, reason, severity; it must not block.
@@ -91,7 +92,10 @@ class Control:
         self._warned_policy = False
         self._is_policy_loaded = False
         self._stop = stop
+        #: The limit of the lease that counts as lost.
         self._lost: Optional[float] = None
+        #: When one more heartbeat was asked for, because the lease looks ended (monotonic); else None.
+        self._asked_at: Optional[float] = None
 
     # -- the stream's thread --
 
@@ -117,6 +121,7 @@ class Control:
         if connected.installation_id and self._store.current.installation_id is None:
             self._store.adopt_installation(connected.installation_id)
             self._heartbeat.nudge()
+        self._heartbeat.note_ignored(connected.ignored)
         self._heartbeat.note_interval(connected.heartbeat_interval)
         self._apply_desired(connected.desired_state, None, as_of)
 
@@ -147,12 +152,15 @@ class Control:
                 self._dispatcher.pause("command", command.reason)
             elif command.type == "resume":
                 self._dispatcher.resume("command", "desired_state")
-            else:
+            elif command.type == "terminate":
                 self._was_terminated = True
+            else:
+                self.unusable += 1
+                return
         self._note_command(command.type, command.reason)
         if command.type == "terminate":
             self._terminate(command.shutdown_timeout, "terminated" + (f": {command.reason}" if command.reason else ""))
-        self._tell(command)
+        self.tell(command)
         self._heartbeat.nudge()
 
     # -- the heartbeat's thread --
@@ -167,14 +175,10 @@ class Control:
         return self._config.heartbeat_interval
 
     def on_lease(self) -> None:
-        """Have the timer look at the lease when it ends."""
-        with self._lease_lock:
-            limit = self._heartbeat.lease.limit
-            old, self._lease_timer = self._lease_timer, None
-            if limit < math.inf:
-                self._lease_timer = self._timer.call_at(limit, self._lease_ended)
-            if old is not None:
-                self._timer.cancel(old)
+        """Have the timer watch the lease. Any thread."""
+        if self._heartbeat.lease.limit < math.inf:
+            with self._lease_lock:
+                self._look_again(min(max(0.0, self._heartbeat.lease.time_left()), LOOK_AGAIN))
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:
@@ -183,9 +187,33 @@ class Control:
         self._apply_desired(reply.desired_state, reply.shutdown_timeout, sent_at)
         if reply.active_policy_hash and not self._warned_policy:
             self._miss_policy()
+        self._note_try()
 
     def on_heartbeat_problem(self, error: SekuireError) -> None:
-        """A missed beat shows in the lease; nothing else follows from it."""
+        """Note a missed beat. It shows in the lease; nothing else follows from it."""
+        self._note_try()
+
+    def _note_try(self) -> None:
+        with self._lease_lock:
+            if self._asked_at is not None:
+                self._look_again(0.0)
+
+    # -- any thread --
+
+    def note_revocation(self, error: RevokedError) -> Optional[Command]:
+        """Note that the installation is revoked. Return the command that this is, unless the worker was terminated."""
+        with self._lock:
+            is_news = not self._was_terminated
+            self._was_terminated = True
+        if not is_news:
+            return None
+        self._note_command("terminate", error.reason)
+        return Command(type="terminate", reason=error.reason, shutdown_timeout=error.shutdown_timeout)
+
+    def tell(self, command: Command) -> None:
+        """Have the user's callbacks called with a command that took effect."""
+        for callback in self.command_callbacks:
+            self._callbacks.post(callback, command)
 
     # -- inside --
 
@@ -212,27 +240,53 @@ class Control:
         self._note_command(_COMMAND_FOR[desired], reason)
         if desired == "terminated":
             self._terminate(timeout, "terminated: " + reason)
-        self._tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
+        self.tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
 
     def _note_command(self, kind: str, reason: Optional[str]) -> None:
         # Before a termination begins, so that nothing of its end is noted earlier.
         if self._note is not None:
             self._note(_STATE_AFTER[kind], reason, "info")
 
-    def _tell(self, command: Command) -> None:
-        for callback in self.command_callbacks:
-            self._callbacks.post(callback, command)
+    def _look_again(self, delay: float) -> None:
+        """Have the timer look at the lease in ``delay`` seconds, in place of an earlier order. Needs the lease lock."""
+        old = self._lease_timer
+        self._lease_timer = self._timer.call_at(time.monotonic() + delay, self._look_at_lease)
+        if old is not None:
+            self._timer.cancel(old)
 
-    def _lease_ended(self) -> None:
+    def _look_at_lease(self) -> None:
+        """Cancel what runs if the lease has ended and one more heartbeat brought no new one. The timer's thread.
+
+        The lease counts a suspend and, on some systems, a step of the wall clock. The platform may know of neither, or
+        would prolong the lease if it were asked: it is asked first.
+        """
         lease = self._heartbeat.lease
-        if lease.is_held():
-            return
-        self._dispatcher.cancel_running("lease lost")
-        # A stream that is opened anew meanwhile has the timer look again; that is no news.
-        if lease.limit != self._lost:
-            self._lost = lease.limit
+        # A beat that was sent before a suspend may hold the heartbeat's thread for its whole time.
+        patience = 2 * self._heartbeat.beat_limit()
+        must_ask = is_lost = False
+        with self._lease_lock:
+            now, limit, left = time.monotonic(), lease.limit, lease.time_left()
+            if left > 0:
+                self._asked_at = None
+                # Not until its end: the timer's waits do not count a suspend.
+                self._look_again(min(left, LOOK_AGAIN))
+            elif limit == self._lost:
+                self._asked_at = None
+            elif self._asked_at is None:
+                must_ask = True
+                self._asked_at = now
+                self._look_again(patience)
+            elif self._heartbeat.has_tried_since(self._asked_at) or now >= self._asked_at + patience:
+                is_lost = True
+                self._asked_at, self._lost = None, limit
+            else:
+                self._look_again(self._asked_at + patience - now)
+        if must_ask:
+            self._heartbeat.nudge()
+        if is_lost:
             log.error("the lease has ended without a heartbeat; no task begins and running ones are cancelled until "
                       "the platform renews it")  # fmt: skip
+            self._dispatcher.cancel_running("lease lost")
             if self._note is not None:
                 self._note("lease lost", None, "error")
 

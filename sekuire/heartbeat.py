@@ -7,15 +7,17 @@ import logging
 import math
 import threading
 import time
-from typing import Any, Callable, List, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
 
 from . import protocol
+from ._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT
 from .errors import RevokedError, SekuireError, TransportError
 from .lifecycle import Deadline, PeriodicThread
 from .models import Grant, HeartbeatReply, WorkerReport
-from .transport.http import HttpClient
+from .transport.http import HttpClient, Reply
+from .wire.verdict import NotThePlatform, Revoked, Settled, verdict
 
 log = logging.getLogger("sekuire.heartbeat")
 
@@ -39,36 +41,56 @@ class Participant(Protocol):
     def on_lease(self) -> None:
         """The lease has a new end; any thread, and it must not block."""
 
-    def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None: ...
+    def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
+        """Hear of an answer of the platform; ``sent_at`` is ``time.monotonic()`` of its request."""
 
     def on_heartbeat_problem(self, error: SekuireError) -> None: ...
 
 
 class Lease:
-    """Until when the platform counts this installation as alive, on the monotonic clock.
+    """Until when the platform counts on this installation. Only the platform extends or ends it.
 
-    Written by the threads that beat, log in or take part, under ``_lock``; read by any: ``limit`` is one float,
-    replaced whole.
+    All times are of ``clock.elapsed()``, which counts a suspend. ::
+
+        lease = Lease()
+        lease.renew(60.0, None, SYSTEM_CLOCK.elapsed(), grace=10.0)
+        assert lease.is_held()
+
+    Threads: those that beat, log in or take part write under ``_lock``; any may read. ``limit`` is one float, replaced
+    whole.
     """
 
-    __slots__ = ("_end", "_lock", "expires_at", "limit")
+    __slots__ = ("_clock", "_end", "_lock", "expires_at", "limit")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         self._end = math.inf
-        #: ``time.monotonic()`` after which work must stop: the lease's end and its grace. Infinite while unknown.
+        #: When work must stop: the lease's end and its grace. Infinite until the platform has sent a lease.
         self.limit = math.inf
         self.expires_at: Optional[dt.datetime] = None
 
     def is_held(self) -> bool:
-        return time.monotonic() < self.limit
+        """Return True while work may begin."""
+        return self._clock.elapsed() < self.limit
 
-    def renew(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float, grace: float) -> None:
-        """Begin a new lease; an unknown ``lifetime`` (seconds) means no limit."""
+    def time_left(self) -> float:
+        """Return the seconds until :attr:`limit`; negative after it, infinite without a lease."""
+        return self.limit - self._clock.elapsed()
+
+    def renew(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float, grace: float) -> bool:
+        """Apply what an answer says of the lease. Return True if that changes it.
+
+        :param lifetime: seconds from ``sent_at``; 0 ends the lease, and None (the answer names no end) changes nothing.
+        """
         with self._lock:
+            if lifetime is None or (lifetime <= 0 and self._end <= sent_at):
+                # A lease that has ended is not ended again: its grace would begin again with each such answer.
+                return False
             self.expires_at = expires_at
-            self._end = math.inf if lifetime is None else sent_at + lifetime
+            self._end = sent_at + lifetime
             self.limit = self._end + grace
+            return True
 
     def allow(self, grace: float) -> None:
         """Set the grace of the present lease."""
@@ -85,8 +107,10 @@ class Heartbeat:
     """Beats for one installation, whoever takes part in it.
 
     ``sekuire-heartbeat`` runs :meth:`_beat`; any thread may attach, detach, start, nudge and stop. ``_lock`` guards
-    the list of participants; they are called outside it. One beat is one try within min(interval / 2, 5 s); the next
-    try comes at the interval.
+    the list of participants; they are called outside it. One beat is one try within :meth:`beat_limit`; the next try
+    comes at the interval, which counts a suspend.
+
+    :param clock: measures the lease and the interval.
     """
 
     def __init__(
@@ -98,9 +122,13 @@ class Heartbeat:
         capabilities: Callable[[], Tuple[str, ...]],
         policy_gateway: Any = None,
         owner: object = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self.lease = Lease()
+        self.lease = Lease(clock)
         self.last_at: Optional[dt.datetime] = None
+        #: When the newest beat ended, answered or not (monotonic), and the clock's offset when it began.
+        self._tried = (-math.inf, 0.0)
+        self._clock = clock
         self._http = http
         self._auth = auth
         self._platform = platform
@@ -114,7 +142,12 @@ class Heartbeat:
         self._started_at = time.monotonic()
         self._warned_no_id = False
         self._is_refused = False
+        #: What another call of this installation was answered; this thread takes it to the participants.
+        self._revocation: Optional[RevokedError] = None
+        # Fields of answers that were warned of. Two threads that see the same one at once may both warn.
+        self._warned: Set[str] = set()
         auth.on_grant = self._note_grant
+        auth.on_revoked = self._note_revocation
 
     # -- who takes part (any thread) --
 
@@ -137,7 +170,9 @@ class Heartbeat:
         """Begin to beat, now and at every interval. Again after :meth:`stop` is allowed; twice does nothing."""
         with self._lock:
             if self._thread is None:
-                self._thread = PeriodicThread("sekuire-heartbeat", self._beat, self.interval, owner=self._owner)
+                self._thread = PeriodicThread(
+                    "sekuire-heartbeat", self._beat, self.interval, owner=self._owner, clock=self._clock.elapsed
+                )
                 try:
                     self._thread.start()
                 except RuntimeError:
@@ -175,9 +210,30 @@ class Heartbeat:
         return min(wanted, default=60.0)
 
     def note_interval(self, seconds: Optional[float]) -> None:
-        """Take the interval that the platform names."""
-        if seconds is not None:
-            self._platform_interval = seconds
+        """Apply the interval that the platform names, also to the wait in progress. Any thread."""
+        if seconds is None:
+            return
+        self._platform_interval = seconds
+        thread = self._thread
+        if thread is not None:
+            thread.reconsider()
+
+    def has_tried_since(self, moment: float) -> bool:
+        """Return True if a beat has ended since ``moment`` (monotonic), and it was not sent before a suspend."""
+        ended_at, offset = self._tried
+        return ended_at >= moment and self._clock.offset() - offset < LEAST_GAP
+
+    def beat_limit(self) -> float:
+        """Return the seconds that one beat may take."""
+        return max(min(self.interval() / 2, BEAT_LIMIT), BEAT_LEAST)
+
+    def note_ignored(self, ignored: Mapping[str, str]) -> None:
+        """Warn of each field of an answer that could not be used, once. Any thread."""
+        for name in ignored.keys() - self._warned:
+            self._warned.add(name)
+            # An order that is not understood is not carried out: somebody must look at it.
+            level = logging.WARNING if name == "lease_expires_at" else logging.ERROR
+            log.log(level, "the platform sent %s, which is ignored: %s; fix it there", name, ignored[name])
 
     # -- beating --
 
@@ -186,17 +242,21 @@ class Heartbeat:
         return self._send(status, Deadline(limit)) is not None
 
     def _beat(self) -> None:
-        if self._auth.store.current.runtime_token is None:
-            # Logging in is no beat: it may take its own time.
-            limit = RENEWAL_TIMEOUT
-        else:
-            limit = max(min(self.interval() / 2, BEAT_LIMIT), BEAT_LEAST)
-        self._send(None, Deadline(limit))
+        revocation, self._revocation = self._revocation, None
+        if revocation is not None:
+            self._take(_revoked(revocation), time.monotonic(), 0.0, self._present())
+            return
+        # Logging in is not a beat: it may take its own time.
+        must_log_in = self._auth.store.current.runtime_token is None
+        self._send(None, Deadline(RENEWAL_TIMEOUT if must_log_in else self.beat_limit()))
 
     def _send(self, status: Optional[str], deadline: Deadline) -> Optional[HeartbeatReply]:
         participants = self._present()
         problem: Optional[SekuireError] = None
         reply: Optional[HeartbeatReply] = None
+        is_foreign = False
+        # Taken before the request: a suspend on the way shortens the lease, and must not prolong it.
+        offset = self._clock.offset()
         sent_at = time.monotonic()
         try:
             snapshot = self._auth.snapshot(deadline)
@@ -206,29 +266,41 @@ class Heartbeat:
             answer, used = self._auth.request(
                 "POST", self._path, body=self._body(status, participants), deadline=deadline
             )
-            answer.check()
             sent_at = answer.sent_at
-            try:
-                payload = answer.json()
-            except protocol.Malformed:
-                payload = None
-            reply = protocol.decode_heartbeat(payload, answer.date, answer.now)
-            if reply.refreshed_token is not None:
+            found = verdict("heartbeat", answer)
+            if isinstance(found, Settled):
+                reply = self._read(answer)
                 self._auth.accept_heartbeat(reply, used.generation, answer.sent_at, answer.sent_wall)
+            elif isinstance(found, Revoked):
+                reply = _revoked(found.error)
+            else:
+                problem = found.error
+                is_foreign = isinstance(found, NotThePlatform)
         except RevokedError as error:
-            reply = HeartbeatReply(revoked=True, reason=error.reason, shutdown_timeout=error.shutdown_timeout)
+            reply = _revoked(error)
+            self._revocation = None
         except SekuireError as error:
             problem = error
+        finally:
+            self._tried = (time.monotonic(), offset)
         if reply is not None:
             self._is_refused = False
-            self._take(reply, sent_at, participants)
+            self._take(reply, sent_at, offset, participants)
         elif problem is not None:
-            # A network that is gone is told by the stream or the Beacon; a refusal once, not at every beat.
-            is_news = not isinstance(problem, TransportError) and not self._is_refused
-            self._is_refused = not isinstance(problem, TransportError)
-            log.log(logging.WARNING if is_news else logging.DEBUG, "a heartbeat was not taken: %s", problem)
+            # The stream or the Beacon says that the network is gone. What somebody answered is said here, once.
+            is_answered = is_foreign or not isinstance(problem, TransportError)
+            level = logging.WARNING if is_answered and not self._is_refused else logging.DEBUG
+            self._is_refused = self._is_refused or is_answered
+            log.log(level, "a heartbeat was not accepted: %s", problem)
             for participant in participants:
                 participant.on_heartbeat_problem(problem)
+        return reply
+
+    def _read(self, answer: Reply) -> HeartbeatReply:
+        """Decode an answer in the platform's form. An empty one is a beat that says nothing."""
+        payload = answer.json() if answer.body else None
+        reply = protocol.decode_heartbeat(payload, answer.date, answer.now)
+        self.note_ignored(reply.ignored)
         return reply
 
     def _path(self, snapshot: Snapshot) -> str:
@@ -248,11 +320,11 @@ class Heartbeat:
             self._policy_hash(),
         )
 
-    def _take(self, reply: HeartbeatReply, sent_at: float, participants: List[Participant]) -> None:
+    def _take(self, reply: HeartbeatReply, sent_at: float, offset: float, participants: List[Participant]) -> None:
         if not reply.revoked:
             self.last_at = protocol.utc_now()
             self.note_interval(reply.heartbeat_interval)
-            self._renew_lease(reply.lease_lifetime, reply.lease_expires_at, sent_at)
+            self._renew_lease(reply.lease_lifetime, reply.lease_expires_at, sent_at + offset)
             self._tell_gateway(reply)
         for participant in participants:
             participant.on_heartbeat(reply, sent_at)
@@ -276,14 +348,20 @@ class Heartbeat:
         return found if isinstance(found, str) else None
 
     def _note_grant(self, grant: Grant, sent_at: float) -> None:
+        self.note_ignored(grant.ignored)
         self.note_interval(grant.heartbeat_interval)
-        if grant.lease_lifetime is not None:
-            self._renew_lease(grant.lease_lifetime, grant.lease_expires_at, sent_at)
+        self._renew_lease(grant.lease_lifetime, grant.lease_expires_at, sent_at + self._clock.offset())
+
+    def _note_revocation(self, error: RevokedError) -> None:
+        """Have the participants hear of the kill switch, whatever endpoint answered with it. Any thread."""
+        self._revocation = error
+        self.nudge()
 
     def _renew_lease(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float) -> None:
-        self.lease.renew(lifetime, expires_at, sent_at, self._grace())
-        for participant in self._present():
-            participant.on_lease()
+        """Apply what an answer says of the lease; ``sent_at`` is of the clock that counts a suspend."""
+        if self.lease.renew(lifetime, expires_at, sent_at, self._grace()):
+            for participant in self._present():
+                participant.on_lease()
 
     def _grace(self) -> float:
         return max(self.interval(), MIN_GRACE)
@@ -299,3 +377,7 @@ class Heartbeat:
                 "no heartbeats: the runtime token came without an installation_id, and the platform has not told it; "
                 "give installation_id (SEKUIRE_INSTALLATION_ID)"
             )
+
+
+def _revoked(error: RevokedError) -> HeartbeatReply:
+    return HeartbeatReply(revoked=True, reason=error.reason, shutdown_timeout=error.shutdown_timeout)

@@ -6,6 +6,7 @@ import threading
 from typing import Callable, List, Optional, Tuple, Union
 
 from . import platforms, protocol
+from ._internal.clock import SYSTEM_CLOCK, Clock
 from .config import AgentConfig
 from .credentials import Authenticator, RuntimeCredentialsStore
 from .errors import ConfigurationError
@@ -20,6 +21,7 @@ class Installation:
     It owns no thread but the heartbeat's. ``stop`` ends every wait of a login; it is set by whoever made this.
 
     :param pool_size: connections kept open: the threads that call.
+    :param clock: measures the lease.
     :raises ConfigurationError: a wrong store, or nothing to authenticate with.
     """
 
@@ -32,6 +34,7 @@ class Installation:
         api_key: Optional[Secret] = None,
         workspace_id: Optional[str] = None,
         owner: object = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         store = config.credentials_store
         if store is None:
@@ -63,6 +66,7 @@ class Installation:
             capabilities=lambda: self._names,
             policy_gateway=config.policy_gateway,
             owner=owner,
+            clock=clock,
         )
         self._secrets = (config.install_token, api_key)
         if config.credentials_store is None:

@@ -22,6 +22,8 @@ log = logging.getLogger("sekuire.lifecycle")
 
 #: Longest single wait in seconds; a wait for "ever" is a loop of these, so that platforms with small limits accept it.
 LONG_WAIT = 3600.0
+#: Longest wait between two looks at a clock that counts a suspend. The wait itself stands still during one.
+LOOK_AGAIN = 1.0
 
 
 class Deadline:
@@ -99,20 +101,31 @@ def is_owned_by(owner: object) -> bool:
 
 
 class PeriodicThread:
-    """Calls ``beat`` at once and then at every interval, on a daemon thread of its own.
+    """Call ``beat`` at once and then at every interval, on a daemon thread of its own.
 
-    ``start``, ``nudge``, ``stop`` and ``join`` may be called from any thread; ``beat`` and ``interval`` run on this
-    one. The wake event is the timer: :meth:`nudge` brings the next beat forward, :meth:`stop` ends the thread after
-    the current beat. An exception of ``beat`` is logged and does not end it.
+    ``start``, ``nudge``, ``reconsider``, ``stop`` and ``join`` may be called from any thread; ``beat`` and ``interval``
+    run on this one. The wake event is the timer: :meth:`nudge` brings the next beat forward, :meth:`stop` ends the
+    thread after the current beat. An exception of ``beat`` is logged and does not end it.
+
+    :param clock: what the interval is measured with. A clock that counts a suspend is looked at every second.
     """
 
     def __init__(
-        self, name: str, beat: Callable[[], None], interval: Callable[[], float], owner: object = None
+        self,
+        name: str,
+        beat: Callable[[], None],
+        interval: Callable[[], float],
+        owner: object = None,
+        clock: Optional[Callable[[], float]] = None,
     ) -> None:
         self._beat = beat
         self._interval = interval
         self._owner = owner
+        self._clock = time.monotonic if clock is None else clock
+        self._longest_wait = LONG_WAIT if clock is None else LOOK_AGAIN
         self._wake = threading.Event()
+        # Written before the event is set, and read after it is cleared.
+        self._nudged = False
         self._stopping = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -120,6 +133,12 @@ class PeriodicThread:
         self.thread.start()
 
     def nudge(self) -> None:
+        """Beat now, or again after the beat in progress."""
+        self._nudged = True
+        self._wake.set()
+
+    def reconsider(self) -> None:
+        """Ask for the interval again: it has become shorter."""
         self._wake.set()
 
     def stop(self) -> None:
@@ -133,18 +152,26 @@ class PeriodicThread:
     def _run(self) -> None:
         with owned_by(self._owner):
             while not self._stopping:
-                self._wake.clear()
-                started = time.monotonic()
+                self._nudged = False
+                started = self._clock()
                 try:
                     self._beat()
                 except Exception:
                     log.exception("%s: one round failed; the next comes at its time", self.thread.name)
                 except BaseException as error:  # noqa: BLE001  # sys.exit() in a user's callback must not end it.
                     log.error("%s: one round raised %s; ignored", self.thread.name, type(error).__name__)
-                while not self._stopping:
-                    delay = started + self._interval() - time.monotonic()
-                    if delay <= 0 or self._wake.wait(min(delay, LONG_WAIT)):
-                        break
+                self._wait_from(started)
+
+    def _wait_from(self, started: float) -> None:
+        """Wait until the next beat is due."""
+        while True:
+            self._wake.clear()
+            if self._stopping or self._nudged:
+                return
+            delay = started + self._interval() - self._clock()
+            if delay <= 0:
+                return
+            self._wake.wait(min(delay, self._longest_wait))
 
 
 class Timer:

@@ -67,6 +67,8 @@ class Connected:
     installation_id: Optional[str] = None
     heartbeat_interval: Optional[float] = None
     desired_state: Optional[str] = None
+    #: Field → why its value is not used.
+    ignored: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -102,7 +104,10 @@ class WorkerReport:
 
 @attrs.frozen(kw_only=True, slots=True)
 class HeartbeatReply:
-    """The platform's answer to a heartbeat; every field optional, lifetimes and intervals in seconds."""
+    """The platform's answer to a heartbeat; every field optional, lifetimes and intervals in seconds.
+
+    A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing of it.
+    """
 
     lease_expires_at: Optional[dt.datetime] = None
     lease_lifetime: Optional[float] = None
@@ -117,6 +122,8 @@ class HeartbeatReply:
     desired_state: Optional[str] = None
     #: The decoded JSON as it came, for a policy gateway of the user's own.
     raw: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
+    #: Field → why its value is not used.
+    ignored: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
 
 def _secret_field(name: str) -> Any:
@@ -187,13 +194,18 @@ class RuntimeCredentials:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Grant:
-    """The answer of bootstrap, recover or refresh; lifetimes in seconds, None where unknown."""
+    """The answer of bootstrap, recover or refresh; lifetimes in seconds, None where unknown.
+
+    A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing of it.
+    """
 
     credentials: RuntimeCredentials
     lifetime: Optional[float] = None
     lease_lifetime: Optional[float] = None
     lease_expires_at: Optional[dt.datetime] = None
     heartbeat_interval: Optional[float] = None
+    #: Field → why its value is not used.
+    ignored: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
 
 @attrs.frozen(kw_only=True, slots=True)

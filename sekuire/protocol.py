@@ -86,8 +86,12 @@ RETRYABLE = {
     "result_rejected": False,
 }
 
-#: Longest lifetime (seconds) a platform can mean; beyond it the value is taken for unknown.
-MAX_LIFETIME = 30 * 24 * 3600.0
+#: Longest lifetime (seconds) a token can have; beyond it the value is taken for unknown.
+MAX_TOKEN_LIFETIME = 400 * 24 * 3600.0
+#: Longest duration (seconds) of a wire field in milliseconds; beyond it the value is taken for absent.
+MAX_DURATION = 30 * 24 * 3600.0
+#: Shortest and longest interval of heartbeats (seconds) that a platform can set.
+MIN_INTERVAL, MAX_INTERVAL = 0.5, 24 * 3600.0
 #: Longest ``Retry-After`` (seconds) that is honoured.
 MAX_RETRY_AFTER = 300.0
 #: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
@@ -315,15 +319,39 @@ def parse_http_date(value: Optional[str]) -> Optional[dt.datetime]:
         return None
 
 
-def lifetime(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> Optional[float]:
-    """Seconds from the answer to ``end``, by the platform's clock (its ``Date`` header) or, without one, by ours.
+def token_lifetime(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> Optional[float]:
+    """Return the seconds from an answer to the end of a token, counted by the answer's ``Date``, else by our clock.
 
-    None means unknown: no end given, already past, or further than 30 days away.
+    None means unknown: no end is given, it has passed, or it is more than 400 days away. Then a 401 says it.
     """
     if end is None:
         return None
     seconds = (end - (parse_http_date(date) or now)).total_seconds()
-    return seconds if 0 < seconds <= MAX_LIFETIME else None
+    return seconds if 0 < seconds <= MAX_TOKEN_LIFETIME else None
+
+
+def lease_lifetime(
+    value: object, date: Optional[str], now: dt.datetime, ignored: Dict[str, str]
+) -> Tuple[Optional[dt.datetime], Optional[float]]:
+    """Return the end that ``lease_expires_at`` gives and the seconds until then, or twice None if it is not usable.
+
+    0 seconds mean that the platform has ended the lease. Only the answer's ``Date`` can show that: without one an end
+    that has passed may be the fault of our clock.
+
+    :param ignored: gets the reason where a value is not used.
+    """
+    if value is None:
+        return None, None
+    end = parse_time(value)
+    if end is None:
+        ignored["lease_expires_at"] = "it is not an RFC 3339 time"
+        return None, None
+    answered_at = parse_http_date(date)
+    seconds = (end - (answered_at or now)).total_seconds()
+    if seconds <= 0 and answered_at is None:
+        ignored["lease_expires_at"] = "it has passed by this machine's clock, and the answer has no Date header"
+        return None, None
+    return end, max(0.0, seconds)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -613,7 +641,8 @@ def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: 
     if not is_id(installation_id):
         raise Malformed("the answer has no usable installation_id")
     expires_at = parse_time(payload.get("expires_at"))
-    lease_end = parse_time(payload.get("lease_expires_at"))
+    ignored: Dict[str, str] = {}
+    lease_end, lease_seconds = lease_lifetime(payload.get("lease_expires_at"), date, now, ignored)
     workspace_id = payload.get("workspace_id")
     return Grant(
         credentials=RuntimeCredentials(
@@ -623,37 +652,43 @@ def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: 
             expires_at=expires_at,
             workspace_id=workspace_id if is_id(workspace_id) else base.workspace_id,
         ),
-        lifetime=lifetime(expires_at, date, now),
-        lease_lifetime=lifetime(lease_end, date, now),
+        lifetime=token_lifetime(expires_at, date, now),
+        lease_lifetime=lease_seconds,
         lease_expires_at=lease_end,
         heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
+        ignored=ignored,
     )
 
 
 def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> HeartbeatReply:
-    """The answer to a heartbeat. Every field is optional; one of a wrong type counts as absent."""
+    """Read the answer to a heartbeat; None is an empty one.
+
+    Every field is optional, and one of a wrong type counts as absent. What orders something (``revoked``,
+    ``desired_state``) is read in any spelling whose meaning is plain.
+    """
     if not isinstance(payload, dict):
         return HeartbeatReply()
-    lease_end = parse_time(payload.get("lease_expires_at"))
+    ignored: Dict[str, str] = {}
+    lease_end, lease_seconds = lease_lifetime(payload.get("lease_expires_at"), date, now, ignored)
     token_end = parse_time(payload.get("refreshed_token_expires_at"))
     try:
         token = _token(payload, "refreshed_token")
     except Malformed:
         token = None
-    desired = payload.get("desired_state")
     return HeartbeatReply(
         lease_expires_at=lease_end,
-        lease_lifetime=lifetime(lease_end, date, now),
+        lease_lifetime=lease_seconds,
         heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
         refreshed_token=token,
         refreshed_token_expires_at=token_end,
-        refreshed_token_lifetime=lifetime(token_end, date, now),
+        refreshed_token_lifetime=token_lifetime(token_end, date, now),
         active_policy_hash=_str(payload.get("active_policy_hash")),
-        revoked=payload.get("revoked") is True,
+        revoked=_is_revoked(payload, ignored),
         reason=_reason(payload.get("reason")),
         shutdown_timeout=milliseconds(payload.get("shutdown_timeout_ms")),
-        desired_state=desired if desired in ("running", "paused", "terminated") else None,
+        desired_state=_desired_state(payload, ignored),
         raw=payload,
+        ignored=ignored,
     )
 
 
@@ -800,7 +835,7 @@ def decode_command(text: str) -> Command:
     :raises Malformed: it is not JSON or its type is unknown.
     """
     payload = decode_json(text)
-    kind = payload.get("type") if isinstance(payload, dict) else None
+    kind = _word(payload.get("type")) if isinstance(payload, dict) else None
     if kind not in COMMANDS:
         raise Malformed(f"the command's type is not one of {', '.join(COMMANDS)}")
     command_id = payload.get("command_id")
@@ -821,11 +856,12 @@ def decode_connected(text: str) -> Connected:
     if not isinstance(payload, dict):
         return Connected()
     installation_id = payload.get("installation_id")
-    desired = payload.get("desired_state")
+    ignored: Dict[str, str] = {}
     return Connected(
         installation_id=installation_id if is_id(installation_id) else None,
         heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
-        desired_state=desired if desired in ("running", "paused", "terminated") else None,
+        desired_state=_desired_state(payload, ignored),
+        ignored=ignored,
     )
 
 
@@ -869,12 +905,54 @@ def _number(value: Any, highest: float) -> Optional[float]:
 
 def milliseconds(value: Any) -> Optional[float]:
     """A wire duration in milliseconds as seconds; None where it is no usable number."""
-    number = _number(value, MAX_LIFETIME * 1000)
+    number = _number(value, MAX_DURATION * 1000)
     return None if number is None else number / 1000.0
 
 
 def _interval(value: Any) -> Optional[float]:
-    return _number(value, 24 * 3600.0) or None
+    seconds = _number(value, MAX_INTERVAL)
+    # A platform that names a billionth of a second must not have us beat without a pause.
+    return max(seconds, MIN_INTERVAL) if seconds else None
+
+
+def _word(value: Any) -> Optional[str]:
+    """Return a string without the spaces and quotes around it, in lower case; None if it is not a string."""
+    return value.strip(" \t\r\n\"'").lower() if isinstance(value, str) else None
+
+
+_YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "")
+_STATES = {
+    "running": "running", "run": "running", "resume": "running", "resumed": "running",
+    "paused": "paused", "pause": "paused",
+    "terminated": "terminated", "terminate": "terminated",
+}  # fmt: skip
+
+
+def _is_revoked(payload: Mapping[str, Any], ignored: Dict[str, str]) -> bool:
+    value = payload.get("revoked")
+    if value is None or isinstance(value, bool):
+        return value is True
+    if isinstance(value, (int, float)) and value in (0, 1):
+        return value == 1
+    word = _word(value)
+    if word not in _YES and word not in _NO:
+        ignored["revoked"] = f"it must be true or false, got {_quoted(value)}"
+    return word in _YES
+
+
+def _desired_state(payload: Mapping[str, Any], ignored: Dict[str, str]) -> Optional[str]:
+    value = payload.get("desired_state")
+    if value is None:
+        return None
+    state = _STATES.get(_word(value) or "")
+    if state is None:
+        ignored["desired_state"] = f"it must be running, paused or terminated, got {_quoted(value)}"
+    return state
+
+
+def _quoted(value: Any) -> str:
+    """Return a value of the platform for a log line. Objects and lists could hold anything: their type is named."""
+    return repr(value[:80]) if isinstance(value, str) else type(value).__name__
 
 
 def _token(payload: Mapping[str, Any], name: str) -> Optional[Secret]:

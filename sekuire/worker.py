@@ -215,8 +215,8 @@ class Worker:
     def on_command(self, callback: _C) -> _C:
         """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own.
 
-        A change whose command was lost, and which the platform's desired state made good, comes as a command without
-        ``command_id``.
+        A revocation of the installation comes as a ``terminate`` with its reason. A change whose command was lost, and
+        which the platform's desired state made good, comes as a command without ``command_id``.
         """
         if not callable(callback):
             raise ConfigurationError(f"must be callable, got {type(callback).__name__}", "on_command")
@@ -594,7 +594,10 @@ class Worker:
                 # Refused at the door: whoever started it must hear of it.
                 self._error = error
         log.error("the worker stops: %s", error)
+        command = self._control.note_revocation(error)
         self._request_stop(error.shutdown_timeout, terminated=True, reason=str(error))
+        if command is not None:
+            self._control.tell(command)
 
     def _request_stop(
         self, timeout: Optional[float], *, terminated: bool = False, reason: Optional[str] = None

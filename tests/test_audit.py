@@ -827,15 +827,19 @@ def test_a_degraded_installation(scripted: Scripted, sdk_of: Make) -> None:
     assert "out of order" in events_of(scripted)[1]["event_data"]["reason"]
 
 
-def test_a_lost_lease(scripted: Scripted, sdk_of: Make) -> None:
+def test_a_lost_lease(scripted: Scripted, sdk_of: Make, caplog: pytest.LogCaptureFixture) -> None:
     """The end of a lease is one event of the worker, however often it is looked at."""
     sdk = sdk_of(scripted)
     worker = sdk.create_task_worker(heartbeat_interval=0.1)
     worker.on_task("echo", echo)
     with sdk, worker:
         worker._heartbeat.lease.limit = 0.0
+        worker._control.on_lease()
+        until(lambda: any("the lease has ended" in record.message for record in caplog.records))
         for _ in range(3):
-            worker._control._lease_ended()
+            worker._control.on_lease()
+            beats = scripted.count("heartbeat")
+            scripted.wait_for("heartbeat", beats + 1)
         worker._heartbeat.lease.limit = math.inf
     assert [data["state"] for data in data_of(events_of(scripted), "health")].count("lease lost") == 1
 

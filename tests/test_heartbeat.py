@@ -5,19 +5,32 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
+import time
 from email.utils import format_datetime
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
-from sekuire import TaskContext, Worker, heartbeat
+from sekuire import TaskContext, Worker, WorkerConfig, heartbeat
+from sekuire._internal.clock import Clock
 from sekuire.heartbeat import Lease
+from sekuire.installation import Installation
 from sekuire.lifecycle import PeriodicThread
 
 from .conftest import AGENT
 from .scripted import GUARD, Scripted, grant, until
 
 Make = Callable[..., Worker]
+
+
+class Hand:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def lease_of(seconds: float, **fields: Any) -> Dict[str, Any]:
@@ -66,16 +79,16 @@ def test_the_platform_names_the_interval(scripted: Scripted, worker_of: Make) ->
     """The shortest interval counts: the worker's own, or the one that bootstrap, `connected` or a heartbeat names."""
     worker = worker_of(scripted, heartbeat_interval=1000.0)
     worker.on_task("echo", lambda ctx, input: input)
-    scripted.on["heartbeat"] = lambda request: (200, {"heartbeat_interval_seconds": 0.02})
+    scripted.on["heartbeat"] = lambda request: (200, {"heartbeat_interval_seconds": 0.6})
     with worker:
-        scripted.wait_for("heartbeat", 5)
-        assert worker._heartbeat.interval() == 0.02
+        scripted.wait_for("heartbeat", 4)
+        assert worker._heartbeat.interval() == 0.6
 
 
 @pytest.mark.parametrize("where", ["bootstrap", "connected"])
 def test_the_interval_comes_with_the_login_too(scripted: Scripted, worker_of: Make, where: str) -> None:
     """An interval in the bootstrap's answer or the stream's first event counts."""
-    fields = {"heartbeat_interval_seconds": 0.02}
+    fields = {"heartbeat_interval_seconds": 0.6}
     if where == "bootstrap":
         scripted.on["bootstrap"] = lambda request: (201, grant(**fields))
     else:
@@ -83,9 +96,39 @@ def test_the_interval_comes_with_the_login_too(scripted: Scripted, worker_of: Ma
     worker = worker_of(scripted, heartbeat_interval=1000.0)
     worker.on_task("echo", lambda ctx, input: input)
     with worker:
-        until(lambda: worker._heartbeat.interval() == 0.02)
-        if where == "bootstrap":
-            scripted.wait_for("heartbeat", 4)
+        until(lambda: worker._heartbeat.interval() == 0.6)
+        scripted.wait_for("heartbeat", 4)
+
+
+def test_an_interval_in_connected_shortens_the_wait_in_progress(scripted: Scripted, worker_of: Make) -> None:
+    """An interval that comes while the next beat is far away is used at once, and does not beat by itself."""
+    open_up = threading.Event()
+
+    def late(request: Any) -> None:
+        assert open_up.wait(GUARD)
+        scripted.stream(request)
+
+    scripted.on["stream"] = late
+    scripted.connected = {"heartbeat_interval_seconds": 0.5}
+    worker = worker_of(scripted, heartbeat_interval=1000.0)
+    worker.on_task("echo", lambda ctx, input: input)
+    starter = threading.Thread(target=worker.start)
+    starter.start()
+    until(lambda: worker.stats().last_heartbeat_at)
+    beats = scripted.count("heartbeat")
+    open_up.set()
+    starter.join(GUARD)
+    scripted.wait_for("heartbeat", beats + 2)
+
+
+def test_a_tiny_interval_does_not_spin(scripted: Scripted, worker_of: Make) -> None:
+    """A platform that names a billionth of a second gets a beat every half second."""
+    scripted.on["heartbeat"] = lambda request: (200, {"heartbeat_interval_seconds": 1e-9})
+    worker = worker_of(scripted, heartbeat_interval=1000.0)
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        until(lambda: worker.stats().last_heartbeat_at)
+        assert worker._heartbeat.interval() == 0.5
 
 
 def test_a_refreshed_token_is_used_at_once(scripted: Scripted, worker: Worker) -> None:
@@ -176,15 +219,34 @@ def test_no_id_no_heartbeats(scripted: Scripted, worker_of: Make, caplog: pytest
 
 
 def test_lease_arithmetic() -> None:
-    """A lease lasts its lifetime and the grace from when the beat was sent; an unknown one has no end."""
-    lease = Lease()
+    """A lease lasts its lifetime and the grace from when the beat was sent, and only another one replaces it."""
+    hand = Hand(100.0)
+    lease = Lease(Clock(hand))
+    assert not lease.renew(None, None, 100.0, 10.0)
     assert lease.is_held()
-    lease.renew(5.0, None, 100.0, 10.0)
+    assert lease.renew(5.0, None, 100.0, 10.0)
+    assert (lease.limit, lease.time_left()) == (115.0, 15.0)
+    assert not lease.renew(None, None, 105.0, 10.0)
     assert lease.limit == 115.0
-    lease.renew(None, None, 100.0, 10.0)
-    assert lease.is_held()
-    lease.renew(1.0, None, -1e9, 10.0)
+    hand.now = 115.0
     assert not lease.is_held()
+    assert lease.renew(60.0, None, 114.0, 10.0)
+    assert lease.is_held()
+
+
+def test_a_lease_that_the_platform_ends() -> None:
+    """An end in the past ends the lease; the grace counts from then, and saying it again does not prolong it."""
+    hand = Hand(100.0)
+    lease = Lease(Clock(hand))
+    lease.renew(60.0, None, 100.0, 10.0)
+    assert lease.renew(0.0, None, 105.0, 10.0)
+    assert lease.limit == 115.0
+    for sent_at in (106.0, 114.0, 120.0):
+        assert not lease.renew(0.0, None, sent_at, 10.0)
+        assert lease.limit == 115.0
+    first = Lease(Clock(hand))
+    assert first.renew(0.0, None, 100.0, 10.0)
+    assert first.limit == 110.0
 
 
 def test_a_lost_lease(
@@ -303,6 +365,233 @@ def test_a_lease_that_a_refresh_renewed_is_watched(
     assert renewed == [1]
 
 
+PAGE = (200, b"<html>sign in</html>", {"Content-Type": "text/html"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_beat"),
+    [
+        ((200, {}), True),
+        ((200, b""), True),
+        ((204, b""), True),
+        ((200, {"lease_expires_at": 12345}), True),
+        ((200, {"lease_expires_at": "tomorrow"}), True),
+        ((200, []), False),
+        ((200, b'{"lease_expires_at": "9999-12-31T23:59:59Z"'), False),
+        (PAGE, False),
+        ((302, b"", {"Location": "https://portal.example/"}), False),
+        ((404, b"<html>no such page</html>", {"Content-Type": "text/html"}), False),
+        ((503, {"error": "maintenance"}), False),
+    ],
+    ids=str,
+)
+def test_an_answer_without_a_usable_lease(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch, answer: Any, is_beat: bool
+) -> None:
+    """What holds no usable lease leaves the old one to its end, whoever answered and with what status."""
+    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
+    scripted.on["heartbeat"] = lambda request: (200, lease_of(1.0))
+    begun = threading.Event()
+    reasons: List[Any] = []
+
+    def hold(ctx: TaskContext, input: Any) -> None:
+        begun.set()
+        ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", hold)
+    with worker:
+        until(lambda: worker.stats().lease_expires_at)
+        scripted.task("t1")
+        assert begun.wait(GUARD)
+        scripted.on["heartbeat"] = lambda request: answer
+        until(lambda: reasons == ["lease lost"])
+        assert worker.stats().lease_expires_at is not None
+        beat, count = worker.stats().last_heartbeat_at, scripted.count("heartbeat")
+        scripted.wait_for("heartbeat", count + 3)
+        assert (worker.stats().last_heartbeat_at != beat) is is_beat
+
+
+def test_a_page_ends_no_lease(scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A platform that never sent a lease sets no limit, and a page in its place is warned of once."""
+    scripted.on["heartbeat"] = lambda request: PAGE
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", lambda ctx, input: "ran")
+    with worker:
+        scripted.wait_for("heartbeat", 4)
+        scripted.task("t1")
+        assert scripted.completion("t1")["output"] == "ran"
+    (record,) = [record for record in caplog.records if "was not accepted" in record.message]
+    assert "sign in" in record.message
+
+
+def test_a_platform_that_ends_the_lease(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An end before the answer's Date ends the lease, although it is said with every beat."""
+    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.5)
+    ended = threading.Event()
+
+    def beat(request: Any) -> Any:
+        now = dt.datetime.now(dt.timezone.utc)
+        return 200, lease_of(-100.0 if ended.is_set() else 1000.0), {"Date": format_datetime(now, usegmt=True)}
+
+    scripted.on["heartbeat"] = beat
+    reasons: List[Any] = []
+
+    def hold(ctx: TaskContext, input: Any) -> None:
+        ctx.wait_cancelled(GUARD)
+        reasons.append(ctx.cancel_reason)
+
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("hold", hold)
+    worker.on_task("echo", lambda ctx, input: "ran")
+    with worker:
+        scripted.task("t1", "hold")
+        until(lambda: worker.stats().running == 1)
+        ended.set()
+        until(lambda: reasons == ["lease lost"])
+        ended.clear()
+        scripted.task("t2")
+        assert scripted.completion("t2")["output"] == "ran"
+
+
+def test_a_past_lease_without_a_date_is_warned_of_once(
+    scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a Date an end that has passed may be our clock's fault: it is ignored, with one warning."""
+    scripted.on["bootstrap"] = lambda request: (201, grant(**lease_of(-100.0)))
+    scripted.on["heartbeat"] = lambda request: (200, lease_of(-100.0))
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", lambda ctx, input: "ran")
+    with worker:
+        scripted.wait_for("heartbeat", 4)
+        scripted.task("t1")
+        assert scripted.completion("t1")["output"] == "ran"
+        assert worker.stats().lease_expires_at is None
+    (record,) = [record for record in caplog.records if "lease_expires_at" in record.message]
+    assert record.levelname == "WARNING"
+
+
+# -- a machine that sleeps --
+
+
+class Sleeper:
+    """A worker whose machine sleeps when a test says so."""
+
+    def __init__(self, scripted: Scripted, **options: Any) -> None:
+        self.ahead = 0.0
+        config = WorkerConfig(
+            api_base_url=scripted.url, agent_id=AGENT, install_token="skt-1", shutdown_timeout=2.0, **options
+        )
+        self.clock = Clock(lambda: time.monotonic() + self.ahead)
+        self.installation = Installation(config, pool_size=8, clock=self.clock)
+        self.worker = Worker(config, _installation=self.installation)
+        self.reasons: List[Optional[str]] = []
+        self.begun = threading.Event()
+        self.worker.on_task("hold", self._hold)
+        self.worker.on_task("echo", lambda ctx, input: "ran")
+
+    def _hold(self, ctx: TaskContext, input: Any) -> None:
+        self.begun.set()
+        ctx.wait_cancelled(GUARD)
+        self.reasons.append(ctx.cancel_reason)
+
+
+@pytest.fixture
+def sleeper_of() -> Iterator[Callable[..., Sleeper]]:
+    made: List[Sleeper] = []
+
+    def make(scripted: Scripted, **options: Any) -> Sleeper:
+        made.append(Sleeper(scripted, **options))
+        return made[-1]
+
+    yield make
+    for sleeper in made:
+        sleeper.worker.stop(1.0)
+        sleeper.installation.close()
+
+
+def test_a_machine_that_wakes_beats_first(scripted: Scripted, sleeper_of: Callable[..., Sleeper]) -> None:
+    """After a suspend that outlasted the lease a heartbeat is sent by itself, and work that it keeps goes on."""
+    scripted.on["heartbeat"] = lambda request: (200, lease_of(600.0))
+    sleeper = sleeper_of(scripted, heartbeat_interval=300.0)
+    with sleeper.worker as worker:
+        until(lambda: worker.stats().lease_expires_at)
+        scripted.task("t1", "hold")
+        assert sleeper.begun.wait(GUARD)
+        for _ in range(2):
+            beats = scripted.count("heartbeat")
+            sleeper.ahead += 5000.0
+            scripted.wait_for("heartbeat", beats + 1)
+            until(sleeper.installation.heartbeat.lease.is_held)
+        scripted.task("t2")
+        assert scripted.completion("t2")["output"] == "ran"
+        assert sleeper.reasons == []
+
+
+def test_a_short_sleep_counts_for_the_interval(scripted: Scripted, sleeper_of: Callable[..., Sleeper]) -> None:
+    """A suspend shorter than the lease, or without any, brings the next beat forward all the same."""
+    sleeper = sleeper_of(scripted, heartbeat_interval=300.0)
+    with sleeper.worker as worker:
+        until(lambda: worker.stats().last_heartbeat_at)
+        beats = scripted.count("heartbeat")
+        sleeper.ahead += 301.0
+        scripted.wait_for("heartbeat", beats + 1)
+
+
+def test_a_machine_that_wakes_without_its_platform(scripted: Scripted, sleeper_of: Callable[..., Sleeper]) -> None:
+    """If the one more heartbeat after a suspend is not accepted, work is cancelled; nothing begins until it is."""
+    accepts = threading.Event()
+    accepts.set()
+    scripted.on["heartbeat"] = lambda request: (200, lease_of(600.0)) if accepts.is_set() else (503, {})
+    sleeper = sleeper_of(scripted, heartbeat_interval=300.0)
+    with sleeper.worker as worker:
+        until(lambda: worker.stats().lease_expires_at)
+        scripted.task("t1", "hold")
+        assert sleeper.begun.wait(GUARD)
+        accepts.clear()
+        beats = scripted.count("heartbeat")
+        sleeper.ahead += 5000.0
+        until(lambda: sleeper.reasons == ["lease lost"])
+        assert scripted.count("heartbeat") > beats
+        scripted.task("t2")
+        until(lambda: worker.stats().received == 2)
+        assert scripted.completions("t2") == []
+        accepts.set()
+        sleeper.ahead += 5000.0
+        assert scripted.completion("t2")["output"] == "ran"
+
+
+def test_a_beat_that_was_under_way_when_the_machine_slept(
+    scripted: Scripted, sleeper_of: Callable[..., Sleeper]
+) -> None:
+    """A request that went out before a suspend cannot speak for the time after it: another one is tried."""
+    asleep, go = threading.Event(), threading.Event()
+
+    def beat(request: Any) -> Any:
+        if asleep.is_set() and not go.is_set():
+            assert go.wait(GUARD)
+            return 503, {}
+        return 200, lease_of(600.0)
+
+    scripted.on["heartbeat"] = beat
+    sleeper = sleeper_of(scripted, heartbeat_interval=300.0)
+    with sleeper.worker as worker:
+        until(lambda: worker.stats().lease_expires_at)
+        scripted.task("t1", "hold")
+        assert sleeper.begun.wait(GUARD)
+        asleep.set()
+        beats = scripted.count("heartbeat")
+        sleeper.installation.heartbeat.nudge()
+        scripted.wait_for("heartbeat", beats + 1)
+        sleeper.ahead += 5000.0
+        until(lambda: not sleeper.installation.heartbeat.lease.is_held())
+        go.set()
+        scripted.wait_for("heartbeat", beats + 2)
+        until(sleeper.installation.heartbeat.lease.is_held)
+        assert sleeper.reasons == []
+
+
 def test_a_platform_that_goes_silent(make_platform: Callable[..., Any], worker_of: Make, tmp_path: Any,
                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """When the platform is gone for longer than the lease the worker holds still; it works again when that is back."""
@@ -334,10 +623,10 @@ def test_a_platform_that_goes_silent(make_platform: Callable[..., Any], worker_o
 def test_the_log_level_of_a_missed_beat(scripted: Scripted, worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
     """A refused heartbeat is a warning; one that a broken network lost is only debug."""
     caplog.set_level(logging.DEBUG, "sekuire.heartbeat")
-    scripted.on["heartbeat"] = lambda request: None if scripted.count("heartbeat") % 2 else (400, {"message": "bad"})
+    scripted.on["heartbeat"] = lambda request: None if scripted.count("heartbeat") % 2 else (400, {"error": "bad"})
     with worker:
         scripted.wait_for("heartbeat", 4)
-        until(lambda: {r.levelname for r in caplog.records if "was not taken" in r.message} == {"DEBUG", "WARNING"})
+        until(lambda: {r.levelname for r in caplog.records if "was not accepted" in r.message} == {"DEBUG", "WARNING"})
 
 
 def test_a_stalled_heartbeat_does_not_delay_the_end_of_the_lease(

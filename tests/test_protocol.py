@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import hashlib
 import json
+import math
 from email.utils import format_datetime
 from typing import Any, Callable, Dict, List, Optional
 from urllib.parse import unquote
@@ -85,7 +86,7 @@ def test_any_task_is_read_or_malformed(text: str) -> None:
     assert protocol.is_id(task.task_id)
     assert task.capability
     assert task.attempt >= 1
-    assert task.timeout is None or 0 < task.timeout <= protocol.MAX_LIFETIME
+    assert task.timeout is None or 0 < task.timeout <= protocol.MAX_DURATION
 
 
 @given(st.one_of(TASKS, JSON).map(json.dumps) | st.text())
@@ -129,7 +130,7 @@ def test_any_grant_is_read_or_malformed(payload: Any, date: Optional[str], previ
         return
     assert grant.credentials.runtime_token is not None
     assert protocol.is_id(grant.credentials.installation_id)
-    assert grant.lifetime is None or 0 < grant.lifetime <= protocol.MAX_LIFETIME
+    assert grant.lifetime is None or 0 < grant.lifetime <= protocol.MAX_TOKEN_LIFETIME
 
 
 @given(st.one_of(HEARTBEATS, JSON), DATES)
@@ -501,15 +502,43 @@ def test_any_time_is_read(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
-    [(3600, 3600.0), (1, 1.0), (0, None), (-5, None), (30 * DAY, 30 * DAY), (30 * DAY + 1, None)],
+    [(3600, 3600.0), (1, 1.0), (0, None), (-5, None), (400 * DAY, 400 * DAY), (400 * DAY + 1, None)],
 )
-def test_a_lifetime_counts_from_the_answers_date(seconds: float, expected: Optional[float]) -> None:
+def test_a_tokens_lifetime_counts_from_the_answers_date(seconds: float, expected: Optional[float]) -> None:
     """A lifetime is the end minus the answer's Date, however wrong our clock; nothing, past and absurd mean unknown."""
     end = NOW + dt.timedelta(seconds=seconds)
-    assert protocol.lifetime(end, DATE, NOW + dt.timedelta(days=400)) == expected
-    assert protocol.lifetime(end, None, NOW) == expected
-    assert protocol.lifetime(end, "not a date", NOW) == expected
-    assert protocol.lifetime(None, DATE, NOW) is None
+    assert protocol.token_lifetime(end, DATE, NOW + dt.timedelta(days=900)) == expected
+    assert protocol.token_lifetime(end, None, NOW) == expected
+    assert protocol.token_lifetime(end, "not a date", NOW) == expected
+    assert protocol.token_lifetime(None, DATE, NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "dated", "undated"),
+    [(60, 60.0, 60.0), (900 * DAY, 900 * DAY, 900 * DAY), (0, 0.0, None), (-5, 0.0, None), (-900 * DAY, 0.0, None)],
+)
+def test_a_lease_that_has_ended(seconds: float, dated: float, undated: Optional[float]) -> None:
+    """An end at or before the answer's Date ends the lease; without a Date it is not used, and that is said."""
+    end = NOW + dt.timedelta(seconds=seconds)
+    ignored: Dict[str, str] = {}
+    ours = NOW + dt.timedelta(days=2000)
+    assert protocol.lease_lifetime(end.isoformat(), DATE, ours, ignored) == (end, dated)
+    assert ignored == {}
+    for date in (None, "not a date"):
+        found, lifetime = protocol.lease_lifetime(end.isoformat(), date, NOW, ignored)
+        assert (found, lifetime) == ((None if undated is None else end), undated)
+    assert list(ignored) == ([] if undated is not None else ["lease_expires_at"])
+
+
+@pytest.mark.parametrize("value", [12345, "yesterday", "2026-03-01 12:00", {}, ["2026-03-01T12:01:00Z"], True, ""])
+def test_a_lease_that_is_not_a_time(value: Any) -> None:
+    """A lease's end that cannot be read says nothing, and that is said; none at all is not worth a word."""
+    ignored: Dict[str, str] = {}
+    assert protocol.lease_lifetime(value, DATE, NOW, ignored) == (None, None)
+    assert list(ignored) == ["lease_expires_at"]
+    ignored.clear()
+    assert protocol.lease_lifetime(None, DATE, NOW, ignored) == (None, None)
+    assert ignored == {}
 
 
 @given(
@@ -518,8 +547,10 @@ def test_a_lifetime_counts_from_the_answers_date(seconds: float, expected: Optio
 )  # fmt: skip
 def test_any_lifetime_is_usable_or_unknown(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> None:
     """However wrong the clocks are, a lifetime is one that a platform can mean, or unknown."""
-    seconds = protocol.lifetime(end, date, now)
-    assert seconds is None or 0 < seconds <= protocol.MAX_LIFETIME
+    seconds = protocol.token_lifetime(end, date, now)
+    assert seconds is None or 0 < seconds <= protocol.MAX_TOKEN_LIFETIME
+    _, seconds = protocol.lease_lifetime(None if end is None else end.isoformat(), date, now, {})
+    assert seconds is None or 0 <= seconds < math.inf
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
@@ -736,6 +767,76 @@ def test_connected() -> None:
         assert protocol.decode_connected(text) == Connected()
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(1e-9, 0.5), (0.49, 0.5), (0.5, 0.5), (7, 7.0), (0, None), (-1, None)]
+)
+def test_the_interval_of_heartbeats_has_a_floor(seconds: float, expected: Optional[float]) -> None:
+    """However short the interval that a platform names, beats have half a second between them."""
+    fields = {"heartbeat_interval_seconds": seconds}
+    assert protocol.decode_connected(json.dumps(fields)).heartbeat_interval == expected
+    assert protocol.decode_heartbeat(fields, DATE, NOW).heartbeat_interval == expected
+    grant = protocol.decode_grant({"runtime_token": "r", "installation_id": "i", **fields}, DATE, NOW, None)
+    assert grant.heartbeat_interval == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (" paused ", "paused"), ("Paused", "paused"), ("PAUSE", "paused"), ("'paused'", "paused"),
+        ("Terminated", "terminated"), ("terminate\n", "terminated"),
+        ("Running", "running"), ("resume", "running"), ("resumed", "running"),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_spellings_of_the_desired_state(value: Any, expected: Any) -> None:
+    """A desired state is read in any spelling whose meaning is plain."""
+    connected = protocol.decode_connected(json.dumps({"desired_state": value}))
+    reply = protocol.decode_heartbeat({"desired_state": value}, DATE, NOW)
+    assert (connected.desired_state, reply.desired_state) == (expected, expected)
+    assert connected.ignored == reply.ignored == {}
+
+
+@pytest.mark.parametrize("value", ["", "x\ny", "paused, please", 1, True, ["paused"], {"state": "paused"}])
+def test_a_desired_state_that_is_not_plain(value: Any) -> None:
+    """One whose meaning is not plain changes nothing, and that is said."""
+    connected = protocol.decode_connected(json.dumps({"desired_state": value}))
+    reply = protocol.decode_heartbeat({"desired_state": value}, DATE, NOW)
+    for found in (connected, reply):
+        assert found.desired_state is None
+        assert list(found.ignored) == ["desired_state"]
+        assert found.ignored["desired_state"].isprintable()
+
+
+@pytest.mark.parametrize("value", [True, "true", "True", " TRUE ", '"true"', "yes", "on", "1", 1, 1.0])
+def test_spellings_of_a_revocation(value: Any) -> None:
+    """A revocation is read in any type and spelling whose meaning is plain."""
+    reply = protocol.decode_heartbeat({"revoked": value}, DATE, NOW)
+    assert reply.revoked
+    assert reply.ignored == {}
+
+
+@pytest.mark.parametrize("value", [False, None, "false", "False ", "", "0", "no", "off", 0, 0.0])
+def test_spellings_of_no_revocation(value: Any) -> None:
+    """The same for an installation that is not revoked."""
+    reply = protocol.decode_heartbeat({"revoked": value}, DATE, NOW)
+    assert not reply.revoked
+    assert reply.ignored == {}
+
+
+@pytest.mark.parametrize("value", ["maybe", "tru", 2, -1, 0.5, [], [True], {"revoked": True}])
+def test_a_revocation_that_is_not_plain(value: Any) -> None:
+    """One whose meaning is not plain revokes nothing, and that is said."""
+    reply = protocol.decode_heartbeat({"revoked": value}, DATE, NOW)
+    assert not reply.revoked
+    assert list(reply.ignored) == ["revoked"]
+
+
+@pytest.mark.parametrize("kind", ["Pause", " pause ", "PAUSE"])
+def test_spellings_of_a_command(kind: str) -> None:
+    """A command's type is read in any case, and with spaces around it."""
+    assert protocol.decode_command(json.dumps({"type": kind})).type == "pause"
+
+
 # -- answers ----------------------------------------------------------------------------------------------------------
 
 
@@ -820,7 +921,7 @@ def test_a_heartbeats_answer() -> None:
 def test_a_useless_heartbeats_answer() -> None:
     """An answer of the wrong shape is an empty one: nothing in it is needed."""
     assert protocol.decode_heartbeat(["x"], DATE, NOW) == HeartbeatReply()
-    odd = {"refreshed_token": "a b", "revoked": "true", "lease_expires_at": 5, "desired_state": ["running"]}
+    odd = {"refreshed_token": "a b", "revoked": "maybe", "lease_expires_at": 5, "desired_state": ["running"]}
     assert protocol.decode_heartbeat(odd, DATE, NOW) == HeartbeatReply(raw=odd)
 
 

@@ -99,6 +99,8 @@ class Authenticator:
         self._refusal: Optional[Tuple[str, Optional[int], Optional[str]]] = None
         #: Told of every grant and when its request was sent (monotonic); called by the renewing thread.
         self.on_grant: Callable[[Grant, float], None] = lambda grant, sent_at: None
+        #: Called with the kill switch that an answer carries, by the thread that got it; it must not block.
+        self.on_revoked: Callable[[RevokedError], None] = lambda error: None
         store.seed(
             RuntimeCredentials(
                 installation_id=config.installation_id,
@@ -173,6 +175,7 @@ class Authenticator:
             reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
         revoked = _revocation_in(reply)
         if revoked is not None:
+            self.on_revoked(revoked)
             raise revoked
         return reply, snapshot
 
@@ -266,6 +269,8 @@ class Authenticator:
     def _background(self, generation: int) -> None:
         try:
             self._try_gently(generation, Deadline(RENEWAL_TIMEOUT))
+        except RevokedError as error:
+            self.on_revoked(error)
         except SekuireError as error:
             self._postpone(error)
         except Exception:

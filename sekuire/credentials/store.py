@@ -17,7 +17,7 @@ import attrs
 from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
 from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
-from ..protocol import MAX_LIFETIME
+from ..protocol import MAX_TOKEN_LIFETIME
 from ..secret import Secret
 from ..transport.retry import Interrupted
 from .file import CredentialsFile, Stored
@@ -437,7 +437,7 @@ def _lifetime_of(credentials: RuntimeCredentials) -> Optional[float]:
     if credentials.expires_at is None:
         return None
     seconds = max(0.0, credentials.expires_at.timestamp() - time.time())
-    return seconds if seconds <= MAX_LIFETIME else None
+    return seconds if seconds <= MAX_TOKEN_LIFETIME else None
 
 
 def _tokens_of(credentials: RuntimeCredentials) -> List[Secret]:

@@ -153,7 +153,7 @@ def test_what_is_left_counts_by_the_earlier_clock(monkeypatch: pytest.MonkeyPatc
     [
         (None, None),
         (dt.timedelta(seconds=-10), 0.0),
-        (dt.timedelta(days=31), None),
+        (dt.timedelta(days=401), None),
         (dt.timedelta(days=365 * 100), None),
     ],
 )

@@ -138,7 +138,7 @@ def _check_task(found: Any) -> None:
     _check_id(found.task_id)
     assert protocol.is_id(found.capability)
     assert 1 <= found.attempt < 2**31
-    assert found.timeout is None or 0 < found.timeout <= protocol.MAX_LIFETIME
+    assert found.timeout is None or 0 < found.timeout <= protocol.MAX_DURATION
     for text in (found.tool, found.workspace_id, found.requester_id, found.trace_id):
         assert text is None or isinstance(text, str)
     try:
@@ -161,7 +161,12 @@ def _check_id(value: str) -> None:
 
 
 def _check_seconds(value: Optional[float]) -> None:
-    assert value is None or 0 <= value <= protocol.MAX_LIFETIME
+    assert value is None or 0 <= value <= protocol.MAX_DURATION
+
+
+def _check_lifetimes(token: Optional[float], lease: Optional[float]) -> None:
+    assert token is None or 0 < token <= protocol.MAX_TOKEN_LIFETIME
+    assert lease is None or 0 <= lease < math.inf
 
 
 def _check_interval(value: Optional[float]) -> None:
@@ -225,8 +230,7 @@ def grant(data: bytes) -> None:
         assert value.isascii()
         assert value.isprintable()
         assert value == value.strip()
-    for seconds in (found.lifetime, found.lease_lifetime):
-        assert seconds is None or 0 < seconds <= protocol.MAX_LIFETIME
+    _check_lifetimes(found.lifetime, found.lease_lifetime)
     _check_interval(found.heartbeat_interval)
     assert protocol.decode_grant({"runtime_token": "t"}, date, NOW, credentials).credentials.refresh_token == (
         credentials.refresh_token
@@ -239,8 +243,8 @@ def heartbeat(data: bytes) -> None:
     assert found.revoked in (True, False)
     assert found.desired_state in STATES
     assert found.reason is None or (found.reason.isprintable() and len(found.reason) <= 500)
-    for seconds in (found.lease_lifetime, found.refreshed_token_lifetime):
-        assert seconds is None or 0 < seconds <= protocol.MAX_LIFETIME
+    _check_lifetimes(found.refreshed_token_lifetime, found.lease_lifetime)
+    assert all(reason.isprintable() for reason in found.ignored.values())
     _check_interval(found.heartbeat_interval)
     _check_seconds(found.shutdown_timeout)
     if found.refreshed_token is not None:
@@ -257,8 +261,8 @@ def header(data: bytes) -> None:
         if found is not None:
             assert found.utcoffset() == dt.timedelta(0)
             assert protocol.parse_time(protocol.format_time(found)) == found
-            life = protocol.lifetime(found, text, NOW)
-            assert life is None or 0 < life <= protocol.MAX_LIFETIME
+            _, lease = protocol.lease_lifetime(protocol.format_time(found), text, NOW, {})
+            _check_lifetimes(protocol.token_lifetime(found, text, NOW), lease)
 
 
 class _Source:

@@ -10,6 +10,7 @@ import pytest
 
 from sekuire import Command, TaskContext, Worker
 from sekuire.errors import RevokedError
+from sekuire.lifecycle import Deadline
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until
@@ -410,3 +411,103 @@ def test_start_against_a_revoked_installation(platform: Any, worker_of: Make, ha
         assert not worker.is_running()
         assert worker.stop_reason is not None
         assert "revoked" in worker.stop_reason
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, {"revoked": True, "reason": "stolen laptop", "shutdown_timeout_ms": 20_000}),
+        (200, {"revoked": "True", "reason": "stolen laptop", "shutdown_timeout_ms": 20_000}),
+        (200, {"revoked": 1, "reason": "stolen laptop", "shutdown_timeout_ms": 20_000}),
+        (200, {"code": "INSTALLATION_REVOKED", "message": "stolen laptop", "shutdown_timeout_ms": 20_000}),
+        (418, {"code": "INSTALLATION_REVOKED", "message": "stolen laptop", "shutdown_timeout_ms": 20_000}),
+        (503, {"error": {"code": "INSTALLATION_REVOKED", "message": "stolen laptop"}, "shutdown_timeout_ms": 20_000}),
+    ],
+    ids=str,
+)
+def test_a_revocation_is_a_terminate(scripted: Scripted, worker_of: Make, handler: Handler, answer: Any) -> None:
+    """Callbacks hear a revocation as a terminate with its reason and its time, and running work is cancelled."""
+    heard: List[Any] = []
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", handler)
+    worker.on_command(lambda command: heard.append((command.type, command.reason, command.shutdown_timeout)))
+    worker.start()
+    scripted.task("t1")
+    until(lambda: handler.begun)
+    scripted.on["heartbeat"] = lambda request: answer
+    assert worker.wait(GUARD)
+    assert handler.reasons == ["terminated"]
+    assert heard == [("terminate", "stolen laptop", 20.0)]
+    assert worker.stop_reason == "the installation was revoked: stolen laptop"
+
+
+def test_callbacks_hear_of_a_revocation_by_the_stream(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
+    """The same where the stream's refusal says it."""
+    heard: List[Any] = []
+    worker = worker_of(scripted)
+    worker.on_task("echo", handler)
+    worker.on_command(lambda command: heard.append((command.type, command.reason)))
+    worker.start()
+    scripted.on["stream"] = lambda request: (403, {"message": "breach", "code": "INSTALLATION_REVOKED"})
+    scripted.end()
+    assert worker.wait(GUARD)
+    assert heard == [("terminate", "breach")]
+
+
+@pytest.mark.parametrize("body", [b'{"revoked": true', b'{"revoked" :\n true, "lease_expires_at": NaN}'], ids=repr)
+def test_an_unreadable_answer_that_speaks_of_a_revocation(
+    scripted: Scripted, worker_of: Make, handler: Handler, body: bytes
+) -> None:
+    """JSON that cannot be read and holds "revoked": true fails closed; a page that holds it is only a page."""
+    scripted.on["heartbeat"] = lambda request: (200, body, {"Content-Type": "text/html"})
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", handler)
+    worker.start()
+    scripted.wait_for("heartbeat", 3)
+    assert worker.is_running()
+    scripted.on["heartbeat"] = lambda request: (200, body, {"Content-Type": "application/json; charset=utf-8"})
+    assert worker.wait(GUARD)
+    assert worker.stop_reason is not None
+    assert "revoked" in worker.stop_reason
+
+
+def test_a_revocation_that_another_call_is_answered(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
+    """The kill switch counts whichever call of the installation is answered with it."""
+    worker = worker_of(scripted, heartbeat_interval=1000.0)
+    worker.on_task("echo", handler)
+    worker.start()
+    until(lambda: worker.stats().last_heartbeat_at)
+    scripted.on["logs"] = lambda request: (403, {"message": "breach", "code": "INSTALLATION_REVOKED"})
+    with pytest.raises(RevokedError):
+        worker._auth.request("POST", lambda snapshot: "/api/v1/logs", body=b"{}", deadline=Deadline(GUARD))
+    assert worker.wait(GUARD)
+    assert worker.stop_reason == "the installation was revoked: breach"
+
+
+def test_spellings_that_are_plain(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
+    """A desired state in another spelling counts, in a heartbeat's answer and in the stream's first event."""
+    scripted.connected = {"desired_state": " Paused "}
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", handler)
+    with worker:
+        until(worker.is_paused)
+        scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "RUNNING"})
+        until(lambda: not worker.is_paused())
+        scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "Terminated"})
+        assert worker.wait(GUARD)
+
+
+def test_orders_that_are_not_plain_are_said_once(
+    scripted: Scripted, worker_of: Make, handler: Handler, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An order that cannot be understood is an error in the log, once for each field, and changes nothing."""
+    scripted.connected = {"desired_state": ["paused"]}
+    scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "halted", "revoked": "perhaps"})
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", handler)
+    with worker:
+        scripted.wait_for("heartbeat", 4)
+        assert not worker.is_paused()
+    for field in ("desired_state", "revoked"):
+        (record,) = [record for record in caplog.records if f"sent {field}" in record.message]
+        assert record.levelname == "ERROR"

@@ -1,0 +1,1 @@
+"""Building blocks that several packages use. Nothing here is public."""
