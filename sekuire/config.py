@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import ipaddress
 import os
+import re
+import unicodedata
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
 from urllib.parse import urlsplit
 
@@ -453,13 +455,85 @@ POLICY_KEYS_VARIABLE = "SEKUIRE_POLICY_PUBLIC_KEYS"
 POLICY_OVERRIDE_VARIABLE = "SEKUIRE_POLICY_DEV_OVERRIDE"
 
 
+#: Characters that a file, a shell or a YAML document leaves around a value, and that belong to none.
+_QUOTES = "\"'`\u2018\u2019\u201c\u201d"
+_UNSEEN = "\ufeff\u200b\u2060"
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def source_of(name: str) -> str:
+    """Return how an error names the environment variable ``name``."""
+    return f"environment variable {name}"
+
+
+def variable(name: str, option: Optional[str] = None) -> Optional[str]:
+    """Return the value of an environment variable, or None if it is not set or empty.
+
+    :param option: the option that it gives, for the error.
+    :raises ConfigurationError: quotes, a byte order mark, a space or a line end are part of the value. The error does
+        not show the value, which may be a token.
+    """
+    value = os.environ.get(name)
+    if not value:
+        return None
+    problem = ""
+    ends = (value[0], value[-1])
+    if any(end in _UNSEEN for end in ends):
+        problem = "begins or ends with a byte order mark or another character that shows nothing; write it again"
+    elif any(end.isspace() for end in ends):
+        what = "a line end" if any(end in "\r\n" for end in ends) else "a space"
+        problem = f"begins or ends with {what}; remove it"
+    elif any(end in _QUOTES for end in ends):
+        problem = "begins or ends with a quote, which is part of the value here; remove the quotes"
+    if problem:
+        raise ConfigurationError(problem, option, source_of(name))
+    return value
+
+
+def boolean_variable(name: str) -> bool:
+    """Return what a boolean environment variable says; False if it is not set or empty.
+
+    :raises ConfigurationError: it is neither 1, true, yes, on nor 0, false, no, off, in any case; and as
+        :func:`variable`.
+    """
+    value = variable(name)
+    if value is None or value.lower() in _NO:
+        return False
+    if value.lower() in _YES:
+        return True
+    raise ConfigurationError(
+        f"must be one of {', '.join(_YES)} or one of {', '.join(_NO)}, got {value[:40]!r}", None, source_of(name)
+    )
+
+
+_PRODUCTION = frozenset(("production", "prod", "prd"))
+_NOT_PRODUCTION = frozenset(("non", "not", "no", "pre", "like", "test"))
+
+
+def is_production(environment: str) -> bool:
+    """Return True if ``environment`` means production, however it is written, such as ``PROD`` or ``prod-eu``."""
+    words = set(re.findall("[a-z]+", unicodedata.normalize("NFKC", environment).casefold()))
+    return bool(words & _PRODUCTION) and not words & _NOT_PRODUCTION
+
+
 def policy_keys_from_environment() -> Tuple[str, ...]:
-    """The public keys that ``SEKUIRE_POLICY_PUBLIC_KEYS`` names, separated by commas; none where it is not set."""
-    return split_policy_keys(os.environ.get(POLICY_KEYS_VARIABLE, ""))
+    """Return the public keys that ``SEKUIRE_POLICY_PUBLIC_KEYS`` names, separated by commas; none if it is not set.
+
+    :raises ConfigurationError: it is set, and names no key; and as :func:`variable`.
+    """
+    text = variable(POLICY_KEYS_VARIABLE)
+    keys = split_policy_keys(text or "")
+    if text is not None and not keys:
+        raise ConfigurationError(PINS_NOTHING, None, source_of(POLICY_KEYS_VARIABLE))
+    return keys
+
+
+#: What is wrong with a list of keys that was given and holds none: its author means to have pinned one.
+PINS_NOTHING = "names no key, so that nothing would be pinned; name one, or unset it"
 
 
 def split_policy_keys(text: str) -> Tuple[str, ...]:
-    """The public keys in a text that separates them by commas."""
+    """Return the public keys in a text that separates them by commas."""
     return tuple(key.strip() for key in text.split(",") if key.strip())
 
 
@@ -467,13 +541,16 @@ def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tupl
     """Options from the environment, ``overrides`` before it, and for each taken from there its source.
 
     A variable that is set but empty counts as not set.
+
+    :raises ConfigurationError: as :func:`variable`.
     """
     options = dict(overrides)
     sources: Dict[str, str] = {}
     for name in names:
-        variable = ENVIRONMENT[name]
-        value = os.environ.get(variable)
-        if name not in options and value:
+        if name in options:
+            continue
+        value = variable(ENVIRONMENT[name], name)
+        if value is not None:
             options[name] = value
-            sources[name] = f"environment variable {variable}"
+            sources[name] = source_of(ENVIRONMENT[name])
     return options, sources

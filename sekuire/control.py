@@ -295,6 +295,10 @@ class Control:
 
         :raises SekuireError: with ``policy_required``, that there is none; else its tasks are denied until there is.
         """
+        if self._config.policy_required:
+            require = getattr(self._config.policy_gateway, "require_policy", None)
+            if require is not None:
+                require()
         load = getattr(self._config.policy_gateway, "ensure_loaded", None)
         if load is None or self._is_policy_loaded:
             return

@@ -16,7 +16,7 @@ import attrs
 from . import handlers, protocol
 from .config import WorkerConfig
 from .context import TaskContext, current_task
-from .errors import PolicyUnavailableError, PolicyViolationError
+from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
 from .lifecycle import Deadline, Timer, owned_by
 from .models import Completion, Failure, Task
 from .registry import HandlerEntry, TaskRegistry
@@ -158,6 +158,7 @@ class Dispatcher:
         self._gateway = config.policy_gateway
         #: One question where the gateway has it, so that one policy answers all of it.
         self._check_task = getattr(config.policy_gateway, "check_task", None)
+        self._check_tool = getattr(config.policy_gateway, "check_tool", None)
         self._task_timeout = config.task_timeout
         self._queue_size = config.queue_size
         self._max_workers = config.max_workers
@@ -357,13 +358,13 @@ class Dispatcher:
         for context in contexts:
             context._cancel(reason)
 
-    def cancel_denied(self, is_allowed: Callable[[str], bool], reason: str) -> None:
-        """Cancel the context of every handler whose capability is not allowed any more."""
+    def cancel_denied(self, is_allowed: Callable[..., bool], reason: str) -> None:
+        """Cancel the context of every handler whose capability, or whose task's tool, is not allowed any more."""
         with self._condition:
             records = [record for record in self._records.values() if record.context is not None]
         for record in records:
             # A record has its context before the gateway is asked: none that an older policy let pass is missed here.
-            if record.context is not None and not is_allowed(record.task.capability):
+            if record.context is not None and not is_allowed(record.task.capability, record.task.tool):
                 log.warning("[%s] %s is not allowed by the new policy and cancelled", record.task.task_id,
                             record.task.capability)  # fmt: skip
                 record.context._cancel(reason)
@@ -592,14 +593,21 @@ class Dispatcher:
             return None
         try:
             if self._check_task is not None:
-                enforcer = context._policy = self._check_task(task.capability)
+                # A gateway of the user's own that knows no tools fails for a task that names one: it is denied.
+                asked = (task.capability,) if task.tool is None else (task.capability, task.tool)
+                enforcer = context._policy = self._check_task(*asked)
                 if self._on_checked is not None and enforcer is not None and enforcer.policy is not None:
                     self._on_checked(task)
             else:
                 gateway.check_request()
                 gateway.check_capability(task.capability)
+                if task.tool is not None and self._check_tool is not None:
+                    self._check_tool(task.tool)
         except (PolicyViolationError, PolicyUnavailableError) as error:
             return handlers.failure_of(error, context, self._expose_errors, self._scrub)
+        except ConfigurationError as error:
+            log.error("[%s] the policy cannot be asked, the task is denied: %s", task.task_id, error)
+            return protocol.failure("policy_unavailable", str(error))
         except Exception as error:
             log.exception("[%s] the policy gateway failed; the task is denied", task.task_id)
             return protocol.failure("policy_unavailable", f"the policy gateway failed ({type(error).__name__})")

@@ -25,6 +25,8 @@ from .config import (
     from_options,
     policy_keys_from_environment,
     read_environment,
+    source_of,
+    variable,
 )
 from .context import current_task
 from .credentials import RuntimeCredentialsStore
@@ -122,13 +124,15 @@ class SekuireSDK:
         :raises ConfigurationError: a variable or option is missing or wrong; the text names it.
         """
         options, sources = read_environment(overrides, tuple(ENVIRONMENT))
-        path = os.environ.get(CREDENTIALS_FILE_VARIABLE)
-        if path and "credentials_store" not in options:
-            options["credentials_store"] = _store_at(path)
+        if "credentials_store" not in options:
+            path = variable(CREDENTIALS_FILE_VARIABLE, "credentials_store")
+            if path is not None:
+                options["credentials_store"] = _store_at(path)
+        outbox = variable(OUTBOX_VARIABLE, "outbox")
         keys = policy_keys_from_environment()
         if keys and "trusted_policy_keys" not in options and options.get("policy_gateway") is None:
             options["trusted_policy_keys"] = keys
-            sources["trusted_policy_keys"] = f"environment variable {POLICY_KEYS_VARIABLE}"
+            sources["trusted_policy_keys"] = source_of(POLICY_KEYS_VARIABLE)
         if "agent_id" not in options:
             raise ConfigurationError("is required; set SEKUIRE_AGENT_ID or pass agent_id=...", "agent_id")
         try:
@@ -138,7 +142,7 @@ class SekuireSDK:
             overrides.clear()
         sdk = cls.__new__(cls)
         sdk._set_up(config, sources.get("trusted_policy_keys"))
-        sdk._outbox = os.environ.get(OUTBOX_VARIABLE) or None
+        sdk._outbox = outbox
         return sdk
 
     def _set_up(self, config: SDKConfig, keys_source: Optional[str] = None) -> None:
@@ -372,4 +376,4 @@ def _store_at(path: str) -> RuntimeCredentialsStore:
         return RuntimeCredentialsStore(path=path)
     except ConfigurationError as error:
         found = error
-    raise ConfigurationError(found.problem, "credentials_store", f"environment variable {CREDENTIALS_FILE_VARIABLE}")
+    raise ConfigurationError(found.problem, "credentials_store", source_of(CREDENTIALS_FILE_VARIABLE))

@@ -509,7 +509,7 @@ class Worker:
         if change is not None:
             change(self._on_new_policy)
 
-    def _on_new_policy(self, is_allowed: Callable[[str], bool]) -> None:
+    def _on_new_policy(self, is_allowed: Callable[..., bool]) -> None:
         self._dispatcher.cancel_denied(is_allowed, "policy changed")
 
     def _restore(self) -> None:

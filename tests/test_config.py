@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sekuire import SekuireSDK
 from sekuire.config import (
     ENVIRONMENT,
     AgentConfig,
@@ -21,11 +22,14 @@ from sekuire.config import (
     PolicyClientConfig,
     SDKConfig,
     WorkerConfig,
+    boolean_variable,
     check_capability,
     from_options,
     is_loopback,
+    policy_keys_from_environment,
     read_environment,
 )
+from sekuire.contrib.settings import Settings
 from sekuire.errors import ConfigurationError
 from sekuire.protocol import Endpoints
 from sekuire.secret import Secret
@@ -405,18 +409,72 @@ def test_the_environment_is_read_at_the_call(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", sorted(ENVIRONMENT))
 def test_a_wrong_variable_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong value from the environment names option and variable."""
-    monkeypatch.setenv(ENVIRONMENT[name], f"{TOKEN}\n")
-    settings, sources = read_environment({"agent_id": "a", "installation_id": "i"}, (name,))
-    if name in ("agent_id", "installation_id"):
-        settings[name] = f"{TOKEN}\n"
-        sources[name] = f"environment variable {ENVIRONMENT[name]}"
+    monkeypatch.setenv(ENVIRONMENT[name], f"{TOKEN}\n{TOKEN}")
+    others = {"agent_id": "a", "installation_id": "i"}
+    others.pop(name, None)
     with pytest.raises(ConfigurationError) as caught:
-        from_options(SDKConfig, settings, sources)
+        from_options(SDKConfig, *read_environment(others, (name,)))
     assert caught.value.option == name
     assert caught.value.source == f"environment variable {ENVIRONMENT[name]}"
     assert f"{name} (from environment variable {ENVIRONMENT[name]}): " in str(caught.value)
     if "token" in name or "key" in name:
         assert TOKEN not in str(caught.value)
+
+
+READ = (*ENVIRONMENT.values(), "SEKUIRE_CREDENTIALS_FILE", "SEKUIRE_OUTBOX", "SEKUIRE_POLICY_PUBLIC_KEYS")
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(
+    ("form", "problem"),
+    [
+        ('"{}"', "a quote"), ("'{}'", "a quote"), ('"{}', "a quote"), ("{}`", "a quote"), ("\u201c{}\u201d", "a quote"),
+        ("{} ", "a space"), (" {}", "a space"), ("\u00a0{}", "a space"), ("{}\t", "a space"), (" ", "a space"),
+        ("{}\n", "a line end"), ("{}\r", "a line end"), ("{}\r\n", "a line end"),
+        ("\ufeff{}", "a byte order mark"), ("{}\u200b", "a byte order mark"), ('\ufeff"{}"', "a byte order mark"),
+    ],
+)  # fmt: skip
+def test_what_is_around_a_value_is_refused(name: str, form: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variable that is read refuses quotes, marks, spaces and line ends, by its name and without its value."""
+    for other in READ:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv("SEKUIRE_AGENT_ID", "a")
+    monkeypatch.setenv(name, form.format("value-to-keep"))
+    with pytest.raises(ConfigurationError) as caught:
+        SekuireSDK.from_env()
+    assert f"environment variable {name}: begins or ends with {problem}" in str(caught.value).replace(")", "")
+    assert "value-to-keep" not in str(caught.value)
+
+
+def test_a_boolean_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has two readings, whatever its case, and no third."""
+    name = "SEKUIRE_POLICY_DEV_OVERRIDE"
+    monkeypatch.delenv(name, raising=False)
+    assert boolean_variable(name) is False
+    for value, meaning in (("1 true YES On", True), ("0 False no OFF", False)):
+        for text in value.split():
+            monkeypatch.setenv(name, text)
+            assert boolean_variable(name) is meaning
+    monkeypatch.setenv(name, "")
+    assert boolean_variable(name) is False
+    for text in ("2", "y", "enabled", "truee", "1,", "\u0661", "00"):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(ConfigurationError, match=f"environment variable {name}: must be one of 1, true"):
+            boolean_variable(name)
+
+
+@pytest.mark.parametrize("text", [",", ",,", ", ,"])
+def test_keys_that_pin_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of keys without a key in it is an error, not the absence of a pin."""
+    monkeypatch.setenv("SEKUIRE_POLICY_PUBLIC_KEYS", text)
+    with pytest.raises(ConfigurationError, match="SEKUIRE_POLICY_PUBLIC_KEYS: names no key"):
+        policy_keys_from_environment()
+    with pytest.raises(ConfigurationError, match="SEKUIRE_POLICY_PUBLIC_KEYS: names no key"):
+        SekuireSDK.from_env(agent_id="a", runtime_token="t", installation_id="i")
+    with pytest.raises(ConfigurationError, match="POLICY_PUBLIC_KEYS: names no key"):
+        Settings({"POLICY_PUBLIC_KEYS": text}, lambda key: key)
+    monkeypatch.setenv("SEKUIRE_POLICY_PUBLIC_KEYS", "")
+    assert policy_keys_from_environment() == ()
 
 
 def test_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:

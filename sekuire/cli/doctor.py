@@ -21,6 +21,7 @@ from ..config import (
     POLICY_OVERRIDE_VARIABLE,
     ConnectionConfig,
     policy_keys_from_environment,
+    variable,
 )
 from ..credentials.file import CredentialsFile
 from ..errors import APIError, ConfigurationError, PolicyIntegrityError, SekuireError, TransportError
@@ -151,37 +152,49 @@ def _environment(findings: _Findings) -> Dict[str, Secret]:
             findings.add(_WARNING, name, "is not a variable of this library", mend)
         elif name in _KNOWN and not os.environ[name]:
             findings.add(_WARNING, name, "is set but empty, which counts as not set", "set it, or unset it")
+        elif name in _KNOWN:
+            try:
+                variable(name)
+            except ConfigurationError as error:
+                problem, _, remedy = error.problem.partition("; ")
+                findings.add(_WRONG, name, problem, remedy)
     _identifiers(findings)
     secrets: Dict[str, Secret] = {}
     for option in _SECRETS:
         secret = _secret(findings, option, ENVIRONMENT[option])
         if secret is not None:
             secrets[option] = secret
-    outbox = os.environ.get("SEKUIRE_OUTBOX")
+    outbox = _value("SEKUIRE_OUTBOX")
     if outbox and not os.path.isdir(os.path.dirname(os.path.abspath(outbox))):
         findings.add(_WRONG, "SEKUIRE_OUTBOX", f"the directory of {outbox!r} does not exist", "make it first")
     return secrets
 
 
+def _value(name: str) -> Optional[str]:
+    """Return a variable's value, or None if it is not set or cannot be used, which _environment() reports."""
+    try:
+        return variable(name)
+    except ConfigurationError:
+        return None
+
+
 def _identifiers(findings: _Findings) -> None:
     for option in ("agent_id", "installation_id", "workspace_id"):
         name = ENVIRONMENT[option]
-        value = os.environ.get(name)
-        if not value:
-            if option == "agent_id":
+        value = _value(name)
+        if value is None:
+            if option == "agent_id" and not os.environ.get(name):
                 mend = f"export {name}=... with the agent's id, or pass agent_id=... in code"
                 findings.add(_WRONG, name, "is not set", mend)
         elif not protocol.is_id(value):
             findings.add(_WRONG, name, "is longer than 256 bytes or holds control characters", "copy it again, whole")
-        elif value != value.strip():
-            findings.add(_WARNING, name, f"begins or ends with a space: {value!r}", "remove the space")
         else:
             findings.add(_OK, name, value)
 
 
 def _secret(findings: _Findings, option: str, name: str) -> Optional[Secret]:
-    text = os.environ.get(name)
-    if not text:
+    text = _value(name)
+    if text is None:
         return None
     try:
         secret = as_secret(text, name)
@@ -204,9 +217,9 @@ def _secret(findings: _Findings, option: str, name: str) -> Optional[Secret]:
 
 def _credentials_file(findings: _Findings) -> Optional[RuntimeCredentials]:
     """What the credentials file holds; it is only read."""
-    path = os.environ.get(CREDENTIALS_FILE_VARIABLE)
-    if not path:
-        if os.environ.get(ENVIRONMENT["install_token"]):
+    path = _value(CREDENTIALS_FILE_VARIABLE)
+    if path is None:
+        if _value(ENVIRONMENT["install_token"]) is not None and not os.environ.get(CREDENTIALS_FILE_VARIABLE):
             findings.add(
                 _WARNING,
                 CREDENTIALS_FILE_VARIABLE,
@@ -236,7 +249,7 @@ def _credentials_file(findings: _Findings) -> Optional[RuntimeCredentials]:
 
 def _ways(findings: _Findings, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]) -> None:
     """Which ways of authenticating there are."""
-    installation = os.environ.get(ENVIRONMENT["installation_id"])
+    installation = _value(ENVIRONMENT["installation_id"])
     what = "credentials"
     if "refresh_token" in secrets and not installation and stored is None:
         findings.add(_WRONG, what, "SEKUIRE_REFRESH_TOKEN without SEKUIRE_INSTALLATION_ID", "set both")
@@ -270,9 +283,17 @@ def _policy_settings(findings: _Findings) -> bool:
     from ..policy.gateway import may_only_warn
 
     what = "policy"
-    keys = policy_keys_from_environment()
+    try:
+        keys = policy_keys_from_environment()
+    except ConfigurationError as error:
+        if _value(POLICY_KEYS_VARIABLE) is not None:
+            # Not what _environment() has reported.
+            findings.add(_WRONG, POLICY_KEYS_VARIABLE, error.problem)
+        return False
+    names = (POLICY_OVERRIDE_VARIABLE, ENVIRONMENT["environment"])
+    is_readable = all(not os.environ.get(name) or _value(name) is not None for name in names)
     with findings.catching(POLICY_OVERRIDE_VARIABLE):
-        if may_only_warn(False, None, bool(keys)):
+        if is_readable and may_only_warn(False, None, bool(keys)):
             findings.add(
                 _WARNING, POLICY_OVERRIDE_VARIABLE, "is set: policies are not enforced", "unset it in production"
             )
@@ -294,7 +315,7 @@ def _policy_settings(findings: _Findings) -> bool:
 
 
 def _workspace(stored: Optional[RuntimeCredentials]) -> Optional[str]:
-    given = os.environ.get(ENVIRONMENT["workspace_id"]) or (stored.workspace_id if stored is not None else None)
+    given = _value(ENVIRONMENT["workspace_id"]) or (stored.workspace_id if stored is not None else None)
     return given if protocol.is_id(given) else None
 
 
@@ -410,7 +431,7 @@ def _runtime_token(
     """One heartbeat with the runtime token, as the agent would send it. A fresh token that comes back is left alone:
     the one at hand stays good until its end."""
     what = "runtime token"
-    token, installation_id = secrets.get("runtime_token"), os.environ.get(ENVIRONMENT["installation_id"])
+    token, installation_id = secrets.get("runtime_token"), _value(ENVIRONMENT["installation_id"])
     has_refresh = "refresh_token" in secrets
     if stored is not None and stored.runtime_token is not None:
         token, installation_id, has_refresh = stored.runtime_token, stored.installation_id, bool(stored.refresh_token)
@@ -481,8 +502,8 @@ def _policy(
     key = secrets.get("api_key")
     token = stored.runtime_token if stored is not None and stored.runtime_token else secrets.get("runtime_token")
     if workspace_id is None:
-        variable = ENVIRONMENT["workspace_id"]
-        findings.add(_OK, what, f"the login tells whose policy counts; set {variable} to have it checked here")
+        name = ENVIRONMENT["workspace_id"]
+        findings.add(_OK, what, f"the login says whose policy counts; set {name} to have it checked here")
         return
     if key is None and token is None:
         findings.add(_SKIPPED, what, "not asked for: there is no runtime token before the login, and no API key")

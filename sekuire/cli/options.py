@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
 
 from .. import protocol
-from ..config import ENVIRONMENT, ConnectionConfig, from_options
+from ..config import ENVIRONMENT, ConnectionConfig, from_options, source_of, variable
 from ..errors import ConfigurationError
 from ..secret import Secret, as_secret
 from ..transport.http import Credential
@@ -64,10 +63,10 @@ def connection(args: argparse.Namespace) -> ConnectionConfig:
     if args.url is not None:
         options["api_base_url"] = args.url
     else:
-        variable = ENVIRONMENT["api_base_url"]
-        url = os.environ.get(variable)
-        source = f"environment variable {variable}"
-        if url:
+        name = ENVIRONMENT["api_base_url"]
+        url = variable(name)
+        source = source_of(name)
+        if url is not None:
             options["api_base_url"] = url
     try:
         return from_options(ConnectionConfig, options, {"api_base_url": source})
@@ -85,11 +84,11 @@ def api_key(path: Optional[str]) -> Tuple[Secret, str]:
     :raises ConfigurationError: it is malformed.
     """
     if path is None:
-        variable = ENVIRONMENT["api_key"]
-        text = os.environ.get(variable)
-        if not text:
-            raise CommandError(f"no API key: set {variable}, or give --api-key-file PATH")
-        return as_secret(text, f"environment variable {variable}"), variable
+        name = ENVIRONMENT["api_key"]
+        text = variable(name)
+        if text is None:
+            raise CommandError(f"no API key: set {name}, or give --api-key-file PATH")
+        return as_secret(text, source_of(name)), name
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(65536)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
@@ -16,6 +15,8 @@ from ..config import (
     POLICY_KEYS_VARIABLE,
     ConnectionConfig,
     policy_keys_from_environment,
+    source_of,
+    variable,
 )
 from ..credentials import RuntimeCredentialsStore
 from ..credentials.file import CredentialsFile
@@ -235,7 +236,7 @@ def _keys(args: argparse.Namespace) -> Tuple[str, ...]:
 
 
 def _keys_source(args: argparse.Namespace) -> str:
-    return "--trusted-key" if args.trusted_key else f"environment variable {POLICY_KEYS_VARIABLE}"
+    return "--trusted-key" if args.trusted_key else source_of(POLICY_KEYS_VARIABLE)
 
 
 def read_file(path: str, option: str) -> Tuple[bytes, Dict[str, Any]]:
@@ -287,7 +288,7 @@ def _read(args: argparse.Namespace, whole: bool = False) -> Policy:
     if whole or "hash" in payload:
         require_extra()
         stated = payload.get("workspace_id")
-        workspace = args.workspace or os.environ.get(ENVIRONMENT["workspace_id"])
+        workspace = args.workspace or variable(ENVIRONMENT["workspace_id"])
         if workspace is None:
             workspace = stated if isinstance(stated, str) else ""
         with _naming(_keys_source(args)):
@@ -333,17 +334,17 @@ def _fetch(args: argparse.Namespace) -> Optional[Policy]:
     stored = _stored()
     key: Optional[Secret] = None
     token = None if stored is None else stored.runtime_token
-    if args.api_key_file is not None or os.environ.get(ENVIRONMENT["api_key"]):
+    given = variable(ENVIRONMENT["runtime_token"])
+    if args.api_key_file is not None or variable(ENVIRONMENT["api_key"]) is not None:
         key = api_key(args.api_key_file)[0]
-    elif os.environ.get(ENVIRONMENT["runtime_token"]):
-        variable = ENVIRONMENT["runtime_token"]
-        token = as_secret(os.environ[variable], f"environment variable {variable}")
+    elif given is not None:
+        token = as_secret(given, source_of(ENVIRONMENT["runtime_token"]))
     elif token is None:
         raise CommandError(
             "nothing to authenticate with: set SEKUIRE_API_KEY (or give --api-key-file PATH), SEKUIRE_RUNTIME_TOKEN or "
             "SEKUIRE_CREDENTIALS_FILE; or give --file PATH"
         )
-    workspace = args.workspace or os.environ.get(ENVIRONMENT["workspace_id"]) or (stored and stored.workspace_id)
+    workspace = args.workspace or variable(ENVIRONMENT["workspace_id"]) or (stored and stored.workspace_id)
     if not workspace:
         raise CommandError("whose policy? give --workspace, or set SEKUIRE_WORKSPACE_ID")
     if not protocol.is_id(workspace):
@@ -355,8 +356,8 @@ def _fetch(args: argparse.Namespace) -> Optional[Policy]:
 
 
 def _stored() -> Optional[RuntimeCredentials]:
-    path = os.environ.get(CREDENTIALS_FILE_VARIABLE)
-    if not path:
+    path = variable(CREDENTIALS_FILE_VARIABLE)
+    if path is None:
         return None
     stored = CredentialsFile(path).load()
     return None if stored is None else stored.credentials

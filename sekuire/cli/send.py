@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
 
 from .. import protocol
-from ..config import ENVIRONMENT, check_capability
+from ..config import ENVIRONMENT, check_capability, variable
 from ..errors import APIError, SekuireError
 from ..submission import TaskSubmitter
 from ..transport.http import Reply
@@ -79,7 +78,7 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     capability = check_capability(args.capability, "CAPABILITY")
     value = _parse(*_input(args.json))
-    agent_id = args.agent_id or os.environ.get(ENVIRONMENT["agent_id"])
+    agent_id = args.agent_id or variable(ENVIRONMENT["agent_id"])
     if not agent_id:
         raise CommandError("whose task is it? give --agent-id, or set SEKUIRE_AGENT_ID")
     if not protocol.is_id(agent_id):

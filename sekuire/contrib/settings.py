@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
 
 import attrs
@@ -12,6 +11,7 @@ from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
     OUTBOX_VARIABLE,
+    PINS_NOTHING,
     POLICY_KEYS_VARIABLE,
     ConnectionConfig,
     SDKConfig,
@@ -19,7 +19,9 @@ from ..config import (
     from_options,
     policy_keys_from_environment,
     read_environment,
+    source_of,
     split_policy_keys,
+    variable,
 )
 from ..credentials import RuntimeCredentialsStore
 from ..errors import ConfigurationError
@@ -73,6 +75,8 @@ class Settings:
                 raise ConfigurationError(f"is no setting of sekuire; {hint}", label(key))
             if key == _POLICY_KEYS and isinstance(value, str):
                 # Empty, it counts as not set, as the variable does.
+                if value and not split_policy_keys(value):
+                    raise ConfigurationError(PINS_NOTHING, label(key))
                 value = list(split_policy_keys(value)) or None
             if value is None:
                 continue
@@ -122,7 +126,7 @@ class Settings:
         keys = policy_keys_from_environment()
         if keys and "trusted_policy_keys" not in options and options.get("policy_gateway") is None:
             options["trusted_policy_keys"] = keys
-            sources["trusted_policy_keys"] = f"environment variable {POLICY_KEYS_VARIABLE}"
+            sources["trusted_policy_keys"] = source_of(POLICY_KEYS_VARIABLE)
         own = _only(self._options, _WORKER)
         try:
             if self._file is not None:
@@ -131,8 +135,10 @@ class Settings:
             worker = from_options(WorkerConfig, {**own, "agent_id": "unknown"})
             if worker.outbox is not None:
                 _check_outbox(worker.outbox)
-            elif os.environ.get(OUTBOX_VARIABLE):
-                _check_outbox(os.environ[OUTBOX_VARIABLE], f"environment variable {OUTBOX_VARIABLE}")
+            else:
+                outbox = variable(OUTBOX_VARIABLE)
+                if outbox is not None:
+                    _check_outbox(outbox, source_of(OUTBOX_VARIABLE))
             _check_policy(config, sources)
             return
         except ConfigurationError as error:
@@ -147,7 +153,7 @@ class Settings:
 
     def has_credentials_file(self) -> bool:
         """Whether the credentials last."""
-        return self._file is not None or bool(os.environ.get(CREDENTIALS_FILE_VARIABLE))
+        return self._file is not None or variable(CREDENTIALS_FILE_VARIABLE) is not None
 
     def runs_elsewhere(self) -> bool:
         """Whether handlers run in other processes that nothing was told to prepare."""

@@ -111,6 +111,8 @@ class RuntimeCredentialsStore:
         self._offered: Tuple[str, ...] = ()
         self._revision = 0
         self._is_from_file = False
+        #: The last workspace that an answer named and that was not adopted.
+        self._foreign_workspace: Optional[str] = None
         self._file = CredentialsFile(path) if path is not None else None
         self._snapshot = Snapshot(generation=0, credentials=RuntimeCredentials())
         self._replaced: Tuple[Secret, ...] = ()
@@ -301,8 +303,25 @@ class RuntimeCredentialsStore:
             if snapshot.generation != used:
                 return snapshot
             renewed = action(snapshot)
-            self._store(renewed.grant.credentials, renewed.grant.lifetime, renewed.sent_at, renewed.sent_wall)
+            credentials = self._keep_workspace(renewed.grant.credentials)
+            self._store(credentials, renewed.grant.lifetime, renewed.sent_at, renewed.sent_wall)
             return self._snapshot
+
+    def _keep_workspace(self, credentials: RuntimeCredentials) -> RuntimeCredentials:
+        """Return credentials that an answer brought, in the workspace that is known. Needs the write lock.
+
+        The workspace says whose policy is enforced: whoever can answer in the platform's place must not choose another.
+        """
+        known, named = self.current.workspace_id, credentials.workspace_id
+        if known is None or named == known:
+            return credentials
+        if named is not None and named != self._foreign_workspace:
+            self._foreign_workspace = named
+            log.error(
+                "the platform names the workspace %s, and the agent is of %s, which stays; an agent that has really "
+                "moved needs a new install token", named, known,
+            )  # fmt: skip
+        return attrs.evolve(credentials, workspace_id=known)
 
     def _writing(self, deadline: Deadline) -> _Writing:
         return _Writing(self._write_lock, self._file, deadline)

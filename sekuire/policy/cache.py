@@ -47,6 +47,10 @@ class PolicyCache:
         """The highest version seen (-1: none) and the last good policy's body, still to be verified."""
         return _entry(self._read().get(workspace_id))
 
+    def highest_version(self) -> int:
+        """Return the highest version seen of any workspace (-1: none)."""
+        return max((_entry(entry)[0] for entry in self._read().values()), default=-1)
+
     def save(self, workspace_id: str, version: int, body: bytes) -> None:
         """Keep a policy, unless another process has kept a newer one meanwhile."""
         with self._writing():

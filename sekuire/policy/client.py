@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from .. import protocol
 from ..config import PolicyClientConfig, from_options
@@ -18,17 +18,16 @@ from ..credentials import RuntimeCredentialsStore
 from ..credentials.login import TokenProvider, bearer_of
 from ..credentials.store import own_copy
 from ..errors import (
-    APIError,
     AuthenticationError,
     ConfigurationError,
     PolicyIntegrityError,
-    SekuireError,
     TransportError,
 )
 from ..lifecycle import Deadline
 from ..secret import Secret
 from ..transport.http import Credential, HttpClient, Reply
 from ..transport.retry import Interrupted, call
+from ..wire.verdict import Failed, Unauthorized, verdict
 from .cache import PolicyCache
 from .document import Policy, check_succession, decode_policy, parse_key
 from .enforcer import PolicyEnforcer
@@ -332,40 +331,38 @@ class PolicyClient:
         return policy
 
     def _ask(self, path: str, deadline: Deadline) -> Reply:
-        reply = self._source(path, deadline)
-        if reply.is_success:
-            if reply.may_be_cut():
-                raise TransportError(f"the answer to {path} ended early")
-            return reply
-        refusal: Optional[SekuireError] = None
-        try:
-            reply.check()
-        except APIError as error:
-            refusal = self._read_refusal(error)
-        if refusal is not None:
-            raise refusal
-        return reply
+        """Ask once. Return the policy's answer, or the 404 that says that there is none.
 
-    @staticmethod
-    def _read_refusal(error: APIError) -> Optional[SekuireError]:
-        if protocol.is_revoked(error):
-            return protocol.revocation(error)
-        if error.status == 404:
-            if _is_the_platforms(error.details):
-                return None
-            # A proxy's or another server's 404 must not be taken for "everything is allowed".
-            error.message = f"no Sekuire platform's answer, is api_base_url right? ({error.message[:80]})"
-        elif error.status == 401:
-            return AuthenticationError(f"the platform refused the credentials: {error}", 401, error.code)
-        return error
+        :raises SekuireError: any other answer.
+        """
+        reply = self._source(path, deadline)
+        found = verdict("policy", reply)
+        if not isinstance(found, Failed):
+            return reply
+        if isinstance(found, Unauthorized):
+            code = getattr(found.error, "code", None)
+            raise AuthenticationError(f"the platform refused the credentials: {found.error}", 401, code)
+        raise found.error
 
     def _check_none(self, workspace_id: str, known: _Known) -> None:
-        """Whether "there is no policy" may be believed: nobody signs it."""
-        if self._keys and known.version >= 0:
+        """Check that "there is no policy" may be believed: nobody signs it.
+
+        :raises PolicyIntegrityError: a key is pinned, and a version was seen before, of any workspace: whoever can
+            answer in the platform's place can name a workspace that never had a policy.
+        """
+        if not self._keys:
+            return
+        with self._lock:
+            seen = max((one.version for one in self._known.values()), default=-1)
+        if seen < 0 and self._cache is not None:
+            seen = self._cache.highest_version()
+        if seen >= 0:
+            version = known.version if known.version >= 0 else seen
+            where = "" if known.version >= 0 else " of another workspace"
             raise PolicyIntegrityError(
-                f"the platform says that {workspace_id} has no policy, which no key can prove; version {known.version} "
-                "was there before. Activate a policy that allows what is meant" + self._or_forget(),
-                expected=f"version {known.version} or later",
+                f"the platform says that {workspace_id} has no policy, which no key can prove; version {version}{where}"
+                " was there before. Activate a policy that allows what is meant" + self._or_forget(),
+                expected=f"version {version} or later" if known.version >= 0 else "a signed policy",
                 found="none",
             )
 
@@ -383,12 +380,7 @@ class PolicyClient:
 
     def _or_forget(self) -> str:
         where = f"remove {self._cache.path} and " if self._cache is not None else ""
-        return f", or {where}start anew where the platform itself was set back"
-
-
-def _is_the_platforms(body: Optional[Mapping[str, Any]]) -> bool:
-    """Whether an error's body is of the contract's form, which a proxy's, or another server's, seldom is."""
-    return body is not None and all(isinstance(body.get(name), str) and body[name] for name in ("error", "message"))
+        return f", or {where}restart if the platform itself was set back"
 
 
 class _Caller:

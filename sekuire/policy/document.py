@@ -405,6 +405,8 @@ class Network:
     require_tls: bool = False
     allowed_domains: Texts = None
     blocked_domains: Texts = None
+    allowed_hosts: Texts = None
+    blocked_hosts: Texts = None
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -462,6 +464,8 @@ class Rules:
     capabilities: Capabilities = Capabilities()
     requests: Rate = Rate()
     tokens: Rate = Rate()
+    #: Sections that deny everything, each with the unknown key that may have been meant to block something.
+    closed: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
 
 def _flag(value: Any, path: str) -> bool:
@@ -506,7 +510,14 @@ _SCHEMA: Dict[str, Dict[str, Tuple[Any, Dict[str, Callable[[Any, str], Any]]]]] 
     "permissions": {
         "network": (
             Network,
-            {"enabled": _flag, "require_tls": _flag, "allowed_domains": _domains, "blocked_domains": _domains},
+            {
+                "enabled": _flag,
+                "require_tls": _flag,
+                "allowed_domains": _domains,
+                "blocked_domains": _domains,
+                "allowed_hosts": _domains,
+                "blocked_hosts": _domains,
+            },
         ),
         "filesystem": (
             Filesystem,
@@ -547,17 +558,21 @@ def _read(content: Any) -> Tuple[Rules, Tuple[str, ...]]:
     if not isinstance(content, Mapping):
         raise _Wrong("content", f"must be an object, not {_kind(content)}", "an object", _kind(content))
     found: Dict[str, Any] = {}
+    closed: Dict[str, str] = {}
     warnings: List[str] = []
     for part, sections in _SCHEMA.items():
-        for name, value in _items(content, part, part, sections, warnings):
+        # A rate that is not counted denies nothing; what is unknown there is a warning only.
+        around = () if part == "rate_limits" else tuple(sections)
+        for name, value in _items(content, part, part, sections, warnings, closed, around):
             cls, fields = sections[name]
             where = f"{part}.{name}"
             values = {}
-            for key, item in _items({name: value}, name, where, fields, warnings):
+            around_key = (name,) if around else ()
+            for key, item in _items({name: value}, name, where, fields, warnings, closed, around_key):
                 if item is not None:
                     values[key] = fields[key](item, f"{where}.{key}")
             found[name] = cls(**values)
-    return Rules(**found), tuple(warnings)
+    return Rules(**found, closed=closed), tuple(warnings)
 
 
 def _near_misses(content: Mapping[str, Any]) -> Iterator[str]:
@@ -569,9 +584,18 @@ def _near_misses(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _items(
-    holder: Mapping[str, Any], name: str, path: str, known: Mapping[str, Any], warnings: List[str]
+    holder: Mapping[str, Any],
+    name: str,
+    path: str,
+    known: Mapping[str, Any],
+    warnings: List[str],
+    closed: Dict[str, str],
+    around: Tuple[str, ...],
 ) -> Iterator[Tuple[str, Any]]:
-    """The known keys of the object ``holder[name]`` with their values; unknown ones become warnings."""
+    """Yield the known keys of the object ``holder[name]`` with their values; unknown ones become warnings.
+
+    :param closed: gets the sections ``around`` where an unknown key holds a list that may block something.
+    """
     value = holder.get(name)
     if value is None:
         return
@@ -579,14 +603,41 @@ def _items(
         raise _Wrong(path, f"must be an object, not {_kind(value)}", "an object", _kind(value))
     for key, item in value.items():
         if key not in known:
+            list_at = _find_list(item, _join(path, str(key)), str(key)) if around else None
+            if list_at is not None:
+                for section in around:
+                    closed.setdefault(section, list_at)
             if len(warnings) >= MAX_WARNINGS:
                 # Whoever sends thousands must not make us search for thousands of likely names.
                 continue
             close = difflib.get_close_matches(str(key)[:100], known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-            warnings.append(f"{_cut(_join(path, str(key)))} is unknown and not enforced{hint}")
+            effect = "not enforced"
+            if list_at is not None:
+                effect = f"may block something, so everything under {', '.join(around)} is denied (policy.unknown_key)"
+            warnings.append(f"{_cut(_join(path, str(key)))} is unknown and {effect}{hint}")
         elif item is not None:
             yield key, item
+
+
+_LIST_NAMES = ("allow", "block", "den", "deny")
+
+
+def _find_list(value: Any, path: str, key: str) -> Optional[str]:
+    """Return the path of a list in ``value`` whose key says that it allows or blocks something, or None.
+
+    :param key: the unknown key that holds ``value``, at ``path``.
+    """
+    waiting = [(value, path, key)]
+    while waiting:
+        item, where, name = waiting.pop()
+        if isinstance(item, (list, tuple)):
+            if name.casefold().startswith(_LIST_NAMES):
+                return _cut(where)
+            waiting.extend((one, where, "") for one in item)
+        elif isinstance(item, Mapping):
+            waiting.extend((one, _join(where, str(inner)), str(inner)) for inner, one in item.items())
+    return None
 
 
 # -- the policy -------------------------------------------------------------------------------------------------------
@@ -699,8 +750,8 @@ def _decode_policy(body: bytes, workspace_id: str, trusted: Tuple[bytes, ...]) -
         raise _Wrong("workspace_id", f"is {found}, expected {workspace_id!r}", workspace_id, found)
     version = _version(payload.get("version"))
     status = payload.get("status", "active")
-    if not isinstance(status, str):
-        raise _Wrong("status", f"must be a string, not {_kind(status)}", "a string", _kind(status))
+    if not isinstance(status, str) or status.lower() != "active":
+        raise _Wrong("status", f"is {_show(status)}, and only an active policy is used", "active", _show(status))
     content = payload.get("content")
     if not isinstance(content, dict):
         raise _Wrong("content", f"must be an object, not {_kind(content)}", "an object", _kind(content))

@@ -45,6 +45,7 @@ MESSAGES: Mapping[str, str] = {
     "rate_limit.tokens_per_minute": "{amount} more would exceed {limit} tokens a minute",
     "rate_limit.tokens_per_hour": "{amount} more would exceed {limit} tokens an hour",
     "policy.unavailable": "{subject} is refused: {problem}",
+    "policy.unknown_key": "{noun} {subject} is refused: {key} in the policy is unknown, and may block it",
     "": "{subject} is refused: {problem}",
 }
 
@@ -206,13 +207,21 @@ class PolicyEnforcer:
 
     def _compile(self, rules: Rules) -> None:
         self._rules = rules
+        self._closed = rules.closed
         network, filesystem = rules.network, rules.filesystem
         tools, api, models, capabilities = rules.tools, rules.api, rules.models, rules.capabilities
         if network is not None:
-            self._domains = _Pair(
-                Domains,
-                network.blocked_domains, "permissions.network.blocked_domains",
-                network.allowed_domains, "permissions.network.allowed_domains",
+            self._domains = _used(
+                _Pair(
+                    Domains,
+                    network.blocked_domains, "permissions.network.blocked_domains",
+                    network.allowed_domains, "permissions.network.allowed_domains",
+                ),
+                _Pair(
+                    Domains,
+                    network.blocked_hosts, "permissions.network.blocked_hosts",
+                    network.allowed_hosts, "permissions.network.allowed_hosts",
+                ),
             )  # fmt: skip
         if filesystem is not None:
             self._paths = self._compile_paths(filesystem)
@@ -349,22 +358,22 @@ class PolicyEnforcer:
     # -- what the policy says --
 
     def _tool(self, name: str) -> Decision:
-        general = self._general("tool", name)
+        general = self._general("tool", name, "tools", "capabilities")
         # Not "or": a decision that refuses is false.
         return self._names("tool", name, self._tools) if general is None else general
 
     def _api(self, service: str) -> Decision:
-        general = self._general("service", service)
+        general = self._general("service", service, "api")
         # Not "or": a decision that refuses is false.
         return self._names("api", service, self._services) if general is None else general
 
     def _capability(self, name: str) -> Decision:
-        general = self._general("capability", name)
+        general = self._general("capability", name, "capabilities")
         # Not "or": a decision that refuses is false.
         return self._names("capability", name, self._capabilities) if general is None else general
 
     def _model(self, model: str, provider: Optional[str]) -> Decision:
-        general = self._general("model", model)
+        general = self._general("model", model, "models")
         if general is not None:
             return general
         decision = self._names("model", model, self._models, self._providers.allowed is not None)
@@ -405,7 +414,7 @@ class PolicyEnforcer:
         return decision
 
     def _network(self, domain: str, protocol: str) -> Decision:
-        general = self._general("host", domain)
+        general = self._general("host", domain, "network")
         if general is not None:
             return general
         asked = _host(domain)
@@ -423,15 +432,14 @@ class PolicyEnforcer:
             problem = str(error)
         if problem:
             return _refuse("network.not_allowed", f"host {asked}", problem)
-        pair = self._domains
-        if pair.blocked is not None:
-            for form in forms:
+        for pair in self._domains:
+            for form in forms if pair.blocked is not None else ():
                 entry = pair.blocked.find(form)
                 if entry is not None:
                     return _deny("network.blocked", subject=asked, entry=entry, list=pair.blocked_name)
         decision = _UNRESTRICTED
-        if pair.allowed is not None:
-            for form in forms:
+        for pair in self._domains:
+            for form in forms if pair.allowed is not None else ():
                 found = pair.allowed.find(form)
                 if found is None:
                     return _deny("network.not_allowed", subject=asked, list=pair.allowed_name)
@@ -439,7 +447,7 @@ class PolicyEnforcer:
         return decision
 
     def _filesystem(self, path: PathLike, operation: str) -> Decision:
-        general = self._general("path", path)
+        general = self._general("path", path, "filesystem")
         if general is not None:
             return general
         section = self._rules.filesystem
@@ -494,10 +502,16 @@ class PolicyEnforcer:
         reason = MESSAGES[rule].format(amount=amount, limit=excess.limit)
         return Decision(False, rule, reason, excess.retry_after)
 
-    def _general(self, noun: str, subject: object) -> Optional[Decision]:
-        """The decision that needs no policy; None where there is one."""
+    def _general(self, noun: str, subject: object, *sections: str) -> Optional[Decision]:
+        """Return the decision that asks no list; None where the lists of ``sections`` decide."""
         if self._policy is not None:
-            return None
+            if not self._closed:
+                return None
+            key = next((self._closed[one] for one in sections if one in self._closed), None)
+            if key is None:
+                return None
+            asked = {"host": _host, "path": _path}.get(noun, _quote)(subject)
+            return _deny("policy.unknown_key", noun=noun, subject=asked, key=key)
         if self._unavailable is None:
             return _NO_POLICY
         asked = {"host": _host, "path": _path}.get(noun, _quote)(subject)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -17,7 +18,14 @@ from typing import Any, Callable, List, Mapping, Optional, Type
 import attrs
 
 from .. import protocol
-from ..config import POLICY_OVERRIDE_VARIABLE
+from ..config import (
+    ENVIRONMENT,
+    POLICY_OVERRIDE_VARIABLE,
+    boolean_variable,
+    is_production,
+    source_of,
+    variable,
+)
 from ..errors import (
     ConfigurationError,
     PolicyIntegrityError,
@@ -49,10 +57,13 @@ _PINNED_AND_UNKNOWN = (
     "a policy key is pinned, and the workspace is not known: the platform has not told it at the login; give "
     "workspace_id= (SEKUIRE_WORKSPACE_ID)"
 )
-_YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_REQUIRED_AND_UNKNOWN = (
+    "policy_required=True, and the workspace is not known: the platform did not name it at the login; give "
+    "workspace_id= (SEKUIRE_WORKSPACE_ID)"
+)
 
-#: Told of a new policy: whether it allows a capability.
-Listener = Callable[[Callable[[str], bool]], None]
+#: Gets ``is_allowed(capability, tool=None)``, which asks a new policy whether such a task may run.
+Listener = Callable[[Callable[..., bool]], None]
 
 
 @attrs.frozen(slots=True)
@@ -159,7 +170,7 @@ class PolicyGateway:
         self._on_violation = on_violation
         self._allows_without = on_unavailable == "allow" or self._warn_only
         self._cancels = on_change == "cancel"
-        self._storage_uri = storage_uri
+        self._is_required = False
         # Made now, whether the workspace is known or not: a store that cannot be used must be told at once.
         self._limiter = RateLimiter(storage_uri, namespace=workspace_id() or "?")
         self._standing = self._without("no policy has been loaded yet")
@@ -203,21 +214,28 @@ class PolicyGateway:
         """Whether there is a workspace whose policy can be asked for; without one nothing is enforced."""
         return self._workspace_id() is not None
 
-    def check_task(self, capability: str) -> Optional[PolicyEnforcer]:
-        """Whether a task may begin, all of it decided by one policy; the enforcer that decided.
+    def check_task(self, capability: str, tool: Optional[str] = None) -> Optional[PolicyEnforcer]:
+        """Check that a task may begin, all of it by one policy. Return the enforcer that decided.
 
-        :raises PolicyViolationError: the capability is not allowed, or too many tasks have begun.
-        :raises PolicyUnavailableError: no policy could be loaded, or a key is pinned and the workspace is not known.
+        :param tool: the tool that the task names, checked as its capability is.
+        :raises PolicyViolationError: the capability or the tool is not allowed, or too many tasks have begun.
+        :raises PolicyUnavailableError: no policy could be loaded, or the workspace is not known, and a key is pinned or
+            a policy required.
+        :raises ConfigurationError: rates are limited, and counted in the process that this one was forked from.
         """
         if not self._standing.is_loaded and not self.is_active:
             if self._client.is_pinned and not self._allows_without:
                 # Whoever answers in the platform's place must not get round the key by telling no workspace.
                 raise PolicyUnavailableError(_PINNED_AND_UNKNOWN)
+            if self._is_required:
+                raise PolicyUnavailableError(_REQUIRED_AND_UNKNOWN)
             return None
         enforcer = self._current()
         try:
             # First what costs nothing: a task that is denied must not use up what another one may need.
             enforcer.enforce_capability(capability)
+            if tool is not None:
+                enforcer.enforce_tool(tool)
             enforcer.enforce_rate_limit("requests")
         except PolicyViolationError as error:
             raise _unavailable(error) from None
@@ -242,6 +260,17 @@ class PolicyGateway:
         """
         try:
             self._current().enforce_capability(name)
+        except PolicyViolationError as error:
+            raise _unavailable(error) from None
+
+    def check_tool(self, name: str) -> None:
+        """Check that this tool may be used.
+
+        :raises PolicyViolationError: it may not.
+        :raises PolicyUnavailableError: no policy could be loaded.
+        """
+        try:
+            self._current().enforce_tool(name)
         except PolicyViolationError as error:
             raise _unavailable(error) from None
 
@@ -283,6 +312,14 @@ class PolicyGateway:
             self._fall_back(workspace_id, f"no policy could be loaded: {problem}")
         if not self._standing.is_loaded:
             raise PolicyUnavailableError(f"no policy could be loaded: {problem}")
+
+    def require_policy(self) -> None:
+        """Never again adopt that the workspace has no policy; the last good one stays in force.
+
+        A Worker with ``policy_required=True`` calls this before it asks for a policy.
+        """
+        with self._swap_lock:
+            self._is_required = True
 
     def refresh(self) -> Optional[Policy]:
         """Ask the platform now, on this thread; the policy in force then, None where the workspace has none.
@@ -330,7 +367,7 @@ class PolicyGateway:
 
     def add_listener(self, listener: Listener) -> None:
         """With ``on_change="cancel"``: have ``listener(is_allowed)`` called after a policy has changed, on the thread
-        that loaded it. ``is_allowed(capability)`` asks the new one."""
+        that loaded it. ``is_allowed(capability, tool=None)`` asks the new one."""
         with self._lock:
             self._listeners.append(listener)
 
@@ -391,8 +428,15 @@ class PolicyGateway:
             self._verdict.notify_all()
 
     def _adopt(self, workspace_id: str, policy: Optional[Policy], number: int) -> None:
-        """Let ``policy`` decide from now on (None: everything is allowed); ``number`` is that of the question."""
+        """Let ``policy`` decide from now on (None: everything is allowed); ``number`` is that of the question.
+
+        :raises PolicyUnavailableError: there is none, and one is required.
+        """
         with self._swap_lock:
+            if policy is None and self._is_required:
+                raise PolicyUnavailableError(
+                    f"the platform says that {workspace_id} has no policy, and one is required; activate one"
+                )
             standing = self._standing
             old = standing.policy
             is_late = number < self._taken
@@ -410,7 +454,7 @@ class PolicyGateway:
                 return
             if self._limiter.namespace != workspace_id:
                 # The one before has counted nothing, and so has no connection to close.
-                self._limiter = RateLimiter(self._storage_uri, namespace=workspace_id)
+                self._limiter = self._limiter.renamed(workspace_id)
             enforcer = self._enforcer_of(policy)
             self._standing = _Standing(enforcer, policy, is_loaded=True)
         self._tell(workspace_id, policy, old)
@@ -419,7 +463,7 @@ class PolicyGateway:
                 listeners = list(self._listeners)
             for listener in listeners:
                 try:
-                    listener(lambda capability: enforcer.check_capability(capability).allowed)
+                    listener(functools.partial(_allows, enforcer))
                 except Exception:
                     log.exception("telling of a new policy failed")
 
@@ -533,6 +577,11 @@ class PolicyGateway:
             self._is_wanted = True
 
 
+def _allows(enforcer: PolicyEnforcer, capability: str, tool: Optional[str] = None) -> bool:
+    """Return True if a task of this capability and this tool may run, rates aside."""
+    return bool(enforcer.check_capability(capability)) and (tool is None or bool(enforcer.check_tool(tool)))
+
+
 def _unavailable(error: PolicyViolationError) -> SekuireError:
     """``error``, or where it says that there is no policy, the error that says so."""
     return PolicyUnavailableError(error.reason) if error.rule == protocol.RULE_UNAVAILABLE else error
@@ -551,20 +600,15 @@ def may_only_warn(warn_only: object, environment: Optional[str], is_pinned: bool
     if not isinstance(warn_only, bool):
         raise ConfigurationError(f"must be True or False, got {warn_only!r}", "warn_only")
     option, source = "warn_only", None
-    text = os.environ.get(POLICY_OVERRIDE_VARIABLE, "").strip().lower()
-    if text not in _YES + _NO:
-        raise ConfigurationError(
-            f"must be 1 or 0, got {text!r}", None, f"environment variable {POLICY_OVERRIDE_VARIABLE}"
-        )
-    if text in _YES and not warn_only:
-        option, source = "", f"environment variable {POLICY_OVERRIDE_VARIABLE}"
+    if boolean_variable(POLICY_OVERRIDE_VARIABLE) and not warn_only:
+        option, source = "", source_of(POLICY_OVERRIDE_VARIABLE)
     elif not warn_only:
         return False
-    where = environment or os.environ.get("SEKUIRE_ENVIRONMENT") or "production"
+    where = environment or variable(ENVIRONMENT["environment"]) or "production"
     problem = ""
     if is_pinned:
         problem = "is refused where a policy key is pinned; remove one of the two"
-    elif where.strip().lower() in ("production", "prod"):
+    elif is_production(where):
         problem = (
             "is refused in production; where this is not production, say so: environment='development' "
             "(SEKUIRE_ENVIRONMENT=development)"

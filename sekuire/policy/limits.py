@@ -81,6 +81,8 @@ class RateLimiter:
         self._store: Any = None if storage_uri in (None, "memory://") else _open_store(storage_uri)
         # For a copy in another process. It may hold a password: it is shown nowhere.
         self._storage_uri = storage_uri
+        #: The process whose counts are in memory: each fork of it would have all that is left of a limit for itself.
+        self._pid = os.getpid()
         _limiters.add(self)
 
     @property
@@ -94,6 +96,12 @@ class RateLimiter:
     def is_shared(self) -> bool:
         """Whether other processes can share these counts."""
         return self._store is not None
+
+    def renamed(self, namespace: str) -> RateLimiter:
+        """Return a limiter for another namespace that counts in the same store, or in the same process."""
+        other = RateLimiter(self._storage_uri, namespace=namespace, clock=self._clock)
+        other._pid = self._pid
+        return other
 
     def close(self) -> None:
         """Close the connections to a shared store. A later question opens them again."""
@@ -110,7 +118,8 @@ class RateLimiter:
         What is refused is not counted.
 
         :param kind: ``"requests"`` or ``"tokens"``.
-        :raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more.
+        :raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more; or this is a
+            fork of the process that made the limiter, and it does not count in a shared store.
         :raises PolicyUnavailableError: the shared store cannot be asked.
         """
         check_request(kind, amount)
@@ -125,6 +134,13 @@ class RateLimiter:
         if not limits or amount == 0:
             return None
         if self._store is None:
+            if self._pid != os.getpid():
+                raise ConfigurationError(
+                    f"rate limits are counted in the memory of process {self._pid}, from which this one was forked; "
+                    "make the gateway (or the SDK, or the RateLimiter) after the fork, or count in shared storage "
+                    "(storage_uri='redis://host:6379/0')",
+                    _OPTION,
+                )
             return self._hit_memory(kind, limits, amount)
         return self._hit_store(kind, limits, amount)
 

@@ -190,8 +190,10 @@ _HEX_DIGITS = frozenset("0123456789abcdef")
 def read_host(text: str) -> Tuple[str, ...]:
     """The forms in which a host may be looked up, in lower-case ASCII, without port, brackets and final dot.
 
-    One form, but for a name that the two standards for international names convert differently. An address is in the
-    one form that its kind is written in, whatever it was written in (``127.1``, ``0x7f.0.0.1``, ``::ffff:7f00:1``).
+    An address is in the one form that its kind is written in, whatever it was written in (``127.1``, ``0x7f.0.0.1``).
+    An IPv6 address that leads to an IPv4 address is that one (``::ffff:7f00:1``, ``64:ff9b::7f00:1``). There is more
+    than one form of a name that the two standards for international names convert differently, and of an address of
+    a local NAT64, whose prefix may have several lengths.
 
     :raises Unreadable: it is no host.
     """
@@ -203,10 +205,10 @@ def read_host(text: str) -> Tuple[str, ...]:
         inside, bracket, rest = text[1:].partition("]")
         if not bracket or (rest and not _is_port(rest)):
             raise Unreadable("it is no host name or address")
-        return (_ipv6(inside),)
+        return _ipv6(inside)
     if ":" in text:
         if text.count(":") > 1:
-            return (_ipv6(text),)
+            return _ipv6(text)
         text, colon, port = text.partition(":")
         if not _is_port(colon + port):
             raise Unreadable("it is no host name or address; give the host alone, not a URL")
@@ -264,14 +266,49 @@ def _ipv4(host: str) -> str:
     return str(ipaddress.IPv4Address(value))
 
 
-def _ipv6(text: str) -> str:
+def _ipv6(text: str) -> Tuple[str, ...]:
     try:
         address = ipaddress.IPv6Address(text.partition("%")[0])
     except ValueError:
         address = None
     if address is None:
         raise Unreadable("it is no host name or address; give the host alone, not a URL")
-    return str(address.ipv4_mapped or address)
+    return tuple(str(one) for one in _embedded_ipv4(address) or (address,))
+
+
+#: Prefixes of IPv6 addresses that end in the IPv4 address they lead to: mapped, translated (SIIT), NAT64 (RFC 6052),
+#: compatible (RFC 4291, but for the unspecified and the loopback address).
+_ENDING_IN_IPV4 = tuple(
+    ipaddress.IPv6Network(prefix) for prefix in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")
+)
+#: NAT64 of a local network (RFC 8215), whose own prefix may have any length of RFC 6052.
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
+
+
+def _embedded_ipv4(address: ipaddress.IPv6Address) -> Tuple[ipaddress.IPv4Address, ...]:
+    """Return the IPv4 addresses that packets to ``address`` may reach by a transition mechanism; none for most."""
+    if address.sixtofour is not None:
+        return (address.sixtofour,)
+    if address.teredo is not None:
+        return (address.teredo[1],)
+    value = int(address)
+    last = value & 0xFFFFFFFF
+    if address in _LOCAL_NAT64:
+        # By prefixes of 96, 64, 56 and 48 bits; the bits 64 to 71 are no part of any of them.
+        readings = (
+            last,
+            value >> 24 & 0xFFFFFFFF,
+            (value >> 64 & 0xFF) << 24 | value >> 32 & 0xFFFFFF,
+            (value >> 64 & 0xFFFF) << 16 | value >> 40 & 0xFFFF,
+        )
+        # No host is in 0.0.0.0/8 or 240.0.0.0/4: such a reading is of what fills the address up.
+        plausible = dict.fromkeys(one for one in readings if 0 < one >> 24 < 240)
+        return tuple(ipaddress.IPv4Address(one) for one in plausible or (last,))
+    # An interface of ISATAP (RFC 5214) has 0:5efe or 200:5efe before its IPv4 address.
+    is_isatap = value >> 32 & 0xFDFFFFFF == 0x5EFE
+    if value > 1 and (is_isatap or any(address in network for network in _ENDING_IN_IPV4)):
+        return (ipaddress.IPv4Address(last),)
+    return ()
 
 
 def _international(text: str) -> Tuple[str, ...]:

@@ -179,7 +179,7 @@ def verdict(endpoint: str, outcome: Union[Answer, BaseException]) -> Verdict:
     if not _is_error(payload):
         return _of_page(endpoint, status, outcome)
     if endpoint == "policy" and status == 404:
-        return SETTLED if payload.get("code") in (None, "POLICY_NOT_FOUND") else Retry(error, error.retry_after or 0.0)
+        return SETTLED if _says_no_policy(payload) else Retry(error, error.retry_after or 0.0)
     if endpoint in _OPTIONAL and status in _NOT_THERE and error.code != _UNKNOWN_TASK:
         return Unsupported(error)
     if protocol.is_transient(status):
@@ -308,6 +308,20 @@ def _is_error(payload: Mapping[str, Any]) -> bool:
     if isinstance(error, dict):
         return bool(error.get("code") or error.get("message"))
     return isinstance(error, str) and bool(error)
+
+
+def _says_no_policy(payload: Mapping[str, Any]) -> bool:
+    """Return True if the error of a 404 says that the workspace has no policy, which allows everything.
+
+    Without a code it must be the contract's error whole: frameworks answer an unknown path with ``error`` alone.
+    """
+    nested = payload.get("error")
+    inner = nested if isinstance(nested, dict) else payload
+    codes = [one for one in (inner.get("code"), payload.get("code")) if one is not None]
+    if codes:
+        return all(one == "POLICY_NOT_FOUND" for one in codes)
+    message = inner.get("message")
+    return isinstance(message, str) and bool(message)
 
 
 class Support:

@@ -331,7 +331,7 @@ def test_a_pinned_policy(call: Call, platform: LocalPlatform, environ: Dict[str,
         ({"SEKUIRE_WORKSPACE_ID": "ws_none", "SEKUIRE_API_KEY": "good"}, "ok       policy: ws_none has none"),
         ({"SEKUIRE_WORKSPACE_ID": "ws_local"}, "skipped  policy: not asked for: there is no runtime token"),
         ({"SEKUIRE_WORKSPACE_ID": "ws_local", "SEKUIRE_API_KEY": "bad"}, "warning  policy: cannot be had"),
-        ({}, "ok       policy: the login tells whose policy counts"),
+        ({}, "ok       policy: the login says whose policy counts"),
     ],
 )
 def test_no_policy(

@@ -799,3 +799,29 @@ def test_a_refusal_is_shared() -> None:
     assert gate.entered.wait(PATIENCE)
     gate.open.set()
     assert {(type(error), error.status, error.code) for error in callers.finish()} == {(AuthenticationError, 401, "X")}
+
+
+def test_the_workspace_is_learned_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An answer adds the workspace where none is known and never changes it, over restarts too; the user may."""
+    path = tmp_path / "credentials.json"
+
+    def renew(store: RuntimeCredentialsStore, token: str, workspace_id: Optional[str]) -> Optional[str]:
+        grant = Grant(
+            credentials=RuntimeCredentials(installation_id="i", runtime_token=token, workspace_id=workspace_id)
+        )
+        renewed = Renewed(grant=grant, sent_at=time.monotonic(), sent_wall=time.time())
+        store.renew(store.generation, lambda snapshot: renewed, Deadline(10))
+        assert store.current.runtime_token is not None
+        assert store.current.runtime_token.reveal() == token
+        return store.current.workspace_id
+
+    store = RuntimeCredentialsStore(path=path)
+    assert renew(store, "a", None) is None
+    assert renew(store, "b", "ws-1") == "ws-1"
+    assert renew(store, "c", None) == "ws-1"
+    assert renew(store, "d", "ws-2") == "ws-1"
+    assert renew(store, "e", "ws-2") == "ws-1"
+    assert renew(RuntimeCredentialsStore(path=path), "f", "ws-2") == "ws-1"
+    assert [record.levelname for record in caplog.records if "ws-2" in record.getMessage()] == ["ERROR"] * 2
+    store.update(RuntimeCredentials(installation_id="i", runtime_token="g", workspace_id="ws-2"))
+    assert renew(store, "h", "ws-1") == "ws-2"

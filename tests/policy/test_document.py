@@ -216,14 +216,16 @@ def test_unknown_keys_are_refused_with_a_pinned_key() -> None:
         "elsewhere": {"is": "free"},
     }
     assert decode(answer(content)).warnings == (
-        "permissions.network.allowed_domain is unknown and not enforced; did you mean 'allowed_domains'?",
+        "permissions.network.allowed_domain is unknown and may block something, so everything under network is denied "
+        "(policy.unknown_key); did you mean 'allowed_domains'?",
         "permissions.shell is unknown and not enforced; known are network, filesystem, tools, api",
         "agent.name is unknown and not enforced; known are models, capabilities",
         "rate_limits.requests.max_per_day is unknown and not enforced; did you mean 'max_per_hour'?",
     )
     error = refusal(answer(content), trusted_keys=[KEY])
     assert str(error) == (
-        "permissions.network.allowed_domain is unknown and not enforced; did you mean 'allowed_domains'?"
+        "permissions.network.allowed_domain is unknown and may block something, so everything under network is denied "
+        "(policy.unknown_key); did you mean 'allowed_domains'?"
         " (and 3 more); with a pinned key this is refused"
     )
 
@@ -339,7 +341,7 @@ def test_bodies_that_are_no_policy(body: bytes) -> None:
         ({"version": "3a"}, "version: must be a whole number"),
         ({"version": "-3"}, "version: must be a whole number"),
         ({"version": "\u0663"}, "version: must be a whole number"),
-        ({"status": 1}, "status: must be a string"),
+        ({"status": 1}, "status: is 1, and only an active policy is used"),
         ({"hash": LEFT_OUT}, "hash: must be 64 lower-case hex digits"),
         ({"hash": content_hash(CONTENT).upper()}, "hash: must be 64 lower-case hex digits"),
         ({"hash": content_hash(CONTENT)[:-1]}, "hash: must be 64 lower-case hex digits"),

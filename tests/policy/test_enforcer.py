@@ -179,6 +179,11 @@ CASES = [
         "100 more would exceed 99 tokens an hour", ("tokens", 99),
     ),
     Case(
+        "policy.unknown_key", permissions(tools={"blocked_tool": ["x"]}), "tool", ("read_file",),
+        "tool 'read_file' is refused: permissions.tools.blocked_tool in the policy is unknown, and may block it",
+        ("read_file",), permissions(tools={}),
+    ),
+    Case(
         "policy.unavailable", None, "tool", ("read_file",),
         "tool 'read_file' is refused: it was never loaded", ("read_file",), {},
     ),
@@ -230,7 +235,7 @@ def test_the_table_holds_every_rule() -> None:
     listed = re.findall(
         r"`((?:network|fs|tool|api|model|capability|rate_limit|policy)\.\w+)`", PROTOCOL.partition("Rules, by")[2]
     )
-    assert len(listed) == 24
+    assert len(listed) == 25
     assert {case.rule for case in CASES} == set(listed) == set(MESSAGES) - {""}
 
 
@@ -246,6 +251,69 @@ def test_the_page_holds_every_message() -> None:
 
 def allows(content: Dict[str, Any], method: str, *arguments: Any) -> bool:
     return bool(getattr(enforcer_of(content), f"check_{method}")(*arguments))
+
+
+ASKED = {
+    "network": ("network", ("example.com", "https")),
+    "filesystem": ("filesystem", ("/tmp/x", "read")),
+    "tools": ("tool", ("x",)),
+    "api": ("api", ("x",)),
+    "models": ("model", ("x",)),
+    "capabilities": ("capability", ("x",)),
+}
+OPEN: Dict[str, Any] = {"permissions": {"network": {}, "filesystem": {}}}
+LIST = ["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("content", "closed"),
+    [
+        ({"permissions": {"network": {"blockedDomains": LIST}}}, ["network"]),
+        ({"permissions": {"filesystem": {"denied_paths": LIST}}}, ["filesystem"]),
+        ({"permissions": {"tools": {"allow": []}}}, ["tools"]),
+        ({"permissions": {"api": {"Deny": LIST}}}, ["api"]),
+        ({"agent": {"models": {"blocked_models": LIST}}}, ["models"]),
+        ({"agent": {"capabilities": {"blocked_tools": LIST}}}, ["tools", "capabilities"]),
+        ({"permissions": {"blocked_tools": LIST}}, ["network", "filesystem", "tools", "api"]),
+        ({"permissions": {"netwrok": {"blocked_domains": LIST}}}, ["network", "filesystem", "tools", "api"]),
+        ({"permissions": {"network": {"rules": [{"deny": LIST}]}}}, ["network"]),
+        ({"agent": {"denied_models": LIST}}, ["tools", "models", "capabilities"]),
+        ({"permissions": {"tools": {"blocked_tool": None}}}, []),
+        ({"permissions": {"tools": {"blocked_tool": "shell", "deny": True, "notes": LIST}}}, []),
+        ({"rate_limits": {"denied_users": LIST, "requests": {"allowed_users": LIST}}}, []),
+        ({"denied_tools": LIST, "elsewhere": {"denied_tools": LIST}}, []),
+    ],
+)
+def test_an_unknown_list_closes_what_is_around_it(content: Dict[str, Any], closed: List[str]) -> None:
+    """A list that may block something is not slipped by a name that this library does not know."""
+    whole = {**OPEN, **content}
+    whole["permissions"] = {**OPEN["permissions"], **content.get("permissions", {})}
+    enforcer = enforcer_of(whole)
+    rules = {name: getattr(enforcer, f"check_{method}")(*asked).rule for name, (method, asked) in ASKED.items()}
+    assert rules == {name: "policy.unknown_key" if name in closed else None for name in ASKED}
+    assert bool(enforcer.check_rate_limit("requests"))
+
+
+def test_an_unknown_list_behind_many_unknown_keys() -> None:
+    """It closes its section also where it is too far down to be named in a warning."""
+    unknown: Dict[str, Any] = {f"x{number}": 1 for number in range(200)}
+    assert not allows(permissions(tools={**unknown, "block": ["shell"]}), "tool", "shell")
+
+
+def test_hosts_are_domains_by_another_name() -> None:
+    """``allowed_hosts`` and ``blocked_hosts`` are enforced; where both names are given both must allow."""
+    hosts = permissions(network={"allowed_hosts": ["*.example.com"], "blocked_hosts": ["billing.example.com"]})
+    assert allows(hosts, "network", "api.example.com", "https")
+    assert not allows(hosts, "network", "example.org", "https")
+    assert not allows(hosts, "network", "BILLING.example.com.", "https")
+    both = permissions(network={"allowed_hosts": ["a.com", "b.com"], "allowed_domains": ["b.com", "c.com"]})
+    assert [name for name in ("a.com", "b.com", "c.com") if allows(both, "network", name, "https")] == ["b.com"]
+    mixed = permissions(network={"allowed_domains": ["*"], "blocked_hosts": ["10.0.0.1"]})
+    decision = enforcer_of(mixed).check_network("64:ff9b::a00:1", "https")
+    assert decision.rule == "network.blocked"
+    assert "permissions.network.blocked_hosts" in decision.reason
+    with pytest.raises(PolicyIntegrityError, match="allowed_hosts"):
+        enforcer_of(permissions(network={"allowed_hosts": ["https://example.com/"]}))
 
 
 def test_absent_sections() -> None:

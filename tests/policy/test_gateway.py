@@ -500,6 +500,70 @@ def test_listeners_hear_of_changes(served: Served, make: Make, caplog: pytest.Lo
     assert any("telling of a new policy failed" in record.message for record in caplog.records)
 
 
+def test_a_tool_of_a_task(served: Served, make: Make) -> None:
+    """The tool that a task names is decided like its capability, before a request is counted; listeners can ask too."""
+    content = {
+        "permissions": {"tools": {"blocked_tools": ["shell*"]}},
+        "rate_limits": {"requests": {"max_per_minute": 1}},
+    }
+    served.policy = OWNER.policy(1, content)
+    gateway = make(on_change="cancel")
+    for _ in range(2):
+        with pytest.raises(PolicyViolationError) as caught:
+            gateway.check_task("one", "shell_exec")
+        assert caught.value.rule == "tool.blocked"
+    with pytest.raises(PolicyViolationError, match="shell"):
+        gateway.check_tool("shell")
+    gateway.check_tool("read")
+    gateway.check_task("one", "read")
+    heard: List[Any] = []
+    gateway.add_listener(lambda is_allowed: heard.append((is_allowed("one", "shell"), is_allowed("one", "read"))))
+    served.policy = OWNER.policy(2, {"permissions": {"tools": {"allowed_tools": ["shell"]}}})
+    gateway.refresh()
+    assert heard == [(True, False)]
+    served.policy = 400
+    with pytest.raises(PolicyUnavailableError):
+        make().check_tool("read")
+
+
+# -- no policy, where one is required ---------------------------------------------------------------------------------
+
+
+def test_a_required_policy_stays(served: Served, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Once a policy is required, "no policy" is never adopted: the last good one decides until the next."""
+    gateway = make()
+    gateway.require_policy()
+    gateway.refresh()
+    served.policy = None
+    for _ in range(2):
+        with pytest.raises(PolicyUnavailableError, match="one is required"):
+            gateway.refresh()
+        assert version_of(gateway) == 1
+        with pytest.raises(PolicyViolationError):
+            gateway.check_task("one")
+    errors = [record for record in caplog.records if "stays in force" in record.getMessage()]
+    assert len([record for record in errors if record.levelno >= logging.WARNING]) == 1
+    served.policy = OWNER.policy(2, denying("two"))
+    gateway.refresh()
+    assert version_of(gateway) == 2
+
+
+def test_a_required_policy_that_never_was(served: Served, make: Make) -> None:
+    """Without a policy before it everything is denied; nor does an unknown workspace allow anything."""
+    served.policy = None
+    gateway = make()
+    gateway.require_policy()
+    with pytest.raises(PolicyUnavailableError, match="one is required"):
+        gateway.check_task("two")
+    client = PolicyClient(served.scripted.url, api_key="k")
+    unknown = PolicyGateway._owning(client, lambda: None, {})
+    assert unknown.check_task("two") is None
+    unknown.require_policy()
+    with pytest.raises(PolicyUnavailableError, match="SEKUIRE_WORKSPACE_ID"):
+        unknown.check_task("two")
+    unknown.close()
+
+
 # -- warning only -----------------------------------------------------------------------------------------------------
 
 OVERRIDE = "SEKUIRE_POLICY_DEV_OVERRIDE"
@@ -529,8 +593,39 @@ def test_warn_only(
         ({OVERRIDE: "1", "SEKUIRE_ENVIRONMENT": "production"}, {}, False, "refused in production"),
         ({}, {"warn_only": True, "environment": "development"}, True, "a policy key is pinned"),
         ({OVERRIDE: "1", "SEKUIRE_ENVIRONMENT": "staging"}, {}, True, "a policy key is pinned"),
-        ({OVERRIDE: "maybe"}, {"environment": "development"}, False, "must be 1 or 0"),
+        (
+            {OVERRIDE: "maybe"},
+            {"environment": "development"},
+            False,
+            "must be one of 1, true, yes, on or one of 0, false",
+        ),
         ({}, {"warn_only": 1}, False, "warn_only"),
+        *(
+            ({OVERRIDE: "1"}, {"environment": name}, False, "refused in production")
+            for name in (
+                "PRODUCTION",
+                "prod",
+                "prod-eu",
+                "eu_production",
+                '"production"',
+                " production ",
+                "PRD",
+                "prod2",
+            )
+        ),
+        *(
+            ({OVERRIDE: "1", "SEKUIRE_ENVIRONMENT": value}, {}, False, "SEKUIRE_ENVIRONMENT: begins or ends with")
+            for value in (
+                '"production"',
+                "'production'",
+                "production ",
+                "production\n",
+                "\ufeffproduction",
+                '"staging"',
+            )
+        ),
+        ({OVERRIDE: '"1"'}, {"environment": "development"}, False, f"{OVERRIDE}: begins or ends with a quote"),
+        ({OVERRIDE: "1 "}, {"environment": "development"}, False, f"{OVERRIDE}: begins or ends with a space"),
     ],
 )
 def test_warn_only_is_refused(
@@ -543,7 +638,13 @@ def test_warn_only_is_refused(
         make(client={"trusted_policy_keys": [OWNER.public] if pinned else []}, **options)
 
 
-@pytest.mark.parametrize("value", ["", "0", "false", "off"])
+@pytest.mark.parametrize("environment", ["development", "pre-production", "nonprod", "non-production", "product-demo"])
+def test_what_is_not_production(served: Served, make: Make, environment: str) -> None:
+    """An environment that is not production may only warn."""
+    make(warn_only=True, environment=environment).check_task("one")
+
+
+@pytest.mark.parametrize("value", ["", "0", "false", "off", "NO"])
 def test_an_override_that_is_off(served: Served, make: Make, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """An override of 0 enforces."""
     monkeypatch.setenv(OVERRIDE, value)
@@ -676,6 +777,41 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
     for lock in locks:
         lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_child_gets_no_rate_budget(served: Served, make: Make, is_known: bool) -> None:
+    """What is rate-limited is refused in a child, with the way out; the rest goes on, also under a newer policy."""
+    served.policy = OWNER.policy(1, {**denying("no"), "rate_limits": {"requests": {"max_per_minute": 5}}})
+    client = PolicyClient(served.scripted.url, api_key="k")
+    names = [WORKSPACE] if is_known else []
+    gateway = PolicyGateway._owning(client, lambda: names[0] if names else None, {})
+    if is_known:
+        gateway.refresh()
+        gateway.check_task("yes")
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            names[:] = [WORKSPACE]
+            gateway.refresh()
+            for ask in (gateway.check_request, lambda: gateway.check_task("yes")):
+                with pytest.raises(ConfigurationError, match="after the fork, or count in shared storage"):
+                    ask()
+            gateway.check_capability("yes")
+            with pytest.raises(PolicyViolationError):
+                gateway.check_task("no")
+            own = PolicyGateway(client, WORKSPACE)
+            own.check_task("yes")
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    names[:] = [WORKSPACE]
+    gateway.refresh()
+    gateway.check_request()
+    gateway.close()
 
 
 def test_errors_of_refresh(served: Served, make: Make) -> None:

@@ -228,6 +228,22 @@ def test_long_pieces_are_found() -> None:
         ("[::FFFF:7f00:1]:80", "127.0.0.1"),
         ("fe80::1%eth0", "fe80::1"),
         ("[fe80::1%25eth0]", "fe80::1"),
+        ("64:ff9b::10.0.0.1", "10.0.0.1"),
+        ("[64:FF9B::a00:1]:443", "10.0.0.1"),
+        ("64:ff9b:1::a00:1", "10.0.0.1"),
+        ("64:ff9b:1:ffff::a00:1", "10.0.0.1"),
+        ("64:ff9b:1:a00:0:100::", "10.0.0.1"),
+        ("2002:a00:1::", "10.0.0.1"),
+        ("2002:a00:1:2::5%eth0", "10.0.0.1"),
+        ("::10.0.0.1", "10.0.0.1"),
+        ("::a00:1", "10.0.0.1"),
+        ("::ffff:0:10.0.0.1", "10.0.0.1"),
+        ("2001:0:4136:e378:8000:63bf:f5ff:fffe", "10.0.0.1"),
+        ("fe80::5efe:10.0.0.1", "10.0.0.1"),
+        ("2001:db8::200:5efe:a00:1", "10.0.0.1"),
+        ("::", "::"),
+        ("64:ff9b:2::a00:1", "64:ff9b:2::a00:1"),
+        ("2001:db8::a00:1", "2001:db8::a00:1"),
     ],
 )
 def test_hosts_in_one_form(text: str, form: str) -> None:
@@ -295,6 +311,29 @@ def test_domains(entry: str, yes: List[str], no: List[str]) -> None:
     for blocked in (False, True):
         assert [host for host in yes if not domains([entry], host, blocked)] == []
         assert [host for host in no if domains([entry], host, blocked)] == []
+
+
+def test_a_local_nat64_of_unknown_length() -> None:
+    """Each reading may be meant: blocked if one of them is, allowed only if all are."""
+    host = "64:ff9b:1:a01:2:300::"
+    forms = read_host(host)
+    assert "10.1.2.3" in forms
+    assert domains(["10.1.2.3"], host, blocked=True)
+    assert not domains(["10.1.2.3"], host)
+    assert domains(forms, host)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::1", "::a00:1", "::ffff:a00:1", "[64:ff9b::10.0.0.1]:80",
+        "10.0.0.1.", "167772161", "0xa.1", "012.0.0.1", "\uff11\uff10.0.0.1",
+    ],
+)  # fmt: skip
+def test_a_blocked_address_is_not_evaded(written: str) -> None:
+    """However the address is written, in the entry or in what is asked, it is the same."""
+    assert domains(["10.0.0.1"], written, blocked=True)
+    assert domains([written.partition("]")[0].lstrip("[")], "10.0.0.1", blocked=True)
 
 
 def test_a_name_that_two_standards_convert_differently() -> None:

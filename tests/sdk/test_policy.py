@@ -184,7 +184,7 @@ def test_keys_from_the_environment(
     setenv("SEKUIRE_API_URL", platform.url)
     setenv("SEKUIRE_AGENT_ID", AGENT)
     setenv("SEKUIRE_INSTALL_TOKEN", platform.create_install_token(AGENT))
-    setenv("SEKUIRE_POLICY_PUBLIC_KEYS", f" {OWNER.public} ,, {platform.policy_public_key}")
+    setenv("SEKUIRE_POLICY_PUBLIC_KEYS", f"{OWNER.public} ,, {platform.policy_public_key}")
     platform.set_policy(WORKSPACE, {})
     with SekuireSDK.from_env() as sdk:
         until(lambda: sdk.policy_gateway.policy is not None)
@@ -241,3 +241,58 @@ def test_the_core_alone(tmp_path: Path) -> None:
     assert "pip install 'sekuire[policy]'" in first
     assert second == "None"
     assert "PolicyGatewayy" in third
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_workspace_is_learned_once(
+    scripted: Scripted,
+    sdk_of: Make,  # noqa: F811
+    given: bool,
+    pinned: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A refresh that names another workspace changes nothing, and is one ERROR, however often it comes."""
+    served = Served(scripted, OWNER.policy(1, denying("drop"), workspace_id="ws"))
+    usual = scripted.on["policy"]
+    elsewhere: List[str] = []
+
+    def policy(request: Any) -> Any:
+        if "/ws/" in request.path:
+            return usual(request)
+        elsewhere.append(request.path)
+        return 404, {"error": "not_found", "code": "POLICY_NOT_FOUND", "message": "no policy"}
+
+    dead: List[str] = []
+
+    def beat(request: Any) -> Any:
+        token = request.headers["Authorization"]
+        if token not in dead and len(dead) < 3:
+            dead.append(token)
+        if token in dead:
+            return 401, {"error": "unauthorized", "message": "x"}
+        return 200, served.beat
+
+    fresh = iter(range(2, 100))
+    scripted.on["policy"] = policy
+    scripted.on["refresh"] = lambda request: (200, grant(f"rt-{next(fresh)}", workspace_id="ws-2"))
+    options = {"workspace_id": "ws"} if given else {}
+    if pinned:
+        options["trusted_policy_keys"] = [OWNER.public]
+    with sdk_of(scripted, heartbeat_interval=0.05, **options) as sdk:
+        until(lambda: sdk.policy_gateway.policy is not None)
+        scripted.on["heartbeat"] = beat
+        until(lambda: len(dead) == 3 and sdk.is_connected())
+        before = served.count
+        served.beat = {"active_policy_hash": "ab" * 32}
+        until(lambda: served.count > before)
+        assert sdk.installation_credentials.workspace_id == "ws"
+        assert sdk.policy_gateway.policy.version == 1
+        worker = sdk.create_task_worker(policy_required=True)
+        worker.on_task("*", echo)
+        worker.start()
+        scripted.task("t1", "drop")
+        assert scripted.completion("t1")["error"]["code"] == "policy_denied"
+    assert elsewhere == []
+    errors = [record for record in caplog.records if "names the workspace ws-2" in record.getMessage()]
+    assert [record.levelname for record in errors] == ["ERROR"]

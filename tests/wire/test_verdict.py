@@ -166,9 +166,10 @@ REFUSALS: Dict[str, Dict[int, Any]] = {
 )
 def test_what_the_platform_refuses(endpoint: str, status: int, kind: Type[Any]) -> None:
     """The platform's own answer is a verdict, whatever content type it claims."""
-    for body, content_type in itertools.product(
-        (b'{"error": "x"}', b'{"error": {"message": "y"}}'), (JSON, HTML, NONE)
-    ):
+    bodies = [b'{"error": "x", "message": "y"}', b'{"error": {"message": "y"}}']
+    if (endpoint, status) != ("policy", 404):
+        bodies.append(b'{"error": "x"}')
+    for body, content_type in itertools.product(bodies, (JSON, HTML, NONE)):
         found = verdict(endpoint, Answer(status, body, content_type))
         assert type(found) is kind
         if isinstance(found, Unsupported):
@@ -265,6 +266,23 @@ def test_a_404_that_is_not_about_the_policy(code: Any) -> None:
     body = protocol.encode_json({"error": "x", "code": code})
     assert type(verdict("policy", Answer(404, body))) is Retry
     assert isinstance(verdict("policy", Answer(404, b'{"error": "x", "code": "POLICY_NOT_FOUND"}')), Settled)
+    assert isinstance(verdict("policy", Answer(404, b'{"error": {"code": "POLICY_NOT_FOUND"}}')), Settled)
+    nested = protocol.encode_json({"error": {"code": code, "message": "y"}})
+    assert type(verdict("policy", Answer(404, nested))) is Retry
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"timestamp":"2026-11-25T01:00:00Z","status":404,"error":"Not Found","message":"","path":"/api/v1/x"}',
+        b'{"status":404,"error":"Not Found"}',
+        b'{"error":{"code":404,"message":"no"}}',
+        b'{"error":{"code":[],"message":"no"}}',
+    ],
+)
+def test_a_404_of_a_framework(body: bytes) -> None:
+    """It is an outage: without a code a message must be there too."""
+    assert type(verdict("policy", Answer(404, body))) is Retry
 
 
 def test_errors_in_place_of_an_answer() -> None:

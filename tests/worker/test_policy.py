@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from sekuire import PolicyClient, PolicyGateway, RuntimeCredentialsStore, TaskContext, Worker
-from sekuire.errors import PolicyUnavailableError
+from sekuire.errors import PolicyUnavailableError, PolicyViolationError
 from sekuire.policy import gateway as gateway_module
 from sekuire.policy.enforcer import PolicyEnforcer
 
@@ -201,6 +201,56 @@ def test_a_policy_swapped_under_load(platform: Any, worker_of: Make, gateway_of:
     assert [one["status"] for one in answers if one["capability"] == "both"] == ["failed"] * 60
 
 
+# -- the tool that a task names --------------------------------------------------------------------------------------
+
+
+def test_a_blocked_tool_denies_the_task(scripted: Scripted, worker_of: Make, gateway_of: Callable[..., Any]) -> None:
+    """A task's ``tool`` is checked like its capability, before the handler, by either name of the field."""
+    content = {"permissions": {"tools": {"blocked_tools": ["shell"], "allowed_tools": ["*"]}}}
+    Served(scripted, OWNER.policy(1, content, workspace_id="ws"))
+    ran: List[Any] = []
+    worker = worker_under(gateway_of(scripted, "ws"), scripted, worker_of)
+    worker.on_task("echo", lambda ctx, input: ran.append(ctx.task_id))
+    with worker:
+        for number, fields in enumerate(({"tool": "shell"}, {"target_tool": "SHELL"}, {"tool": ""})):
+            scripted.task(f"t{number}", **fields)
+            error = scripted.completion(f"t{number}")["error"]
+            assert error["code"] == "policy_denied"
+            assert error["details"]["rule"] == ("tool.blocked" if number < 2 else "tool.not_allowed")
+        for number, fields in enumerate(({"tool": "read"}, {})):
+            scripted.task(f"good{number}", **fields)
+            assert scripted.completion(f"good{number}")["status"] == "completed"
+    assert ran == ["good0", "good1"]
+
+
+@pytest.mark.parametrize("method", ["check_tool", "check_task"])
+def test_a_gateway_of_the_user_s_own_is_asked_about_tools(scripted: Scripted, worker_of: Make, method: str) -> None:
+    """By check_task(capability, tool) where it has that, else by check_tool(name)."""
+
+    class Own:
+        def check_request(self) -> None: ...
+
+        def check_capability(self, name: str) -> None: ...
+
+        def on_heartbeat_response(self, response: Any) -> None: ...
+
+    def refuse(*asked: Any) -> None:
+        if asked[-1] == "shell":
+            raise PolicyViolationError("tool.blocked", "no shell")
+
+    gateway = Own()
+    setattr(gateway, method, refuse)
+    worker = worker_of(scripted, policy_gateway=gateway, install_token="skt-1")
+    worker.on_task("echo", lambda ctx, input: None)
+    with worker:
+        scripted.task("t1", tool="shell")
+        assert scripted.completion("t1")["error"]["code"] == "policy_denied"
+        scripted.task("t2", tool="read")
+        assert scripted.completion("t2")["status"] == "completed"
+        scripted.task("t3")
+        assert scripted.completion("t3")["status"] == "completed"
+
+
 # -- loading at the start ---------------------------------------------------------------------------------------------
 
 
@@ -247,6 +297,26 @@ def test_a_required_policy(scripted: Scripted, worker_of: Make, gateway_of: Call
     with pytest.raises(PolicyUnavailableError, match="policy_required=True"):
         worker.start(block=True)
     assert scripted.count("stream") == 0
+
+
+def test_a_required_policy_that_is_withdrawn(
+    scripted: Scripted, worker_of: Make, gateway_of: Callable[..., Any]
+) -> None:
+    """policy_required=True holds after the start too: "no policy" changes nothing."""
+    served = Served(scripted, OWNER.policy(1, denying("drop"), workspace_id="ws"))
+    gateway = gateway_of(scripted, "ws")
+    worker = worker_under(gateway, scripted, worker_of, policy_required=True)
+    worker.on_task("*", lambda ctx, input: None)
+    with worker:
+        scripted.task("t1", "drop")
+        assert scripted.completion("t1")["error"]["code"] == "policy_denied"
+        served.policy = None
+        before = served.count
+        served.beat = {"active_policy_hash": "0" * 64}
+        until(lambda: served.count >= before + 2)
+        scripted.task("t2", "drop")
+        assert scripted.completion("t2")["error"]["code"] == "policy_denied"
+        assert gateway.policy is not None
 
 
 def test_a_required_policy_that_is_there(platform: Any, worker_of: Make, gateway_of: Callable[..., Any]) -> None:
