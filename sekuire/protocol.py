@@ -232,9 +232,12 @@ def api_key_header(key: Secret) -> Tuple[str, str]:
     return "X-API-Key", key.reveal()
 
 
-def idempotency_key(endpoint: str, credential: Secret, agent_id: str) -> str:
-    """The ``Idempotency-Key`` of bootstrap, recover and refresh: the same for the same wish, whoever repeats it."""
-    return hashlib.sha256("\n".join((endpoint, credential.reveal(), agent_id)).encode()).hexdigest()
+def idempotency_key(endpoint: str, credential: Secret, agent_id: str, holder: str) -> str:
+    """Return the ``Idempotency-Key`` of bootstrap, recover and refresh.
+
+    :param holder: the random value of whoever logs in: its retries have one key, two replicas have two.
+    """
+    return hashlib.sha256("\n".join((endpoint, credential.reveal(), agent_id, holder)).encode()).hexdigest()
 
 
 def completion_key(task_id: str, attempt: int, substituted: bool = False) -> str:

@@ -377,15 +377,16 @@ def test_headers_of_credentials() -> None:
 
 
 def test_idempotency_keys() -> None:
-    """The key is the hash of endpoint, credential and agent, and differs when any of them does."""
-    key = protocol.idempotency_key("refresh", Secret("token"), "agent")
-    assert key == hashlib.sha256(b"refresh\ntoken\nagent").hexdigest()
+    """The key is the hash of endpoint, credential, agent and holder, and differs when any of them does."""
+    key = protocol.idempotency_key("refresh", Secret("token"), "agent", "holder")
+    assert key == hashlib.sha256(b"refresh\ntoken\nagent\nholder").hexdigest()
     others = {
-        protocol.idempotency_key("recover", Secret("token"), "agent"),
-        protocol.idempotency_key("refresh", Secret("token2"), "agent"),
-        protocol.idempotency_key("refresh", Secret("token"), "agent2"),
+        protocol.idempotency_key("recover", Secret("token"), "agent", "holder"),
+        protocol.idempotency_key("refresh", Secret("token2"), "agent", "holder"),
+        protocol.idempotency_key("refresh", Secret("token"), "agent2", "holder"),
+        protocol.idempotency_key("refresh", Secret("token"), "agent", "holder2"),
     }
-    assert len(others | {key}) == 4
+    assert len(others | {key}) == 5
     assert "token" not in key
 
 

@@ -372,7 +372,8 @@ class Authenticator:
         deadline: Deadline,
         credential: Optional[Credential] = None,
     ) -> Renewed:
-        key = protocol.idempotency_key(endpoint, secret, self._agent_id)
+        holder = self.store.holder(before_spending=endpoint == "bootstrap")
+        key = protocol.idempotency_key(endpoint, secret, self._agent_id, holder)
 
         def attempt() -> Reply:
             timeout = max(deadline.remaining(), 0.001)

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import random
+import secrets
 import threading
 import time
 import weakref
@@ -111,6 +112,7 @@ class RuntimeCredentialsStore:
         self._offered: Tuple[str, ...] = ()
         self._revision = 0
         self._is_from_file = False
+        self._holder: Optional[str] = None
         self._file = CredentialsFile(path) if path is not None else None
         self._snapshot = Snapshot(generation=0, credentials=RuntimeCredentials())
         self._replaced: Tuple[Secret, ...] = ()
@@ -239,6 +241,34 @@ class RuntimeCredentialsStore:
                 if self._flight is mine:
                     self._flight = None
             mine.done.set()
+
+    def holder(self, *, before_spending: bool = False) -> str:
+        """Return the random value by which the platform tells this store's logins from those of a replica.
+
+        It is kept beside the file, so that a restart has the same one. Without a file, or with one that cannot be
+        written, it belongs to this object. Needs the write lock: only the ``action`` of :meth:`renew` may call it.
+
+        :param before_spending: the login uses up a token, so what it brings must be certain to be kept.
+        :raises TransportError: the directory of the file cannot be written, and a token would be used up.
+        :raises ConfigurationError: what is kept beside the file is not private to this user.
+        """
+        if self._holder is None:
+            self._holder = secrets.token_hex(16)
+        if self._file is None or self._file.read_only:
+            return self._holder
+        try:
+            self._holder = self._file.holder(self._holder, rewrite=before_spending)
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        else:
+            return self._holder
+        if before_spending:
+            raise TransportError(
+                f"cannot write beside the credentials file {self._file.path} ({problem}): the install token is not "
+                "used, because the credentials it brings could not be kept; make room, or give a path that can be "
+                "written"
+            )
+        return self._holder
 
     def offer(self, used: int, renewed: Renewed) -> bool:
         """Take a runtime token that came unasked with a heartbeat sent with generation ``used``; whether it was taken.
@@ -471,6 +501,8 @@ def _after_fork() -> None:
         store._lock = threading.Lock()
         store._write_lock = threading.Lock()
         store._flight = None
+        # Parent and child are two: what the child logs in for is an installation of its own.
+        store._holder = None
 
 
 if hasattr(os, "register_at_fork"):

@@ -48,6 +48,7 @@ from ..servers import (
     grant_of,
     read_request,
     refusing_url,
+    run_python,
     until,
 )
 
@@ -182,6 +183,11 @@ def beat(auth: Authenticator, deadline: Optional[Deadline] = None) -> Tuple[Any,
     return auth.request("POST", lambda snapshot: "/api/v1/beat", body=b"{}", deadline=deadline or patience())
 
 
+def key_of(auth: Authenticator, endpoint: str, credential: str) -> str:
+    """The key of a login; no other thread may use the store now."""
+    return protocol.idempotency_key(endpoint, Secret(credential), AGENT, auth.store.holder())
+
+
 def refused(auth: Authenticator, error: type = AuthenticationError) -> Any:
     with pytest.raises(error) as caught:
         auth.snapshot(patience())
@@ -228,7 +234,7 @@ def test_bootstrap(fake: Fake, make: Make) -> None:
         "capabilities": ["x", "y"],
         "runtime_info": {"hostname": "h", "pid": 1, "platform": {}, "sdk": protocol.SDK_INFO},
     }
-    assert request.headers["Idempotency-Key"] == protocol.idempotency_key("bootstrap", Secret(INSTALL), AGENT)
+    assert request.headers["Idempotency-Key"] == key_of(auth, "bootstrap", INSTALL)
     assert "Authorization" not in request.headers
     assert "X-API-Key" not in request.headers
 
@@ -243,7 +249,7 @@ def test_refresh(fake: Fake, make: Make) -> None:
     request = fake.server.requests[0]
     assert request.path == "/api/v1/installations/inst-1/refresh"
     assert request.json() == {"refresh_token": "skf_given"}
-    assert request.headers["Idempotency-Key"] == protocol.idempotency_key("refresh", Secret("skf_given"), AGENT)
+    assert request.headers["Idempotency-Key"] == key_of(auth, "refresh", "skf_given")
     assert "Authorization" not in request.headers
 
 
@@ -451,13 +457,176 @@ def test_a_lost_answer_is_repeated() -> None:
         # The answer is lost: what it brought is not stored.
         path = config.endpoints.path("refresh", installation_id=before.credentials.installation_id or "")
         secret = before.credentials.refresh_token
-        key = protocol.idempotency_key("refresh", secret, AGENT)
+        key = key_of(auth, "refresh", secret.reveal())
         lost = client.request("POST", path, body=protocol.refresh_body(secret), idempotency_key=key).json()
         after = auth.rejected(before.generation, patience())
         client.close()
         assert token(after) == lost["runtime_token"]
         assert after.credentials.refresh_token == Secret(lost["refresh_token"])
         assert platform.count("bootstrap") == 1
+
+
+# -- replicas ---------------------------------------------------------------------------------------------------------
+
+
+def keys(fake: Fake, name: str = "bootstrap") -> List[str]:
+    return [request.headers["Idempotency-Key"] for request in fake.requests(name)]
+
+
+def test_two_replicas_with_one_token_are_two_installations(make: Make) -> None:
+    """Each replica gets an installation of its own; once the token is used up, the next one is refused."""
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT, max_uses=2)
+        found = [make(platform, install_token=install_token).snapshot(patience()) for _ in range(2)]
+        assert len({snapshot.credentials.installation_id for snapshot in found}) == 2
+        assert len(platform.installations()) == 2
+        assert refused(make(platform, install_token=install_token)).code == "INSTALL_TOKEN_CONSUMED"
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+def test_retries_of_one_holder_are_one_installation(kept: bool, path: pathlib.Path, make: Make) -> None:
+    """A login whose answer was lost is repeated under the same key and uses the token once.
+
+    With a credentials file this holds for a process that was killed before it stored the answer.
+    """
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT)
+        store = RuntimeCredentialsStore(path=path if kept else None)
+        first = make(platform, install_token=install_token, store=store).snapshot(patience())
+        if kept:
+            path.unlink()
+            store = RuntimeCredentialsStore(path=path)
+        else:
+            store.clear()
+        again = make(platform, install_token=install_token, store=store).snapshot(patience())
+        assert again.credentials.installation_id == first.credentials.installation_id
+        assert platform.count("bootstrap", 201) == 2
+        assert len(platform.installations()) == 1
+
+
+def test_the_holder_is_on_disk_before_a_token_is_spent(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """When the login arrives the holder is beside the credentials file, and readable by its owner only."""
+    holder = path.with_name("credentials.json.holder")
+    seen: List[Tuple[str, int]] = []
+
+    def look(request: Request) -> Answer:
+        seen.append((holder.read_text(), holder.stat().st_mode & 0o777))
+        return fake.grant()
+
+    fake.on["bootstrap"] = look
+    previous = os.umask(0)
+    try:
+        auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+        auth.snapshot(patience())
+    finally:
+        os.umask(previous)
+    [(text, mode)] = seen
+    assert len(bytes.fromhex(text)) == 16
+    assert mode == 0o600 or os.name != "posix"
+    assert keys(fake) == [protocol.idempotency_key("bootstrap", Secret(INSTALL), AGENT, text.strip())]
+
+
+def test_no_token_is_spent_where_its_credentials_could_not_be_kept(
+    path: pathlib.Path, fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a full disk the install token is not sent; the login goes on once there is room.
+
+    A holder that is there already does not make the disk writable. A refresh token is not used up, so it is sent.
+    """
+    from sekuire import files
+
+    def fail(path: str, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    for seed in ({"install_token": INSTALL}, {"install_token": "skt_later"}):
+        auth = make(fake, store=RuntimeCredentialsStore(path=path), **seed)
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "replace", fail)
+            problem = refused(auth, TransportError)
+        assert "No space left on device" in str(problem)
+        assert "install token is not used" in str(problem)
+        assert str(path) in str(problem)
+        assert problem.retryable
+    assert fake.calls == []
+    auth.snapshot(patience())
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "replace", fail)
+        auth.rejected(auth.store.generation, patience())
+    assert fake.calls == ["bootstrap", "refresh"]
+
+
+def test_a_mounted_seed_has_the_holder_of_its_store(
+    path: pathlib.Path, fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that read one file which they cannot write are told apart, and write nothing beside it."""
+    from sekuire.credentials import file as file_module
+
+    RuntimeCredentialsStore(path=path).update(RuntimeCredentials(installation_id="i", refresh_token="skf_seed"))
+    before = sorted(os.listdir(path.parent))
+    monkeypatch.setattr(file_module, "_can_write", lambda where: False)
+    for _ in range(2):
+        make(fake, store=RuntimeCredentialsStore(path=path)).snapshot(patience())
+    assert len(set(keys(fake, "refresh"))) == 2
+    assert sorted(os.listdir(path.parent)) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"short", b"x" * 64, b"no/hex" * 5 + b"no"])
+def test_a_damaged_holder_is_replaced(content: bytes, path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """What is in the place of the holder and is not one is replaced; then it stays."""
+    holder = path.with_name("credentials.json.holder")
+    holder.write_bytes(content)
+    holder.chmod(0o600)
+    auth = make(fake, installation_id="i", refresh_token="skf_one", store=RuntimeCredentialsStore(path=path))
+    auth.snapshot(patience())
+    text = holder.read_bytes()
+    assert text != content
+    auth.rejected(auth.store.generation, patience())
+    assert holder.read_bytes() == text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+def test_a_holder_that_others_can_read_is_refused(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """A holder that others could have planted is refused like such a credentials file, before anything is sent."""
+    holder = path.with_name("credentials.json.holder")
+    holder.write_text("0" * 32)
+    holder.chmod(0o644)
+    auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    with pytest.raises(ConfigurationError, match=f"chmod 600 {holder}"):
+        auth.snapshot(patience())
+    assert fake.calls == []
+
+
+_FORKED = """
+import os, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from sekuire.config import AgentConfig
+from sekuire.credentials import Authenticator, RuntimeCredentialsStore
+from sekuire.lifecycle import Deadline
+from sekuire.transport.http import HttpClient
+url, install_token = sys.argv[1:]
+config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
+store = RuntimeCredentialsStore()
+store.holder()
+def log_in():
+    auth = Authenticator(config, HttpClient(config), store, stop=threading.Event(), runtime_info={})
+    return auth.snapshot(Deadline(60)).credentials.installation_id
+child = os.fork()
+if child == 0:
+    print(log_in(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(log_in(), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_is_an_installation_of_its_own() -> None:
+    """A child that inherited a store without a file logs in as another holder than its parent."""
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT, max_uses=2)
+        lines = run_python(_FORKED, platform.url, install_token, forks=True).stdout.split()
+        assert len(set(lines)) == 2
+        assert len(platform.installations()) == 2
 
 
 # -- 401 --------------------------------------------------------------------------------------------------------------
