@@ -61,10 +61,12 @@ class AuthenticationError(SekuireError):
 class TransportError(SekuireError):
     """No usable answer came over the network; ``retryable`` is false where trying again cannot help (TLS)."""
 
-    def __init__(self, message: str, retryable: bool = True) -> None:
-        super().__init__(message, retryable)
+    def __init__(self, message: str, retryable: bool = True, retry_after: Optional[float] = None) -> None:
+        super().__init__(message, retryable, retry_after)
         self.message = message
         self.retryable = retryable
+        #: Seconds to wait before the next try (``Retry-After`` of an answer that was not the platform's), or None.
+        self.retry_after = retry_after or None
 
     def __str__(self) -> str:
         return self.message

@@ -556,12 +556,23 @@ def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] 
         payload = None
     if isinstance(payload, dict):
         details = payload
-        code = _line(_str(payload.get("code")) or _str(payload.get("error")) or "") or None
-        message = _str(payload.get("message")) or _str(payload.get("error")) or ""
+        nested = payload.get("error")
+        inner = nested if isinstance(nested, dict) else payload
+        code = _line(_str(inner.get("code")) or _str(payload.get("code")) or _str(nested) or "") or None
+        message = _str(inner.get("message")) or _str(payload.get("message")) or _str(nested) or ""
     else:
         message = body[: 4 * MAX_ERROR_TEXT].decode("utf-8", "replace")
     error = PlanLimitError if status == 402 else APIError
     return error(status, code, _line(message), retry_after_seconds, details)
+
+
+_MARKUP = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.DOTALL | re.IGNORECASE)
+
+
+def page_text(body: bytes) -> str:
+    """Return the beginning of what a foreign answer says, without markup, in one line; at most 200 characters."""
+    text = body[: 8 * MAX_ERROR_TEXT].decode("utf-8", "replace")
+    return " ".join(one_line(_MARKUP.sub(" ", text)).split())[:200]
 
 
 def one_line(text: str) -> str:

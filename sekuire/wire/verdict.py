@@ -1,0 +1,342 @@
+"""Classify what came back from the platform, for every endpoint (docs/protocol.md, "Whose answer is it?").
+
+Everything that talks to the platform asks :func:`verdict` what an answer means, and reads no status itself. Pure: no
+I/O, no state but that of :class:`Support`.
+
+An answer is a verdict only in the platform's form: a JSON object where a success is expected, a JSON object with
+``error``, ``code`` or ``message`` where an error is. Everything else comes from something in between, such as an
+ingress, a captive portal or a maintenance page. It is :class:`NotThePlatform`, a kind of :class:`Retry`.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import Any, Dict, FrozenSet, Mapping, Optional, Protocol, Tuple, Union
+
+import attrs
+
+from .. import protocol
+from ..errors import APIError, RevokedError, SekuireError, StreamError, TransportError
+
+__all__ = [
+    "Dropped",
+    "Later",
+    "NotThePlatform",
+    "Refused",
+    "Retry",
+    "Revoked",
+    "Settled",
+    "Substitute",
+    "Support",
+    "Unauthorized",
+    "Unsupported",
+    "Verdict",
+    "verdict",
+]
+
+#: How many answers in a row that are not the platform's switch an optional endpoint off.
+FOREIGN_ANSWERS = 3
+
+
+class Answer(Protocol):
+    """What :func:`verdict` reads of an answer. The body of an open stream is never read."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+    def retry_after(self) -> Optional[float]: ...
+
+
+@attrs.frozen(slots=True)
+class Settled:
+    """The platform has done what was asked. For a policy with status 404: the workspace has none."""
+
+
+@attrs.frozen(slots=True)
+class Failed:
+    """Base of all verdicts but :class:`Settled`; ``error`` says what came, fit for a log or to be raised."""
+
+    error: SekuireError
+
+
+@attrs.frozen(slots=True)
+class Retry(Failed):
+    """Send the same again after a backoff, and not before ``delay`` seconds (``Retry-After``).
+
+    ``is_fatal_at_first``: the answer ends a login or a stream that has never succeeded with this URL.
+    """
+
+    delay: float = 0.0
+    is_fatal_at_first: bool = False
+
+
+@attrs.frozen(slots=True)
+class NotThePlatform(Retry):
+    """Another server answered: nothing follows from its answer, and the same is sent again."""
+
+
+@attrs.frozen(slots=True)
+class Later(Failed):
+    """Repeating is unlikely to help: keep it, and try again slowly."""
+
+
+@attrs.frozen(slots=True)
+class Substitute(Failed):
+    """The platform refused what was sent; send the failure ``code`` in its place (for audit events: send less)."""
+
+    code: str = ""
+
+
+@attrs.frozen(slots=True)
+class Unsupported(Failed):
+    """The platform does not offer this optional endpoint, or ``is_foreign``: another server says so."""
+
+    is_foreign: bool = False
+
+
+@attrs.frozen(slots=True)
+class Dropped(Failed):
+    """The platform does not want what was sent, now or later. ``is_superseded``: another worker's result counts."""
+
+    is_superseded: bool = False
+
+
+@attrs.frozen(slots=True)
+class Unauthorized(Failed):
+    """The credentials of this call are not accepted: renew them and send again. ``is_foreign`` as elsewhere."""
+
+    is_foreign: bool = False
+
+
+@attrs.frozen(slots=True)
+class Refused(Failed):
+    """The platform refused, and repeating cannot help. ``is_final``: the credentials in the body are dead."""
+
+    is_final: bool = False
+
+
+@attrs.frozen(slots=True)
+class Revoked(Failed):
+    """The kill switch: the installation is revoked; ``error`` is a :class:`~sekuire.errors.RevokedError`."""
+
+    error: RevokedError
+
+
+Verdict = Union[Settled, Retry, NotThePlatform, Later, Substitute, Unsupported, Dropped, Unauthorized, Refused, Revoked]
+
+SETTLED = Settled()
+
+#: Endpoints for which a success may have no body.
+_MAY_BE_EMPTY: FrozenSet[str] = frozenset(
+    ("complete", "release", "progress", "logs", "heartbeat", "capabilities", "cancel", "revoke", "commands")
+)
+#: Endpoints that a platform need not have, and the statuses that say so.
+_OPTIONAL: FrozenSet[str] = frozenset(("release", "progress", "logs", "capabilities", "cancel", "approvals"))
+_NOT_THERE = (404, 405, 501)
+#: Endpoints that log in. Each status here says that the credentials it was given are dead.
+_LOGINS: FrozenSet[str] = frozenset(("bootstrap", "recover", "refresh"))
+_DEAD = (400, 401, 403, 404, 409, 410)
+#: Statuses that never end a first login or stream, whoever answers so.
+_NEVER_FATAL = (401, 408, 425, 429)
+#: What a first answer of these may be fatal for.
+_FIRST: FrozenSet[str] = _LOGINS | {"task_stream"}
+
+_REVOKED = re.compile(rb'"revoked"\s*:\s*true\b')
+
+
+def verdict(endpoint: str, outcome: Union[Answer, BaseException]) -> Verdict:
+    """Return what an answer, or the error in place of one, means for ``endpoint``.
+
+    ``endpoint`` is a name of :data:`sekuire.protocol.DEFAULT_ENDPOINTS`. ::
+
+        found = verdict("complete", reply)
+        if isinstance(found, Settled): ...
+
+    docs/protocol.md, "Whose answer is it?" and the section of each endpoint.
+    """
+    if isinstance(outcome, BaseException):
+        return _of_error(outcome)
+    status = outcome.status
+    if 200 <= status < 300:
+        return _of_success(endpoint, status, outcome)
+    if 300 <= status < 400:
+        return _foreign(endpoint, outcome)
+    payload = _object(outcome.body)
+    if payload is None:
+        return _of_page(endpoint, status, outcome)
+    error = protocol.decode_error(status, outcome.body, outcome.retry_after())
+    if protocol.is_revoked(error):
+        return Revoked(protocol.revocation(error))
+    if not _is_error(payload):
+        return _of_page(endpoint, status, outcome)
+    if endpoint == "policy" and status == 404:
+        return SETTLED if payload.get("code") in (None, "POLICY_NOT_FOUND") else Retry(error, error.retry_after or 0.0)
+    if endpoint in _OPTIONAL and status in _NOT_THERE:
+        return Unsupported(error)
+    if protocol.is_transient(status):
+        return Retry(error, error.retry_after or 0.0)
+    return _of_refusal(endpoint, status, error)
+
+
+def _of_error(error: BaseException) -> Verdict:
+    if isinstance(error, RevokedError):
+        return Revoked(error)
+    if isinstance(error, TransportError):
+        return Retry(error) if error.retryable else Later(error)
+    if isinstance(error, SekuireError):
+        return Later(error)
+    # Not foreseen: the type alone, because the text may quote what was sent.
+    return Retry(TransportError(f"sending failed in an unforeseen way ({type(error).__name__})"))
+
+
+def _of_success(endpoint: str, status: int, answer: Answer) -> Verdict:
+    if endpoint == "task_stream":
+        if status == 200 and _content_type(answer) == protocol.STREAM_TYPE:
+            return SETTLED
+        if status == 204:
+            return Refused(StreamError("204, which means: do not connect again"))
+        return _foreign(endpoint, answer)
+    body = answer.body
+    if not body and endpoint in _MAY_BE_EMPTY and (status == 204 or _is_framed(answer.headers)):
+        return SETTLED
+    payload = _object(body)
+    if payload is None:
+        if _content_type(answer) == protocol.JSON_TYPE and _REVOKED.search(body):
+            # Unreadable, and it speaks of a revocation: fail closed.
+            return Revoked(RevokedError("an unreadable answer of the platform says so"))
+        return _foreign(endpoint, answer)
+    if payload.get("code") == protocol.CODE_REVOKED:
+        return Revoked(protocol.revocation(protocol.decode_error(status, body)))
+    return SETTLED
+
+
+def _of_page(endpoint: str, status: int, answer: Answer) -> Verdict:
+    """Classify an error that is not in the platform's form."""
+    foreign = _foreign(endpoint, answer)
+    if status == 401 and endpoint not in _LOGINS:
+        return Unauthorized(foreign.error, is_foreign=True)
+    if endpoint in _OPTIONAL and status in _NOT_THERE:
+        return Unsupported(foreign.error, is_foreign=True)
+    return foreign
+
+
+def _of_refusal(endpoint: str, status: int, error: APIError) -> Verdict:
+    """Classify an error of the platform that is neither passing nor about an endpoint that is missing."""
+    if endpoint in _LOGINS:
+        return Refused(error, is_final=status in _DEAD)
+    if status == 401:
+        return Unauthorized(error)
+    if endpoint == "complete":
+        if status == 409:
+            return SETTLED
+        if status in (404, 410):
+            return Dropped(error)
+        if status in (400, 413, 422):
+            return Substitute(error, "result_too_large" if status == 413 else "result_rejected")
+        return Later(error)
+    if endpoint == "logs" and status == 413:
+        return Substitute(error, "too_large")
+    if endpoint in _OPTIONAL:
+        return Dropped(error, is_superseded=status == 409)
+    if endpoint == "task_stream" and status in (404, 405):
+        return Retry(error, is_fatal_at_first=True)
+    return Refused(error)
+
+
+def _foreign(endpoint: str, answer: Answer) -> NotThePlatform:
+    status = answer.status
+    delay = answer.retry_after() or 0.0
+    is_fatal = endpoint in _FIRST and status not in _NEVER_FATAL and status < 500
+    if 200 <= status < 300 and not answer.headers.get("Content-Type") and not _is_framed(answer.headers):
+        # It may be the platform's, cut on its way: the end of a connection ends its headers too.
+        return NotThePlatform(TransportError("the answer ended early", retry_after=delay), delay)
+    what = f"{status}, {protocol.one_line(_content_type(answer))[:80] or 'no content type'}"
+    text = protocol.page_text(answer.body)
+    hint = (
+        "a redirect, which is not followed" if 300 <= status < 400 else f"it says {text!r}" if text else "it is empty"
+    )
+    return NotThePlatform(
+        TransportError(f"another server answered ({what}): {hint}", retry_after=delay),
+        delay,
+        is_fatal_at_first=is_fatal,
+    )
+
+
+def _content_type(answer: Answer) -> str:
+    return (answer.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
+
+
+def _is_framed(headers: Mapping[str, str]) -> bool:
+    """Return True if the headers say where the body ends (RFC 9112, section 6.3)."""
+    return "Content-Length" in headers or "Transfer-Encoding" in headers
+
+
+def _object(body: bytes) -> Optional[Mapping[str, Any]]:
+    """Return the JSON object that ``body`` is, or None."""
+    try:
+        payload = protocol.decode_body(body)
+    except protocol.Malformed:
+        return None
+    return payload if isinstance(payload, dict) else None
+
+
+def _is_error(payload: Mapping[str, Any]) -> bool:
+    """Return True if ``payload`` is an error in the platform's form."""
+    error = payload.get("error")
+    if isinstance(error, dict):
+        return bool(error.get("code") or error.get("message"))
+    return isinstance(error, str) and bool(error)
+
+
+class Support:
+    """Remember which optional endpoints the platform offers; one for all that share an installation.
+
+    An endpoint is switched off by an answer in the platform's form, or by three foreign ones in a row while another
+    endpoint answers in the platform's form (docs/protocol.md, "Whose answer is it?", exception b). ::
+
+        if support.is_offered("release"):
+            found = verdict("release", reply)
+            support.note("release", found)
+
+    Threads: any thread may call anything. ``_lock`` guards the counts; it is taken only for what is not settled.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._off: FrozenSet[str] = frozenset()
+        #: Endpoint → foreign answers in a row, and how many answers the platform had given before the first of them.
+        self._foreign: Dict[str, Tuple[int, int]] = {}
+        #: How many answers in the platform's form came. Threads may lose a count to each other; none is needed exactly.
+        self._answers = 0
+
+    def is_offered(self, endpoint: str) -> bool:
+        """Return True unless ``endpoint`` is switched off."""
+        return endpoint not in self._off
+
+    def note(self, endpoint: str, found: Verdict) -> bool:
+        """Note a verdict. Return True if it switches ``endpoint`` off."""
+        if not isinstance(found, (Unsupported, Retry, Later, Unauthorized)):
+            self._answers += 1
+            if self._foreign:
+                with self._lock:
+                    self._foreign.pop(endpoint, None)
+            return False
+        if not isinstance(found, Unsupported):
+            return False
+        with self._lock:
+            if endpoint in self._off:
+                return False
+            if found.is_foreign:
+                count, before = self._foreign.get(endpoint, (0, self._answers))
+                self._foreign[endpoint] = (count + 1, before)
+                if count + 1 < FOREIGN_ANSWERS or self._answers == before:
+                    return False
+            self._off |= {endpoint}
+            return True
