@@ -329,6 +329,15 @@ def lifetime(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) 
     return seconds if 0 < seconds <= MAX_LIFETIME else None
 
 
+def has_ended(end: Optional[dt.datetime], date: Optional[str]) -> bool:
+    """Return True if ``end`` had passed when the platform answered, by its own clock (the ``Date`` header).
+
+    Without ``Date`` nothing is known. An end longer ago than any lifetime is not meant as a time.
+    """
+    answered = parse_http_date(date)
+    return end is not None and answered is not None and 0 <= (answered - end).total_seconds() <= MAX_LIFETIME
+
+
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 

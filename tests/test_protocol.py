@@ -390,6 +390,20 @@ def test_idempotency_keys() -> None:
     assert "token" not in key
 
 
+def test_an_end_has_passed_by_the_answers_own_clock() -> None:
+    """Only the answer's Date says that a time in it has passed; one that is years ago is not meant as a time."""
+    date = "Fri, 01 Jan 2027 00:00:00 GMT"
+    end = dt.datetime(2027, 1, 1, tzinfo=dt.timezone.utc)
+    second, most = dt.timedelta(seconds=1), dt.timedelta(seconds=protocol.MAX_LIFETIME)
+    steps = (second, second * 0, -second, -most, -most - second)
+    found = [protocol.has_ended(end + step, date) for step in steps]
+    assert found == [False, True, True, True, False]
+    assert not protocol.has_ended(dt.datetime(1, 1, 1, tzinfo=dt.timezone.utc), date)
+    for missing in (None, "", "yesterday"):
+        assert not protocol.has_ended(end - second, missing)
+    assert not protocol.has_ended(None, date)
+
+
 def test_completion_keys() -> None:
     """A completion's key is its task and attempt, with a suffix for a substituted one."""
     assert protocol.completion_key("t/1", 2) == "t%2F1:2"

@@ -370,12 +370,11 @@ class Store:
         """End every runtime token that is valid now, of one installation or of all; how many there were."""
         now = self._clock()
         with self._transaction() as db:
-            ended = db.execute(
+            return db.execute(
                 "UPDATE tokens SET expires_at = ?"
                 " WHERE kind = 'runtime' AND expires_at > ? AND (? IS NULL OR installation_id = ?)",
                 (now, now, installation_id, installation_id),
             ).rowcount
-        return ended
 
     def _install(
         self,

@@ -196,7 +196,7 @@ def refused(auth: Authenticator, error: type = AuthenticationError) -> Any:
 
 
 def error(status: int, code: str = "", message: str = "no") -> Answer:
-    return Answer(status, {"code": code, "message": message})
+    return Answer(status, {"error": "refused", "code": code, "message": message})
 
 
 # -- the ways and their order -----------------------------------------------------------------------------------------
@@ -348,8 +348,8 @@ def test_a_consumed_install_token(status: int, fake: Fake, make: Make) -> None:
     [
         (error(404), "api_base_url"),
         (Answer(301, b"", [("Location", "https://other.test/")]), "redirect"),
-        (Answer(200, b"<html>"), "did not answer as the contract says"),
-        (Answer(200, []), "did not answer as the contract says"),
+        (Answer(200, b"<html>"), "another server answered"),
+        (Answer(200, []), "another server answered"),
         (Answer(200, {"runtime_token": "a b"}), "did not answer as the contract says"),
         (error(422, "BAD", "what?"), "what?"),
     ],
@@ -363,7 +363,7 @@ def test_other_refusals(answer: Answer, hint: str, fake: Fake, make: Make) -> No
 @pytest.mark.parametrize("status", [402])
 def test_a_plan_limit(status: int, fake: Fake, make: Make) -> None:
     """A plan limit is raised as itself, with its facts."""
-    fake.on["bootstrap"] = Answer(status, {"required_plan": "pro", "upgrade_url": "https://x.test"})
+    fake.on["bootstrap"] = Answer(status, {"error": "plan", "required_plan": "pro", "upgrade_url": "https://x.test"})
     problem = refused(make(fake, install_token=INSTALL, api_key=API_KEY), PlanLimitError)
     assert problem.required_plan == "pro"
     assert fake.calls == ["bootstrap"]
@@ -394,7 +394,7 @@ def test_a_body_that_is_echoed(fake: Fake, make: Make) -> None:
     """A platform that quotes the request in its error, as validating frameworks do, leaks no token through us."""
     for name in ("bootstrap", "refresh", "recover"):
         fake.on[name] = lambda request: Answer(
-            422, {"message": f"bad input {request.body.decode()} {request.headers['X-API-Key']}"}
+            422, {"error": "invalid", "message": f"bad input {request.body.decode()} {request.headers['X-API-Key']}"}
         )
     auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL, api_key=API_KEY)
     assert "***" in str(refused(auth))
@@ -417,9 +417,9 @@ def test_a_passing_failure_is_tried_again(status: int, fake: Fake, make: Make) -
 
 def test_a_failure_that_does_not_pass_in_time(fake: Fake, make: Make) -> None:
     """A failure that lasts until the deadline may pass later: the ways behind it are not used up for it."""
-    fake.on["refresh"] = Answer(503, {"code": "BUSY", "message": "come back"}, [("Retry-After", "200")])
+    fake.on["refresh"] = error(503, "BUSY", "come back")._replace(headers=[("Retry-After", "200")])
     auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL)
-    with pytest.raises(TransportError, match="failed for now: HTTP 503 BUSY: come back") as caught:
+    with pytest.raises(TransportError, match=r"failed for now: .*/refresh: HTTP 503 BUSY: come back") as caught:
         auth.snapshot(patience())
     assert_clean(caught.value, "skf_given", INSTALL)
     assert fake.calls == ["refresh"]
@@ -464,6 +464,180 @@ def test_a_lost_answer_is_repeated() -> None:
         assert token(after) == lost["runtime_token"]
         assert after.credentials.refresh_token == Secret(lost["refresh_token"])
         assert platform.count("bootstrap") == 1
+
+
+# -- whose answer it is -----------------------------------------------------------------------------------------------
+
+
+class Waits(threading.Event):
+    """A stop event whose waits take no time and are noted; after ``most`` of them it stops."""
+
+    def __init__(self, most: int = 1000) -> None:
+        super().__init__()
+        self.seconds: List[float] = []
+        self._most = most
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        if len(self.seconds) >= self._most:
+            self.set()
+        return self.is_set()
+
+
+PAGE = [("Content-Type", "text/html; charset=utf-8")]
+PAGES = [
+    *(Answer(status, b"<html><h1>not here</h1></html>", PAGE) for status in (200, 400, 401, 403, 404, 409, 410, 422)),
+    Answer(404, b"404 page not found\n", [("Content-Type", "text/plain")]),
+    Answer(404),
+    Answer(401, b"[]", [("Content-Type", "application/json")]),
+    Answer(200, {"status": "ok"}, [("Content-Type", "application/json")]),
+    Answer(201, {"runtime_token": "a b"}, [("Content-Type", "application/json")]),
+    Answer(302, b"", [("Location", "https://portal.test/")]),
+    Answer(503, b"<html>maintenance</html>", PAGE),
+]
+WAYS: Dict[str, Dict[str, Any]] = {
+    "refresh": {"installation_id": "i", "refresh_token": "skf_given", "install_token": INSTALL, "api_key": API_KEY},
+    "bootstrap": {"install_token": INSTALL, "api_key": API_KEY},
+    "recover": {"api_key": API_KEY},
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.status}-{page.data()[:12].decode()}")
+@pytest.mark.parametrize("way", list(WAYS))
+def test_no_page_of_another_server_condemns_credentials(way: str, page: Answer, fake: Fake, make: Make) -> None:
+    """Once the platform has answered, a page of something in between is retried, whatever its status.
+
+    The credentials it was an answer to are used again, and those behind them are not touched.
+    """
+    auth = make(fake, stop=Waits(), **WAYS[way])
+    if way != "refresh":
+        # No refresh token comes with it, so the same way is needed again.
+        fake.on[way] = lambda request: fake.grant(refresh_token=None)
+        auth.snapshot(patience())
+    pages = iter([page, page])
+    fake.on[way] = lambda request: next(pages, None) or fake.grant()
+    before = len(fake.calls)
+    snapshot = auth.rejected(auth.store.generation, patience())
+    assert snapshot.credentials.runtime_token is not None
+    assert fake.calls[before:] == [way] * 3
+    assert len(set(keys(fake, way))) == 1
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.status not in (401, 503)], ids=lambda page: page.status
+)
+@pytest.mark.parametrize("way", ["bootstrap", "recover"])
+def test_another_server_at_the_first_login_is_fatal(way: str, page: Answer, fake: Fake, make: Make) -> None:
+    """Before the first success such an answer ends the login and is quoted: the URL is probably wrong."""
+    fake.on[way] = page
+    problem = refused(make(fake, **WAYS[way]))
+    assert f"{fake.url}/api/v1/installations/{way}" in str(problem)
+    assert "api_base_url" in str(problem)
+    assert "endpoints=" in str(problem)
+    assert problem.status == page.status
+    if page.headers == PAGE:
+        assert f"another server answered ({page.status}, text/html)" in str(problem)
+        assert "'not here'" in str(problem)
+    # Another way of logging in would go to the same server.
+    assert fake.calls == [way]
+
+
+@pytest.mark.parametrize("status", [401, 408, 425, 429, 500, 502, 503])
+def test_a_page_that_may_pass_is_retried_at_the_first_login(status: int, fake: Fake, make: Make) -> None:
+    """Maintenance pages, and a 401 of something in between, are waited for from the beginning."""
+    pages = iter([Answer(status, b"<html>wait</html>", PAGE)] * 2)
+    fake.on["bootstrap"] = lambda request: next(pages, None) or fake.grant()
+    assert token(make(fake, install_token=INSTALL, stop=Waits()).snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["bootstrap"] * 3
+
+
+def test_the_retry_after_of_another_server_is_honoured(fake: Fake, make: Make) -> None:
+    """A page that says when to come back is not asked again sooner; past the deadline the caller is told when."""
+    pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "7")])] * 2)
+    fake.on["refresh"] = lambda request: next(pages, None) or fake.grant()
+    waits = Waits()
+    make(fake, installation_id="i", refresh_token="skf_given", stop=waits).snapshot(patience())
+    assert waits.seconds == [7.0, 7.0]
+    pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "200")])])
+    problem = refused(make(fake, installation_id="i", refresh_token="skf_given"), TransportError)
+    assert problem.retry_after == 200.0
+
+
+def test_an_echo_in_a_page_shows_no_token(fake: Fake, make: Make) -> None:
+    """A page that quotes the request leaks no token through the error that quotes it."""
+    fake.on["bootstrap"] = lambda request: Answer(403, b"<p>blocked: " + request.body + b"</p>", PAGE)
+    assert "***" in str(refused(make(fake, install_token=INSTALL)))
+
+
+# -- grants that are of no use ----------------------------------------------------------------------------------------
+
+
+def expired() -> str:
+    return protocol.format_time(dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=1))
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_an_expired_grant_is_a_refusal(way: str, fake: Fake, make: Make) -> None:
+    """A login that brings a token which has expired by the platform's own clock is refused: the next method follows."""
+    fake.on[way] = lambda request: fake.grant(expires_at=expired())
+    auth = make(fake, **WAYS[way])
+    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(way)
+    if follower is not None:
+        auth.snapshot(patience())
+        assert fake.calls == [way, follower]
+        return
+    assert "has expired already" in str(refused(auth))
+    assert "has expired already" in str(refused(auth))
+    assert fake.calls == [way]
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_repeated_grant_is_a_refusal(way: str, fake: Fake, make: Make) -> None:
+    """A login that brings the token which the platform has just refused is a refusal, and is not tried again."""
+    fake.on.update({way: lambda request: Answer(201, grant_of(7, refresh_token=None)), "beat": error(401)})
+    auth = make(fake, runtime_token="skr_runtime_7", **{"installation_id": "i", **WAYS[way]})
+    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(way)
+    if follower is not None:
+        assert token(auth.rejected(auth.store.generation, patience())) == "skr_runtime_1"
+        assert fake.calls == [way, follower]
+        return
+    for _ in range(3):
+        with pytest.raises(AuthenticationError):
+            beat(auth)
+    assert fake.calls == ["beat", way, "beat", "beat"]
+
+
+def test_another_servers_401_condemns_nothing(fake: Fake, make: Make) -> None:
+    """A 401 that is not the platform's starts a renewal; the same token again is then no refusal."""
+    page = Answer(401, b"<html>log in</html>", PAGE)
+    same = {"installation_id": "i", "runtime_token": "skr_same", "refresh_token": "skf_given"}
+    fake.on.update(beat=page, refresh=Answer(200, {"runtime_token": "skr_same"}))
+    auth = make(fake, **same, stop=Waits())
+    for _ in range(3):
+        assert beat(auth)[0].status == 401
+    assert fake.calls == ["beat", "refresh", "beat"] * 3
+    fake.on["beat"] = Answer(200, {})
+    assert beat(auth)[0].status == 200
+
+
+def test_another_servers_401_and_a_provider(fake: Fake, make: Make) -> None:
+    """A provider may give the same token again where the platform has not refused it."""
+    fake.on["beat"] = Answer(401, b"<html>log in</html>", PAGE)
+    auth = make(fake, token_provider=lambda: "skr_same", stop=Waits())
+    assert beat(auth)[0].status == 401
+    fake.on["beat"] = Answer(200, {})
+    assert beat(auth)[0].status == 200
+
+
+def test_another_servers_401_to_a_runtime_token_alone(fake: Fake, make: Make) -> None:
+    """Without anything to renew it with, a token that the platform has not refused is kept."""
+    fake.on["beat"] = Answer(401, b"<html>log in</html>", PAGE)
+    auth = make(fake, runtime_token="skr_given")
+    with pytest.raises(TransportError, match="another server answered 401"):
+        beat(auth)
+    fake.on["beat"] = Answer(200, {})
+    assert beat(auth)[0].status == 200
 
 
 # -- replicas ---------------------------------------------------------------------------------------------------------
