@@ -26,7 +26,7 @@ from ..lifecycle import Deadline
 from ..models import Grant, HeartbeatReply, RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import Credential, HttpClient, Reply
-from ..transport.retry import call
+from ..transport.retry import Interrupted, call
 from ..wire.verdict import Refused, Retry, Revoked, Settled, Unauthorized, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
 
@@ -146,13 +146,23 @@ class Authenticator:
     def rejected(self, generation: int, deadline: Deadline, *, is_foreign: bool = False) -> Snapshot:
         """Return credentials to use instead of those of ``generation``, which were answered with 401.
 
-        Threads that were refused together cause one renewal. Errors as :meth:`snapshot`.
+        Threads that were refused together cause one renewal. Where the platform refuses at once what it grants, the
+        renewal waits; past ``deadline`` it is not begun. Errors as :meth:`snapshot`.
 
         :param is_foreign: another server sent the 401: it starts a renewal, and condemns nothing.
         """
         snapshot = self.store.snapshot
         if not is_foreign and snapshot.generation == generation:
             self._rejected = snapshot.credentials.runtime_token
+        delay = self.store.reject(generation)
+        if delay > 0:
+            if delay >= deadline.remaining():
+                raise TransportError(
+                    f"every token that was granted was refused at its first use; the next login is in {delay:.1f} s",
+                    retry_after=delay,
+                )
+            if self._stop.wait(delay):
+                raise Interrupted("stopped while waiting to log in again")
         return self._renew(generation, deadline)
 
     def request(
@@ -179,6 +189,8 @@ class Authenticator:
                 found = verdict(_ANY, reply)
             if isinstance(found, Revoked):
                 raise found.error
+        if reply.is_success and self.store.proven < snapshot.generation and isinstance(verdict(_ANY, reply), Settled):
+            self.store.prove(snapshot.generation)
         return reply, snapshot
 
     def accept_heartbeat(self, reply: HeartbeatReply, used: int, sent_at: float, sent_wall: float) -> None:

@@ -640,6 +640,68 @@ def test_another_servers_401_to_a_runtime_token_alone(fake: Fake, make: Make) ->
     assert beat(auth)[0].status == 200
 
 
+# -- grants that are refused at once ----------------------------------------------------------------------------------
+
+
+def test_logins_whose_tokens_are_refused_at_once_back_off(
+    fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A platform that grants tokens and refuses them is logged in to at growing intervals, by all who share a store."""
+    from sekuire.credentials import store as store_module
+
+    monkeypatch.setattr(store_module, "full_jitter", lambda count, first, longest: min(longest, first * 2.0**count))
+    fake.on["beat"] = error(401)
+    store, waits = RuntimeCredentialsStore(), Waits()
+    auths = [make(fake, install_token=INSTALL, store=store, stop=waits) for _ in range(2)]
+    for number in range(12):
+        assert beat(auths[number % 2], Deadline(1000.0))[0].status == 401
+    # The first login, and the one that replaces its token, are made at once.
+    assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 13
+    expected = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
+    assert waits.seconds == pytest.approx(expected, abs=PATIENCE / 100)
+
+
+def test_whoever_cannot_wait_for_the_next_login_is_told(
+    fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller whose deadline comes first logs in no more than others do, and learns how long to wait."""
+    from sekuire.credentials import store as store_module
+
+    monkeypatch.setattr(store_module, "full_jitter", lambda count, first, longest: longest)
+    fake.on["beat"] = error(401)
+    auth = make(fake, install_token=INSTALL)
+    beat(auth)
+    for _ in range(5):
+        with pytest.raises(TransportError, match="refused at its first use") as caught:
+            beat(auth)
+        assert caught.value.retryable
+        assert caught.value.retry_after is not None
+    assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 2
+
+
+def test_a_stop_ends_the_wait_for_the_next_login(fake: Fake, make: Make) -> None:
+    """A stop ends the delay before a login, and no login follows."""
+    fake.on["beat"] = error(401)
+    waits = Waits(most=3)
+    auth = make(fake, install_token=INSTALL, stop=waits)
+    with pytest.raises(Interrupted):
+        for _ in range(10):
+            beat(auth, Deadline(1000.0))
+    assert len(waits.seconds) == 3
+    assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 4
+
+
+def test_tokens_that_were_accepted_are_renewed_without_delay(fake: Fake, make: Make) -> None:
+    """A token that worked and is refused later, as at a restart of the platform, is replaced at once, however often."""
+    waits = Waits()
+    auth = make(fake, install_token=INSTALL, stop=waits)
+    for _ in range(10):
+        assert beat(auth)[0].status == 200
+        auth.rejected(auth.store.generation, patience())
+    assert fake.calls.count("refresh") == 10
+    assert waits.seconds == []
+
+
 # -- replicas ---------------------------------------------------------------------------------------------------------
 
 
