@@ -496,7 +496,7 @@ PAGES = [
     Answer(302, b"", [("Location", "https://portal.test/")]),
     Answer(503, b"<html>maintenance</html>", PAGE),
 ]
-WAYS: Dict[str, Dict[str, Any]] = {
+METHODS: Dict[str, Dict[str, Any]] = {
     "refresh": {"installation_id": "i", "refresh_token": "skf_given", "install_token": INSTALL, "api_key": API_KEY},
     "bootstrap": {"install_token": INSTALL, "api_key": API_KEY},
     "recover": {"api_key": API_KEY},
@@ -504,43 +504,43 @@ WAYS: Dict[str, Dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.status}-{page.data()[:12].decode()}")
-@pytest.mark.parametrize("way", list(WAYS))
-def test_no_page_of_another_server_condemns_credentials(way: str, page: Answer, fake: Fake, make: Make) -> None:
+@pytest.mark.parametrize("method", list(METHODS))
+def test_no_page_of_another_server_condemns_credentials(method: str, page: Answer, fake: Fake, make: Make) -> None:
     """Once the platform has answered, a page of something in between is retried, whatever its status.
 
     The credentials it was an answer to are used again, and those behind them are not touched.
     """
-    auth = make(fake, stop=Waits(), **WAYS[way])
-    if way != "refresh":
-        # No refresh token comes with it, so the same way is needed again.
-        fake.on[way] = lambda request: fake.grant(refresh_token=None)
+    auth = make(fake, stop=Waits(), **METHODS[method])
+    if method != "refresh":
+        # No refresh token comes with it, so the same method is needed again.
+        fake.on[method] = lambda request: fake.grant(refresh_token=None)
         auth.snapshot(patience())
     pages = iter([page, page])
-    fake.on[way] = lambda request: next(pages, None) or fake.grant()
+    fake.on[method] = lambda request: next(pages, None) or fake.grant()
     before = len(fake.calls)
     snapshot = auth.rejected(auth.store.generation, patience())
     assert snapshot.credentials.runtime_token is not None
-    assert fake.calls[before:] == [way] * 3
-    assert len(set(keys(fake, way))) == 1
+    assert fake.calls[before:] == [method] * 3
+    assert len(set(keys(fake, method))) == 1
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.status not in (401, 503)], ids=lambda page: page.status
 )
-@pytest.mark.parametrize("way", ["bootstrap", "recover"])
-def test_another_server_at_the_first_login_is_fatal(way: str, page: Answer, fake: Fake, make: Make) -> None:
+@pytest.mark.parametrize("method", ["bootstrap", "recover"])
+def test_another_server_at_the_first_login_is_fatal(method: str, page: Answer, fake: Fake, make: Make) -> None:
     """Before the first success such an answer ends the login and is quoted: the URL is probably wrong."""
-    fake.on[way] = page
-    problem = refused(make(fake, **WAYS[way]))
-    assert f"{fake.url}/api/v1/installations/{way}" in str(problem)
+    fake.on[method] = page
+    problem = refused(make(fake, **METHODS[method]))
+    assert f"{fake.url}/api/v1/installations/{method}" in str(problem)
     assert "api_base_url" in str(problem)
     assert "endpoints=" in str(problem)
     assert problem.status == page.status
     if page.headers == PAGE:
         assert f"another server answered ({page.status}, text/html)" in str(problem)
         assert "'not here'" in str(problem)
-    # Another way of logging in would go to the same server.
-    assert fake.calls == [way]
+    # The next method would go to the same server.
+    assert fake.calls == [method]
 
 
 @pytest.mark.parametrize("status", [401, 408, 425, 429, 500, 502, 503])
@@ -553,7 +553,7 @@ def test_a_page_that_may_pass_is_retried_at_the_first_login(status: int, fake: F
 
 
 def test_the_retry_after_of_another_server_is_honoured(fake: Fake, make: Make) -> None:
-    """A page that says when to come back is not asked again sooner; past the deadline the caller is told when."""
+    """A page that says when to come back is not asked again sooner; past the deadline the error says when."""
     pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "7")])] * 2)
     fake.on["refresh"] = lambda request: next(pages, None) or fake.grant()
     waits = Waits()
@@ -577,35 +577,35 @@ def expired() -> str:
     return protocol.format_time(dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=1))
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-def test_an_expired_grant_is_a_refusal(way: str, fake: Fake, make: Make) -> None:
+@pytest.mark.parametrize("method", list(METHODS))
+def test_an_expired_grant_is_a_refusal(method: str, fake: Fake, make: Make) -> None:
     """A login that brings a token which has expired by the platform's own clock is refused: the next method follows."""
-    fake.on[way] = lambda request: fake.grant(expires_at=expired())
-    auth = make(fake, **WAYS[way])
-    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(way)
+    fake.on[method] = lambda request: fake.grant(expires_at=expired())
+    auth = make(fake, **METHODS[method])
+    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(method)
     if follower is not None:
         auth.snapshot(patience())
-        assert fake.calls == [way, follower]
+        assert fake.calls == [method, follower]
         return
     assert "has expired already" in str(refused(auth))
     assert "has expired already" in str(refused(auth))
-    assert fake.calls == [way]
+    assert fake.calls == [method]
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-def test_a_repeated_grant_is_a_refusal(way: str, fake: Fake, make: Make) -> None:
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_repeated_grant_is_a_refusal(method: str, fake: Fake, make: Make) -> None:
     """A login that brings the token which the platform has just refused is a refusal, and is not tried again."""
-    fake.on.update({way: lambda request: Answer(201, grant_of(7, refresh_token=None)), "beat": error(401)})
-    auth = make(fake, runtime_token="skr_runtime_7", **{"installation_id": "i", **WAYS[way]})
-    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(way)
+    fake.on.update({method: lambda request: Answer(201, grant_of(7, refresh_token=None)), "beat": error(401)})
+    auth = make(fake, runtime_token="skr_runtime_7", **{"installation_id": "i", **METHODS[method]})
+    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(method)
     if follower is not None:
         assert token(auth.rejected(auth.store.generation, patience())) == "skr_runtime_1"
-        assert fake.calls == [way, follower]
+        assert fake.calls == [method, follower]
         return
     for _ in range(3):
         with pytest.raises(AuthenticationError):
             beat(auth)
-    assert fake.calls == ["beat", way, "beat", "beat"]
+    assert fake.calls == ["beat", method, "beat", "beat"]
 
 
 def test_another_servers_401_condemns_nothing(fake: Fake, make: Make) -> None:
@@ -661,7 +661,7 @@ def test_logins_whose_tokens_are_refused_at_once_back_off(
     assert waits.seconds == pytest.approx(expected, abs=PATIENCE / 100)
 
 
-def test_whoever_cannot_wait_for_the_next_login_is_told(
+def test_whoever_cannot_wait_for_the_next_login_learns_when_it_is(
     fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A caller whose deadline comes first logs in no more than others do, and learns how long to wait."""
@@ -794,7 +794,7 @@ def test_no_token_is_spent_where_its_credentials_could_not_be_kept(
 def test_a_mounted_seed_has_the_holder_of_its_store(
     path: pathlib.Path, fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replicas that read one file which they cannot write are told apart, and write nothing beside it."""
+    """Replicas that read one file which they cannot write have a holder each, and write nothing beside it."""
     from sekuire.credentials import file as file_module
 
     RuntimeCredentialsStore(path=path).update(RuntimeCredentials(installation_id="i", refresh_token="skf_seed"))
