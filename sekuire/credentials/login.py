@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 import time
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import attrs
 
@@ -96,6 +96,9 @@ class Authenticator:
         #: The runtime token that the platform itself refused last. Written by any thread, without the lock.
         self._rejected: Optional[Secret] = None
         self._has_logged_in = False
+        #: Credentials whose grant was of no use, with the generation that it was to replace: they are not used again
+        #: while nothing has changed. Used with the store's write lock.
+        self._useless: Dict[str, int] = {}
         #: What the last attempt was refused with, for those who ask when nothing is left to try.
         self._refusal: Optional[Tuple[str, Optional[int], Optional[str]]] = None
         #: Told of every grant and when its request was sent (monotonic); called by the renewing thread.
@@ -295,6 +298,7 @@ class Authenticator:
     def _renew_gently(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         """Renewal of a token that still works: only what costs nothing that could not be had again."""
         problem: Optional[AuthenticationError] = None
+        self._forget_useless(snapshot)
         if self._provider is None and not self._can_refresh(snapshot):
             # Another's renewal, which this one has waited for, was refused with it.
             raise AuthenticationError("the refresh token has been refused before")
@@ -306,20 +310,22 @@ class Authenticator:
 
     def _try_all(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         refusals: List[_Refused] = []
+        self._forget_useless(snapshot)
         for way in self._ways(snapshot, deadline):
             try:
                 return way()
             except _Refused as refusal:
                 log.warning("%s", refusal.message)
                 refusals.append(refusal)
+        token = snapshot.credentials.runtime_token
+        if token is not None and token != self._rejected and snapshot.time_left() != 0:
+            # Whatever became of the renewal, the platform has not refused the token.
+            raise TransportError("another server answered 401, and there is nothing to renew the runtime token with")
         if not refusals:
             message = "the platform refused the runtime token, and nothing else was given to authenticate with"
-            token = snapshot.credentials.runtime_token
-            if token is not None:
-                if token != self._rejected and snapshot.time_left() != 0:
-                    raise TransportError("another server answered 401, and there is nothing to renew the token with")
+            if token is not None and not self._useless:
                 raise AuthenticationError(message, 401)
-            if not self._dead:
+            if token is None and not self._dead and not self._useless:
                 raise TransportError("the credentials_store holds no credentials yet; waiting for them")
             before, status, code = self._refusal or ("the platform refuses them", 401, None)
             raise AuthenticationError(f"every way of authenticating has been refused before: {before}", status, code)
@@ -344,7 +350,11 @@ class Authenticator:
         return snapshot.credentials.installation_id is not None and token is not None and not self._is_dead(token)
 
     def _is_dead(self, secret: Secret) -> bool:
-        return fingerprint(secret.reveal()) in self._dead
+        mark = fingerprint(secret.reveal())
+        return mark in self._dead or mark in self._useless
+
+    def _forget_useless(self, snapshot: Snapshot) -> None:
+        self._useless = {mark: used for mark, used in self._useless.items() if used == snapshot.generation}
 
     def _bury(self, secret: Secret) -> None:
         self._dead = [*self._dead[-7:], fingerprint(secret.reveal())]
@@ -470,7 +480,7 @@ class Authenticator:
             problem = f"the answer to {what} brought a runtime token that has expired already"
         else:
             return None
-        self._bury(secret)
+        self._useless[fingerprint(secret.reveal())] = self.store.generation
         return _Refused(problem)
 
     def _refuse(self, what: str, secret: Secret, found: Refused, status: int) -> _Refused:

@@ -630,14 +630,29 @@ def test_another_servers_401_and_a_provider(fake: Fake, make: Make) -> None:
     assert beat(auth)[0].status == 200
 
 
-def test_another_servers_401_to_a_runtime_token_alone(fake: Fake, make: Make) -> None:
+@pytest.mark.parametrize(
+    "given", [{}, {"installation_id": "i", "refresh_token": "skf_given"}], ids=["alone", "refresh"]
+)
+def test_another_servers_401_to_a_token_that_cannot_be_renewed(given: Dict[str, str], fake: Fake, make: Make) -> None:
     """Without anything to renew it with, a token that the platform has not refused is kept."""
-    fake.on["beat"] = Answer(401, b"<html>log in</html>", PAGE)
-    auth = make(fake, runtime_token="skr_given")
-    with pytest.raises(TransportError, match="another server answered 401"):
-        beat(auth)
+    fake.on.update(beat=Answer(401, b"<html>log in</html>", PAGE), refresh=error(401))
+    auth = make(fake, runtime_token="skr_given", **given)
+    for _ in range(2):
+        with pytest.raises(TransportError, match="another server answered 401"):
+            beat(auth)
     fake.on["beat"] = Answer(200, {})
     assert beat(auth)[0].status == 200
+
+
+def test_a_useless_grant_does_not_close_its_method(fake: Fake, make: Make) -> None:
+    """Once the credentials have changed, the method that brought a useless grant is tried again."""
+    fake.on["refresh"] = Answer(200, {"runtime_token": "skr_same"})
+    auth = make(fake, installation_id="i", runtime_token="skr_same", refresh_token="skf_given", install_token=INSTALL)
+    auth.rejected(auth.store.generation, patience())
+    assert fake.calls == ["refresh", "bootstrap"]
+    auth.store.update(RuntimeCredentials(installation_id="i", runtime_token="skr_other", refresh_token="skf_given"))
+    assert token(auth.rejected(auth.store.generation, patience())) == "skr_same"
+    assert fake.calls == ["refresh", "bootstrap", "refresh"]
 
 
 # -- grants that are refused at once ----------------------------------------------------------------------------------
