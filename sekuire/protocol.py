@@ -236,9 +236,12 @@ def api_key_header(key: Secret) -> Tuple[str, str]:
     return "X-API-Key", key.reveal()
 
 
-def idempotency_key(endpoint: str, credential: Secret, agent_id: str) -> str:
-    """The ``Idempotency-Key`` of bootstrap, recover and refresh: the same for the same wish, whoever repeats it."""
-    return hashlib.sha256("\n".join((endpoint, credential.reveal(), agent_id)).encode()).hexdigest()
+def idempotency_key(endpoint: str, credential: Secret, agent_id: str, holder: str) -> str:
+    """Return the ``Idempotency-Key`` of bootstrap, recover and refresh.
+
+    :param holder: the random value of whoever logs in: its retries have one key, two replicas have two.
+    """
+    return hashlib.sha256("\n".join((endpoint, credential.reveal(), agent_id, holder)).encode()).hexdigest()
 
 
 def completion_key(task_id: str, attempt: int, substituted: bool = False) -> str:
@@ -352,6 +355,15 @@ def lease_lifetime(
         ignored["lease_expires_at"] = "it has passed by this machine's clock, and the answer has no Date header"
         return None, None
     return end, max(0.0, seconds)
+
+
+def has_ended(end: Optional[dt.datetime], date: Optional[str]) -> bool:
+    """Return True if ``end`` had passed when the platform answered, by its own clock (the ``Date`` header).
+
+    Without ``Date`` nothing is known. An end longer ago than any lifetime is not meant as a time.
+    """
+    answered = parse_http_date(date)
+    return end is not None and answered is not None and 0 <= (answered - end).total_seconds() <= MAX_TOKEN_LIFETIME
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from . import protocol
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT, bearer_of
-from .errors import APIError, AuthenticationError, PlanLimitError, SekuireError, StreamError, TransportError
+from .errors import APIError, PlanLimitError, SekuireError, StreamError, TransportError
 from .lifecycle import Deadline
 from .models import Command, Connected, Task
 from .transport.live import LiveAnswer, LiveClient
@@ -135,6 +135,7 @@ class TaskStream:
             found = verdict("task_stream", answer)
             if isinstance(found, Settled):
                 self._refused = None
+                self._auth.store.prove(snapshot.generation)
                 self._read(answer)
                 return None
             answer.close()
@@ -165,13 +166,7 @@ class TaskStream:
         return self._live.open(path, credential=bearer_of(snapshot), headers=headers)
 
     def _renew(self, snapshot: Snapshot, found: Unauthorized) -> Optional[SekuireError]:
-        try:
-            fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT))
-        except AuthenticationError:
-            if not found.is_foreign:
-                raise
-            # Another server says so, and it ends no login.
-            return found.error
+        fresh = self._auth.rejected(snapshot.generation, Deadline(RENEWAL_TIMEOUT), is_foreign=found.is_foreign)
         first = self._refused is None
         self._refused = fresh.generation
         # With a fresh token there is nothing to wait for; should that be refused too, the backoff slows this down.

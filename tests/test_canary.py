@@ -343,6 +343,7 @@ def test_failures_of_the_disk(canary: Canary, tmp_path: Any) -> None:
         store.reload()
         (directory / "credentials.json").unlink()
         (directory / "credentials.json.lock").unlink()
+        (directory / "credentials.json.holder").unlink()
         directory.rmdir()
         store.update(store.current)
     canary.look_at(store)

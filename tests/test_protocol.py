@@ -378,16 +378,31 @@ def test_headers_of_credentials() -> None:
 
 
 def test_idempotency_keys() -> None:
-    """The key is the hash of endpoint, credential and agent, and differs when any of them does."""
-    key = protocol.idempotency_key("refresh", Secret("token"), "agent")
-    assert key == hashlib.sha256(b"refresh\ntoken\nagent").hexdigest()
+    """The key is the hash of endpoint, credential, agent and holder, and differs when any of them does."""
+    key = protocol.idempotency_key("refresh", Secret("token"), "agent", "holder")
+    assert key == hashlib.sha256(b"refresh\ntoken\nagent\nholder").hexdigest()
     others = {
-        protocol.idempotency_key("recover", Secret("token"), "agent"),
-        protocol.idempotency_key("refresh", Secret("token2"), "agent"),
-        protocol.idempotency_key("refresh", Secret("token"), "agent2"),
+        protocol.idempotency_key("recover", Secret("token"), "agent", "holder"),
+        protocol.idempotency_key("refresh", Secret("token2"), "agent", "holder"),
+        protocol.idempotency_key("refresh", Secret("token"), "agent2", "holder"),
+        protocol.idempotency_key("refresh", Secret("token"), "agent", "holder2"),
     }
-    assert len(others | {key}) == 4
+    assert len(others | {key}) == 5
     assert "token" not in key
+
+
+def test_an_end_has_passed_by_the_answers_own_clock() -> None:
+    """Only the answer's Date says that a time in it has passed; one that is years ago is not meant as a time."""
+    date = "Fri, 01 Jan 2027 00:00:00 GMT"
+    end = dt.datetime(2027, 1, 1, tzinfo=dt.timezone.utc)
+    second, most = dt.timedelta(seconds=1), dt.timedelta(seconds=protocol.MAX_TOKEN_LIFETIME)
+    steps = (second, second * 0, -second, -most, -most - second)
+    found = [protocol.has_ended(end + step, date) for step in steps]
+    assert found == [False, True, True, True, False]
+    assert not protocol.has_ended(dt.datetime(1, 1, 1, tzinfo=dt.timezone.utc), date)
+    for missing in (None, "", "yesterday"):
+        assert not protocol.has_ended(end - second, missing)
+    assert not protocol.has_ended(None, date)
 
 
 def test_completion_keys() -> None:

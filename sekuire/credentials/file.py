@@ -22,6 +22,8 @@ from ..protocol import format_time, parse_time
 log = logging.getLogger("sekuire.credentials")
 
 _FORMAT = 1
+#: Characters of a holder: 128 bits in hexadecimal.
+_HOLDER_LENGTH = 32
 _POLL = 0.02
 _POSIX = os.name == "posix"
 
@@ -45,6 +47,9 @@ class Stored:
 class CredentialsFile:
     """Reads and writes one file. Any thread; every write happens between :meth:`lock`'s enter and exit.
 
+    Beside it are ``PATH.lock`` and ``PATH.holder``, the random value that makes the logins of all who share the file
+    those of one installation.
+
     :raises ConfigurationError: the directory is missing, or the file is not private to this user.
     """
 
@@ -53,6 +58,8 @@ class CredentialsFile:
             raise ConfigurationError(f"must be a path, got {path!r}", "path")
         self.path = os.path.abspath(os.fspath(path))
         self._lock_path = self.path + ".lock"
+        # Beside the file itself, not beside a link to it: this is the directory in which the file is replaced.
+        self._holder_path = os.path.realpath(self.path) + ".holder"
         self._warned_write = False
         self._warned_lock = False
         directory = os.path.dirname(self.path)
@@ -65,14 +72,14 @@ class CredentialsFile:
             log.warning(
                 "credentials file %s cannot be written: it is read once, and rotated tokens cannot be kept", self.path
             )
-        self._check_private()
+        self._check_private(self.path)
 
     def load(self) -> Optional[Stored]:
         """What is in the file; None where there is none, or an empty one.
 
         :raises ConfigurationError: it cannot be read, or is not a credentials file.
         """
-        self._check_private()
+        self._check_private(self.path)
         try:
             with open(self.path, encoding="utf-8") as file:
                 text = file.read()
@@ -113,6 +120,19 @@ class CredentialsFile:
                 problem,
             )
         return False
+
+    def holder(self, proposed: str, *, rewrite: bool) -> str:
+        """Return the holder that is kept beside the file. Write ``proposed`` if there is none. Needs :meth:`lock`.
+
+        :param rewrite: write it in any case, which proves that a file in this directory can be replaced now.
+        :raises OSError: it cannot be written.
+        :raises ConfigurationError: it is not private to this user.
+        """
+        self._check_private(self._holder_path)
+        kept = _read_holder(self._holder_path)
+        if kept is None or rewrite:
+            files.replace(self._holder_path, f"{kept or proposed}\n".encode())
+        return kept or proposed
 
     @contextlib.contextmanager
     def lock(self, deadline: Deadline) -> Iterator[None]:
@@ -171,19 +191,29 @@ class CredentialsFile:
         # A mounted Kubernetes secret: a symlink owned by root, which the kubelet swaps; never write through it.
         return _POSIX and os.path.islink(self.path) and os.lstat(self.path).st_uid != os.geteuid()
 
-    def _check_private(self) -> None:
+    def _check_private(self, path: str) -> None:
         if not _POSIX or self.read_only:
             return
         try:
-            status = os.stat(self.path)
+            status = os.stat(path)
         except OSError:
             return
         if status.st_uid != os.geteuid():
-            raise ConfigurationError(
-                f"{self.path!r} belongs to another user; chown it to the one that runs this", "path"
-            )
+            raise ConfigurationError(f"{path!r} belongs to another user; chown it to the one that runs this", "path")
         if stat.S_IMODE(status.st_mode) & 0o077:
-            raise ConfigurationError(f"{self.path!r} can be read by others; run: chmod 600 {self.path}", "path")
+            raise ConfigurationError(f"{path!r} can be read by others; run: chmod 600 {path}", "path")
+
+
+def _read_holder(path: str) -> Optional[str]:
+    """Return the holder in the file at ``path``, or None if there is none or it is damaged."""
+    try:
+        # Not blocking: a FIFO in its place must not hold the login up.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        with open(descriptor, "rb") as file:
+            text = file.read(_HOLDER_LENGTH + 2).decode("ascii").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if len(text) == _HOLDER_LENGTH and text.isalnum() else None
 
 
 def _can_write(path: str) -> bool:

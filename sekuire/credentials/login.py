@@ -7,7 +7,7 @@ import logging
 import random
 import threading
 import time
-from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import attrs
 
@@ -26,8 +26,8 @@ from ..lifecycle import Deadline
 from ..models import Grant, HeartbeatReply, RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import Credential, HttpClient, Reply
-from ..transport.retry import call
-from ..wire.verdict import Support, Unauthorized, verdict
+from ..transport.retry import Interrupted, call
+from ..wire.verdict import Refused, Retry, Revoked, Settled, Support, Unauthorized, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
 
 log = logging.getLogger("sekuire.credentials")
@@ -39,11 +39,11 @@ RENEWAL_TIMEOUT = 30.0
 #: Seconds after a failed early renewal before the next, plus up to a fifth of it.
 RENEWAL_PAUSE = 30.0
 
+#: Stands for whatever is asked with the runtime token: a 401 and a revocation mean the same to all endpoints.
+_ANY = "heartbeat"
+
 _EARLY_SHARE, _EARLY_MOST = 0.2, 300.0
 _LATE_SHARE, _LATE_MOST = 0.1, 60.0
-
-#: What an answer of a refresh or a bootstrap means: these never get better by repeating.
-_DEAD = (400, 401, 403, 404, 409, 410)
 
 
 class _Refused(Exception):
@@ -95,6 +95,12 @@ class Authenticator:
         self._refreshing = False
         self._next_try = 0.0
         self._dead: List[str] = []
+        #: The runtime token that the platform itself refused last. Written by any thread, without the lock.
+        self._rejected: Optional[Secret] = None
+        self._has_logged_in = False
+        #: Credentials whose grant was of no use, with the generation that it was to replace: they are not used again
+        #: while nothing has changed. Used with the store's write lock.
+        self._useless: Dict[str, int] = {}
         #: What the last attempt was refused with, for those who ask when nothing is left to try.
         self._refusal: Optional[Tuple[str, Optional[int], Optional[str]]] = None
         #: Told of every grant and when its request was sent (monotonic); called by the renewing thread.
@@ -144,11 +150,26 @@ class Authenticator:
                 return self._renew_early(snapshot, left, deadline)
         return self._renew(snapshot.generation, deadline)
 
-    def rejected(self, generation: int, deadline: Deadline) -> Snapshot:
-        """Credentials to use instead of those of ``generation``, which the platform answered with 401.
+    def rejected(self, generation: int, deadline: Deadline, *, is_foreign: bool = False) -> Snapshot:
+        """Return credentials to use instead of those of ``generation``, which were answered with 401.
 
-        Threads that were refused together cause one renewal. Errors as :meth:`snapshot`.
+        Threads that were refused together cause one renewal. Where the platform refuses at once what it grants, the
+        renewal waits; past ``deadline`` it is not begun. Errors as :meth:`snapshot`.
+
+        :param is_foreign: another server sent the 401: it starts a renewal, and condemns nothing.
         """
+        snapshot = self.store.snapshot
+        if not is_foreign and snapshot.generation == generation:
+            self._rejected = snapshot.credentials.runtime_token
+        delay = self.store.reject(generation)
+        if delay > 0:
+            if delay >= deadline.remaining():
+                raise TransportError(
+                    f"every token that was granted was refused at its first use; the next login is in {delay:.1f} s",
+                    retry_after=delay,
+                )
+            if self._stop.wait(delay):
+                raise Interrupted("stopped while waiting to log in again")
         return self._renew(generation, deadline)
 
     def request(
@@ -167,31 +188,18 @@ class Authenticator:
         """
         snapshot = self.snapshot(deadline)
         reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
-        if reply.status == 401 and _revocation_in(reply) is None:
-            fresh = self._after_refusal(snapshot, reply, deadline)
-            if fresh is None:
-                return reply, snapshot
-            snapshot = fresh
-            reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
-        revoked = _revocation_in(reply)
-        if revoked is not None:
-            self.on_revoked(revoked)
-            raise revoked
+        if not reply.is_success:
+            found = verdict(_ANY, reply)
+            if isinstance(found, Unauthorized):
+                snapshot = self.rejected(snapshot.generation, deadline, is_foreign=found.is_foreign)
+                reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
+                found = verdict(_ANY, reply)
+            if isinstance(found, Revoked):
+                self.on_revoked(found.error)
+                raise found.error
+        if reply.is_success and self.store.proven < snapshot.generation and isinstance(verdict(_ANY, reply), Settled):
+            self.store.prove(snapshot.generation)
         return reply, snapshot
-
-    def _after_refusal(self, snapshot: Snapshot, reply: Reply, deadline: Deadline) -> Optional[Snapshot]:
-        """Return credentials for the replay of a call that got 401. None if another server said so and none are left.
-
-        A 401 that is not the platform's starts a refresh too, but it does not end a login (docs/protocol.md, "Whose
-        answer is it?", exception a).
-        """
-        try:
-            return self.rejected(snapshot.generation, deadline)
-        except AuthenticationError:
-            found = verdict("tasks", reply)
-            if not (isinstance(found, Unauthorized) and found.is_foreign):
-                raise
-        return None
 
     def accept_heartbeat(self, reply: HeartbeatReply, used: int, sent_at: float, sent_wall: float) -> None:
         """Take the fresh token that a heartbeat's answer may carry."""
@@ -297,6 +305,7 @@ class Authenticator:
     def _renew_gently(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         """Renewal of a token that still works: only what costs nothing that could not be had again."""
         problem: Optional[AuthenticationError] = None
+        self._forget_useless(snapshot)
         if self._provider is None and not self._can_refresh(snapshot):
             # Another's renewal, which this one has waited for, was refused with it.
             raise AuthenticationError("the refresh token has been refused before")
@@ -308,17 +317,22 @@ class Authenticator:
 
     def _try_all(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         refusals: List[_Refused] = []
+        self._forget_useless(snapshot)
         for way in self._ways(snapshot, deadline):
             try:
                 return way()
             except _Refused as refusal:
                 log.warning("%s", refusal.message)
                 refusals.append(refusal)
+        token = snapshot.credentials.runtime_token
+        if token is not None and token != self._rejected and snapshot.time_left() != 0:
+            # Whatever became of the renewal, the platform has not refused the token.
+            raise TransportError("another server answered 401, and there is nothing to renew the runtime token with")
         if not refusals:
             message = "the platform refused the runtime token, and nothing else was given to authenticate with"
-            if snapshot.credentials.runtime_token is not None:
+            if token is not None and not self._useless:
                 raise AuthenticationError(message, 401)
-            if not self._dead:
+            if token is None and not self._dead and not self._useless:
                 raise TransportError("the credentials_store holds no credentials yet; waiting for them")
             before, status, code = self._refusal or ("the platform refuses them", 401, None)
             raise AuthenticationError(f"every way of authenticating has been refused before: {before}", status, code)
@@ -343,7 +357,11 @@ class Authenticator:
         return snapshot.credentials.installation_id is not None and token is not None and not self._is_dead(token)
 
     def _is_dead(self, secret: Secret) -> bool:
-        return fingerprint(secret.reveal()) in self._dead
+        mark = fingerprint(secret.reveal())
+        return mark in self._dead or mark in self._useless
+
+    def _forget_useless(self, snapshot: Snapshot) -> None:
+        self._useless = {mark: used for mark, used in self._useless.items() if used == snapshot.generation}
 
     def _bury(self, secret: Secret) -> None:
         self._dead = [*self._dead[-7:], fingerprint(secret.reveal())]
@@ -353,10 +371,9 @@ class Authenticator:
     def _provide(self, snapshot: Snapshot) -> Renewed:
         assert self._provider is not None
         token = self._provider.ask()
-        previous = snapshot.credentials
-        if previous.runtime_token == token:
+        if token == self._rejected:
             raise _Refused("token_provider gave the same token that the platform refused")
-        credentials = attrs.evolve(previous, runtime_token=token, expires_at=None)
+        credentials = attrs.evolve(snapshot.credentials, runtime_token=token, expires_at=None)
         return Renewed(grant=Grant(credentials=credentials), sent_at=time.monotonic(), sent_wall=time.time())
 
     def _refresh(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
@@ -397,52 +414,99 @@ class Authenticator:
         deadline: Deadline,
         credential: Optional[Credential] = None,
     ) -> Renewed:
-        key = protocol.idempotency_key(endpoint, secret, self._agent_id)
+        holder = self.store.holder(before_spending=endpoint == "bootstrap")
+        key = protocol.idempotency_key(endpoint, secret, self._agent_id, holder)
 
-        def attempt() -> Reply:
+        def attempt() -> Union[Renewed, Exception]:
             timeout = max(deadline.remaining(), 0.001)
             # The same key at every try: a lost answer is repeated, not spent.
-            reply = self._http.request(
-                "POST", path, body=body, credential=credential, idempotency_key=key, timeout=timeout
+            outcome = self._read_answer(
+                endpoint,
+                what,
+                secret,
+                previous,
+                # Frameworks that validate bodies quote them in their errors.
+                self._http.request(
+                    "POST", path, body=body, credential=credential, idempotency_key=key, timeout=timeout
+                ).without(secret),
+                self._http.route.base + path,
             )
-            # Frameworks that validate bodies quote them in their errors.
-            reply = reply.without(secret)
-            if not reply.is_success or not reply.may_be_cut():
-                return reply.check()
-            del reply
-            raise TransportError(f"the answer to {path} ended early")
+            if isinstance(outcome, TransportError):
+                raise outcome
+            return outcome
 
-        refusal: Optional[Exception] = None
-        try:
-            renewed = _renewed_by(call(attempt, stop=self._stop, deadline=deadline), previous)
-        except PlanLimitError:
-            raise
-        except APIError as error:
-            refusal = self._read_refusal(what, secret, error)
-        except protocol.Malformed as error:
-            refusal = _Refused(f"{path} did not answer as the contract says ({error}); is api_base_url right?")
-        if refusal is not None:
-            raise refusal
+        renewed = call(attempt, stop=self._stop, deadline=deadline)
+        if isinstance(renewed, Exception):
+            raise renewed
+        self._has_logged_in = True
         log.info("authenticated with %s as installation %s", what, renewed.grant.credentials.installation_id)
         self.on_grant(renewed.grant, renewed.sent_at)
         return renewed
 
-    def _read_refusal(self, what: str, secret: Secret, error: APIError) -> Exception:
-        if protocol.is_revoked(error):
-            return protocol.revocation(error)
-        if protocol.is_transient(error.status):
-            return TransportError(f"authenticating with {what} failed for now: {error}")
-        if error.status in _DEAD:
+    def _read_answer(
+        self,
+        endpoint: str,
+        what: str,
+        secret: Secret,
+        previous: Optional[RuntimeCredentials],
+        reply: Reply,
+        url: str,
+    ) -> Union[Renewed, Exception]:
+        """Return what a login's answer brought, or the error it means: a :class:`TransportError` may be tried again.
+
+        Returned, not raised: the traceback would keep this frame, and with it the tokens of the answer.
+        """
+        found = verdict(endpoint, reply)
+        if isinstance(found, Settled):
+            try:
+                renewed = _renewed_by(reply, previous)
+            except protocol.Malformed as error:
+                problem = f"{url} did not answer as the contract says ({error})"
+                return TransportError(problem) if self._has_answered() else _fatal(problem, reply.status)
+            return self._refuse_useless(what, secret, renewed, reply.date) or renewed
+        if isinstance(found, Retry):
+            problem = f"authenticating with {what} failed for now: {url}: {found.error}"
+            if found.is_fatal_at_first and not self._has_answered():
+                return _fatal(f"{url} cannot be logged in to: {found.error}", reply.status)
+            return TransportError(problem, retry_after=found.delay)
+        if isinstance(found, Refused) and not isinstance(found.error, PlanLimitError):
+            return self._refuse(what, secret, found, reply.status)
+        return found.error
+
+    def _has_answered(self) -> bool:
+        """Return True if the platform is known to be at this URL, because it has granted credentials before."""
+        current = self.store.current
+        return self._has_logged_in or (current.installation_id is not None and current.refresh_token is not None)
+
+    def _refuse_useless(self, what: str, secret: Secret, renewed: Renewed, date: Optional[str]) -> Optional[_Refused]:
+        """Return a refusal if the token that was granted has expired, or is the one that the platform refused."""
+        credentials = renewed.grant.credentials
+        if credentials.runtime_token == self._rejected:
+            problem = f"the answer to {what} repeats the runtime token that the platform has refused"
+        elif protocol.has_ended(credentials.expires_at, date):
+            problem = f"the answer to {what} brought a runtime token that has expired already"
+        else:
+            return None
+        self._useless[fingerprint(secret.reveal())] = self.store.generation
+        return _Refused(problem)
+
+    def _refuse(self, what: str, secret: Secret, found: Refused, status: int) -> _Refused:
+        if found.is_final:
             self._bury(secret)
         hint = ""
-        if what == "the install token" and error.status in (401, 409, 410):
+        if what == "the install token" and status in (401, 409, 410):
             hint = (
                 "; an install token works once: set SEKUIRE_CREDENTIALS_FILE so that a restart needs none, use one "
                 "token per replica, or make it with max_uses"
             )
-        elif error.status == 404:
+        elif status == 404:
             hint = "; is api_base_url right, or is an endpoints= override needed?"
-        return _Refused(f"the platform refused {what}: {error}{hint}", error.status, error.code)
+        code = found.error.code if isinstance(found.error, APIError) else None
+        return _Refused(f"the platform refused {what}: {found.error}{hint}", status, code)
+
+
+def _fatal(problem: str, status: int) -> AuthenticationError:
+    return AuthenticationError(f"{problem}; is api_base_url right, or is an endpoints= override needed?", status)
 
 
 class TokenProvider:
@@ -524,11 +588,3 @@ def _renewed_by(reply: Reply, previous: Optional[RuntimeCredentials]) -> Renewed
     """What an answer brought; apart, so that no frame of an error keeps the answer's plain tokens."""
     grant = protocol.decode_grant(reply.json(), reply.date, reply.now, previous)
     return Renewed(grant=grant, sent_at=reply.sent_at, sent_wall=reply.sent_wall)
-
-
-def _revocation_in(reply: Reply) -> Optional[RevokedError]:
-    """The kill switch, where this reply carries it."""
-    if reply.is_success:
-        return None
-    error = protocol.decode_error(reply.status, reply.body)
-    return protocol.revocation(error) if protocol.is_revoked(error) else None

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import random
+import secrets
 import threading
 import time
 import weakref
@@ -19,7 +20,7 @@ from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
 from ..protocol import MAX_TOKEN_LIFETIME
 from ..secret import Secret
-from ..transport.retry import Interrupted
+from ..transport.retry import Interrupted, full_jitter
 from .file import CredentialsFile, Stored
 
 log = logging.getLogger("sekuire.credentials")
@@ -27,6 +28,8 @@ log = logging.getLogger("sekuire.credentials")
 _LOCK_TIMEOUT = 10.0
 #: Hashes of settings that are remembered: those of the objects that share one store.
 _MOST_SEEDS = 8
+#: First and longest delay, in seconds, before a login that replaces a token which was refused at its first use.
+_LOGIN_MIN, _LOGIN_MAX = 0.5, 60.0
 #: Replaced tokens that are remembered, because a platform may take them for a while yet.
 _MOST_REPLACED = 100
 #: Failures that tell of the ways which the renewing thread had, or of its own stop: another may fare better.
@@ -113,6 +116,12 @@ class RuntimeCredentialsStore:
         self._is_from_file = False
         #: The last workspace that an answer named and that was not adopted.
         self._foreign_workspace: Optional[str] = None
+        self._holder: Optional[str] = None
+        #: The newest generation whose runtime token the platform accepted; others only read it.
+        self.proven = 0
+        self._rejected = 0
+        self._rejections = 0
+        self._next_login = 0.0
         self._file = CredentialsFile(path) if path is not None else None
         self._snapshot = Snapshot(generation=0, credentials=RuntimeCredentials())
         self._replaced: Tuple[Secret, ...] = ()
@@ -241,6 +250,58 @@ class RuntimeCredentialsStore:
                 if self._flight is mine:
                     self._flight = None
             mine.done.set()
+
+    def prove(self, generation: int) -> None:
+        """Note that the platform accepted the runtime token of ``generation``."""
+        with self._lock:
+            if generation > self.proven:
+                self.proven = generation
+                self._rejections = 0
+
+    def reject(self, generation: int) -> float:
+        """Note a 401 to the runtime token of ``generation``. Return the seconds to wait before it is replaced.
+
+        A platform that refuses at once what it has just granted must not be logged in to in a loop: from the second
+        token in a row that was never accepted, the delay doubles.
+        """
+        with self._lock:
+            if generation != self._snapshot.generation:
+                return 0.0
+            now = time.monotonic()
+            if generation > max(self.proven, self._rejected):
+                self._rejected = generation
+                self._rejections += 1
+                if self._rejections > 1:
+                    self._next_login = now + full_jitter(self._rejections - 2, _LOGIN_MIN, _LOGIN_MAX)
+            return max(0.0, self._next_login - now)
+
+    def holder(self, *, before_spending: bool = False) -> str:
+        """Return the random value by which the platform tells this store's logins from those of a replica.
+
+        It is kept beside the file, so that a restart has the same one. Without a file, or with one that cannot be
+        written, it belongs to this object. Needs the write lock: only the ``action`` of :meth:`renew` may call it.
+
+        :param before_spending: the login uses up a token, so what it brings must be certain to be kept.
+        :raises TransportError: the directory of the file cannot be written, and a token would be used up.
+        :raises ConfigurationError: what is kept beside the file is not private to this user.
+        """
+        if self._holder is None:
+            self._holder = secrets.token_hex(16)
+        if self._file is None or self._file.read_only:
+            return self._holder
+        try:
+            self._holder = self._file.holder(self._holder, rewrite=before_spending)
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        else:
+            return self._holder
+        if before_spending:
+            raise TransportError(
+                f"cannot write beside the credentials file {self._file.path} ({problem}): the install token is not "
+                "used, because the credentials it brings could not be kept; make room, or give a path that can be "
+                "written"
+            )
+        return self._holder
 
     def offer(self, used: int, renewed: Renewed) -> bool:
         """Take a runtime token that came unasked with a heartbeat sent with generation ``used``; whether it was taken.
@@ -490,6 +551,8 @@ def _after_fork() -> None:
         store._lock = threading.Lock()
         store._write_lock = threading.Lock()
         store._flight = None
+        # Parent and child are two: what the child logs in for is an installation of its own.
+        store._holder = None
 
 
 if hasattr(os, "register_at_fork"):

@@ -31,7 +31,7 @@ __all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]
 
 #: Marks a database as ours ("Seku"), so that another program's file is refused instead of filled with tables.
 APPLICATION_ID = 0x53656B75
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Audit events kept; the oldest go first.
 MAX_LOGS = 10_000
@@ -61,7 +61,7 @@ CREATE TABLE tokens (
     hash TEXT PRIMARY KEY, installation_id TEXT NOT NULL, kind TEXT NOT NULL, expires_at REAL) WITHOUT ROWID;
 CREATE INDEX tokens_by_installation ON tokens (installation_id, kind);
 CREATE TABLE replays (
-    key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, answer TEXT NOT NULL, token_expires_at REAL NOT NULL,
+    key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, answer TEXT NOT NULL, token TEXT NOT NULL,
     expires_at REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE commands (id INTEGER PRIMARY KEY AUTOINCREMENT, installation_id TEXT NOT NULL, data TEXT NOT NULL);
 CREATE TABLE tasks (
@@ -342,8 +342,7 @@ class Store:
                 raise _no_installation(installation_id)
             if row[1] is not None:
                 raise revoked(row[2])
-            # Without rotation the same wish has the same key for ever: an answer whose token is dead helps nobody.
-            known = self._replay(db, key, fingerprint, only_live=True)
+            known = self._replay(db, key, fingerprint)
             if known is not None:
                 return known
             found = db.execute(
@@ -371,13 +370,11 @@ class Store:
         """End every runtime token that is valid now, of one installation or of all; how many there were."""
         now = self._clock()
         with self._transaction() as db:
-            ended = db.execute(
+            return db.execute(
                 "UPDATE tokens SET expires_at = ?"
                 " WHERE kind = 'runtime' AND expires_at > ? AND (? IS NULL OR installation_id = ?)",
                 (now, now, installation_id, installation_id),
             ).rowcount
-            db.execute("UPDATE replays SET token_expires_at = 0")
-        return ended
 
     def _install(
         self,
@@ -425,22 +422,26 @@ class Store:
         db.execute("INSERT INTO tokens VALUES (?, ?, 'refresh', NULL)", (_hash(token), installation_id))
         return token
 
-    def _replay(
-        self, db: sqlite3.Connection, key: Optional[str], fingerprint: str, only_live: bool = False
-    ) -> Optional[Dict[str, Any]]:
-        """The answer already given to this key, or None."""
+    def _replay(self, db: sqlite3.Connection, key: Optional[str], fingerprint: str) -> Optional[Dict[str, Any]]:
+        """Return the answer already given to this key, or None.
+
+        An answer helps nobody once its token has expired or its installation is revoked: then the request is new.
+        """
         now = self._clock()
         db.execute("DELETE FROM replays WHERE expires_at <= ?", (now,))
         if key is None:
             return None
         row = db.execute(
-            "SELECT fingerprint, answer, token_expires_at FROM replays WHERE key = ?", (_hash(key),)
+            "SELECT r.fingerprint, r.answer, t.expires_at > ? AND i.revoked_until IS NULL FROM replays r"
+            " LEFT JOIN tokens t ON t.hash = r.token LEFT JOIN installations i USING (installation_id)"
+            " WHERE r.key = ?",
+            (now, _hash(key)),
         ).fetchone()
         if row is None:
             return None
         if row[0] != fingerprint:
             raise Refusal(400, "IDEMPOTENCY_KEY_REUSED", "this Idempotency-Key came before with another request")
-        if only_live and row[2] <= now:
+        if not row[2]:
             return None
         answer: Dict[str, Any] = json.loads(row[1])
         return answer
@@ -457,7 +458,7 @@ class Store:
                 _hash(key),
                 fingerprint,
                 _text(answer),
-                now + self._settings.token_lifetime,
+                _hash(answer["runtime_token"]),
                 now + self._settings.idempotency_window,
             ),
         )

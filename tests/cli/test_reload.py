@@ -212,7 +212,7 @@ def test_how_a_program_was_started(
 
 
 def test_credentials_are_private_while_it_runs(
-    run: Run, save: Callable[[str], None], environment: Dict[str, str], tmp_path: Path
+    run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
 ) -> None:
     """The children's credentials lie in a folder of this user alone; a file that the user named is left to him."""
     save(MODULE.replace("{version!r}", "'one'"))
@@ -225,7 +225,9 @@ def test_credentials_are_private_while_it_runs(
     process.signal(signal.SIGTERM)
     assert process.end()[0] == 0
     mine = tmp_path / "mine.json"
-    process = begin(run, {**environment, "SEKUIRE_CREDENTIALS_FILE": str(mine)})
+    # The first command has used its token up.
+    again = {**environment, "SEKUIRE_INSTALL_TOKEN": platform.create_install_token(environment["SEKUIRE_AGENT_ID"])}
+    process = begin(run, {**again, "SEKUIRE_CREDENTIALS_FILE": str(mine)})
     assert list(folder.iterdir()) == []
     process.signal(signal.SIGTERM)
     assert process.end()[0] == 0

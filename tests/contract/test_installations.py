@@ -54,6 +54,47 @@ def test_a_repeated_bootstrap_gets_the_same_answer(client: Client) -> None:
     assert first.body == second.body
 
 
+@pytest.mark.parametrize("uses", [1, 2])
+def test_two_holders_of_one_install_token_are_two(client: Client, uses: int) -> None:
+    """Another key is another holder: it gets an installation of its own while the token has uses left, else a 409."""
+    token = client.install_token("a", max_uses=uses)
+    keys = [secrets.token_hex(32) for _ in range(2)]
+    first, second = (client.bootstrap("a", token, key) for key in keys)
+    assert (first.status, second.status) == (201, 201 if uses == 2 else 409)
+    if uses == 2:
+        assert first.body["installation_id"] != second.body["installation_id"]
+    # Each one's retry uses nothing up.
+    again = [client.bootstrap("a", token, key) for key in keys]
+    assert [answer.body for answer in again[:uses]] == [first.body, second.body][:uses]
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_no_answer_of_a_revoked_installation_is_repeated(client: Client, uses: int) -> None:
+    """After the revocation the same key is a new request, which needs another use of the token."""
+    token = client.install_token("a", max_uses=uses)
+    key = secrets.token_hex(32)
+    first = client.bootstrap("a", token, key)
+    assert client.admin("POST", f"/installations/{first.body['installation_id']}/revoke", {}).status == 200
+    second = client.bootstrap("a", token, key)
+    if uses == 1:
+        assert (second.status, second.code) == (409, "INSTALL_TOKEN_CONSUMED")
+    else:
+        assert second.status == 201
+        assert second.body["installation_id"] != first.body["installation_id"]
+        assert client.bootstrap("a", token, key).body == second.body
+
+
+def test_no_recovery_of_a_revoked_installation_is_repeated(client: Client) -> None:
+    """After the revocation the same key recovers into a new installation."""
+    headers = {"X-API-Key": client.api_key, "Idempotency-Key": secrets.token_hex(32)}
+    body = {"agent_id": "a", "workspace_id": None, "runtime_info": {}}
+    first = client.call("POST", "/installations/recover", body, headers)
+    assert client.admin("POST", f"/installations/{first.body['installation_id']}/revoke", {}).status == 200
+    second = client.call("POST", "/installations/recover", body, headers)
+    assert second.status == 201
+    assert second.body["installation_id"] != first.body["installation_id"]
+
+
 def test_a_foreign_idempotency_key_gives_nothing_away(client: Client) -> None:
     """Somebody else's Idempotency-Key does not get somebody else's credentials."""
     key = secrets.token_hex(32)

@@ -193,11 +193,17 @@ def test_the_file_is_private(path: pathlib.Path) -> None:
         file = CredentialsFile(path)
         with file.lock(Deadline(PATIENCE)):
             assert file.save(stored())
+            file.holder("0" * 32, rewrite=False)
     finally:
         os.umask(previous)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.with_name("credentials.json.lock").stat().st_mode) == 0o600
-    assert sorted(os.listdir(path.parent)) == ["credentials.json", "credentials.json.lock"]
+    assert stat.S_IMODE(path.with_name("credentials.json.holder").stat().st_mode) == 0o600
+    assert sorted(os.listdir(path.parent)) == [
+        "credentials.json",
+        "credentials.json.holder",
+        "credentials.json.lock",
+    ]
 
 
 @posix
@@ -254,6 +260,8 @@ def test_a_link_of_ones_own_is_followed(tmp_path: pathlib.Path) -> None:
     assert file.save(stored())
     assert link.is_symlink()
     assert CredentialsFile(target).load() == stored()
+    # Who writes the file through the link shares the installation with who writes it directly.
+    assert file.holder("0" * 32, rewrite=False) == CredentialsFile(target).holder("1" * 32, rewrite=True) == "0" * 32
 
 
 @posix

@@ -48,6 +48,7 @@ from ..servers import (
     grant_of,
     read_request,
     refusing_url,
+    run_python,
     until,
 )
 
@@ -182,6 +183,11 @@ def beat(auth: Authenticator, deadline: Optional[Deadline] = None) -> Tuple[Any,
     return auth.request("POST", lambda snapshot: "/api/v1/beat", body=b"{}", deadline=deadline or patience())
 
 
+def key_of(auth: Authenticator, endpoint: str, credential: str) -> str:
+    """The key of a login; no other thread may use the store now."""
+    return protocol.idempotency_key(endpoint, Secret(credential), AGENT, auth.store.holder())
+
+
 def refused(auth: Authenticator, error: type = AuthenticationError) -> Any:
     with pytest.raises(error) as caught:
         auth.snapshot(patience())
@@ -190,7 +196,7 @@ def refused(auth: Authenticator, error: type = AuthenticationError) -> Any:
 
 
 def error(status: int, code: str = "", message: str = "no") -> Answer:
-    return Answer(status, {"code": code, "message": message})
+    return Answer(status, {"error": "refused", "code": code, "message": message})
 
 
 # -- the ways and their order -----------------------------------------------------------------------------------------
@@ -228,7 +234,7 @@ def test_bootstrap(fake: Fake, make: Make) -> None:
         "capabilities": ["x", "y"],
         "runtime_info": {"hostname": "h", "pid": 1, "platform": {}, "sdk": protocol.SDK_INFO},
     }
-    assert request.headers["Idempotency-Key"] == protocol.idempotency_key("bootstrap", Secret(INSTALL), AGENT)
+    assert request.headers["Idempotency-Key"] == key_of(auth, "bootstrap", INSTALL)
     assert "Authorization" not in request.headers
     assert "X-API-Key" not in request.headers
 
@@ -243,7 +249,7 @@ def test_refresh(fake: Fake, make: Make) -> None:
     request = fake.server.requests[0]
     assert request.path == "/api/v1/installations/inst-1/refresh"
     assert request.json() == {"refresh_token": "skf_given"}
-    assert request.headers["Idempotency-Key"] == protocol.idempotency_key("refresh", Secret("skf_given"), AGENT)
+    assert request.headers["Idempotency-Key"] == key_of(auth, "refresh", "skf_given")
     assert "Authorization" not in request.headers
 
 
@@ -342,8 +348,8 @@ def test_a_consumed_install_token(status: int, fake: Fake, make: Make) -> None:
     [
         (error(404), "api_base_url"),
         (Answer(301, b"", [("Location", "https://other.test/")]), "redirect"),
-        (Answer(200, b"<html>"), "did not answer as the contract says"),
-        (Answer(200, []), "did not answer as the contract says"),
+        (Answer(200, b"<html>"), "another server answered"),
+        (Answer(200, []), "another server answered"),
         (Answer(200, {"runtime_token": "a b"}), "did not answer as the contract says"),
         (error(422, "BAD", "what?"), "what?"),
     ],
@@ -357,7 +363,7 @@ def test_other_refusals(answer: Answer, hint: str, fake: Fake, make: Make) -> No
 @pytest.mark.parametrize("status", [402])
 def test_a_plan_limit(status: int, fake: Fake, make: Make) -> None:
     """A plan limit is raised as itself, with its facts."""
-    fake.on["bootstrap"] = Answer(status, {"required_plan": "pro", "upgrade_url": "https://x.test"})
+    fake.on["bootstrap"] = Answer(status, {"error": "plan", "required_plan": "pro", "upgrade_url": "https://x.test"})
     problem = refused(make(fake, install_token=INSTALL, api_key=API_KEY), PlanLimitError)
     assert problem.required_plan == "pro"
     assert fake.calls == ["bootstrap"]
@@ -388,7 +394,7 @@ def test_a_body_that_is_echoed(fake: Fake, make: Make) -> None:
     """A platform that quotes the request in its error, as validating frameworks do, leaks no token through us."""
     for name in ("bootstrap", "refresh", "recover"):
         fake.on[name] = lambda request: Answer(
-            422, {"message": f"bad input {request.body.decode()} {request.headers['X-API-Key']}"}
+            422, {"error": "invalid", "message": f"bad input {request.body.decode()} {request.headers['X-API-Key']}"}
         )
     auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL, api_key=API_KEY)
     assert "***" in str(refused(auth))
@@ -411,9 +417,9 @@ def test_a_passing_failure_is_tried_again(status: int, fake: Fake, make: Make) -
 
 def test_a_failure_that_does_not_pass_in_time(fake: Fake, make: Make) -> None:
     """A failure that lasts until the deadline may pass later: the ways behind it are not used up for it."""
-    fake.on["refresh"] = Answer(503, {"code": "BUSY", "message": "come back"}, [("Retry-After", "200")])
+    fake.on["refresh"] = error(503, "BUSY", "come back")._replace(headers=[("Retry-After", "200")])
     auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL)
-    with pytest.raises(TransportError, match="failed for now: HTTP 503 BUSY: come back") as caught:
+    with pytest.raises(TransportError, match=r"failed for now: .*/refresh: HTTP 503 BUSY: come back") as caught:
         auth.snapshot(patience())
     assert_clean(caught.value, "skf_given", INSTALL)
     assert fake.calls == ["refresh"]
@@ -451,13 +457,427 @@ def test_a_lost_answer_is_repeated() -> None:
         # The answer is lost: what it brought is not stored.
         path = config.endpoints.path("refresh", installation_id=before.credentials.installation_id or "")
         secret = before.credentials.refresh_token
-        key = protocol.idempotency_key("refresh", secret, AGENT)
+        key = key_of(auth, "refresh", secret.reveal())
         lost = client.request("POST", path, body=protocol.refresh_body(secret), idempotency_key=key).json()
         after = auth.rejected(before.generation, patience())
         client.close()
         assert token(after) == lost["runtime_token"]
         assert after.credentials.refresh_token == Secret(lost["refresh_token"])
         assert platform.count("bootstrap") == 1
+
+
+# -- whose answer it is -----------------------------------------------------------------------------------------------
+
+
+class Waits(threading.Event):
+    """A stop event whose waits take no time and are noted; after ``most`` of them it stops."""
+
+    def __init__(self, most: int = 1000) -> None:
+        super().__init__()
+        self.seconds: List[float] = []
+        self._most = most
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        assert timeout is not None
+        self.seconds.append(timeout)
+        if len(self.seconds) >= self._most:
+            self.set()
+        return self.is_set()
+
+
+PAGE = [("Content-Type", "text/html; charset=utf-8")]
+PAGES = [
+    *(Answer(status, b"<html><h1>not here</h1></html>", PAGE) for status in (200, 400, 401, 403, 404, 409, 410, 422)),
+    Answer(404, b"404 page not found\n", [("Content-Type", "text/plain")]),
+    Answer(404),
+    Answer(401, b"[]", [("Content-Type", "application/json")]),
+    Answer(200, {"status": "ok"}, [("Content-Type", "application/json")]),
+    Answer(201, {"runtime_token": "a b"}, [("Content-Type", "application/json")]),
+    Answer(302, b"", [("Location", "https://portal.test/")]),
+    Answer(503, b"<html>maintenance</html>", PAGE),
+]
+METHODS: Dict[str, Dict[str, Any]] = {
+    "refresh": {"installation_id": "i", "refresh_token": "skf_given", "install_token": INSTALL, "api_key": API_KEY},
+    "bootstrap": {"install_token": INSTALL, "api_key": API_KEY},
+    "recover": {"api_key": API_KEY},
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.status}-{page.data()[:12].decode()}")
+@pytest.mark.parametrize("method", list(METHODS))
+def test_no_page_of_another_server_condemns_credentials(method: str, page: Answer, fake: Fake, make: Make) -> None:
+    """Once the platform has answered, a page of something in between is retried, whatever its status.
+
+    The credentials it was an answer to are used again, and those behind them are not touched.
+    """
+    auth = make(fake, stop=Waits(), **METHODS[method])
+    if method != "refresh":
+        # No refresh token comes with it, so the same method is needed again.
+        fake.on[method] = lambda request: fake.grant(refresh_token=None)
+        auth.snapshot(patience())
+    pages = iter([page, page])
+    fake.on[method] = lambda request: next(pages, None) or fake.grant()
+    before = len(fake.calls)
+    snapshot = auth.rejected(auth.store.generation, patience())
+    assert snapshot.credentials.runtime_token is not None
+    assert fake.calls[before:] == [method] * 3
+    assert len(set(keys(fake, method))) == 1
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.status not in (401, 503)], ids=lambda page: page.status
+)
+@pytest.mark.parametrize("method", ["bootstrap", "recover"])
+def test_another_server_at_the_first_login_is_fatal(method: str, page: Answer, fake: Fake, make: Make) -> None:
+    """Before the first success such an answer ends the login and is quoted: the URL is probably wrong."""
+    fake.on[method] = page
+    problem = refused(make(fake, **METHODS[method]))
+    assert f"{fake.url}/api/v1/installations/{method}" in str(problem)
+    assert "api_base_url" in str(problem)
+    assert "endpoints=" in str(problem)
+    assert problem.status == page.status
+    if page.headers == PAGE:
+        assert f"another server answered ({page.status}, text/html)" in str(problem)
+        assert "'not here'" in str(problem)
+    # The next method would go to the same server.
+    assert fake.calls == [method]
+
+
+@pytest.mark.parametrize("status", [401, 408, 425, 429, 500, 502, 503])
+def test_a_page_that_may_pass_is_retried_at_the_first_login(status: int, fake: Fake, make: Make) -> None:
+    """Maintenance pages, and a 401 of something in between, are waited for from the beginning."""
+    pages = iter([Answer(status, b"<html>wait</html>", PAGE)] * 2)
+    fake.on["bootstrap"] = lambda request: next(pages, None) or fake.grant()
+    assert token(make(fake, install_token=INSTALL, stop=Waits()).snapshot(patience())) == "skr_runtime_1"
+    assert fake.calls == ["bootstrap"] * 3
+
+
+def test_the_retry_after_of_another_server_is_honoured(fake: Fake, make: Make) -> None:
+    """A page that says when to come back is not asked again sooner; past the deadline the error says when."""
+    pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "7")])] * 2)
+    fake.on["refresh"] = lambda request: next(pages, None) or fake.grant()
+    waits = Waits()
+    make(fake, installation_id="i", refresh_token="skf_given", stop=waits).snapshot(patience())
+    assert waits.seconds == [7.0, 7.0]
+    pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "200")])])
+    problem = refused(make(fake, installation_id="i", refresh_token="skf_given"), TransportError)
+    assert problem.retry_after == 200.0
+
+
+def test_an_echo_in_a_page_shows_no_token(fake: Fake, make: Make) -> None:
+    """A page that quotes the request leaks no token through the error that quotes it."""
+    fake.on["bootstrap"] = lambda request: Answer(403, b"<p>blocked: " + request.body + b"</p>", PAGE)
+    assert "***" in str(refused(make(fake, install_token=INSTALL)))
+
+
+# -- grants that are of no use ----------------------------------------------------------------------------------------
+
+
+def expired() -> str:
+    return protocol.format_time(dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=1))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_an_expired_grant_is_a_refusal(method: str, fake: Fake, make: Make) -> None:
+    """A login that brings a token which has expired by the platform's own clock is refused: the next method follows."""
+    fake.on[method] = lambda request: fake.grant(expires_at=expired())
+    auth = make(fake, **METHODS[method])
+    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(method)
+    if follower is not None:
+        auth.snapshot(patience())
+        assert fake.calls == [method, follower]
+        return
+    assert "has expired already" in str(refused(auth))
+    assert "has expired already" in str(refused(auth))
+    assert fake.calls == [method]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_repeated_grant_is_a_refusal(method: str, fake: Fake, make: Make) -> None:
+    """A login that brings the token which the platform has just refused is a refusal, and is not tried again."""
+    fake.on.update({method: lambda request: Answer(201, grant_of(7, refresh_token=None)), "beat": error(401)})
+    auth = make(fake, runtime_token="skr_runtime_7", **{"installation_id": "i", **METHODS[method]})
+    follower = {"refresh": "bootstrap", "bootstrap": "recover"}.get(method)
+    if follower is not None:
+        assert token(auth.rejected(auth.store.generation, patience())) == "skr_runtime_1"
+        assert fake.calls == [method, follower]
+        return
+    for _ in range(3):
+        with pytest.raises(AuthenticationError):
+            beat(auth)
+    assert fake.calls == ["beat", method, "beat", "beat"]
+
+
+def test_another_servers_401_condemns_nothing(fake: Fake, make: Make) -> None:
+    """A 401 that is not the platform's starts a renewal; the same token again is then no refusal."""
+    page = Answer(401, b"<html>log in</html>", PAGE)
+    same = {"installation_id": "i", "runtime_token": "skr_same", "refresh_token": "skf_given"}
+    fake.on.update(beat=page, refresh=Answer(200, {"runtime_token": "skr_same"}))
+    auth = make(fake, **same, stop=Waits())
+    for _ in range(3):
+        assert beat(auth)[0].status == 401
+    assert fake.calls == ["beat", "refresh", "beat"] * 3
+    fake.on["beat"] = Answer(200, {})
+    assert beat(auth)[0].status == 200
+
+
+def test_another_servers_401_and_a_provider(fake: Fake, make: Make) -> None:
+    """A provider may give the same token again where the platform has not refused it."""
+    fake.on["beat"] = Answer(401, b"<html>log in</html>", PAGE)
+    auth = make(fake, token_provider=lambda: "skr_same", stop=Waits())
+    assert beat(auth)[0].status == 401
+    fake.on["beat"] = Answer(200, {})
+    assert beat(auth)[0].status == 200
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"installation_id": "i", "refresh_token": "skf_given"}], ids=["alone", "refresh"]
+)
+def test_another_servers_401_to_a_token_that_cannot_be_renewed(given: Dict[str, str], fake: Fake, make: Make) -> None:
+    """Without anything to renew it with, a token that the platform has not refused is kept."""
+    fake.on.update(beat=Answer(401, b"<html>log in</html>", PAGE), refresh=error(401))
+    auth = make(fake, runtime_token="skr_given", **given)
+    for _ in range(2):
+        with pytest.raises(TransportError, match="another server answered 401"):
+            beat(auth)
+    fake.on["beat"] = Answer(200, {})
+    assert beat(auth)[0].status == 200
+
+
+def test_a_useless_grant_does_not_close_its_method(fake: Fake, make: Make) -> None:
+    """Once the credentials have changed, the method that brought a useless grant is tried again."""
+    fake.on["refresh"] = Answer(200, {"runtime_token": "skr_same"})
+    auth = make(fake, installation_id="i", runtime_token="skr_same", refresh_token="skf_given", install_token=INSTALL)
+    auth.rejected(auth.store.generation, patience())
+    assert fake.calls == ["refresh", "bootstrap"]
+    auth.store.update(RuntimeCredentials(installation_id="i", runtime_token="skr_other", refresh_token="skf_given"))
+    assert token(auth.rejected(auth.store.generation, patience())) == "skr_same"
+    assert fake.calls == ["refresh", "bootstrap", "refresh"]
+
+
+# -- grants that are refused at once ----------------------------------------------------------------------------------
+
+
+def test_logins_whose_tokens_are_refused_at_once_back_off(
+    fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A platform that grants tokens and refuses them is logged in to at growing intervals, by all who share a store."""
+    from sekuire.credentials import store as store_module
+
+    monkeypatch.setattr(store_module, "full_jitter", lambda count, first, longest: min(longest, first * 2.0**count))
+    fake.on["beat"] = error(401)
+    store, waits = RuntimeCredentialsStore(), Waits()
+    auths = [make(fake, install_token=INSTALL, store=store, stop=waits) for _ in range(2)]
+    for number in range(12):
+        assert beat(auths[number % 2], Deadline(1000.0))[0].status == 401
+    # The first login, and the one that replaces its token, are made at once.
+    assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 13
+    expected = [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0, 60.0]
+    assert waits.seconds == pytest.approx(expected, abs=PATIENCE / 100)
+
+
+def test_whoever_cannot_wait_for_the_next_login_learns_when_it_is(
+    fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller whose deadline comes first logs in no more than others do, and learns how long to wait."""
+    from sekuire.credentials import store as store_module
+
+    monkeypatch.setattr(store_module, "full_jitter", lambda count, first, longest: longest)
+    fake.on["beat"] = error(401)
+    auth = make(fake, install_token=INSTALL)
+    beat(auth)
+    for _ in range(5):
+        with pytest.raises(TransportError, match="refused at its first use") as caught:
+            beat(auth)
+        assert caught.value.retryable
+        assert caught.value.retry_after is not None
+    assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 2
+
+
+def test_a_stop_ends_the_wait_for_the_next_login(fake: Fake, make: Make) -> None:
+    """A stop ends the delay before a login, and no login follows."""
+    fake.on["beat"] = error(401)
+    waits = Waits(most=3)
+    auth = make(fake, install_token=INSTALL, stop=waits)
+    with pytest.raises(Interrupted):
+        for _ in range(10):
+            beat(auth, Deadline(1000.0))
+    assert len(waits.seconds) == 3
+    assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 4
+
+
+def test_tokens_that_were_accepted_are_renewed_without_delay(fake: Fake, make: Make) -> None:
+    """A token that worked and is refused later, as at a restart of the platform, is replaced at once, however often."""
+    waits = Waits()
+    auth = make(fake, install_token=INSTALL, stop=waits)
+    for _ in range(10):
+        assert beat(auth)[0].status == 200
+        auth.rejected(auth.store.generation, patience())
+    assert fake.calls.count("refresh") == 10
+    assert waits.seconds == []
+
+
+# -- replicas ---------------------------------------------------------------------------------------------------------
+
+
+def keys(fake: Fake, name: str = "bootstrap") -> List[str]:
+    return [request.headers["Idempotency-Key"] for request in fake.requests(name)]
+
+
+def test_two_replicas_with_one_token_are_two_installations(make: Make) -> None:
+    """Each replica gets an installation of its own; once the token is used up, the next one is refused."""
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT, max_uses=2)
+        found = [make(platform, install_token=install_token).snapshot(patience()) for _ in range(2)]
+        assert len({snapshot.credentials.installation_id for snapshot in found}) == 2
+        assert len(platform.installations()) == 2
+        assert refused(make(platform, install_token=install_token)).code == "INSTALL_TOKEN_CONSUMED"
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["memory", "file"])
+def test_retries_of_one_holder_are_one_installation(kept: bool, path: pathlib.Path, make: Make) -> None:
+    """A login whose answer was lost is repeated under the same key and uses the token once.
+
+    With a credentials file this holds for a process that was killed before it stored the answer.
+    """
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT)
+        store = RuntimeCredentialsStore(path=path if kept else None)
+        first = make(platform, install_token=install_token, store=store).snapshot(patience())
+        if kept:
+            path.unlink()
+            store = RuntimeCredentialsStore(path=path)
+        else:
+            store.clear()
+        again = make(platform, install_token=install_token, store=store).snapshot(patience())
+        assert again.credentials.installation_id == first.credentials.installation_id
+        assert platform.count("bootstrap", 201) == 2
+        assert len(platform.installations()) == 1
+
+
+def test_the_holder_is_on_disk_before_a_token_is_spent(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """When the login arrives the holder is beside the credentials file, and readable by its owner only."""
+    holder = path.with_name("credentials.json.holder")
+    seen: List[Tuple[str, int]] = []
+
+    def look(request: Request) -> Answer:
+        seen.append((holder.read_text(), holder.stat().st_mode & 0o777))
+        return fake.grant()
+
+    fake.on["bootstrap"] = look
+    previous = os.umask(0)
+    try:
+        auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+        auth.snapshot(patience())
+    finally:
+        os.umask(previous)
+    [(text, mode)] = seen
+    assert len(bytes.fromhex(text)) == 16
+    assert mode == 0o600 or os.name != "posix"
+    assert keys(fake) == [protocol.idempotency_key("bootstrap", Secret(INSTALL), AGENT, text.strip())]
+
+
+def test_no_token_is_spent_where_its_credentials_could_not_be_kept(
+    path: pathlib.Path, fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a full disk the install token is not sent; the login goes on once there is room.
+
+    A holder that is there already does not make the disk writable. A refresh token is not used up, so it is sent.
+    """
+    from sekuire import files
+
+    def fail(path: str, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    for seed in ({"install_token": INSTALL}, {"install_token": "skt_later"}):
+        auth = make(fake, store=RuntimeCredentialsStore(path=path), **seed)
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "replace", fail)
+            problem = refused(auth, TransportError)
+        assert "No space left on device" in str(problem)
+        assert "install token is not used" in str(problem)
+        assert str(path) in str(problem)
+        assert problem.retryable
+    assert fake.calls == []
+    auth.snapshot(patience())
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "replace", fail)
+        auth.rejected(auth.store.generation, patience())
+    assert fake.calls == ["bootstrap", "refresh"]
+
+
+def test_a_mounted_seed_has_the_holder_of_its_store(
+    path: pathlib.Path, fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that read one file which they cannot write have a holder each, and write nothing beside it."""
+    from sekuire.credentials import file as file_module
+
+    RuntimeCredentialsStore(path=path).update(RuntimeCredentials(installation_id="i", refresh_token="skf_seed"))
+    before = sorted(os.listdir(path.parent))
+    monkeypatch.setattr(file_module, "_can_write", lambda where: False)
+    for _ in range(2):
+        make(fake, store=RuntimeCredentialsStore(path=path)).snapshot(patience())
+    assert len(set(keys(fake, "refresh"))) == 2
+    assert sorted(os.listdir(path.parent)) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"short", b"x" * 64, b"no/hex" * 5 + b"no"])
+def test_a_damaged_holder_is_replaced(content: bytes, path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """What is in the place of the holder and is not one is replaced; then it stays."""
+    holder = path.with_name("credentials.json.holder")
+    holder.write_bytes(content)
+    holder.chmod(0o600)
+    auth = make(fake, installation_id="i", refresh_token="skf_one", store=RuntimeCredentialsStore(path=path))
+    auth.snapshot(patience())
+    text = holder.read_bytes()
+    assert text != content
+    auth.rejected(auth.store.generation, patience())
+    assert holder.read_bytes() == text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+def test_a_holder_that_others_can_read_is_refused(path: pathlib.Path, fake: Fake, make: Make) -> None:
+    """A holder that others could have planted is refused like such a credentials file, before anything is sent."""
+    holder = path.with_name("credentials.json.holder")
+    holder.write_text("0" * 32)
+    holder.chmod(0o644)
+    auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    with pytest.raises(ConfigurationError, match=f"chmod 600 {holder}"):
+        auth.snapshot(patience())
+    assert fake.calls == []
+
+
+_FORKED = """
+import os, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from sekuire.config import AgentConfig
+from sekuire.credentials import Authenticator, RuntimeCredentialsStore
+from sekuire.lifecycle import Deadline
+from sekuire.transport.http import HttpClient
+url, install_token = sys.argv[1:]
+config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
+store = RuntimeCredentialsStore()
+store.holder()
+def log_in():
+    auth = Authenticator(config, HttpClient(config), store, stop=threading.Event(), runtime_info={})
+    return auth.snapshot(Deadline(60)).credentials.installation_id
+child = os.fork()
+if child == 0:
+    print(log_in(), flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+print(log_in(), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+def test_a_forked_child_is_an_installation_of_its_own() -> None:
+    """A child that inherited a store without a file logs in as another holder than its parent."""
+    with LocalPlatform() as platform:
+        install_token = platform.create_install_token(AGENT, max_uses=2)
+        lines = run_python(_FORKED, platform.url, install_token, forks=True).stdout.split()
+        assert len(set(lines)) == 2
+        assert len(platform.installations()) == 2
 
 
 # -- 401 --------------------------------------------------------------------------------------------------------------

@@ -412,6 +412,27 @@ def test_replays_end(make: Make) -> None:
     assert until(lambda: client.bootstrap("a", token, "k").status == 409)
 
 
+@pytest.mark.parametrize("uses", [1, 2])
+def test_no_answer_with_an_expired_token_is_repeated(make: Make, uses: int) -> None:
+    """Once the token of an answer has expired, the same key is a new request, also for bootstrap and recover."""
+    platform = make()
+    client = client_of(platform)
+    other = client.install()
+    token = client.install_token("a", max_uses=uses)
+    headers = {"X-API-Key": client.api_key, "Idempotency-Key": "recovery"}
+    body = {"agent_id": "a", "workspace_id": None, "runtime_info": {}}
+    first, recovered = client.bootstrap("a", token, "k"), client.call("POST", "/installations/recover", body, headers)
+    platform.expire_tokens(other.id)
+    assert client.bootstrap("a", token, "k").body == first.body
+    platform.expire_tokens()
+    second = client.bootstrap("a", token, "k")
+    assert second.status == (409 if uses == 1 else 201)
+    if uses == 2:
+        assert second.body["installation_id"] != first.body["installation_id"]
+    again = client.call("POST", "/installations/recover", body, headers)
+    assert again.body["installation_id"] != recovered.body["installation_id"]
+
+
 # -- looking inside ---------------------------------------------------------------------------------------------------
 
 

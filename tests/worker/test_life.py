@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from typing import Any, Callable, List
@@ -9,10 +10,11 @@ from typing import Any, Callable, List
 import pytest
 
 from sekuire import RuntimeCredentialsStore, TaskContext, Worker, create_worker
+from sekuire.credentials import store as store_module
 from sekuire.errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, StreamError
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Blackhole, Scripted, client_threads, until
+from ..scripted import GUARD, Blackhole, Scripted, client_threads, grant, until
 
 Make = Callable[..., Worker]
 
@@ -34,6 +36,40 @@ def test_a_permanent_refusal_raises(scripted: Scripted, worker_of: Make) -> None
         worker.start()
     assert (caught.value.status, caught.value.code) == (410, "TOKEN_CONSUMED")
     assert not worker.is_running()
+    assert scripted.count("bootstrap") == 1
+
+
+def test_logins_whose_tokens_are_refused_at_once_are_not_repeated_in_a_loop(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often a worker is answered 401 with every token it is granted, it logs in again only after a delay."""
+    monkeypatch.setattr(store_module, "full_jitter", lambda count, first, longest: longest)
+    numbers = itertools.count()
+    for name in ("bootstrap", "refresh"):
+        scripted.on[name] = lambda request: (201, grant(f"rt-{next(numbers)}"))
+    for name in ("heartbeat", "stream"):
+        scripted.on[name] = lambda request: (401, {"error": "unauthorized", "message": "unknown token"})
+    worker = worker_of(scripted, start_timeout=0.1)
+    worker.on_task("echo", echo)
+    worker.start()
+    scripted.wait_for("heartbeat", 8)
+    # One login, and one that replaces its token at once.
+    assert next(numbers) == 2
+
+
+def test_a_page_of_an_ingress_does_not_end_a_worker(scripted: Scripted, worker_of: Make) -> None:
+    """A worker whose refresh is answered by something in between refreshes again, and goes on."""
+    pages = iter([(404, b"404 page not found\n", {"Content-Type": "text/plain"})] * 2)
+    scripted.on["refresh"] = lambda request: next(pages, None) or (200, grant("rt-2"))
+    scripted.on["heartbeat"] = lambda request: (
+        (200, {}) if request.headers["Authorization"].endswith("rt-2") else (401, {"error": "expired"})
+    )
+    worker = worker_of(scripted)
+    worker.on_task("echo", echo)
+    with worker:
+        scripted.wait_for("refresh", 3)
+        scripted.task("t-1")
+        assert scripted.completion("t-1")["status"] == "completed"
     assert scripted.count("bootstrap") == 1
 
 
