@@ -9,8 +9,11 @@ import types
 import typing
 from typing import Any, Callable, Dict, Mapping, MutableMapping, Optional, Sequence
 
+from ._internal.logs import get_logger
 from .context import TaskContext
 from .errors import ConfigurationError, TaskError
+
+log = get_logger("sekuire.task")
 
 #: What a capability is given: ``handler(ctx, input)``; its return, awaited where it is async, is the task's output.
 Handler = Callable[[TaskContext, Any], Any]
@@ -107,7 +110,10 @@ def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]])
             mismatch = error
         else:
             return function(context, built)
-        context.logger.warning("the input does not fit: %s", mismatch)
+        log.warning(
+            "[%s] the input does not fit: %s", context.task_id, mismatch,
+            extra={"task_id": context.task_id, "capability": context.capability},
+        )  # fmt: skip
         raise TaskError("invalid_task", str(mismatch), details=mismatch.details())
 
     return run

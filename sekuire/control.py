@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -10,6 +9,7 @@ from collections import OrderedDict
 from typing import Callable, List, Optional
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .dispatch import Dispatcher
 from .errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
@@ -17,7 +17,7 @@ from .installation import Installation
 from .lifecycle import CallbackThread, Timer
 from .models import Command, Connected, HeartbeatReply, Task, WorkerReport
 
-log = logging.getLogger("sekuire.worker")
+log = get_logger("sekuire.worker")
 
 #: Desired state → the command that it makes good.
 _COMMAND_FOR = {"running": "resume", "paused": "pause", "terminated": "terminate"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 import weakref
@@ -14,6 +13,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tu
 import attrs
 
 from . import handlers, protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .context import TaskContext, current_task
 from .errors import PolicyUnavailableError, PolicyViolationError
@@ -21,7 +21,7 @@ from .lifecycle import Deadline, Timer, owned_by
 from .models import Completion, Failure, Task
 from .registry import HandlerEntry, TaskRegistry
 
-log = logging.getLogger("sekuire.dispatch")
+log = get_logger("sekuire.dispatch")
 
 #: Longest wait for room between two looks at the lease and the report backlog, in seconds.
 _LOOK_AGAIN = 0.25

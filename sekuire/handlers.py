@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 import time
 from typing import Any, Callable, Dict, Optional
 
 from . import protocol
+from ._internal.logs import get_logger
 from .calls import call
 from .context import TaskContext
 from .errors import PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
 from .models import Completion, Failure
 from .registry import HandlerEntry
 
-log = logging.getLogger("sekuire.task")
+log = get_logger("sekuire.task")
 
 #: Longest message of an unexpected exception on the wire, in characters.
 MAX_MESSAGE = 1000

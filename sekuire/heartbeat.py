@@ -10,6 +10,7 @@ import time
 from typing import Any, Callable, List, Mapping, Optional, Protocol, Tuple
 
 from . import protocol
+from ._internal.logs import get_logger
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT
 from .errors import RevokedError, SekuireError, TransportError
@@ -17,7 +18,7 @@ from .lifecycle import Deadline, PeriodicThread
 from .models import Grant, HeartbeatReply, WorkerReport
 from .transport.http import HttpClient
 
-log = logging.getLogger("sekuire.heartbeat")
+log = get_logger("sekuire.heartbeat")
 
 #: Most seconds one beat may take, whatever the interval, and the fewest that it gets with a very short one.
 BEAT_LIMIT, BEAT_LEAST = 5.0, 1.0

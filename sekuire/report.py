@@ -11,6 +11,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .context import TaskContext
 from .credentials import Authenticator, Snapshot
@@ -23,7 +24,7 @@ from .transport.retry import full_jitter
 if TYPE_CHECKING:
     from .outbox import Outbox
 
-log = logging.getLogger("sekuire.report")
+log = get_logger("sekuire.report")
 
 #: First and longest delay between tries of one report, in seconds.
 RETRY_MIN, RETRY_MAX = 0.1, 60.0

@@ -8,6 +8,7 @@ import time
 from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT, bearer_of
@@ -18,7 +19,7 @@ from .transport.live import LiveAnswer, LiveClient
 from .transport.retry import Backoff, Interrupted
 from .transport.sse import Event, EventStream
 
-log = logging.getLogger("sekuire.stream")
+log = get_logger("sekuire.stream")
 
 #: Bounds of a server's ``retry:``, in seconds.
 _RETRY_LOW, _RETRY_HIGH = 0.1, 60.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import threading
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, Ty
 import attrs
 
 from . import protocol
+from ._internal.logs import get_logger
 from .audit import AuditLog
 from .calls import Handler, Middleware
 from .config import WorkerConfig, from_options
@@ -43,7 +43,7 @@ from .stream import TaskStream
 if TYPE_CHECKING:
     from .outbox import Outbox
 
-log = logging.getLogger("sekuire.worker")
+log = get_logger("sekuire.worker")
 
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)

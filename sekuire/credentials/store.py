@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import os
 import random
 import threading
@@ -14,6 +13,7 @@ from typing import Callable, List, Optional, Tuple, Union
 
 import attrs
 
+from .._internal.logs import get_logger
 from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
 from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
@@ -22,7 +22,7 @@ from ..secret import Secret
 from ..transport.retry import Interrupted
 from .file import CredentialsFile, Stored
 
-log = logging.getLogger("sekuire.credentials")
+log = get_logger("sekuire.credentials")
 
 _LOCK_TIMEOUT = 10.0
 #: Hashes of settings that are remembered: those of the objects that share one store.

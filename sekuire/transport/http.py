@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import logging
 import os
 import socket
 import ssl
@@ -22,13 +21,14 @@ import urllib3
 import urllib3.exceptions
 
 from .. import protocol
+from .._internal.logs import get_logger
 from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
 from ..secret import Secret
 from .body import BodyError, read_body
 from .kept import Answer, Kept, Lane, is_plain_target
 
-log = logging.getLogger("sekuire.http")
+log = get_logger("sekuire.http")
 
 #: Most bytes of a decoded answer to a call.
 MAX_ANSWER = 1024 * 1024
