@@ -30,11 +30,13 @@ def run(
     started = time.monotonic()
     output: Any = None
     failure: Optional[Failure] = None
+    # A context of its own: a variable set by one task must not be there for the next one of this thread.
+    space = contextvars.copy_context()
     try:
-        # A context of its own: a variable set by one task must not be there for the next one of this thread.
-        output = contextvars.copy_context().run(call, entry.call, context, input)
+        output = space.run(call, entry.call, context, input)
     except BaseException as error:  # noqa: BLE001
-        failure = failure_of(error, context, expose_errors, scrub)
+        # The failure is logged there too: filters and error trackers read the variables that the handler has set.
+        failure = space.run(failure_of, error, context, expose_errors, scrub)
     return Completion(
         task_id=context.task_id,
         attempt=context.attempt,
