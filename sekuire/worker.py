@@ -409,8 +409,6 @@ class Worker:
     def _check_startable(self) -> None:
         if self._registry.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
-        if self._phase == "new":
-            self._registry.freeze(self._carrier())
         if self._config.credentials_store is None:
             self._auth.require_a_way()
         if self._config.policy_required and self._config.policy_gateway is None:
