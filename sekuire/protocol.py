@@ -802,7 +802,8 @@ def decode_command(text: str) -> Command:
     payload = decode_json(text)
     kind = payload.get("type") if isinstance(payload, dict) else None
     if kind not in COMMANDS:
-        raise Malformed(f"the command's type is not one of {', '.join(COMMANDS)}")
+        shown = repr(kind[:80]) if isinstance(kind, str) else type(kind).__name__
+        raise Malformed(f"the command's type must be one of {', '.join(COMMANDS)}, got {shown}")
     command_id = payload.get("command_id")
     return Command(
         type=kind,
