@@ -499,6 +499,12 @@ def is_retryable_failure(head: bytes) -> bool:
     return isinstance(error, dict) and error.get("retryable") is True
 
 
+def execution_time_of(head: bytes) -> int:
+    """Return the ``execution_time_ms`` with which a completion's head (:func:`completion_head`) ends."""
+    digits = head[-40:].rpartition(b":")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
 def release_body(attempt: int, worker_id: str) -> bytes:
     return encode_json({"attempt": attempt, "worker_id": worker_id})
 

@@ -471,6 +471,7 @@ class Reporter:
             task_id=report.task_id,
             attempt=report.attempt,
             failure=protocol.failure(code, f"the platform refused the result: {error}"),
+            execution_time_ms=protocol.execution_time_of(report.head),
         )
         head = protocol.completion_head(substitute)
         with self._condition:
