@@ -88,7 +88,8 @@ def alone(part: str, seconds: float, repeats: int = 7) -> List[float]:
     context = TaskContext(task)
 
     def run() -> None:
-        completion = run_handler(entry, context, task.input, expose_errors=True, scrub=str)
+        began = time.monotonic()
+        completion = run_handler(entry, context, task.input, began=began, expose_errors=True, scrub=str)
         if completion.failure is not None:
             raise RuntimeError(completion.failure.message)
         completion_head(completion)

@@ -17,6 +17,7 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, NamedTuple, Option
 import attrs
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import SDKConfig
 from .credentials import Authenticator, Snapshot
 from .errors import ConfigurationError, SekuireError
@@ -27,7 +28,7 @@ from .wire.verdict import Later, Retry, Revoked, Settled, Substitute, Unauthoriz
 
 __all__ = ["AuditHandler", "AuditLog", "AuditStats"]
 
-log = logging.getLogger("sekuire.audit")
+log = get_logger("sekuire.audit")
 
 #: A batch goes when it has so many events, or when its oldest has waited so many seconds.
 BATCH, INTERVAL = 50, 10.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Type, Unio
 import attrs
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import BeaconConfig, from_options
 from .credentials import RuntimeCredentialsStore
 from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
@@ -20,7 +20,7 @@ from .models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerRepo
 from .secret import Secret
 from .transport.retry import Backoff
 
-log = logging.getLogger("sekuire.beacon")
+log = get_logger("sekuire.beacon")
 
 #: Seconds :meth:`Beacon.start` waits for the first verdict, and :meth:`Beacon.stop` for the end.
 START_TIMEOUT = 10.0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import collections.abc
+import contextvars
 import functools
 import inspect
 import types
 import typing
-from typing import Any, Callable, Dict, Mapping, MutableMapping, Optional, Sequence
+from typing import Any, Callable, Coroutine, Dict, Mapping, MutableMapping, Optional, Sequence
 
+from ._internal.logs import get_logger
 from .context import TaskContext
 from .errors import ConfigurationError, TaskError
+
+log = get_logger("sekuire.task")
 
 #: What a capability is given: ``handler(ctx, input)``; its return, awaited where it is async, is the task's output.
 Handler = Callable[[TaskContext, Any], Any]
@@ -24,10 +28,32 @@ def call(function: Handler, context: TaskContext, input: Any) -> Any:
     """The handler's result; that of an async one is awaited, in a loop of its own."""
     result = function(context, input)
     if inspect.iscoroutine(result):
-        import asyncio  # A quarter of what importing this library would cost, for those who need it.
-
-        return asyncio.run(result)
+        return _await(result)
     return result
+
+
+def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run ``coroutine`` in a loop of its own; the context variables that it has set are set here too.
+
+    Middleware around an async handler, and a log filter when the handler fails, see the same context as with a plain
+    one. asyncio runs a coroutine in a copy of the context, and can be given another one only since Python 3.11.
+    """
+    import asyncio  # A quarter of what importing this library would cost, for those who need it.
+
+    inner = contextvars.copy_context()
+
+    async def main() -> Any:
+        nonlocal inner
+        try:
+            return await coroutine
+        finally:
+            inner = contextvars.copy_context()
+
+    try:
+        return asyncio.run(main())
+    finally:
+        for variable, value in inner.items():
+            variable.set(value)
 
 
 def compose(layers: Sequence[Middleware], function: Handler) -> Handler:
@@ -107,7 +133,10 @@ def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]])
             mismatch = error
         else:
             return function(context, built)
-        context.logger.warning("the input does not fit: %s", mismatch)
+        log.warning(
+            "[%s] the input does not fit: %s", context.task_id, mismatch,
+            extra={"task_id": context.task_id, "capability": context.capability},
+        )  # fmt: skip
         raise TaskError("invalid_task", str(mismatch), details=mismatch.details())
 
     return run

@@ -6,10 +6,14 @@ import contextvars
 import datetime as dt
 import logging
 import math
+import sys
 import threading
 import time
-from typing import Any, Callable, MutableMapping, Optional, Tuple
+import traceback
+from types import FrameType
+from typing import Any, Callable, Mapping, Optional
 
+from ._internal.logs import make_record
 from .errors import TaskCancelled
 from .models import Task
 
@@ -191,7 +195,11 @@ class TaskContext:
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger (``sekuire.task``) whose records begin with the task's id and carry it as ``task_id``."""
+        """A logger (``sekuire.task``) whose records begin with the task's id and carry it as ``task_id``.
+
+        It belongs to the handler: what a filter or handler of the program raises in a call of it reaches the handler,
+        as with any other logger.
+        """
         if self._logger is None:
             self._logger = _TaskLogger(_log, {"task_id": self.task_id, "capability": self.capability})
         return self._logger
@@ -201,9 +209,55 @@ class TaskContext:
 
 
 class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subscriptable at run time before 3.11.
-    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> Tuple[Any, MutableMapping[str, Any]]:
-        kwargs["extra"] = {**(self.extra or {}), **kwargs.get("extra", {})}
-        return f"[{self.extra['task_id'] if self.extra else '?'}] {msg}", kwargs
+    """Log with the task's id before the message, and as an attribute of the record.
+
+    The attributes are set on the finished record. As ``extra`` they would collide with those that a record factory of
+    the program sets under the same names.
+    """
+
+    def log(
+        self,
+        level: int,
+        msg: object,
+        *args: object,
+        exc_info: Any = None,
+        stack_info: bool = False,
+        stacklevel: int = 1,
+        extra: Optional[Mapping[str, object]] = None,
+        **kwargs: object,
+    ) -> None:
+        if not self.isEnabledFor(level):
+            return
+        own = self.extra or {}
+        prefix = f"[{own.get('task_id', '?')}] "
+        if args:
+            # They are formatted into the whole text, and an id may hold any character.
+            prefix = prefix.replace("%", "%%")
+        frame = _caller(stacklevel)
+        record = make_record(
+            self.logger, level, f"{prefix}{msg}", args, frame,
+            exc_info=exc_info, extra=extra, stack_info=_stack_of(frame) if stack_info else None,
+        )  # fmt: skip
+        for name, value in own.items():
+            if extra is None or name not in extra:
+                setattr(record, name, value)
+        self.logger.handle(record)
+
+
+_LOGGING_FILE = logging.info.__code__.co_filename
+
+
+def _caller(stacklevel: int) -> FrameType:
+    """Return the frame that called the logger; with a ``stacklevel`` above 1 as many frames further out."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and (frame.f_code.co_filename == _LOGGING_FILE or stacklevel > 1):
+        stacklevel -= frame.f_code.co_filename != _LOGGING_FILE
+        frame = frame.f_back
+    return frame
+
+
+def _stack_of(frame: FrameType) -> str:
+    return "Stack (most recent call last):\n" + "".join(traceback.format_stack(frame)).rstrip("\n")
 
 
 #: The task that this thread is with: from before its policy is asked until its handler has ended.

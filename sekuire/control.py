@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
 from collections import OrderedDict
-from typing import Callable, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .dispatch import Dispatcher
 from .errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
@@ -17,12 +17,10 @@ from .installation import Installation
 from .lifecycle import LOOK_AGAIN, CallbackThread, Timer
 from .models import Command, Connected, HeartbeatReply, Task, WorkerReport
 
-log = logging.getLogger("sekuire.worker")
+log = get_logger("sekuire.worker")
 
 #: Desired state → the command that it makes good.
 _COMMAND_FOR = {"running": "resume", "paused": "pause", "terminated": "terminate"}
-#: Command → the state it brings a worker into, as audit events name it.
-_STATE_AFTER = {"resume": "resumed", "pause": "paused", "terminate": "terminated"}
 #: Command ids remembered, so that a replayed command is carried out once.
 _COMMANDS_SEEN = 1000
 _NO_WORKSPACE = (
@@ -139,6 +137,12 @@ class Control:
         self.unusable += 1
 
     def on_command(self, command: Command) -> None:
+        known = _COMMANDS.get(command.type)
+        if known is None:
+            log.error("the platform sent a command of the unknown type %r; it is ignored", command.type[:80])
+            self.unusable += 1
+            return
+        apply, _ = known
         with self._lock:
             if command.command_id is not None:
                 if command.command_id in self._seen:
@@ -148,18 +152,10 @@ class Control:
                     self._seen.popitem(last=False)
             self._last_command_at = time.monotonic()
             log.info("command %s%s", command.type, f": {command.reason}" if command.reason else "")
-            if command.type == "pause":
-                self._dispatcher.pause("command", command.reason)
-            elif command.type == "resume":
-                self._dispatcher.resume("command", "desired_state")
-            elif command.type == "terminate":
-                self._was_terminated = True
-            else:
-                self.unusable += 1
-                return
+            follow = apply(self, command)
         self._note_command(command.type, command.reason)
-        if command.type == "terminate":
-            self._terminate(command.shutdown_timeout, "terminated" + (f": {command.reason}" if command.reason else ""))
+        if follow is not None:
+            follow()
         self.tell(command)
         self._heartbeat.nudge()
 
@@ -221,7 +217,7 @@ class Control:
         """Make good what a lost command left: the level behind the commands' edges."""
         reason = "the platform's desired state"
         with self._lock:
-            if desired is None or as_of < max(self._last_command_at, self._last_desired_at):
+            if desired not in _COMMAND_FOR or as_of < max(self._last_command_at, self._last_desired_at):
                 # Perhaps said before the newest command, or before what the other connection has told meanwhile; the
                 # next one will know of it.
                 return
@@ -242,10 +238,22 @@ class Control:
             self._terminate(timeout, "terminated: " + reason)
         self.tell(Command(type=_COMMAND_FOR[desired], reason=reason, shutdown_timeout=timeout))
 
+    def _apply_pause(self, command: Command) -> None:
+        self._dispatcher.pause("command", command.reason)
+
+    def _apply_resume(self, command: Command) -> None:
+        self._dispatcher.resume("command", "desired_state")
+
+    def _apply_terminate(self, command: Command) -> Callable[[], None]:
+        self._was_terminated = True
+        reason = "terminated" + (f": {command.reason}" if command.reason else "")
+        return lambda: self._terminate(command.shutdown_timeout, reason)
+
     def _note_command(self, kind: str, reason: Optional[str]) -> None:
         # Before a termination begins, so that nothing of its end is noted earlier.
         if self._note is not None:
-            self._note(_STATE_AFTER[kind], reason, "info")
+            _, state_after = _COMMANDS[kind]
+            self._note(state_after, reason, "info")
 
     def _look_again(self, delay: float) -> None:
         """Have the timer look at the lease in ``delay`` seconds, in place of an earlier order. Needs the lease lock."""
@@ -329,3 +337,12 @@ class Control:
         self._warned_policy = True
         problem = _NO_GATEWAY if self._config.policy_gateway is None else _NO_WORKSPACE
         log.error("the platform names an active policy, and nothing enforces it: %s", problem)
+
+
+#: Command → what applies it, under the lock, and the state it brings a worker into, as audit events name it. What a
+#: function returns is called without the lock, once the change is noted.
+_COMMANDS: Dict[str, Tuple[Callable[[Control, Command], Optional[Callable[[], None]]], str]] = {
+    "pause": (Control._apply_pause, "paused"),
+    "resume": (Control._apply_resume, "resumed"),
+    "terminate": (Control._apply_terminate, "terminated"),
+}

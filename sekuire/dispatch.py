@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 import weakref
@@ -14,6 +13,7 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tu
 import attrs
 
 from . import handlers, protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .context import TaskContext, current_task
 from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
@@ -21,7 +21,7 @@ from .lifecycle import Deadline, Timer, owned_by
 from .models import Completion, Failure, Task
 from .registry import HandlerEntry, TaskRegistry
 
-log = logging.getLogger("sekuire.dispatch")
+log = get_logger("sekuire.dispatch")
 
 #: Longest wait for room between two looks at the lease and the report backlog, in seconds.
 _LOOK_AGAIN = 0.25
@@ -65,6 +65,7 @@ class _Record:
 
     __slots__ = (
         "attempt",
+        "began",
         "context",
         "entry",
         "holds_permit",
@@ -85,6 +86,8 @@ class _Record:
         self.state = _WAITING
         self.context: Optional[TaskContext] = None
         self.timer: Optional[int] = None
+        #: When its handler was called (``time.monotonic()``). Only its own thread writes it, once.
+        self.began: Optional[float] = None
         #: The task's input as JSON, where the task waits without it (:func:`_pack`).
         self.packed: Optional[bytes] = None
         self.holds_permit = False
@@ -95,6 +98,10 @@ class _Record:
         self.is_called = False
         #: Whether its thread could not be had, and it was answered; a thread that comes to it all the same leaves it.
         self.is_lost = False
+
+    def elapsed_ms(self) -> int:
+        """Return the milliseconds since the handler began, 0 if it never did."""
+        return 0 if self.began is None else int((time.monotonic() - self.began) * 1000)
 
 
 def _pack(task: Task) -> Tuple[Task, Optional[bytes]]:
@@ -553,10 +560,10 @@ class Dispatcher:
         if denial is not None:
             completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=denial)
         else:
-            self._start_clock(record, context)
+            began = self._start_clock(record, context)
             given = task.input if record.packed is None else protocol.unpack(record.packed)
             completion = handlers.run(
-                record.entry, context, given, expose_errors=self._expose_errors, scrub=self._scrub
+                record.entry, context, given, began=began, expose_errors=self._expose_errors, scrub=self._scrub
             )
             if record.timer is not None:
                 self._timer.cancel(record.timer)
@@ -581,11 +588,14 @@ class Dispatcher:
             self._give_back_record(record)
         return False
 
-    def _start_clock(self, record: _Record, context: TaskContext) -> None:
+    def _start_clock(self, record: _Record, context: TaskContext) -> float:
+        """Count the task's time from now, which is returned."""
+        began = record.began = time.monotonic()
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
         if limits:
-            end = context._deadline = time.monotonic() + min(limits)
+            end = context._deadline = began + min(limits)
             record.timer = self._timer.call_at(end, functools.partial(self._expire, record))
+        return began
 
     def _ask_gateway(self, task: Task, context: TaskContext) -> Optional[Failure]:
         gateway = self._gateway
@@ -640,7 +650,7 @@ class Dispatcher:
             log.exception("[%s] the result cannot be taken", record.task.task_id)
             count = "failed"
             failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
-            completion = Completion(task_id=completion.task_id, attempt=completion.attempt, failure=failure)
+            completion = attrs.evolve(completion, output=None, failure=failure)
             report = self._sink.accept(completion)
         self._tell_result(record.task, completion, report)
         if count == "completed" and report is not None and report.code is not None:
@@ -675,7 +685,12 @@ class Dispatcher:
 
     def _finish_early(self, record: _Record, failure: Failure) -> None:
         """Answer a claimed record whose handler still runs (or never began)."""
-        completion = Completion(task_id=record.task.task_id, attempt=record.attempt, failure=failure)
+        completion = Completion(
+            task_id=record.task.task_id,
+            attempt=record.attempt,
+            failure=failure,
+            execution_time_ms=record.elapsed_ms(),
+        )
         report = self._answer(record, completion, "failed")
         if report is not None:
             self._sink.enqueue(report)

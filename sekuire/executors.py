@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import pickle
@@ -16,11 +15,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
 from . import lifecycle
+from ._internal.logs import get_logger
 from .errors import ConfigurationError
 
 __all__ = ["ProcessDied", "ProcessExecutor"]
 
-log = logging.getLogger("sekuire.executors")
+log = get_logger("sekuire.executors")
 
 #: Seconds between two looks at whether a process that says nothing still lives.
 _LOOK_AGAIN = 1.0

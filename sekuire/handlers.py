@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import contextvars
-import logging
 import time
 from typing import Any, Callable, Dict, Optional
 
 from . import protocol
+from ._internal.logs import get_logger
 from .calls import call
 from .context import TaskContext
 from .errors import PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
 from .models import Completion, Failure
 from .registry import HandlerEntry
 
-log = logging.getLogger("sekuire.task")
+log = get_logger("sekuire.task")
 
 #: Longest message of an unexpected exception on the wire, in characters.
 MAX_MESSAGE = 1000
 
 
 def run(
-    entry: HandlerEntry, context: TaskContext, input: Any, *, expose_errors: bool, scrub: Callable[[str], str]
+    entry: HandlerEntry,
+    context: TaskContext,
+    input: Any,
+    *,
+    began: float,
+    expose_errors: bool,
+    scrub: Callable[[str], str],
 ) -> Completion:
     """Call the handler and say what came of it; nothing that it raises gets out, not even ``SystemExit``.
 
+    :param began: when the task's time began (``time.monotonic()``).
     :param scrub: takes secrets out of a text that goes to the platform.
     """
-    started = time.monotonic()
     output: Any = None
     failure: Optional[Failure] = None
+    # A context of its own: a variable set by one task must not be there for the next one of this thread.
+    space = contextvars.copy_context()
     try:
-        # A context of its own: a variable set by one task must not be there for the next one of this thread.
-        output = contextvars.copy_context().run(call, entry.call, context, input)
+        output = space.run(call, entry.call, context, input)
     except BaseException as error:  # noqa: BLE001
-        failure = failure_of(error, context, expose_errors, scrub)
+        # The failure is logged there too: filters and error trackers read the variables that the handler has set.
+        failure = space.run(failure_of, error, context, expose_errors, scrub)
     return Completion(
         task_id=context.task_id,
         attempt=context.attempt,
         output=output,
         failure=failure,
-        execution_time_ms=int((time.monotonic() - started) * 1000),
+        execution_time_ms=int((time.monotonic() - began) * 1000),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
 
 from . import protocol
 from ._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
+from ._internal.logs import get_logger
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT
 from .errors import RevokedError, SekuireError, TransportError
@@ -19,7 +20,7 @@ from .models import Grant, HeartbeatReply, WorkerReport
 from .transport.http import HttpClient, Reply
 from .wire.verdict import NotThePlatform, Revoked, Settled, verdict
 
-log = logging.getLogger("sekuire.heartbeat")
+log = get_logger("sekuire.heartbeat")
 
 #: Most seconds one beat may take, whatever the interval, and the fewest that it gets with a very short one.
 BEAT_LIMIT, BEAT_LEAST = 5.0, 1.0

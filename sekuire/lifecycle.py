@@ -7,7 +7,6 @@ import concurrent.futures.thread
 import contextlib
 import heapq
 import itertools
-import logging
 import os
 import sys
 import threading
@@ -16,9 +15,10 @@ import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
 
+from ._internal.logs import get_logger
 from .errors import SekuireError
 
-log = logging.getLogger("sekuire.lifecycle")
+log = get_logger("sekuire.lifecycle")
 
 #: Longest single wait in seconds; a wait for "ever" is a loop of these, so that platforms with small limits accept it.
 LONG_WAIT = 3600.0

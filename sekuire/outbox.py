@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import os
 import sqlite3
 import threading
@@ -15,11 +14,12 @@ from urllib.parse import quote
 import attrs
 
 from . import filelock
+from ._internal.logs import get_logger
 from .errors import ConfigurationError
 from .lifecycle import Deadline
 from .protocol import is_id, one_line
 
-log = logging.getLogger("sekuire.outbox")
+log = get_logger("sekuire.outbox")
 
 _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.

@@ -539,6 +539,12 @@ def is_retryable_failure(head: bytes) -> bool:
     return isinstance(error, dict) and error.get("retryable") is True
 
 
+def execution_time_of(head: bytes) -> int:
+    """Return the ``execution_time_ms`` with which a completion's head (:func:`completion_head`) ends."""
+    digits = head[-40:].rpartition(b":")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
 def release_body(attempt: int, worker_id: str) -> bytes:
     return encode_json({"attempt": attempt, "worker_id": worker_id})
 
@@ -849,7 +855,8 @@ def decode_command(text: str) -> Command:
     payload = decode_json(text)
     kind = _word(payload.get("type")) if isinstance(payload, dict) else None
     if kind not in COMMANDS:
-        raise Malformed(f"the command's type is not one of {', '.join(COMMANDS)}")
+        shown = repr(kind[:80]) if isinstance(kind, str) else type(kind).__name__
+        raise Malformed(f"the command's type must be one of {', '.join(COMMANDS)}, got {shown}")
     command_id = payload.get("command_id")
     return Command(
         type=kind,

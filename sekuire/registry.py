@@ -212,15 +212,19 @@ class TaskRegistry:
         :param carrier: what makes of a handler one that runs elsewhere; None: handlers run where they are called.
         :raises ConfigurationError: a handler that cannot be carried.
         """
-        if self._frozen is None:
-            self._frozen = "the worker has started; {} before start()"
         layers = tuple(self._layers)
+        calls = []
         for entry in self:
             if carrier is None:
                 inner = with_structure(entry.function, entry.structure)
             else:
                 inner = carrier(f"{self._option}({entry.name!r})", entry.function)
-            entry.call = compose(layers + entry.layers, inner)
+            calls.append((entry, compose(layers + entry.layers, inner)))
+        # Only now: with a handler that cannot be carried nothing has started, and the handlers may still be changed.
+        if self._frozen is None:
+            self._frozen = "the worker has started; {} before start()"
+        for entry, composed in calls:
+            entry.call = composed
 
     def find(self, capability: str) -> Optional[HandlerEntry]:
         return self._entries.get(capability, self._catch_all)

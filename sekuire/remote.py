@@ -26,6 +26,7 @@ from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
 import attrs
 
 from . import lifecycle
+from ._internal.logs import get_logger
 from .calls import Handler, asked_for, call, structure_of, where, with_structure
 from .config import WorkerConfig
 from .context import TaskContext
@@ -36,7 +37,7 @@ from .registry import Carrier
 
 __all__ = ["RemoteExecutor", "RemoteTaskContext", "carrier_of", "is_remote"]
 
-log = logging.getLogger("sekuire.remote")
+log = get_logger("sekuire.remote")
 
 #: Seconds between two looks at whether the task was cancelled, where nothing announces it.
 _STEP = 0.05

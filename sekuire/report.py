@@ -11,6 +11,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .context import TaskContext
 from .credentials import Authenticator, Snapshot
@@ -34,7 +35,7 @@ from .wire.verdict import (
 if TYPE_CHECKING:
     from .outbox import Outbox
 
-log = logging.getLogger("sekuire.report")
+log = get_logger("sekuire.report")
 
 #: First and longest delay between tries of one report, in seconds.
 RETRY_MIN, RETRY_MAX = 0.1, 60.0
@@ -478,6 +479,7 @@ class Reporter:
             task_id=report.task_id,
             attempt=report.attempt,
             failure=protocol.failure(found.code, f"the platform refused the result: {found.error}"),
+            execution_time_ms=protocol.execution_time_of(report.head),
         )
         head = protocol.completion_head(substitute)
         with self._condition:

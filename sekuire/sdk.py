@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequen
 import attrs
 
 from . import protocol
+from ._internal.logs import get_logger
 from .audit import AuditLog
 from .beacon import STOP_TIMEOUT, Beacon
 from .config import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .policy.gateway import PolicyGateway
     from .transport.http import Reply
 
-log = logging.getLogger("sekuire.sdk")
+log = get_logger("sekuire.sdk")
 
 _OWN = ("agent_id", "api_base_url", "install_token", "runtime_token", "installation_id", "refresh_token")
 #: Seconds a shutdown keeps for audit events: the least, also where its time is over, and the most.

@@ -8,6 +8,7 @@ import time
 from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
 
 from . import protocol
+from ._internal.logs import get_logger
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT, bearer_of
@@ -19,7 +20,7 @@ from .transport.retry import Backoff, Interrupted
 from .transport.sse import Event, EventStream
 from .wire.verdict import Failed, Retry, Revoked, Settled, Unauthorized, verdict
 
-log = logging.getLogger("sekuire.stream")
+log = get_logger("sekuire.stream")
 
 #: Bounds of a server's ``retry:``, in seconds.
 _RETRY_LOW, _RETRY_HIGH = 0.1, 60.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import threading
 from types import TracebackType
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, Ty
 import attrs
 
 from . import protocol
+from ._internal.logs import get_logger
 from .audit import AuditLog
 from .calls import Handler, Middleware
 from .config import WorkerConfig, from_options
@@ -43,7 +43,7 @@ from .stream import TaskStream
 if TYPE_CHECKING:
     from .outbox import Outbox
 
-log = logging.getLogger("sekuire.worker")
+log = get_logger("sekuire.worker")
 
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)
@@ -409,8 +409,6 @@ class Worker:
     def _check_startable(self) -> None:
         if self._registry.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
-        if self._phase == "new":
-            self._registry.freeze(self._carrier())
         if self._config.credentials_store is None:
             self._auth.require_a_way()
         if self._config.policy_required and self._config.policy_gateway is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -20,7 +21,14 @@ def ended(function: Any, expose_errors: bool = True) -> Completion:
     entry = registry.find("echo")
     assert entry is not None
     context = TaskContext(Task(task_id="t1", capability="echo", attempt=3))
-    return run(entry, context, {"a": 1}, expose_errors=expose_errors, scrub=lambda text: text.replace("secret", "***"))
+    return run(
+        entry,
+        context,
+        {"a": 1},
+        began=time.monotonic(),
+        expose_errors=expose_errors,
+        scrub=lambda text: text.replace("secret", "***"),
+    )
 
 
 def test_a_result() -> None:

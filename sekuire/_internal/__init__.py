@@ -1,1 +1,1 @@
-"""Building blocks that several packages use. Nothing here is public."""
+"""Building blocks that two or more packages of the library share."""

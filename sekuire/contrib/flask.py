@@ -6,7 +6,6 @@ and tests with many applications: what belongs to an application is in ``app.ext
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Any, Callable, List, Optional, TypeVar
@@ -21,6 +20,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .. import runner
+from .._internal.logs import get_logger
 from ..calls import CallNext, Handler, Middleware
 from ..context import TaskContext
 from ..errors import ConfigurationError, SekuireError
@@ -33,7 +33,7 @@ from .settings import PREFIX, Settings, is_unprepared
 
 __all__ = ["Sekuire", "tasks_of"]
 
-log = logging.getLogger("sekuire.contrib.flask")
+log = get_logger("sekuire.contrib.flask")
 
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import stat
@@ -14,12 +13,13 @@ from typing import Any, Dict, Iterator, Optional, Tuple, Union
 import attrs
 
 from .. import filelock, files
+from .._internal.logs import get_logger
 from ..errors import ConfigurationError, TransportError
 from ..lifecycle import Deadline
 from ..models import RuntimeCredentials
 from ..protocol import format_time, parse_time
 
-log = logging.getLogger("sekuire.credentials")
+log = get_logger("sekuire.credentials")
 
 _FORMAT = 1
 #: Characters of a holder: 128 bits in hexadecimal.

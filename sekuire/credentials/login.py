@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import random
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import attrs
 
 from .. import protocol
+from .._internal.logs import get_logger
 from ..config import AgentConfig
 from ..errors import (
     APIError,
@@ -30,7 +30,7 @@ from ..transport.retry import Interrupted, call
 from ..wire.verdict import Refused, Retry, Revoked, Settled, Support, Unauthorized, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
 
-log = logging.getLogger("sekuire.credentials")
+log = get_logger("sekuire.credentials")
 
 #: Seconds a call of ``token_provider`` may take.
 PROVIDER_TIMEOUT = 10.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import os
 import random
 import secrets
@@ -15,6 +14,7 @@ from typing import Callable, List, Optional, Tuple, Union
 
 import attrs
 
+from .._internal.logs import get_logger
 from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
 from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
@@ -23,7 +23,7 @@ from ..secret import Secret
 from ..transport.retry import Interrupted, full_jitter
 from .file import CredentialsFile, Stored
 
-log = logging.getLogger("sekuire.credentials")
+log = get_logger("sekuire.credentials")
 
 _LOCK_TIMEOUT = 10.0
 #: Hashes of settings that are remembered: those of the objects that share one store.

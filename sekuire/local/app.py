@@ -42,6 +42,7 @@ from cheroot import wsgi as cheroot_wsgi
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import BaseConverter, ValidationError
 
+from .._internal.logs import get_logger
 from ..errors import ConfigurationError
 from ..protocol import (
     COMMANDS,
@@ -63,7 +64,7 @@ from .streams import KEEP_ALIVE, Hub, Stream, StreamBody, break_off
 
 __all__ = ["Application", "Server", "check_submission"]
 
-logger = logging.getLogger("sekuire.local")
+logger = get_logger("sekuire.local")
 
 #: Largest body that is read, and how much of a larger one is thrown away so that its sender gets to see the 413.
 MAX_BODY = 32 * 1024 * 1024

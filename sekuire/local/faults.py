@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import random
 import threading
 import time
@@ -23,13 +22,14 @@ from typing import (
     Union,
 )
 
+from .._internal.logs import get_logger
 from ..errors import ConfigurationError
 from . import fault_terms
 from .fault_terms import EXAMPLES, Span, Terms, is_int
 
 __all__ = ["Fault", "Faults"]
 
-logger = logging.getLogger("sekuire.local")
+logger = get_logger("sekuire.local")
 
 #: What goes on for a while once it has happened.
 _LASTING = ("stall_streams", "outage")

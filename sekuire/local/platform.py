@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
 from types import TracebackType
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
+from .._internal.logs import get_logger
 from ..errors import APIError, ConfigurationError
 from ..protocol import COMMANDS
 from .app import Application, Hosts, Server, check_submission, explain_bind, is_loopback
@@ -19,7 +19,7 @@ from .streams import Hub, Watch
 
 __all__ = ["LocalPlatform"]
 
-logger = logging.getLogger("sekuire.local")
+logger = get_logger("sekuire.local")
 
 _SUBMIT_FIELDS = (*TASK_TEXTS, "timeout_ms", "max_attempts")
 

@@ -8,7 +8,6 @@ import enum
 import errno
 import heapq
 import itertools
-import logging
 import queue
 import selectors
 import socket
@@ -31,12 +30,13 @@ from typing import (
     Union,
 )
 
+from .._internal.logs import get_logger
 from ..protocol import EVENT_COMMAND, EVENT_CONNECTED, EVENT_TASK, encode_json
 from .store import Completed, Identity, Refusal, Settings, Store, revoked
 
 __all__ = ["Hub", "Stream", "StreamBody", "Watch", "break_off"]
 
-logger = logging.getLogger("sekuire.local")
+logger = get_logger("sekuire.local")
 
 KEEP_ALIVE = b": keep-alive\n\n"
 

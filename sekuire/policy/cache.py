@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import stat
 import time
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from .. import filelock, files
+from .._internal.logs import get_logger
 from ..errors import ConfigurationError
 from ..lifecycle import Deadline
 
-log = logging.getLogger("sekuire.policy")
+log = get_logger("sekuire.policy")
 
 _FORMAT = 1
 #: Seconds that a writer waits for another one, and between two looks.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import os
 import threading
 import time
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from .. import protocol
+from .._internal.logs import get_logger
 from ..config import PolicyClientConfig, from_options
 from ..credentials import RuntimeCredentialsStore
 from ..credentials.login import TokenProvider, bearer_of
@@ -34,7 +34,7 @@ from .enforcer import PolicyEnforcer
 
 __all__ = ["PolicyClient", "require_extra"]
 
-log = logging.getLogger("sekuire.policy")
+log = get_logger("sekuire.policy")
 
 #: Seconds a fetch may take, all its retries together.
 FETCH_TIMEOUT = 20.0

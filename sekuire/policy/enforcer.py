@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import attrs
 
+from .._internal.logs import get_logger
 from ..errors import ConfigurationError, PolicyIntegrityError, PolicyUnavailableError, PolicyViolationError
 from .document import Filesystem, Policy, Rate, Rules, read_rules
 from .limits import RateLimiter, check_request
@@ -16,7 +16,7 @@ from .matching import Domains, Extensions, Names, Paths, Unreadable, name_proble
 
 __all__ = ["MESSAGES", "TLS_PROTOCOLS", "Decision", "PolicyEnforcer"]
 
-log = logging.getLogger("sekuire.policy")
+log = get_logger("sekuire.policy")
 
 #: Every rule's id and its message. A subject that cannot be compared with any entry is refused by ``...not_allowed``,
 #: with the message below the empty key.

@@ -18,6 +18,7 @@ from typing import Any, Callable, List, Mapping, Optional, Type
 import attrs
 
 from .. import protocol
+from .._internal.logs import get_logger
 from ..config import (
     ENVIRONMENT,
     POLICY_OVERRIDE_VARIABLE,
@@ -42,7 +43,7 @@ from .limits import RateLimiter
 
 __all__ = ["PolicyGateway", "may_only_warn"]
 
-log = logging.getLogger("sekuire.policy")
+log = get_logger("sekuire.policy")
 
 #: Seconds between tries while the active policy cannot be had: full jitter, doubling up to the second.
 _RETRY_MIN, _RETRY_MAX = 0.5, 30.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -10,12 +9,13 @@ import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
+from .._internal.logs import get_logger
 from ..errors import ConfigurationError, PolicyUnavailableError
 from .document import MAX_INTEGER, Rate
 
 __all__ = ["KINDS", "Excess", "RateLimiter"]
 
-log = logging.getLogger("sekuire.policy")
+log = get_logger("sekuire.policy")
 
 KINDS = ("requests", "tokens")
 #: The windows of a rate, shortest first, in seconds.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import http.client
-import logging
 import os
 import socket
 import ssl
 import time
+import traceback
 from datetime import datetime, timezone
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union, cast
@@ -22,13 +22,14 @@ import urllib3
 import urllib3.exceptions
 
 from .. import protocol
+from .._internal.logs import get_logger
 from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
 from ..secret import Secret
 from .body import BodyError, read_body
 from .kept import Answer, Kept, Lane, is_plain_target
 
-log = logging.getLogger("sekuire.http")
+log = get_logger("sekuire.http")
 
 #: Most bytes of a decoded answer to a call.
 MAX_ANSWER = 1024 * 1024
@@ -178,15 +179,19 @@ class Route:
         prepared.headers = requests.structures.CaseInsensitiveDict(headers)
         prepared.body = body
         prepared.hooks = {"response": []}
-        return session.send(
-            prepared,
-            stream=True,
-            timeout=cast(Any, timeout),
-            verify=self.verify,
-            cert=self.cert,
-            proxies=self.proxies,
-            allow_redirects=False,
-        )
+        try:
+            return session.send(
+                prepared,
+                stream=True,
+                timeout=cast(Any, timeout),
+                verify=self.verify,
+                cert=self.cert,
+                proxies=self.proxies,
+                allow_redirects=False,
+            )
+        except Exception as error:
+            _close_half_wrapped(error)
+            raise
 
 
 class HttpClient:
@@ -367,6 +372,21 @@ def describe(error: BaseException, host: str) -> TransportError:
     if is_any(http.client.HTTPException, urllib3.exceptions.HTTPError, requests.exceptions.RequestException, OSError):
         return TransportError(f"the connection to {host} broke ({kinds[-1].__name__})")
     return TransportError(f"a request to {host} failed ({type(error).__name__})", retryable=False)
+
+
+def _close_half_wrapped(error: BaseException) -> None:
+    """Close the socket that the ssl module leaves open when the peer resets a connection before it is wrapped.
+
+    The constructor of ``ssl.SSLSocket`` has taken the connection over by then and raises without closing it. Nobody
+    else has that socket but the frames of the error.
+    """
+    for one in _causes(error):
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            # No other frame's variables are looked at: they may be secrets, and the look keeps them.
+            if frame.f_globals is vars(ssl):
+                wrapped = frame.f_locals.get("self")
+                if isinstance(wrapped, ssl.SSLSocket):
+                    wrapped.close()
 
 
 def _tls_problem(chain: List[BaseException]) -> str:

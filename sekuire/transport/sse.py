@@ -7,10 +7,11 @@ the bytes that arrive, in whatever pieces they arrive.
 
 from __future__ import annotations
 
-import logging
 from typing import Generator, Iterable, Iterator, Optional, Union
 
 from sseclient import Event, SSEClient
+
+from .._internal.logs import get_logger
 
 __all__ = ["DEFAULT_MAX_EVENT_BYTES", "MAX_RETRY_MS", "Event", "EventStream"]
 
@@ -19,7 +20,7 @@ DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024
 #: What any longer ``retry:`` (milliseconds) is taken for; ``int()`` raises on thousands of digits.
 MAX_RETRY_MS = 10**15 - 1
 
-_logger = logging.getLogger("sekuire.stream")
+_logger = get_logger("sekuire.stream")
 
 _Bytes = Union[bytes, bytearray]
 
@@ -49,8 +50,9 @@ class EventStream(SSEClient):
     ) -> None:
         self._chunks = chunks
         self._source = iter(chunks)
-        # The base class logs what it is given: of an iterator that shows no content, of a list it would.
-        super().__init__(self._source)
+        # The base class's constructor is left out: it logs what it is given, and a log call may raise. This is the
+        # attribute that its close() needs.
+        self._event_source = self._source
         self._max_event_bytes = max_event_bytes
         #: The standard's "last event ID string": an id counts once the blank line that ends its block has come.
         self.last_event_id = last_event_id

@@ -511,3 +511,30 @@ def test_orders_that_are_not_plain_are_said_once(
     for field in ("desired_state", "revoked"):
         (record,) = [record for record in caplog.records if f"sent {field}" in record.message]
         assert record.levelname == "ERROR"
+
+
+def test_an_unknown_command_changes_nothing(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
+    """A command of an unknown type is counted; the worker runs on, hears of none, and its id is still free."""
+    worker = worker_of(scripted)
+    worker.on_task("echo", handler)
+    heard: List[str] = []
+    worker.on_command(lambda command: heard.append(command.type))
+    with worker:
+        scripted.send("command", {"type": "promote", "command_id": "c-1"})
+        until(lambda: worker.stats().dropped == 1)
+        # As one that a later version of the decoder lets through.
+        worker._control.on_command(Command(type="promote", command_id="c-1"))
+        assert worker.stats().dropped == 2
+        scripted.task("t-1")
+        until(lambda: worker.stats().running == 1)
+        assert not worker.is_paused()
+        scripted.command("pause", command_id="c-1")
+        until(worker.is_paused)
+        scripted.command("resume")
+        until(lambda: not worker.is_paused())
+        handler.go.set()
+        assert scripted.completion("t-1")["output"] == "finished"
+        until(lambda: heard == ["pause", "resume"])
+        # The next desired state is not taken for a repeated termination.
+        scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "terminated"})
+        assert worker.wait(GUARD)

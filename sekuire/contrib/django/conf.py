@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Mapping
 
 from django.conf import settings
 
+from ..._internal.logs import get_logger
 from ...errors import ConfigurationError
 from ...sdk import SekuireSDK
 from ...worker import Worker
 from ..settings import Settings, is_unprepared
 from . import handlers
 
-log = logging.getLogger("sekuire.contrib.django")
+log = get_logger("sekuire.contrib.django")
 
 NAME = "SEKUIRE"
 #: What is said of an executor of other processes that have no initializer, and what to do.
