@@ -63,7 +63,7 @@ class Reply:
 
     def retry_after(self) -> Optional[float]:
         """Seconds of ``Retry-After``, or None."""
-        return protocol.retry_after(self.headers.get("Retry-After"), datetime.now(timezone.utc))
+        return protocol.retry_after(self.headers.get("Retry-After"), datetime.now(timezone.utc), self.date)
 
     def check(self) -> Reply:
         """This reply, if its status is 2xx.

@@ -120,7 +120,8 @@ class LiveAnswer:
 
     def retry_after(self) -> Optional[float]:
         """Seconds of ``Retry-After``, or None."""
-        return protocol.retry_after(self.headers.get("Retry-After"), protocol.utc_now())
+        headers = self.headers
+        return protocol.retry_after(headers.get("Retry-After"), protocol.utc_now(), headers.get("Date"))
 
     def _read_error(self) -> bytes:
         try:
