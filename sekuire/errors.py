@@ -67,6 +67,8 @@ class TransportError(SekuireError):
         self.retryable = retryable
         #: Seconds to wait before the next try (``Retry-After`` of an answer that was not the platform's), or None.
         self.retry_after = retry_after or None
+        #: Kept connections were found dead during the call; the next call makes a new one.
+        self.was_stale = False
 
     def __str__(self) -> str:
         return self.message

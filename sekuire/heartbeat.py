@@ -109,7 +109,7 @@ class Heartbeat:
 
     ``sekuire-heartbeat`` runs :meth:`_beat`; any thread may attach, detach, start, nudge and stop. ``_lock`` guards
     the list of participants; they are called outside it. One beat is one try within :meth:`beat_limit`; the next try
-    comes at the interval, which counts a suspend.
+    comes at the interval, which counts a suspend, or at once after one that was lost with a kept connection.
 
     :param clock: measures the lease and the interval.
     """
@@ -295,6 +295,9 @@ class Heartbeat:
             log.log(level, "a heartbeat was not accepted: %s", problem)
             for participant in participants:
                 participant.on_heartbeat_problem(problem)
+            if isinstance(problem, TransportError) and problem.was_stale:
+                # A failover left the kept connections dead, and this beat was lost on one. The next is on a new one.
+                self.nudge()
         return reply
 
     def _read(self, answer: Reply) -> HeartbeatReply:

@@ -261,9 +261,10 @@ def event_id_header(event_id: str) -> Optional[bytes]:
     return value
 
 
-def retry_after(header: Optional[str], now: dt.datetime) -> Optional[float]:
-    """Seconds that ``Retry-After`` asks for, in either of its forms (RFC 9110, section 10.2.3).
+def retry_after(header: Optional[str], now: dt.datetime, date: Optional[str] = None) -> Optional[float]:
+    """Return the seconds that ``Retry-After`` asks for, in either of its forms (RFC 9110, section 10.2.3).
 
+    An instant counts by the clock of the answer, its ``Date`` header ``date``, and without one by ours, ``now``.
     Negative or unreadable values are None; longer than five minutes is cut to that.
     """
     if not header:
@@ -275,7 +276,7 @@ def retry_after(header: Optional[str], now: dt.datetime) -> Optional[float]:
         instant = parse_http_date(text)
         if instant is None:
             return None
-        seconds = (instant - now).total_seconds()
+        seconds = (instant - (parse_http_date(date) or now)).total_seconds()
     return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else None
 
 

@@ -39,7 +39,9 @@ class TaskSubmitter:
         return _body(capability, input, agent_id, fields)
 
     def send(self, body: bytes) -> str:
-        """Submit a task, once: a second try could make a second task. Its id.
+        """Submit a task and return its id. There is no second try, which could make a second task.
+
+        Only a request that a kept connection lost is sent once more, under the same ``Idempotency-Key``.
 
         :raises TransportError: no answer came; whether the task was submitted is not known.
         :raises APIError: the platform refused it; whether a task was submitted is not known either after a 5xx.

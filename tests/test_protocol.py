@@ -465,6 +465,17 @@ def test_retry_after_in_both_forms(header: Optional[str], seconds: Optional[floa
     assert protocol.retry_after(header, NOW) == seconds
 
 
+@pytest.mark.parametrize("skew", [-(10**8), -3600, 0, 3600])
+def test_a_date_in_retry_after_counts_by_the_answers_date(skew: int) -> None:
+    """The platform's clock decides, wherever ours stands; without a readable Date it is ours."""
+    theirs = NOW + dt.timedelta(seconds=skew)
+    header = format_datetime(theirs + dt.timedelta(seconds=4), usegmt=True)
+    assert protocol.retry_after(header, NOW, format_datetime(theirs, usegmt=True)) == 4.0
+    assert protocol.retry_after("7", NOW, format_datetime(theirs, usegmt=True)) == 7.0
+    if skew == 0:
+        assert [protocol.retry_after(header, NOW, date) for date in (None, "", "today")] == [4.0] * 3
+
+
 @given(st.text())
 def test_any_header_is_read(text: str) -> None:
     """No value of Retry-After or Date raises anything."""

@@ -184,12 +184,15 @@ def test_a_401_whose_refresh_is_refused_is_fatal(scripted: Scripted, worker_of: 
 def test_retry_after_bounds_the_delay(scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry-After is the least delay before the next try."""
     delays = recorded_delays(monkeypatch)
-    answers: List[Any] = [(503, {}, {"Retry-After": "1"}), (429, {}, {"Retry-After": "junk"})]
+    dates = {"Date": "Mon, 01 Jan 2018 00:00:00 GMT", "Retry-After": "Mon, 01 Jan 2018 00:00:02 GMT"}
+    answers: List[Any] = [(503, {}, {"Retry-After": "1"}), (429, {}, {"Retry-After": "junk"}), (503, {}, dates)]
     scripted.on["stream"] = lambda request: answers.pop(0) if answers else scripted.stream(request)
     with worker:
         assert worker.wait_until_connected(GUARD)
     assert delays[0] == 1.0
     assert delays[1] <= 0.05
+    # The platform's clock counts, which is years behind ours.
+    assert delays[2] == 2.0
 
 
 @pytest.mark.parametrize(("retry", "base"), [(2000, 2.0), (1, 0.1), (10**9, 60.0)])

@@ -25,7 +25,7 @@ from ..errors import (
 from ..lifecycle import Deadline
 from ..models import Grant, HeartbeatReply, RuntimeCredentials
 from ..secret import Secret, as_secret
-from ..transport.http import Credential, HttpClient, Reply
+from ..transport.http import Credential, HttpClient, Reply, make_idempotency_key
 from ..transport.retry import Interrupted, call
 from ..wire.verdict import Refused, Retry, Revoked, Settled, Support, Unauthorized, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
@@ -186,6 +186,9 @@ class Authenticator:
         :returns: the reply, whatever its status, and the credentials it was made with.
         :raises RevokedError: the answer carries the kill switch.
         """
+        if idempotency_key is None and method == "POST":
+            # Here, so that the replay has the same one.
+            idempotency_key = make_idempotency_key()
         snapshot = self.snapshot(deadline)
         reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
         if not reply.is_success:

@@ -83,11 +83,12 @@ def limit_reads(sock: Optional[socket.socket], seconds: float) -> None:
             sock.settimeout(seconds)
 
 
-def socket_of(raw: Any) -> Optional[socket.socket]:
+def socket_of(raw: Any) -> Optional[Any]:
     """The socket below a response; http.client keeps it there even when the connection object has let it go."""
     buffered = getattr(getattr(raw, "_fp", None), "fp", None)
     sock = getattr(getattr(buffered, "raw", None), "_sock", None)
-    return sock if isinstance(sock, socket.socket) else None
+    # Not by its class: TLS within TLS is none of Python's sockets, and gevent puts a class of its own under that name.
+    return sock if hasattr(sock, "settimeout") and hasattr(sock, "gettimeout") else None
 
 
 def _inflater(encoding: Optional[str]) -> Optional[_Inflater]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import os
+import secrets
 import socket
 import ssl
 import time
@@ -26,7 +28,9 @@ from .._internal.logs import get_logger
 from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
 from ..secret import Secret
+from .answers import ClosedBeforeAnswerError
 from .body import BodyError, read_body
+from .connections import Adapter
 from .kept import Answer, Kept, Lane, is_plain_target
 
 log = get_logger("sekuire.http")
@@ -64,7 +68,7 @@ class Reply:
 
     def retry_after(self) -> Optional[float]:
         """Seconds of ``Retry-After``, or None."""
-        return protocol.retry_after(self.headers.get("Retry-After"), datetime.now(timezone.utc))
+        return protocol.retry_after(self.headers.get("Retry-After"), datetime.now(timezone.utc), self.date)
 
     def check(self) -> Reply:
         """This reply, if its status is 2xx.
@@ -208,10 +212,8 @@ class HttpClient:
         self.endpoints = config.endpoints
         self._connect_timeout = config.connect_timeout
         self._read_timeout = config.read_timeout
-        self._session = self.route.session(
-            requests.adapters.HTTPAdapter(pool_connections=1, pool_maxsize=pool_size, max_retries=0)
-        )
         self._lane = Lane(pool_size)
+        self._session = self.route.session(Adapter(pool_size, lane=self._lane))
         self._prefix = urlsplit(self.route.base).path
         self._headers = {
             "User-Agent": protocol.USER_AGENT,
@@ -235,8 +237,12 @@ class HttpClient:
 
         :param path: appended to the base URL; begins with ``/``.
         :param body: JSON, or a function that builds it where it holds a token.
+        A request that a kept connection lost, because it was closed or reset before any byte of an answer, is sent
+        once more over a new connection, within the same time.
+
+        :param idempotency_key: by default a POST gets one of its own.
         :param timeout: seconds for the whole exchange (default: connect and read timeout together).
-        :raises TransportError: no whole answer came; made anew, so that it refers to no request.
+        :raises TransportError: no whole answer came. It is a new error, so that it refers to no request.
         """
         outcome = self._exchange(method, path, body, credential, idempotency_key, timeout)
         if isinstance(outcome, Reply):
@@ -262,6 +268,8 @@ class HttpClient:
         if credential is not None:
             name, value = credential()
             extra[name] = value
+        if idempotency_key is None and method == "POST":
+            idempotency_key = make_idempotency_key()
         if idempotency_key is not None:
             extra["Idempotency-Key"] = idempotency_key
         data = body() if callable(body) else body
@@ -272,18 +280,20 @@ class HttpClient:
             extra["Content-Length"] = "0"
         sent_wall = time.time()
         sent_at = time.monotonic()
-        total = timeout if timeout is not None else self._connect_timeout + self._read_timeout
-        end = sent_at + total
+        end = sent_at + (timeout if timeout is not None else self._connect_timeout + self._read_timeout)
+        answer: Optional[Answer] = None
         try:
             kept = self._lane.take()
             if kept is not None and is_plain_target(target := self._prefix + path) and _are_plain(extra):
                 answer = self._send_over(kept, method, target, extra, data or b"", end)
-            else:
-                if kept is not None:
-                    self._lane.keep(kept)
-                answer = self._send_anew(method, path, extra, data, total, end)
+            elif kept is not None:
+                self._lane.keep(kept)
+            if answer is None:
+                answer = self._send_new(method, path, extra, data, end)
         except Exception as error:  # noqa: BLE001
-            return describe(error, self.route.host)
+            problem = describe(error, self.route.host)
+            problem.was_stale = self._lane.emptied_at >= sent_at
+            return problem
         status, headers, content = answer
         if not 200 <= status < 300 and credential is not None:
             content = without(value, content)
@@ -291,8 +301,8 @@ class HttpClient:
 
     def _send_over(
         self, kept: Kept, method: str, target: str, extra: Mapping[str, str], data: bytes, end: float
-    ) -> Answer:
-        """The exchange over a connection that is open."""
+    ) -> Optional[Answer]:
+        """Exchange over a kept connection. Return None where the request is to be sent once more, over a new one."""
         lines = "".join([f"\r\n{name}: {value}" for name, value in extra.items()])
         head = f"{method} {target} HTTP/1.1\r\nHost: {kept.host}{self._fixed_head}{lines}\r\n\r\n".encode("ascii")
         is_reusable = False
@@ -300,6 +310,11 @@ class HttpClient:
             answer, is_reusable = kept.exchange(
                 method, head, data, limit=MAX_ANSWER, patience=self._read_timeout, end=end
             )
+        except (OSError, http.client.HTTPException) as error:
+            self._lane.empty()
+            if not isinstance(error, ClosedBeforeAnswerError) or time.monotonic() >= end:
+                raise
+            return None
         finally:
             if is_reusable:
                 self._lane.keep(kept)
@@ -307,22 +322,58 @@ class HttpClient:
                 kept.close()
         return answer
 
-    def _send_anew(
-        self, method: str, path: str, extra: Mapping[str, str], data: Optional[bytes], total: float, end: float
+    def _send_new(self, method: str, path: str, extra: Mapping[str, str], data: Optional[bytes], end: float) -> Answer:
+        """Exchange by requests, which makes a connection where none is open."""
+        headers = {**self._headers, **extra}
+        try:
+            return self._send_by_requests(method, path, headers, data, end)
+        except Exception as error:
+            # Where a proxy is between, urllib3's pool keeps connections. It has dropped them now: the next is new.
+            was_closed = any(isinstance(one, ClosedBeforeAnswerError) for one in _causes(error))
+            if not was_closed or time.monotonic() >= end:
+                raise
+        return self._send_by_requests(method, path, headers, data, end)
+
+    def _send_by_requests(
+        self, method: str, path: str, headers: Mapping[str, str], data: Optional[bytes], end: float
     ) -> Answer:
-        """The exchange by requests, which makes a connection where none is open."""
-        limits = urllib3.Timeout(total=total, connect=self._connect_timeout, read=self._read_timeout)
-        response = self.route.send(self._session, method, path, {**self._headers, **extra}, data, limits)
-        is_whole = False
+        left = max(end - time.monotonic(), 0.001)
+        limits = urllib3.Timeout(total=left, connect=self._connect_timeout, read=self._read_timeout)
+        response = self.route.send(self._session, method, path, headers, data, limits)
+        is_reusable = False
         try:
             content = read_body(response.raw, MAX_ANSWER, end)
-            is_whole = True
+            is_reusable = getattr(response.raw._fp, "is_in_step", True)
         finally:
-            if not is_whole:
+            if not is_reusable:
                 response.close()
             elif not self._lane.adopt(response.raw, self._read_timeout):
                 response.raw.release_conn()
         return Answer(response.status_code, response.headers, content)
+
+
+class _Keys:
+    """Idempotency keys: a random prefix for each process, and a number."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        self._prefix = secrets.token_hex(8)
+        self._numbers = itertools.count(1)
+
+    def make(self) -> str:
+        return f"{self._prefix}-{next(self._numbers):x}"
+
+
+_keys = _Keys()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keys.renew)
+
+
+def make_idempotency_key() -> str:
+    """Return an ``Idempotency-Key`` that no other call has, in this process or another."""
+    return _keys.make()
 
 
 def _are_plain(headers: Mapping[str, str]) -> bool:

@@ -8,12 +8,10 @@ directly. Anything out of the ordinary in an answer is read by ``http.client``, 
 
 from __future__ import annotations
 
-import http.client
-import io
+import _socket
 import math
 import re
 import socket
-import ssl
 import struct
 import sys
 import time
@@ -24,7 +22,8 @@ from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Tuple, cast
 from urllib3._collections import HTTPHeaderDict
 from urllib3.util.wait import wait_for_read
 
-from .body import READ_SIZE, read_body
+from .answers import CLOSED, ClosedBeforeAnswerError, FinalResponse, Source
+from .body import read_body
 
 #: Largest body sent together with its head; a larger one is not worth the copy.
 _TOGETHER = 65536
@@ -37,6 +36,8 @@ _DOTS = re.compile(r"/\.\.?(?:[/?]|\Z)")
 # The kernel keeps the time of a blocking read or write by itself, where its `struct timeval` is known to be two longs.
 # A timeout of Python's own costs a poll() before each: two more moments at which a thread loses the interpreter.
 _KERNEL_TIMES = sys.platform.startswith("linux") and struct.calcsize("l") == 8
+#: What is used of a socket. pyOpenSSL's, which urllib3 can be made to use, has not all of it.
+_USED = ("recv", "recv_into", "send", "settimeout", "gettimeout", "fileno", "getsockopt")
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if _KERNEL_TIMES else 0
 
 
@@ -66,15 +67,25 @@ def is_plain_target(target: str) -> bool:
     return _PLAIN_TARGET.fullmatch(target) is not None and _DOTS.search(target) is None
 
 
+def _is_systems(sock: Any) -> bool:
+    """Return True if reads and writes of ``sock`` go straight to the system: no TLS, no other library's event loop.
+
+    The class is not compared with ``socket.socket``: gevent and eventlet put their own class under that name.
+    """
+    own = _socket.socket
+    kind = type(sock)
+    return isinstance(sock, own) and kind.recv is own.recv and kind.send is own.send and kind.recv_into is own.recv_into
+
+
 class Kept:
     """One open connection. Used by one thread at a time."""
 
     __slots__ = ("_connection", "_is_plain", "_patience", "_socket", "host")
 
-    def __init__(self, connection: Any, sock: socket.socket, patience: float) -> None:
+    def __init__(self, connection: Any, sock: Any, patience: float) -> None:
         self._connection = connection
         self._socket = sock
-        self._is_plain = _KERNEL_TIMES and type(sock) is socket.socket
+        self._is_plain = _KERNEL_TIMES and _is_systems(sock)
         self._patience = 0.0
         name = f"[{connection.host}]" if ":" in connection.host else connection.host
         #: The value of its ``Host`` header.
@@ -106,6 +117,7 @@ class Kept:
         :param limit: most bytes of the decoded answer.
         :param patience: seconds that one read or write may take.
         :param end: when all must be done (``time.monotonic()``).
+        :raises ClosedBeforeAnswerError: it was closed or reset, and no byte of an answer came.
         :raises OSError, http.client.HTTPException, BodyError: no whole answer came; the connection is of no more use.
         """
         self._limit(min(patience, end - time.monotonic()))
@@ -116,16 +128,18 @@ class Kept:
                 else:
                     self._send(head, end)
                     self._send(body, end)
-            except (BrokenPipeError, ConnectionResetError):
+            except CLOSED:
                 # It may have answered before it closed: a body that is too large, for one.
                 pass
             data = self._socket.recv(_FIRST_READ)
         except BlockingIOError:
             data = None
+        except CLOSED as error:
+            raise ClosedBeforeAnswerError(*error.args) from error
         if data is None:
             raise socket.timeout("timed out")
         if not data:
-            raise http.client.RemoteDisconnected("the connection was closed without an answer")
+            raise ClosedBeforeAnswerError("the connection was closed without an answer")
         simple = _read_simple(data)
         if simple is not None and len(simple.body) <= limit:
             return simple, True
@@ -144,8 +158,7 @@ class Kept:
     def _read_any(self, method: str, begun: bytes, limit: int, patience: float, end: float) -> Tuple[Answer, bool]:
         """An answer that came in pieces, or is framed or encoded in another way; ``begun`` is what has come of it."""
         self._socket.settimeout(patience)
-        source = _Replay(begun, self._socket, patience, end)
-        response = http.client.HTTPResponse(cast(Any, source), method=method)
+        response = FinalResponse(Source(self._socket, patience=patience, end=end, begun=begun), method=method)
         response.begin()
         content = read_body(types.SimpleNamespace(_fp=response, headers=response.headers), limit, end)
         if self._is_plain:
@@ -153,7 +166,7 @@ class Kept:
         self._limit(patience, always=True)
         # As urllib3 does, which joins what comes twice.
         headers = cast(Mapping[str, str], HTTPHeaderDict(response.headers.items()))
-        return Answer(response.status, headers, content), not response.will_close and not source.is_more
+        return Answer(response.status, headers, content), response.is_in_step and not response.will_close
 
     def _limit(self, seconds: float, always: bool = False) -> None:
         """Let no read or write wait longer than ``seconds``; a call of the system only where that changes."""
@@ -207,56 +220,6 @@ def _read_simple(data: bytes) -> Optional[Answer]:
     return Answer(status, headers, data[end + 4 :])
 
 
-class _Replay(io.RawIOBase):
-    """A socket's bytes, beginning with those that were read already; stands for the socket before http.client.
-
-    ``_sock`` is where :func:`~sekuire.transport.body.socket_of` finds the socket. ``is_more``: when the answer ended,
-    bytes had come beyond its end.
-    """
-
-    def __init__(self, begun: bytes, sock: socket.socket, patience: float, end: float) -> None:
-        self._begun = memoryview(begun)
-        self._sock = sock
-        self._patience = patience
-        self._end = end
-        self._is_over = False
-        self.is_more = False
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return _Buffer(self, READ_SIZE)
-
-    def look(self, buffer: io.BufferedReader) -> None:
-        """Note whether ``buffer`` still holds something; from now on it gets no more."""
-        self._is_over = True
-        self.is_more = bool(self._begun) or bool(buffer.peek(1))
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._is_over:
-            return 0
-        if self._begun:
-            count = min(len(buffer), len(self._begun))
-            buffer[:count] = self._begun[:count]
-            self._begun = self._begun[count:]
-            return count
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(min(left, self._patience))
-        return self._sock.recv_into(buffer)
-
-
-class _Buffer(io.BufferedReader):
-    """http.client's file over a :class:`_Replay`; it closes it as soon as the answer has been read."""
-
-    def close(self) -> None:
-        if not self.closed:
-            cast(_Replay, self.raw).look(self)
-        super().close()
-
-
 class Lane:
     """The open connections of one client that no thread uses at the moment; the last one used is the next.
 
@@ -270,6 +233,8 @@ class Lane:
         self._limit = limit
         self._idle: Deque[Kept] = deque()
         self._closed = False
+        #: When :meth:`empty` was last called (``time.monotonic()``).
+        self.emptied_at = 0.0
 
     def take(self) -> Optional[Kept]:
         """A connection that is open, or None."""
@@ -295,22 +260,33 @@ class Lane:
     def adopt(self, raw: Any, patience: float) -> bool:
         """Keep the connection of a urllib3 response that was read to its end; whether it is fit for that.
 
-        It is not where the answer closed it, where a proxy is between, and where the socket is none of Python's own.
+        It is not where the answer closed it, where a proxy is between, and where the socket lacks what is used here.
         """
         connection = getattr(raw, "_connection", None)
         sock = getattr(connection, "sock", None)
         pool = getattr(raw, "_pool", None)
         if self._closed or pool is None or getattr(pool, "proxy", None) is not None:
             return False
-        if not isinstance(sock, (socket.socket, ssl.SSLSocket)) or not getattr(raw._fp, "isclosed", bool)():
+        if not all(hasattr(sock, name) for name in _USED) or not getattr(raw._fp, "isclosed", bool)():
             return False
         raw._connection = None
         self.keep(Kept(connection, sock, patience))
         return True
 
+    def empty(self) -> None:
+        """Close what is idle now, because one connection was found dead: the others may have died with it.
+
+        After a failover each of them would be silent until the next call's time limit.
+        """
+        self.emptied_at = time.monotonic()
+        self._close_idle()
+
     def close(self) -> None:
         """Close what is idle now, and what is given back later."""
         self._closed = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         while self._idle:
             try:
                 self._idle.pop().close()

@@ -6,17 +6,16 @@ import contextlib
 import socket
 import threading
 import time
-from typing import Any, Dict, Iterator, Mapping, Optional, Type, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Union
 
 import requests
-import requests.adapters
 import urllib3
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .. import protocol
 from ..config import ConnectionConfig
 from ..errors import TransportError
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
+from .connections import Adapter
 from .http import Credential, Route, describe, without
 
 #: Most bytes read of an answer that is an error, not a stream.
@@ -120,7 +119,8 @@ class LiveAnswer:
 
     def retry_after(self) -> Optional[float]:
         """Seconds of ``Retry-After``, or None."""
-        return protocol.retry_after(self.headers.get("Retry-After"), protocol.utc_now())
+        headers = self.headers
+        return protocol.retry_after(headers.get("Retry-After"), protocol.utc_now(), headers.get("Date"))
 
     def _read_error(self) -> bytes:
         try:
@@ -143,7 +143,7 @@ class LiveClient:
         self.endpoints = config.endpoints
         self._waker = Waker()
         self._timeouts = (config.connect_timeout, config.read_timeout)
-        self._session = self.route.session(_WakeableAdapter(self._waker))
+        self._session = self.route.session(Adapter(1, on_socket=self._waker.attach))
 
     def open(
         self, path: str, *, credential: Optional[Credential], headers: Mapping[str, Union[str, bytes]]
@@ -187,35 +187,3 @@ class LiveClient:
             self._waker.detach()
             return describe(error, self.route.host)
         return LiveAnswer(response, self._waker, self.route.host, self._timeouts[1], credential)
-
-
-class _WakeableAdapter(requests.adapters.HTTPAdapter):
-    """An adapter whose connections show each new socket to a waker."""
-
-    def __init__(self, waker: Waker) -> None:
-        self._classes = {
-            "http": _wakeable(HTTPConnectionPool, waker),
-            "https": _wakeable(HTTPSConnectionPool, waker),
-        }
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = self._classes
-
-    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = self._classes
-        return manager
-
-
-def _wakeable(pool: Type[HTTPConnectionPool], waker: Waker) -> Type[HTTPConnectionPool]:
-    base: Any = pool.ConnectionCls
-
-    class Connection(base):  # type: ignore[misc]
-        def _new_conn(self) -> socket.socket:
-            sock: socket.socket = super()._new_conn()
-            waker.attach(sock)
-            return sock
-
-    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import socket
 import time
 import tracemalloc
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sekuire.transport import answers
 from sekuire.transport.body import BodyError, arriving, limit_reads, read_body, socket_of
 
 MIB = 1024 * 1024
@@ -222,6 +224,35 @@ def test_the_socket_below_a_response() -> None:
         limit_reads(one, 5.0)
     for nothing in (Raw([]), object()):
         assert socket_of(nothing) is None
+
+
+def test_the_socket_of_tls_within_tls() -> None:
+    """What urllib3 puts in place of a socket, behind an HTTPS proxy, is limited too: it is no socket by its class."""
+
+    class Transport:
+        timeout: Optional[float] = 3.0
+
+        def gettimeout(self) -> Optional[float]:
+            return self.timeout
+
+        def settimeout(self, seconds: Optional[float]) -> None:
+            self.timeout = seconds
+
+        def makefile(self, mode: str, buffering: int) -> io.RawIOBase:
+            return io.FileIO(os.devnull)
+
+    sock = Transport()
+    raw = Raw([])
+    raw._fp.fp = answers.Source.over(sock).makefile("rb")  # type: ignore[assignment]
+    found = socket_of(raw)
+    assert found is sock
+    limit_reads(found, 45.0)
+    assert sock.timeout == 45.0
+    raw._fp.fp.close()
+
+
+def test_a_response_without_a_socket() -> None:
+    """A response over something else has none, and nothing is limited."""
     raw = Raw([])
     raw._fp.fp = io.BufferedReader(io.BytesIO())  # type: ignore[arg-type]
     assert socket_of(raw) is None

@@ -102,7 +102,7 @@ def test_a_whole_exchange() -> None:
 
 
 def test_what_is_not_given_is_not_sent() -> None:
-    """Without body, credential and key none of their headers is sent; a POST says that it is empty."""
+    """Without body and credential none of their headers is sent; a POST says that it is empty."""
     with WebServer(ok) as server:
         one = client(server.url)
         one.request("GET", "/x")
@@ -111,8 +111,9 @@ def test_what_is_not_given_is_not_sent() -> None:
         one.close()
     get, post, built = server.requests
     for request in (get, post):
-        for name in ("Authorization", "X-API-Key", "Idempotency-Key", "Content-Type"):
+        for name in ("Authorization", "X-API-Key", "Content-Type"):
             assert name not in request.headers
+    assert "Idempotency-Key" not in get.headers
     assert "Content-Length" not in get.headers
     assert post.headers["Content-Length"] == "0"
     assert built.headers["X-API-Key"] == KEY.reveal()
@@ -553,14 +554,18 @@ def test_logs_hold_no_token(caplog: pytest.LogCaptureFixture) -> None:
 def test_retry_after_of_a_reply() -> None:
     """A reply tells what its Retry-After asks for, and its error carries that along."""
 
-    def reply(value: str) -> Reply:
-        return Reply(503, {"Retry-After": value}, b"", 0.0, 0.0)
+    def reply(value: str, **headers: str) -> Reply:
+        return Reply(503, {"Retry-After": value, **headers}, b"", 0.0, 0.0)
 
     assert reply("7").retry_after() == 7.0
     later = reply(formatdate(time.time() + 100, usegmt=True)).retry_after()
     assert later is not None
     assert 50 < later <= 100
     assert reply("-1").retry_after() is None
+    # The platform's clock may be an hour off, or far more.
+    for skew in (-3600, 0, 3600, 10**8):
+        date, instant = (formatdate(time.time() + skew + more, usegmt=True) for more in (0, 4))
+        assert reply(instant, Date=date).retry_after() == 4.0
     with pytest.raises(APIError) as caught:
         reply("7").check()
     assert caught.value.retry_after == 7.0
