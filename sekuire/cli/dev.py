@@ -27,8 +27,9 @@ EPILOG = """\
 Exit codes: 0 stopped by Ctrl-C or SIGTERM, which is its normal end; 2 the port is taken, or another wrong setting;
 130 ended by a second signal while it was stopping."""
 FAULTS = """\
-KIND is latency, error, reset, half-answer, cut-streams, stall-streams, expire-tokens or outage. Examples:
-latency:0.05-0.2 | error:503,rate=0.1,on=complete,retry-after=2 | reset:rate=0.05,on=heartbeat,when=after |
+KIND is latency, error, reset, half-answer, page, interim, cut-streams, stall-streams, expire-tokens or outage.
+Examples: latency:0.05-0.2 | error:503,rate=0.1,on=complete,retry-after=2 | reset:rate=0.05,when=after |
+page:404,rate=0.05,on=complete | interim:103,rate=0.2 |
 cut-streams:every=20-40 | stall-streams:10,every=60 | expire-tokens:every=30 | outage:3,every=20-40"""
 LOG_LEVEL = "warning"
 

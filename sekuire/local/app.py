@@ -192,8 +192,13 @@ class Application:
         fate = plan.ends("before")
         if plan.delays and not self._faults.delay(plan, "before"):
             return _reset(environ)
+        if fate is not None and fate.kind == "reset":
+            return _reset(environ)
+        if plan.interim and environ["SERVER_PROTOCOL"] != "HTTP/1.0":
+            # Past the server, which would take it for the answer; nothing else has been written to this request.
+            environ["sekuire.connection"].wfile.write(b"".join(_interim(fault) for fault in plan.interim))
         if fate is not None:
-            return _reset(environ) if fate.kind == "reset" else _injected(fate)
+            return _injected(fate)
         environ["sekuire.plan"] = plan
         return None
 
@@ -695,11 +700,43 @@ def _refuse(refusal: Refusal) -> flask.Response:
     return response
 
 
+def _interim(fault: Fault) -> bytes:
+    status = fault.terms.status or 103
+    hint = "Link: </style.css>; rel=preload; as=style\r\n" if status == 103 else ""
+    return f"HTTP/1.1 {status} {_phrase(status)}\r\n{hint}\r\n".encode()
+
+
+def _page(fault: Fault) -> flask.Response:
+    """What something between a client and the platform answers: HTML, which names the fault."""
+    status = fault.terms.status or 502
+    title = f"{status} {_phrase(status)}"
+    text = (
+        f"<!DOCTYPE html><html><head><title>{title}</title></head><body><h1>{title}</h1><p>{fault}</p></body></html>\n"
+    )
+    response = flask.Response(text, status, mimetype="text/html")
+    if 300 <= status < 400:
+        response.headers["Location"] = "/portal/login"
+    if status == 401:
+        response.headers["WWW-Authenticate"] = 'Basic realm="portal"'
+    return response
+
+
+def _phrase(status: int) -> str:
+    return HTTPStatus(status).phrase if status in _STATUSES else "Unknown"
+
+
 def _injected(fault: Fault) -> flask.Response:
+    response = _page(fault) if fault.kind == "page" else _error(fault)
+    if fault.terms.retry_after is not None:
+        response.headers["Retry-After"] = str(fault.terms.retry_after)
+    return response
+
+
+def _error(fault: Fault) -> flask.Response:
     terms = fault.terms
     status = terms.status or 503
     body = {
-        "error": HTTPStatus(status).phrase.lower().replace(" ", "_") if status in _STATUSES else "error",
+        "error": _phrase(status).lower().replace(" ", "_") if status in _STATUSES else "error",
         "message": f"injected by the local platform: {fault}",
         "code": terms.code or "INJECTED",
     }
@@ -708,8 +745,6 @@ def _injected(fault: Fault) -> flask.Response:
     response = _answer(body, status)
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
-    if terms.retry_after is not None:
-        response.headers["Retry-After"] = str(terms.retry_after)
     return response
 
 

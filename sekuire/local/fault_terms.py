@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Container, Dict, FrozenSet, List, Mapping, Optional, Tuple, Union
 
 import attrs
 
@@ -20,6 +20,8 @@ EXAMPLES: Mapping[str, str] = {
     "error": "error:503,rate=0.1,on=complete",
     "reset": "reset:rate=0.05,on=heartbeat,when=after",
     "half_answer": "half-answer:rate=0.05",
+    "page": "page:404,rate=0.05,on=complete",
+    "interim": "interim:103,rate=0.2",
     "cut_streams": "cut-streams:every=20-40",
     "stall_streams": "stall-streams:10,every=60",
     "expire_tokens": "expire-tokens:every=30",
@@ -31,6 +33,8 @@ _ARGUMENTS: Mapping[str, Tuple[str, ...]] = {
     "error": ("status", "rate", "times", "on", "when", "retry_after", "code"),
     "reset": ("rate", "times", "on", "when"),
     "half_answer": ("rate", "times", "on"),
+    "page": ("status", "rate", "times", "on", "when", "retry_after"),
+    "interim": ("status", "rate", "times", "on"),
     "cut_streams": ("every", "times"),
     "stall_streams": ("seconds", "every", "times"),
     "expire_tokens": ("every", "times"),
@@ -113,10 +117,27 @@ def _when(value: Any) -> str:
     return str(value)
 
 
-def _status(value: Any) -> Optional[int]:
-    if value is not None and (not is_int(value) or not 300 <= value <= 599):
-        raise ConfigurationError("must be the status of a failure, from 300 to 599", "status")
-    return value  # type: ignore[no-any-return]
+def check_failure(value: Any) -> int:
+    """Return the status of an error or an outage."""
+    return _check_status(value, range(300, 600), "must be the status of a failure, from 300 to 599")
+
+
+def check_page(value: Any) -> int:
+    """Return the status of a page: any final one that has a body."""
+    wanted = [status for status in range(200, 600) if status not in (204, 205, 304)]
+    return _check_status(value, wanted, "must be a status with a body, from 200 to 599 without 204, 205 and 304")
+
+
+def check_interim(value: Any) -> int:
+    """Return the status of an interim answer. 101 is not one: it ends HTTP on its connection."""
+    wanted = [status for status in range(100, 200) if status != 101]
+    return _check_status(value, wanted, "must be an interim status such as 100, 102 or 103; 101 is not one")
+
+
+def _check_status(value: Any, wanted: Container[int], problem: str) -> int:
+    if not is_int(value) or value not in wanted:
+        raise ConfigurationError(problem, "status")
+    return int(value)
 
 
 def _retry_after(value: Any) -> Optional[int]:
@@ -145,7 +166,8 @@ class Terms:
     """
 
     seconds: Optional[Tuple[float, float]] = attrs.field(default=None, converter=_seconds)
-    status: Optional[int] = attrs.field(default=None, converter=_status)
+    #: Checked by the method that takes it; each kind has its own range.
+    status: Optional[int] = None
     rate: float = attrs.field(default=1.0, converter=_rate)
     #: None: any.
     on: Optional[FrozenSet[str]] = attrs.field(default="*", converter=_on)  # type: ignore[assignment]

@@ -125,6 +125,8 @@ class Plan(NamedTuple):
 
     #: How it ends, if not as it should.
     fate: Optional[Fault]
+    #: The interim answers that come before its answer.
+    interim: Tuple[Fault, ...]
     #: How long it is late, before or after the platform acts.
     delays: Tuple[Tuple[Fault, float], ...]
     #: From 0 up to 1: where a half answer is cut.
@@ -149,7 +151,7 @@ class Faults:
     What is decided by chance comes from ``seed``: the n-th request of an endpoint meets the same faults in every run
     that defines the same ones in the same order. An error or a reset comes before the platform has seen the request,
     and then nothing was done; or, with ``when="after"``, in place of the answer, and then all was done. Of several
-    faults that strike a request all delays count, and the first error, reset or half answer.
+    faults that strike a request all delays and interim answers count, and the first error, reset, half answer or page.
 
     The Python face of the platform is not touched: ``submit()``, ``wait()`` and the rest work through every fault.
 
@@ -228,8 +230,7 @@ class Faults:
         :param retry_after: seconds for the header ``Retry-After``; None sends none.
         :param code: the ``code`` in the body, by which clients tell errors apart; None: ``INJECTED``.
         """
-        if status is None:
-            raise ConfigurationError("must be the status of a failure, from 300 to 599", "status")
+        fault_terms.check_failure(status)
         terms = Terms(status=status, rate=rate, times=times, on=on, when=when, retry_after=retry_after, code=code)
         return self._strike("error", terms)
 
@@ -258,6 +259,42 @@ class Faults:
         """
         terms = Terms(rate=rate, times=times, on=on, when="after")
         return self._strike("half_answer", terms)
+
+    def page(
+        self,
+        status: int = 502,
+        *,
+        rate: float = 1.0,
+        times: Optional[int] = None,
+        on: Union[str, Collection[str]] = "*",
+        when: str = "before",
+        retry_after: Optional[int] = None,
+    ) -> Fault:
+        """Answer requests with an HTML page, as an ingress, a captive portal or a firewall does.
+
+        No page is a verdict of the platform, whatever its status says: clients must retry.
+
+        :param status: from 200 to 599, without 204, 205 and 304, which have no body.
+        :param retry_after: seconds for the header ``Retry-After``; None sends none.
+        """
+        fault_terms.check_page(status)
+        terms = Terms(status=status, rate=rate, times=times, on=on, when=when, retry_after=retry_after)
+        return self._strike("page", terms)
+
+    def interim(
+        self,
+        status: int = 103,
+        *,
+        rate: float = 1.0,
+        times: Optional[int] = None,
+        on: Union[str, Collection[str]] = "*",
+    ) -> Fault:
+        """Send an interim answer before the real one: 103 Early Hints, 102 Processing, 100 Continue.
+
+        It comes before the platform acts, and with every other fault but a reset. Clients of HTTP/1.0 get none.
+        """
+        fault_terms.check_interim(status)
+        return self._strike("interim", Terms(status=status, rate=rate, times=times, on=on))
 
     # -- faults that happen at a moment -------------------------------------------------------------------------------
 
@@ -298,6 +335,8 @@ class Faults:
         """
         if every is not None and seconds is None:
             raise ConfigurationError("how long? An outage that comes again must end", "seconds")
+        if status is not None:
+            fault_terms.check_failure(status)
         if retry_after is not None and status is None:
             raise ConfigurationError("needs a status: refused connections have no answer to carry it", "retry_after")
         terms = Terms(seconds=seconds, status=status, retry_after=retry_after, every=every, times=times)
@@ -401,9 +440,10 @@ class Faults:
         with self._changed:
             fate = next((fault for fault in reversed(self._lasting) if fault.terms.status is not None), None)
             if fate is not None:
-                return Plan(fate, (), 0.0, self._epoch)
+                return Plan(fate, (), (), 0.0, self._epoch)
             where = 0.0
             delays = []
+            interim = []
             for fault in self._rules:
                 if fault.terms.on is not None and endpoint not in fault.terms.on:
                     continue
@@ -413,16 +453,18 @@ class Faults:
                     continue
                 if fault.terms.seconds is not None:
                     delays.append((fault, _between(fault.terms.seconds, how)))
+                elif fault.kind == "interim":
+                    interim.append(fault)
                 elif fate is None:
                     fate, where = fault, how
             if fate is not None and fate.terms.when == "before":
                 # There will be no answer of the platform's to be late.
                 delays = [(fault, seconds) for fault, seconds in delays if fault.terms.when == "before"]
-            met = [fault for fault, _ in delays] + ([] if fate is None else [fate])
+            met = [fault for fault, _ in delays] + interim + ([] if fate is None else [fate])
             for fault in met:
                 self._count(fault, 1)
                 logger.debug("injected into a request of %s: %s", endpoint, fault)
-            return Plan(fate, tuple(delays), where, self._epoch) if met else None
+            return Plan(fate, tuple(interim), tuple(delays), where, self._epoch) if met else None
 
     def delay(self, plan: Plan, when: str) -> bool:
         """Sleep as long as the plan says; false if the platform has got out of reach meanwhile."""

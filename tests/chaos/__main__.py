@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import List, Optional
 
-from .scenario import Plan, run
+from .scenario import KINDS, Plan, run
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -33,6 +33,14 @@ def main(arguments: Optional[List[str]] = None) -> int:
         "--max-workers", type=int, default=8, metavar="N", help="handler threads (default: %(default)s)"
     )
     parser.add_argument("--no-outbox", action="store_true", help="without the outbox")
+    parser.add_argument(
+        "--kinds",
+        nargs="*",
+        default=list(KINDS),
+        choices=list(KINDS),
+        metavar="KIND",
+        help=f"what there is besides faulty calls and kills: {', '.join(KINDS)} (default: all)",
+    )
     parser.add_argument("--without", nargs="*", default=[], metavar="FAULT", help="kinds of faults to leave out")
     parser.add_argument("--keep", action="store_true", help="keep the database and the logs")
     options = parser.parse_args(arguments)
@@ -49,6 +57,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         outbox=False if options.no_outbox else None,
         max_workers=options.max_workers,
         without=tuple(options.without),
+        kinds=tuple(options.kinds),
     )
     # As an interrupt does: the processes are ended on the way out.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -78,6 +87,7 @@ def repetition(options: argparse.Namespace, seed: int) -> str:
     words += [f"--kill-every {options.kill_every:g}", f"--limit {options.limit:g}"]
     words += [f"--max-workers {options.max_workers}", f"--seed {seed}"]
     words += ["--no-outbox"] if options.no_outbox else []
+    words += ["--kinds", *options.kinds] if set(options.kinds) != set(KINDS) else []
     words += ["--without", *options.without] if options.without else []
     return " ".join(words)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import json
 import sqlite3
 from typing import Counter, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from .proxy import Seen
+from .proxy import Beat, Seen
 
 #: Failures that answer a task whose handler has not begun (or, of a flaky task, is not to begin again).
-UNBEGUN = frozenset({"worker_paused", "worker_terminated", "worker_shutdown"})
+UNBEGUN = frozenset({"worker_paused", "worker_terminated", "worker_shutdown", "policy_unavailable"})
+#: What the policy of a run denies, whatever comes in its place.
+FORBIDDEN = "work.forbidden"
+#: The processes of the second replica count from here.
+FIRST_TWIN = 10_001
 PLANNED = frozenset({"planned", "flaky"})
 
 
@@ -44,6 +49,7 @@ class TaskRow(NamedTuple):
     run: Optional[str]
     at: float
     accepted: Tuple[Accepted, ...]
+    capability: str = "work"
 
 
 class End(NamedTuple):
@@ -56,6 +62,15 @@ class End(NamedTuple):
     at: float
     in_outbox: FrozenSet[str] = frozenset()
     undelivered: FrozenSet[str] = frozenset()
+    has_outbox: bool = True
+
+
+class Process(NamedTuple):
+    """A worker's process: when it began, its installation if it reported one, and whether it keeps its credentials."""
+
+    began: float
+    installation_id: Optional[str] = None
+    has_file: bool = True
 
 
 class Evidence(NamedTuple):
@@ -67,6 +82,10 @@ class Evidence(NamedTuple):
     runs: Sequence[Run]
     seen: Sequence[Seen]
     ends: Dict[int, End]
+    processes: Dict[int, Process] = {}
+    beats: Sequence[Beat] = ()
+    #: Seconds after a lease's end in which a task may still begin; None: leases are not looked at.
+    grace: Optional[float] = None
 
 
 class Verdict(NamedTuple):
@@ -80,6 +99,8 @@ class Verdict(NamedTuple):
     extra_by_drop: int
     extra_unexplained: int
     violations: List[str]
+    extra_by_move: int = 0
+    past_lease: int = 0
 
 
 def judge(evidence: Evidence) -> Verdict:
@@ -89,6 +110,8 @@ def judge(evidence: Evidence) -> Verdict:
     counts = _check_runs(evidence, violations)
     _check_results(evidence, violations)
     _check_posts(evidence, violations)
+    past_lease = _check_leases(evidence, violations)
+    _check_installations(evidence, violations)
     lost = _find_lost(evidence, violations)
     return Verdict(
         lost=lost,
@@ -99,6 +122,8 @@ def judge(evidence: Evidence) -> Verdict:
         extra_by_drop=counts["drop"],
         extra_unexplained=counts["unexplained"],
         violations=violations,
+        extra_by_move=counts["move"],
+        past_lease=past_lease,
     )
 
 
@@ -127,6 +152,12 @@ def _check_results(evidence: Evidence, violations: List[str]) -> None:
     runs = _by_task(evidence.runs)
     for task_id, row in evidence.tasks.items():
         names = [run.name for run in runs.get(task_id, ())]
+        if row.capability == FORBIDDEN:
+            if names:
+                violations.append(f"{task_id}: ran as {names} although the policy denies {FORBIDDEN}")
+            elif row.status == "completed" or row.code not in (*UNBEGUN, "policy_denied"):
+                violations.append(f"{task_id}: {row.status} with {row.code} although the policy denies {FORBIDDEN}")
+            continue
         is_planned = row.status == "completed" or row.code in PLANNED
         if is_planned and row.run not in names:
             violations.append(f"{task_id}: its result is of run {row.run}, and its runs were {names}")
@@ -137,6 +168,7 @@ def _check_results(evidence: Evidence, violations: List[str]) -> None:
 def _check_runs(evidence: Evidence, violations: List[str]) -> Counter[str]:
     """Every run of a task after its first one has an explanation."""
     counts: Counter[str] = collections.Counter()
+    is_shared = any(number >= FIRST_TWIN for number in evidence.processes)
     posted = {seen.run for seen in evidence.seen if seen.kind == "posted" and seen.run}
     dropped = {seen.task_id for seen in evidence.seen if seen.kind == "dropped"}
     for task_id, runs in _by_task(evidence.runs).items():
@@ -148,6 +180,9 @@ def _check_runs(evidence: Evidence, violations: List[str]) -> Counter[str]:
             if any(before.attempt <= one.attempt < after.attempt and one.status == "queued" for one in row.accepted):
                 counts["retry"] += 1
                 continue
+            if is_shared and _is_moved(runs, before, after):
+                counts["move"] += 1
+                continue
             problem = _unexplained(evidence, row, before, after, before.name in posted, task_id in dropped)
             if problem is None:
                 counts["drop" if task_id in dropped else "kill"] += 1
@@ -156,6 +191,13 @@ def _check_runs(evidence: Evidence, violations: List[str]) -> Counter[str]:
                 violations.append(f"{task_id}: ran again as {after.name} (attempt {after.attempt}) after {before.name}"
                                   f" (attempt {before.attempt}) although {problem}")  # fmt: skip
     return counts
+
+
+def _is_moved(runs: Sequence[Run], before: Run, after: Run) -> bool:
+    """Return True if the platform gave the task to the other replica, which had not run it before."""
+    is_other = (before.process >= FIRST_TWIN) != (after.process >= FIRST_TWIN)
+    earlier = runs[: runs.index(after)]
+    return is_other and after.attempt > before.attempt and after.process not in {run.process for run in earlier}
 
 
 def _unexplained(
@@ -172,9 +214,10 @@ def _unexplained(
         return f"process {before.process} has not ended"
     if not end.killed and before.task_id not in end.undelivered:
         return f"process {before.process} was stopped in order"
-    if evidence.with_outbox and before.task_id in end.in_outbox:
+    with_outbox = evidence.with_outbox and end.has_outbox
+    if with_outbox and before.task_id in end.in_outbox:
         return "its result was in the outbox"
-    if evidence.with_outbox and was_posted:
+    if with_outbox and was_posted:
         return "its result had been sent, so it was in the outbox before"
     if row.status in ("completed", "failed") and row.at < end.at:
         return f"its result was accepted {end.at - row.at:.3f} s before the process ended"
@@ -223,6 +266,50 @@ def _check_posts(evidence: Evidence, violations: List[str]) -> None:
             violations.append(f"{task_id}: attempt {seen.attempt} was sent with the key {seen.key!r}")
 
 
+def _check_leases(evidence: Evidence, violations: List[str]) -> int:
+    """Check that no handler began after its lease and the grace had ended, whatever answered the heartbeats."""
+    if evidence.grace is None:
+        return 0
+    beats: Dict[str, List[Beat]] = {}
+    for beat in evidence.beats:
+        if beat.ends is not None:
+            beats.setdefault(beat.installation_id, []).append(beat)
+    times = {installation_id: [beat.at for beat in mine] for installation_id, mine in beats.items()}
+    past = 0
+    for run in evidence.runs:
+        process = evidence.processes.get(run.process)
+        if process is None or process.installation_id is None:
+            continue
+        mine = beats.get(process.installation_id, [])
+        last = bisect.bisect_right(times.get(process.installation_id, []), run.at)
+        # A beat of the process before proves nothing to this one.
+        ends = [beat.ends for beat in mine[max(0, last - 1) : last] if beat.at >= process.began]
+        if ends and ends[0] is not None and run.at > ends[0] + evidence.grace:
+            past += 1
+            violations.append(f"{run.task_id}: began as {run.name} {run.at - ends[0]:.1f} s after the lease had ended")
+    return past
+
+
+def _check_installations(evidence: Evidence, violations: List[str]) -> None:
+    """Check that each replica is an installation of its own: one for each credentials file or process without one."""
+    owners: Dict[str, Set[str]] = {}
+    files: Dict[str, Set[str]] = {}
+    for number, process in evidence.processes.items():
+        if process.installation_id is None:
+            continue
+        file = "twin" if number >= FIRST_TWIN else "first"
+        owner = file if process.has_file else f"process {number}"
+        owners.setdefault(process.installation_id, set()).add(owner)
+        if process.has_file:
+            files.setdefault(file, set()).add(process.installation_id)
+    for installation_id, names in owners.items():
+        if len(names) > 1:
+            violations.append(f"{installation_id}: one installation of {len(names)} replicas: {sorted(names)}")
+    for file, found in files.items():
+        if len(found) > 1:
+            violations.append(f"the {file} credentials file had {len(found)} installations: {sorted(found)}")
+
+
 def _by_task(runs: Iterable[Run]) -> Dict[str, List[Run]]:
     found: Dict[str, List[Run]] = {}
     for run in runs:
@@ -255,9 +342,10 @@ def read_tasks(path: str) -> Dict[str, TaskRow]:
             told = json.loads(answer)
             accepted.setdefault(task_id, []).append(Accepted(key, told["attempt"], told["status"]))
         tasks = {}
-        for task_id, status, result, at in database.execute("SELECT task_id, status, result, updated_at FROM tasks"):
+        query = "SELECT task_id, status, result, updated_at, capability FROM tasks"
+        for task_id, status, result, at, capability in database.execute(query):
             code, run = _result(result)
-            tasks[task_id] = TaskRow(status, code, run, at, tuple(accepted.get(task_id, ())))
+            tasks[task_id] = TaskRow(status, code, run, at, tuple(accepted.get(task_id, ())), capability)
         return tasks
     finally:
         database.close()

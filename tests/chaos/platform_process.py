@@ -41,7 +41,9 @@ def _do(platform: LocalPlatform, op: str, asked: Dict[str, Any]) -> Dict[str, An
         with platform._store._lock:
             return {"tasks": platform._store._connection().execute(query).fetchall()}
     if op == "install_token":
-        return {"token": platform.create_install_token(asked["agent_id"])}
+        return {"token": platform.create_install_token(asked["agent_id"], asked["max_uses"])}
+    if op == "policy_key":
+        return {"workspace_id": platform.workspace_id, "key": platform.policy_public_key}
     if op == "installations":
         return {"ids": [one["installation_id"] for one in platform.installations()]}
     if op == "command":
@@ -49,6 +51,8 @@ def _do(platform: LocalPlatform, op: str, asked: Dict[str, Any]) -> Dict[str, An
         for one in platform.installations():
             platform.command(one["installation_id"], asked["type"], "chaos")
         platform.hold_commands = False
+    elif op == "policy":
+        platform.set_policy(platform.workspace_id, asked["content"])
     elif op == "expire_tokens":
         platform.expire_tokens()
     elif op == "drop_streams":

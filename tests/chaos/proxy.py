@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import datetime
+import json
 import random
 import re
 import selectors
@@ -12,6 +14,8 @@ import struct
 import threading
 import time
 from typing import Collection, Counter, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
+
+from .pages import ENDPOINTS, Page, draw_interim, draw_page, endpoint_of
 
 #: Fault → its weight among the faults of calls.
 CALL_FAULTS: Mapping[str, float] = {
@@ -44,6 +48,12 @@ STREAM_FAULTS: Mapping[str, float] = {
 }
 #: A lie told to a completion, with a rate of its own: "no such task".
 GONE = "gone"
+#: Answers of something in between: in place of the platform's, before or after it has acted.
+PAGES = ("page", "page-after")
+#: Endpoint → how often it gets pages, compared with completions; ten times where it is not here.
+_OFTEN: Mapping[str, float] = {"complete": 1.0, "heartbeat": 5.0, "progress": 5.0, "release": 5.0, "stream": 5.0}
+#: Interim answers before the real one.
+INTERIM = "interim"
 
 _STREAM_PATH = "/api/v1/tasks/stream"
 _COMPLETION = re.compile(r"/api/v1/tasks/([^/?]+)/complete$")
@@ -51,10 +61,14 @@ _GIVEN = re.compile(rb'"task_id":"([^"]+)"')
 _RUN = re.compile(rb'"run":"([^"]+)"')
 _WORKER = re.compile(rb'"worker_id":"([^"]+)"')
 _ATTEMPT = re.compile(rb'"attempt":([0-9]+)')
+_HEARTBEAT = re.compile(r"/api/v1/installations/([^/?]+)/heartbeat\Z")
+_WORKER_IN_QUERY = re.compile(r"[?&]worker_id=([^&]+)")
 _LONGEST_ID = 300
 _PATIENCE = 30.0
 #: Seconds within which a client still waits for its answer.
 _SURELY_READ = 0.4
+#: Seconds after which a client has read the head of its stream.
+_SURELY_OPEN = 1.0
 
 
 class Rule(NamedTuple):
@@ -77,6 +91,14 @@ class Seen(NamedTuple):
     worker_id: str = ""
     run: str = ""
     attempt: int = 0
+
+
+class Beat(NamedTuple):
+    """A heartbeat whose answer is forwarded: when, whose, and when its lease ends (both by the wall clock)."""
+
+    at: float
+    installation_id: str
+    ends: Optional[float]
 
 
 class _Gone(Exception):
@@ -171,6 +193,18 @@ class FaultProxy:
         self.target = target
         self.rules: List[Rule] = []
         self.gone_rate = 0.0
+        #: Endpoint → the share of its requests that get a page, and of all answers that follow interim ones.
+        self.page_rates: Mapping[str, float] = {}
+        self.interim_rate = 0.0
+        #: True while every heartbeat gets a page.
+        self.has_lapse = False
+        #: Kind of page by endpoint → how often it was sent.
+        self.pages: Counter[Tuple[str, str]] = collections.Counter()
+        self.beats: List[Beat] = []
+        #: When and for which path a request was sent on a connection that had gone silent before.
+        self.lost: List[Tuple[float, str]] = []
+        #: The workers whose stream has been open.
+        self.connected: Set[str] = set()
         #: While true, calls are read and neither forwarded nor answered, as by a network that loses every packet.
         self.swallowing = False
         self.injected: Counter[str] = collections.Counter()
@@ -197,9 +231,24 @@ class FaultProxy:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def set_faults(self, calls: float, stream: float, gone: float = 0.0, *, without: Collection[str] = ()) -> None:
-        """Rates for calls, for connections of the stream, and of lies about completions; 0 forwards faithfully."""
+    def set_faults(
+        self,
+        calls: float,
+        stream: float,
+        gone: float = 0.0,
+        *,
+        pages: float = 0.0,
+        interim: float = 0.0,
+        without: Collection[str] = (),
+    ) -> None:
+        """Set the rates for calls, for connections of the stream, of lies about completions, of pages and of interim
+        answers; 0 forwards faithfully.
+
+        Endpoints that are seldom called get more pages than completions.
+        """
         self.gone_rate = gone
+        self.page_rates = {name: min(0.5, _OFTEN.get(name, 10.0) * pages) for name in ENDPOINTS} if pages else {}
+        self.interim_rate = interim
         self.rules = [
             Rule(prefix, rate, {fault: weight for fault, weight in weights.items() if fault not in without})
             for prefix, rate, weights in ((_STREAM_PATH, stream, STREAM_FAULTS), ("/", calls, CALL_FAULTS))
@@ -222,6 +271,23 @@ class FaultProxy:
         self.injected["outage"] += 1
         for connection in self._now_open():
             connection.cut()
+
+    @property
+    def is_listening(self) -> bool:
+        with self._lock:
+            return self._listener is not None
+
+    def silence(self) -> int:
+        """Fail over: every open connection goes silent without an end, new ones work. Return how many were open.
+
+        What comes on a silent connection is read and lost. Some of those to the platform end at once, others stay
+        until the client gives its side up.
+        """
+        connections = self._now_open()
+        for connection in connections:
+            connection.silent = True
+        self.injected["silence"] += 1
+        return len(connections)
 
     def close(self) -> None:
         self._ended.set()
@@ -287,8 +353,13 @@ class FaultProxy:
     def draw(self, dice: random.Random, path: str, is_completion: bool) -> Optional[str]:
         """The fault of a request, if it gets one; counted."""
         fault: Optional[str] = None
+        page_rate = self.page_rates.get(endpoint_of(path) or "", 0.0) if self.page_rates else 0.0
+        if self.has_lapse and endpoint_of(path) == "heartbeat":
+            page_rate = 1.0
         if is_completion and dice.random() < self.gone_rate:
             fault = GONE
+        elif page_rate and dice.random() < page_rate:
+            fault = PAGES[dice.random() < 0.3]
         else:
             rule = next((rule for rule in self.rules if path.startswith(rule.prefix)), None)
             if rule is not None and dice.random() < rule.rate:
@@ -296,6 +367,31 @@ class FaultProxy:
         if fault is not None:
             self.injected[fault] += 1
         return fault
+
+    def draw_page(self, dice: random.Random, path: str, is_proven: bool) -> Page:
+        """The page that a request gets; counted."""
+        endpoint = endpoint_of(path) or ""
+        page = draw_page(dice, endpoint, is_proven=is_proven)
+        self.pages[endpoint, page.name] += 1
+        return page
+
+    def is_proven(self, path: str, worker_id: str = "") -> bool:
+        """Return True if this endpoint has answered before, so that a client knows the platform's address."""
+        endpoint = endpoint_of(path)
+        if endpoint == "stream":
+            return worker_id in self.connected
+        return endpoint != "bootstrap"
+
+    def draw_interim(self, dice: random.Random) -> bytes:
+        """What comes before an answer's head, mostly nothing."""
+        if not self.interim_rate or dice.random() >= self.interim_rate:
+            return b""
+        self.injected[INTERIM] += 1
+        return draw_interim(dice)
+
+    @property
+    def is_ended(self) -> bool:
+        return self._ended.is_set()
 
     def sleep(self, seconds: float) -> None:
         self._ended.wait(seconds)
@@ -312,15 +408,21 @@ class _Connection:
         self._client = _Peer(sock)
         self._upstream: Optional[_Peer] = None
         self._dice = dice
+        #: True after a failover; any thread sets it.
+        self.silent = False
 
     def run(self) -> None:
         while True:
             raw = self._client.head()
             head = _Head(raw)
             raw += self._client.exactly(head.length)
+            if self.silent:
+                self._proxy.lost.append((time.time(), head.first[1]))
+            self._check_silent()
             self._proxy.calls += 1
             if head.first[1].partition("?")[0] == _STREAM_PATH:
-                self._stream(raw)
+                worker = _WORKER_IN_QUERY.search(head.first[1])
+                self._stream(raw, worker.group(1) if worker else "")
                 return
             self._call(head, raw)
 
@@ -338,10 +440,36 @@ class _Connection:
         self._client.sock.close()
         self._hang_up()
 
+    def _send(self, data: bytes) -> None:
+        """Send to the client, unless this connection has gone silent."""
+        self._check_silent()
+        self._client.sock.sendall(data)
+
+    def _reset(self) -> None:
+        self._check_silent()
+        self._client.reset()
+
+    def _check_silent(self) -> None:
+        """On a silent connection: read and lose what comes until the client gives it up, and then end."""
+        if not self.silent:
+            return
+        if self._dice.random() < 0.5:
+            self._hang_up()
+        sock = self._client.sock
+        sock.settimeout(0.2)
+        end = time.monotonic() + 4 * _PATIENCE
+        while not self._proxy.is_ended and time.monotonic() < end:
+            try:
+                if not sock.recv(65536):
+                    break
+            except socket.timeout:
+                continue
+        raise _Gone
+
     # -- calls --------------------------------------------------------------------------------------------------------
 
     def _call(self, head: _Head, raw: bytes) -> None:
-        proxy, client, dice = self._proxy, self._client, self._dice
+        proxy, dice = self._proxy, self._dice
         came = time.monotonic()
         path = head.first[1].partition("?")[0]
         match = _COMPLETION.match(path)
@@ -357,10 +485,14 @@ class _Connection:
             proxy.sleep(1.0)
             raise _Gone
         if fault == "reset-before":
-            client.reset()
+            self._reset()
             raise _Gone
+        interim = proxy.draw_interim(dice)
+        if fault == "page":
+            self._send_page(path, interim)
+            return
         if fault in _INSTEAD:
-            client.sock.sendall(_INSTEAD[fault])
+            self._send(interim + _INSTEAD[fault])
             if fault == GONE and posted is not None:
                 proxy.gone.add(posted.task_id)
                 proxy.seen.append(posted._replace(kind="dropped"))
@@ -370,18 +502,27 @@ class _Connection:
         upstream = self._dial()
         if fault == "reset-in-request":
             upstream.sock.sendall(raw[: dice.randrange(1, len(raw))])
-            client.reset()
+            self._reset()
             upstream.reset()
             raise _Gone
         upstream.sock.sendall(raw)
         if fault == "reset-after-request":
-            client.reset()
+            self._reset()
         status, answer = self._read_answer(upstream)
         if fault == "reset-after-request":
             raise _Gone
         if fault == "duplicate":
             self._dial().sock.sendall(raw)
             status, answer = self._read_answer(upstream)
+        if fault == "page-after":
+            self._send_page(path, interim)
+            return
+        if interim:
+            # Early, as a proxy sends it, or together with the answer.
+            self._send(interim)
+            proxy.sleep(dice.choice((0.0, 0.02)))
+        if 200 <= status < 300:
+            self._note_beat(path, answer)
         self._answer(answer, fault)
         if posted is not None and fault != "bad-gateway-after" and time.monotonic() - came < _SURELY_READ:
             if status in (404, 410):
@@ -389,30 +530,43 @@ class _Connection:
             elif 200 <= status < 300:
                 proxy.seen.append(posted._replace(kind="accepted"))
 
+    def _send_page(self, path: str, interim: bytes, worker_id: str = "") -> None:
+        page = self._proxy.draw_page(self._dice, path, self._proxy.is_proven(path, worker_id))
+        self._send(interim + page.data)
+        if page.is_last:
+            raise _Gone
+
+    def _note_beat(self, path: str, answer: bytes) -> None:
+        match = _HEARTBEAT.match(path)
+        if match:
+            ends = json.loads(answer.partition(b"\r\n\r\n")[2]).get("lease_expires_at")
+            at = None if ends is None else datetime.datetime.fromisoformat(ends.replace("Z", "+00:00")).timestamp()
+            self._proxy.beats.append(Beat(time.time(), match.group(1), at))
+
     def _answer(self, answer: bytes, fault: Optional[str]) -> None:
-        client, dice = self._client, self._dice
+        dice = self._dice
         cut = dice.randrange(1, len(answer))
         if fault in ("reset-in-answer", "half-answer"):
-            client.sock.sendall(answer[:cut])
+            self._send(answer[:cut])
             if fault == "reset-in-answer":
-                client.reset()
+                self._reset()
             raise _Gone
         if fault == "bad-gateway-after":
-            client.sock.sendall(_answer(502, "Bad Gateway"))
+            self._send(_answer(502, "Bad Gateway"))
         elif fault == "stall":
             self._proxy.stall(dice)
-            client.sock.sendall(answer)
+            self._send(answer)
         elif fault == "stall-in-answer":
-            client.sock.sendall(answer[:cut])
+            self._send(answer[:cut])
             self._proxy.stall(dice)
-            client.sock.sendall(answer[cut:])
+            self._send(answer[cut:])
         elif fault == "throttle":
             size = len(answer) // 20 + 1
             for start in range(0, len(answer), size):
-                client.sock.sendall(answer[start : start + size])
+                self._send(answer[start : start + size])
                 self._proxy.sleep(0.01)
         else:
-            client.sock.sendall(answer)
+            self._send(answer)
 
     def _read_answer(self, upstream: _Peer) -> Tuple[int, bytes]:
         raw = upstream.head()
@@ -432,9 +586,9 @@ class _Connection:
             except OSError:
                 self._proxy.unreached += 1
                 if self._dice.random() < 0.5:
-                    self._client.sock.sendall(_answer(502, "Bad Gateway", "Connection: close"))
+                    self._send(_answer(502, "Bad Gateway", "Connection: close"))
                 else:
-                    self._client.reset()
+                    self._reset()
                 raise
         return self._upstream
 
@@ -445,28 +599,33 @@ class _Connection:
 
     # -- the stream ---------------------------------------------------------------------------------------------------
 
-    def _stream(self, raw: bytes) -> None:
-        proxy, client, dice = self._proxy, self._client, self._dice
+    def _stream(self, raw: bytes, worker_id: str) -> None:
+        proxy, dice = self._proxy, self._dice
         fault = proxy.draw(dice, _STREAM_PATH, False)
+        interim = proxy.draw_interim(dice)
+        if fault in PAGES:
+            self._send_page(_STREAM_PATH, interim, worker_id)
+            return
         if fault == "stream-503":
-            client.sock.sendall(_answer(503, "Service Unavailable", "Connection: close"))
+            self._send(_answer(503, "Service Unavailable", "Connection: close"))
             return
         if fault == "stream-reset-before":
-            client.reset()
+            self._reset()
             return
         upstream = self._dial()
         upstream.sock.sendall(raw)
         head = upstream.head()
         if fault == "stream-half-head":
-            client.sock.sendall(head[: dice.randrange(1, len(head))])
+            self._send(head[: dice.randrange(1, len(head))])
             return
-        client.sock.sendall(head)
+        self._send(interim + head)
         # Small numbers of bytes as likely as large ones: a cut may hit the first event or the thousandth.
-        self._pump(upstream, fault, int(2.0 ** dice.uniform(0.0, 18.0)))
+        self._pump(upstream, fault, int(2.0 ** dice.uniform(0.0, 18.0)), worker_id)
 
-    def _pump(self, upstream: _Peer, fault: Optional[str], after: int) -> None:
+    def _pump(self, upstream: _Peer, fault: Optional[str], after: int, worker_id: str) -> None:
         """Forward events until a side ends; ``fault`` happens when ``after`` bytes have passed."""
         client = self._client
+        opened = time.monotonic()
         passed = 0
         known = b""
         data = upstream.rest()
@@ -477,14 +636,17 @@ class _Connection:
                 if data:
                     known = self._note_given(known + data)
                     if fault is not None and passed + len(data) >= after:
-                        client.sock.sendall(data[: after - passed])
+                        self._send(data[: after - passed])
                         data = data[after - passed :]
                         self._break(fault, upstream, data)
                         fault = None
                     else:
-                        client.sock.sendall(data)
+                        self._send(data)
                     passed += len(data)
                 ready = {key.fileobj for key, _ in selector.select(_PATIENCE)}
+                self._check_silent()
+                if time.monotonic() - opened > _SURELY_OPEN:
+                    self._proxy.connected.add(worker_id)
                 if client.sock in ready and not client.sock.recv(65536):
                     return
                 data = b""
@@ -495,28 +657,27 @@ class _Connection:
 
     def _break(self, fault: str, upstream: _Peer, data: bytes) -> None:
         """Have the fault of a stream; ``data`` has not been forwarded yet."""
-        client = self._client
         if fault in ("stream-cut", "stream-reset"):
             if fault == "stream-reset":
-                client.reset()
+                self._reset()
             raise _Gone
         if fault == "stream-stall":
             # As of a half-open connection: nothing comes, and then it breaks.
             self._proxy.stall(self._dice)
-            client.reset()
+            self._reset()
             raise _Gone
         if fault == "stream-dribble":
             for start in range(min(len(data), 300)):
-                client.sock.sendall(data[start : start + 1])
+                self._send(data[start : start + 1])
                 self._proxy.sleep(0.001)
-            client.sock.sendall(data[300:])
+            self._send(data[300:])
         elif fault == "stream-pause":
             self._proxy.stall(self._dice)
-            client.sock.sendall(data)
+            self._send(data)
         else:
             # A proxy that buffers: what comes within a while is sent in one piece.
             self._proxy.sleep(0.3)
-            client.sock.sendall(data)
+            self._send(data)
 
     def _note_given(self, text: bytes) -> bytes:
         """Note the tasks in ``text``; the end that may hold the beginning of another one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import os
@@ -9,7 +10,19 @@ import random
 import time
 from typing import Any, Callable, Counter, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
-from .invariants import End, Evidence, Verdict, count_tasks, judge, read_outbox, read_runs, read_tasks
+from .invariants import (
+    FIRST_TWIN,
+    FORBIDDEN,
+    End,
+    Evidence,
+    Process,
+    Verdict,
+    count_tasks,
+    judge,
+    read_outbox,
+    read_runs,
+    read_tasks,
+)
 from .process import Child, Ended, Message
 from .proxy import GONE, FaultProxy
 from .worker_process import has_outbox
@@ -18,6 +31,13 @@ AGENT = "chaos-agent"
 KILLS = ("kill-worker", "kill-platform", "kill-worker-in-report")
 #: What happens between two kills.
 TROUBLES = ("pause", "pause-lost", "expire-tokens", "drop-streams", "outage", "restart-worker", "drop-streams")
+#: Kind → the troubles that it adds. Interim answers and pages are faults of calls and streams too.
+KINDS: Dict[str, Tuple[str, ...]] = {
+    "interim": (),
+    "pages": ("new-policy", "lapse"),
+    "silence": ("failover",),
+    "twins": ("kill-twin",),
+}
 
 #: Seconds for a process to begin, to answer, to stop.
 _PATIENCE = 60.0
@@ -27,6 +47,20 @@ _STUCK = 30.0
 #: Violations that happen while it runs after which it ends early.
 _MOST_PROBLEMS = 20
 _TICK = 0.02
+#: Seconds of a lease where pages may end one, and of the library's grace, with a margin for a slow machine.
+_SHORT_LEASE = 3.0
+_GRACE = 10.0
+_MARGIN = 3.0
+#: Seconds for which every heartbeat gets a page: a handler that begins in the last of them is past its lease.
+_LAPSE = _SHORT_LEASE + _GRACE + _MARGIN + 4.0
+#: Lapses in one run: in each of them little else happens.
+_MOST_LAPSES = 3
+#: Seconds after a failover within which a heartbeat must have come through.
+_FAILOVER = 15.0
+#: Heartbeats that may be lost on old connections after it: the first timeout must empty the pool.
+_LOST_BEATS = 2
+#: Seconds to wait for a moment without a task before it.
+_IDLE = 5.0
 
 
 class Plan(NamedTuple):
@@ -37,6 +71,7 @@ class Plan(NamedTuple):
     :param at: troubles that come when this share of all tasks is done, such as ``((0.3, "kill-worker"),)``.
     :param limit: seconds after which no more tasks are submitted.
     :param settle: seconds that may pass until all submitted tasks are done.
+    :param kinds: what there is besides faulty calls, faulty streams and kills, of :data:`KINDS`.
     :param without: kinds of faults that are left out, to look for what else there is.
     :param backlog: undone tasks at which the submission waits.
     """
@@ -52,6 +87,7 @@ class Plan(NamedTuple):
     outbox: Optional[bool] = None
     max_workers: int = 8
     without: Tuple[str, ...] = ()
+    kinds: Tuple[str, ...] = tuple(KINDS)
 
 
 class Figures(NamedTuple):
@@ -64,15 +100,24 @@ class Figures(NamedTuple):
     connections: int
     unreached: int
     injected: Dict[str, int]
+    pages: Dict[Tuple[str, str], int]
     happened: Dict[str, int]
     failed: Dict[str, int]
     duplicates: int
+    installations: int
     seconds: float
     verdict: Verdict
 
     @property
     def violations(self) -> List[str]:
         return self.verdict.violations
+
+    def pages_by(self, which: int) -> Dict[str, int]:
+        """The pages by endpoint (0) or by kind (1)."""
+        found: Counter[str] = Counter()
+        for key, number in self.pages.items():
+            found[key[which]] += number
+        return dict(found)
 
     def lines(self) -> Iterator[str]:
         """The figures as lines of text."""
@@ -86,14 +131,20 @@ class Figures(NamedTuple):
         yield f"failed as they may {_counted(self.failed)}"
         yield f"requests           {self.calls} on {self.connections} connections, {self.unreached} met no platform"
         yield f"faults injected    {total}: {_counted(self.injected)}"
+        if self.pages:
+            yield f"pages by endpoint  {_counted(self.pages_by(0))}"
+            yield f"pages by kind      {_counted(self.pages_by(1))}"
         yield f"troubles           {_counted(self.happened)}"
         yield f"runs               {verdict.runs}"
         yield f"  tried again      {verdict.retries} (retryable failures)"
-        yield f"  extra, explained {verdict.extra_by_kill} by a kill, {verdict.extra_by_drop} by an answered 404"
+        by_other = f"{verdict.extra_by_drop} by an answered 404, {verdict.extra_by_move} by the other replica"
+        yield f"  extra, explained {verdict.extra_by_kill} by a kill, {by_other}"
         yield f"  extra            {verdict.extra_unexplained}"
         yield f"duplicates met     {self.duplicates}"
+        yield f"installations      {self.installations}"
         yield f"lost               {verdict.lost}"
         yield f"double accepts     {verdict.double_accepts}"
+        yield f"begun past a lease {verdict.past_lease}"
         yield f"wall time          {self.seconds:.1f} s ({self.tasks / self.seconds:.0f} tasks/s)"
         yield f"violations         {len(verdict.violations)}"
         for violation in verdict.violations[:50]:
@@ -141,6 +192,15 @@ class Scenario:
         self._is_stuck = False
         self._stopping: Optional[_Stopping] = None
         self._at = sorted(plan.at)
+        self._twin: Optional[Child] = None
+        self._twins = 0
+        self._starts: Dict[int, Process] = {}
+        self._policy: Tuple[Optional[str], Optional[str]] = (None, None)
+        # Until when nothing else may happen: a lapse or a failover is looked at alone.
+        self._quiet_until = 0.0
+        self._is_holding = False
+        self._next_batch = 0.0
+        self._troubles = TROUBLES + tuple(one for kind in plan.kinds for one in KINDS[kind])
         self._kills = itertools.cycle(self._dice.sample(KILLS, len(KILLS)))
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -157,7 +217,7 @@ class Scenario:
             self._problems.append(f"a process ended by itself, or hangs: {error}")
         finally:
             stopping = self._stopping.child if self._stopping is not None else None
-            for child in (self._worker, stopping, self._platform):
+            for child in (self._worker, self._twin, stopping, self._platform):
                 if child is not None:
                     child.kill()
             self._proxy.close()
@@ -166,11 +226,26 @@ class Scenario:
     def _begin(self) -> None:
         self._start_platform()
         assert self._platform is not None
-        self._token = self._platform.ask("install_token", agent_id=AGENT)["token"]
+        kinds = self._plan.kinds
+        max_uses = 1_000_000 if "twins" in kinds else 1
+        self._token = self._platform.ask("install_token", agent_id=AGENT, max_uses=max_uses)["token"]
+        if "pages" in kinds:
+            self._set_policy()
+            answer = self._platform.ask("policy_key")
+            self._policy = (answer["workspace_id"], answer["key"])
         faults = self._plan.faults
         gone = 0.0 if GONE in self._plan.without else faults / 50
-        self._proxy.set_faults(faults, min(1.0, 10 * faults), gone, without=self._plan.without)
+        self._proxy.set_faults(
+            faults,
+            min(1.0, 10 * faults),
+            gone,
+            pages=faults if "pages" in kinds else 0.0,
+            interim=faults if "interim" in kinds else 0.0,
+            without=self._plan.without,
+        )
         self._start_worker()
+        if "twins" in kinds:
+            self._start_twin()
         if self._plan.kill_every:
             self._later(self._dice.uniform(0.5, 1.0) * self._plan.kill_every, self._kill_by_the_clock)
             self._later(self._dice.uniform(0.1, 0.6) * self._plan.kill_every, self._trouble_by_the_clock)
@@ -182,7 +257,7 @@ class Scenario:
             self._made < self._plan.tasks or self._at or (by_the_clock and self._unfinished)
         ):
             self._look()
-            if self._made < self._plan.tasks and self._unfinished < self._plan.backlog:
+            if self._made < self._plan.tasks and self._may_submit():
                 self._submit()
             if time.monotonic() > told + 10.0:
                 told = time.monotonic()
@@ -199,6 +274,8 @@ class Scenario:
         while time.monotonic() < end:
             self._look()
             if self._due or self._stopping is not None or self._worker is None or self._platform is None:
+                continue
+            if not self._is_quiet() or not self._has_replicas():
                 continue
             if not self._unfinished:
                 return
@@ -224,6 +301,8 @@ class Scenario:
         self._is_ending = True
         if self._worker is not None:
             self._stop_worker()
+        if self._twin is not None:
+            self._stop_twin(self._twin)
         while self._stopping is not None:
             time.sleep(_TICK)
             self._look_at_stopping(self._stopping)
@@ -246,6 +325,9 @@ class Scenario:
                 runs=read_runs(self._path("runs.log")),
                 seen=self._proxy.seen,
                 ends=self._ends,
+                processes=self._starts,
+                beats=self._proxy.beats,
+                grace=_GRACE + _MARGIN if "pages" in self._plan.kinds else None,
             )
         )
         verdict.violations[:0] = self._problems
@@ -258,9 +340,11 @@ class Scenario:
             connections=self._proxy.connections,
             unreached=self._proxy.unreached,
             injected=dict(self._proxy.injected),
+            pages=dict(self._proxy.pages),
             happened=dict(self._happened),
             failed=dict(failed),
             duplicates=self._duplicates,
+            installations=len({one.installation_id for one in self._starts.values() if one.installation_id}),
             seconds=seconds,
             verdict=verdict,
         )
@@ -275,17 +359,38 @@ class Scenario:
         worker = self._worker
         if worker is not None:
             self._check_alive(worker)
+        if self._twin is not None:
+            self._check_twin(self._twin)
         if self._stopping is not None:
             self._look_at_stopping(self._stopping)
         if self._platform is not None:
             count = self._platform.ask("count")
             self._unfinished = count["waiting"] + count["given"]
         done = self._made - self._unfinished
-        while self._at and done >= self._at[0][0] * self._plan.tasks and self._is_calm():
+        while self._at and done >= self._at[0][0] * self._plan.tasks and self._is_calm() and self._is_quiet():
             self._do(self._at.pop(0)[1])
 
     def _is_calm(self) -> bool:
-        return self._worker is not None and self._platform is not None and not self._due
+        are_there = self._worker is not None and self._platform is not None and self._has_replicas()
+        return are_there and not self._due
+
+    def _has_replicas(self) -> bool:
+        """Return True once both replicas have logged in, where there are two."""
+        numbers = (self._processes, self._twin_process) if "twins" in self._plan.kinds else ()
+        return all(self._starts[number].installation_id is not None for number in numbers)
+
+    def _is_quiet(self) -> bool:
+        return time.monotonic() >= self._quiet_until
+
+    def _may_submit(self) -> bool:
+        if not self._proxy.has_lapse:
+            return self._unfinished < self._plan.backlog and not self._is_holding
+        # Some tasks must come after the lease has ended.
+        now = time.monotonic()
+        if now < self._next_batch:
+            return False
+        self._next_batch = now + _LAPSE / 80
+        return True
 
     def _submit(self) -> None:
         if self._platform is not None:
@@ -294,7 +399,7 @@ class Scenario:
             self._unfinished += len(batch)
 
     def _batch(self) -> List[Message]:
-        size = min(_SUBMIT_BATCH, self._plan.tasks - self._made)
+        size = min(2 if self._proxy.has_lapse else _SUBMIT_BATCH, self._plan.tasks - self._made)
         self._made += size
         return [self._task() for _ in range(size)]
 
@@ -308,6 +413,8 @@ class Scenario:
             "capability": dice.choices(("work", "work.async"), (9, 1))[0],
             "input": {"mode": mode, "ms": length, "bytes": size, "text": "y" * (size // 2)},
         }
+        if "pages" in self._plan.kinds and dice.random() < 0.05:
+            task["capability"] = FORBIDDEN
         if mode == "flaky" or dice.random() < 0.8:
             task["max_attempts"] = 100
         return task
@@ -319,12 +426,14 @@ class Scenario:
 
     def _kill_by_the_clock(self) -> None:
         if not self._is_settling:
-            self._do(next(self._kills))
+            if self._is_quiet():
+                self._do(next(self._kills))
             self._later(self._dice.uniform(0.7, 1.3) * self._plan.kill_every, self._kill_by_the_clock)
 
     def _trouble_by_the_clock(self) -> None:
         if not self._is_settling:
-            self._do(self._dice.choice(TROUBLES))
+            if self._is_quiet():
+                self._do(self._dice.choice(self._troubles))
             self._later(self._dice.uniform(0.3, 0.9) * self._plan.kill_every, self._trouble_by_the_clock)
 
     def _do(self, trouble: str) -> None:
@@ -350,6 +459,18 @@ class Scenario:
             platform.ask("expire_tokens")
         elif trouble == "drop-streams" and platform is not None:
             platform.ask("drop_streams")
+        elif trouble == "new-policy" and platform is not None:
+            self._set_policy()
+        elif trouble == "lapse" and worker is not None and self._happened["lapse"] < _MOST_LAPSES:
+            self._quiet_until = time.monotonic() + _LAPSE
+            self._proxy.has_lapse = True
+            self._later(_LAPSE, self._end_lapse)
+        elif trouble == "failover" and worker is not None and platform is not None:
+            self._quiet_until = time.monotonic() + _IDLE + _FAILOVER
+            self._is_holding = True
+            self._fail_over(self._processes, time.monotonic() + _IDLE)
+        elif trouble == "kill-twin" and self._twin is not None:
+            self._kill_twin(self._twin)
         else:
             return
         self._happened[trouble] += 1
@@ -360,11 +481,48 @@ class Scenario:
         else:
             self._platform.ask("command", type="resume", lose=self._dice.random() < 0.3)
 
+    def _set_policy(self) -> None:
+        """Set the policy, or its next version; each denies the same capability."""
+        assert self._platform is not None
+        denied = [FORBIDDEN, f"unused-{self._dice.randrange(10**6)}"]
+        self._platform.ask("policy", content={"agent": {"capabilities": {"denied_capabilities": denied}}})
+
+    def _end_lapse(self) -> None:
+        self._proxy.has_lapse = False
+
+    def _fail_over(self, process: int, end: float) -> None:
+        """Have a failover once the worker is idle: then all its connections are kept, and die together."""
+        if self._unfinished and time.monotonic() < end:
+            self._later(_TICK, functools.partial(self._fail_over, process, end))
+            return
+        self._proxy.silence()
+        self._later(0.2, functools.partial(self._look_after_failover, process, time.time()))
+
+    def _look_after_failover(self, process: int, since: float) -> None:
+        """Look for a heartbeat on a new connection; then other troubles may come."""
+        self._is_holding = False
+        if process != self._processes or self._worker is None or self._platform is None:
+            self._quiet_until = 0.0
+            return
+        mine = self._starts[process].installation_id
+        if mine is None or any(beat.at > since and beat.installation_id == mine for beat in self._proxy.beats[-50:]):
+            self._quiet_until = 0.0
+            lost = sum(at > since and f"/{mine}/heartbeat" in path for at, path in self._proxy.lost)
+            if lost > _LOST_BEATS:
+                self._problems.append(
+                    f"after a failover {lost} heartbeats of worker process {process} were sent on old connections"
+                )
+        elif time.time() - since > _FAILOVER:
+            self._problems.append(f"no heartbeat of worker process {process} in {_FAILOVER:g} s after a failover")
+            self._quiet_until = 0.0
+        else:
+            self._later(0.2, functools.partial(self._look_after_failover, process, since))
+
     # -- the processes ------------------------------------------------------------------------------------------------
 
     def _start_platform(self) -> None:
         options = {
-            "lease_seconds": 10.0,
+            "lease_seconds": _SHORT_LEASE if "pages" in self._plan.kinds else 10.0,
             "heartbeat_interval": 0.5,
             "token_lifetime": 20.0,
             "keepalive_interval": 1.0,
@@ -383,6 +541,9 @@ class Scenario:
 
     def _start_worker(self) -> None:
         self._processes += 1
+        self._worker = self._start(self._processes, self._path("credentials.json"), self._outbox, "worker.log")
+
+    def _start(self, process: int, credentials: Optional[str], outbox: Optional[str], log: str) -> Child:
         options = {
             "api_base_url": self._proxy.url,
             "agent_id": AGENT,
@@ -397,14 +558,79 @@ class Scenario:
             "reconnect_min": 0.05,
             "reconnect_max": 0.5,
         }
+        workspace_id, key = self._policy
         settings = {
-            "process": self._processes,
+            "process": process,
             "options": options,
-            "outbox": self._outbox,
-            "credentials": self._path("credentials.json"),
+            "outbox": outbox,
+            "credentials": credentials,
             "runs": self._path("runs.log"),
+            "workspace_id": workspace_id,
+            "policy_key": key,
         }
-        self._worker = Child("worker_process", settings, self._path("worker.log"))
+        self._starts[process] = Process(time.time(), has_file=credentials is not None)
+        return Child("worker_process", settings, self._path(log))
+
+    def _note(self, process: int, message: Message) -> None:
+        """Keep what a worker's process says without being asked."""
+        if message.get("installation"):
+            self._starts[process] = self._starts[process]._replace(installation_id=message["installation"])
+
+    # -- the second replica, with the same install token --
+
+    def _start_twin(self) -> None:
+        """Start it: with a credentials file and an outbox of its own, or, with every other seed, with neither."""
+        process = FIRST_TWIN + self._twins
+        self._twins += 1
+        has_file = self._plan.seed % 2 == 0
+        credentials = self._path("twin-credentials.json") if has_file else None
+        self._twin = self._start(process, credentials, self._twin_outbox, "twin.log")
+
+    @property
+    def _twin_process(self) -> int:
+        return FIRST_TWIN + self._twins - 1
+
+    @property
+    def _twin_outbox(self) -> Optional[str]:
+        return self._path("twin-outbox.db") if self._with_outbox and self._plan.seed % 2 == 0 else None
+
+    def _kill_twin(self, twin: Child) -> None:
+        twin.kill()
+        self._twin = None
+        outbox = self._twin_outbox
+        self._ends[self._twin_process] = End(True, time.time(), read_outbox(outbox), has_outbox=outbox is not None)
+        self._later(self._dice.uniform(0.0, 0.7), self._start_twin)
+
+    def _check_twin(self, twin: Child) -> None:
+        try:
+            while (message := twin.hear(0.0)) is not None:
+                self._note(self._twin_process, message)
+        except Ended as error:
+            self._problems.append(f"the second replica ended by itself: {error}")
+            if len(self._problems) > _MOST_PROBLEMS:
+                raise
+            self._kill_twin(twin)
+
+    def _stop_twin(self, twin: Child) -> None:
+        name = f"worker process {self._twin_process}"
+        self._twin = None
+        outbox = self._twin_outbox
+        try:
+            left = twin.ask("stop", _PATIENCE)
+        except Ended as error:
+            twin.kill()
+            self._problems.append(f"{name} has not stopped: {error}")
+            self._ends[self._twin_process] = End(True, time.time(), read_outbox(outbox), has_outbox=outbox is not None)
+            return
+        code = twin.wait(_PATIENCE)
+        twin.kill()
+        if code != 0:
+            self._problems.append(f"{name} ended with {code} after an orderly stop")
+        in_outbox, undelivered = read_outbox(outbox), frozenset(left["undelivered"])
+        self._ends[self._twin_process] = End(False, time.time(), in_outbox, undelivered, outbox is not None)
+        self._note_left(name, left, undelivered - in_outbox if outbox is not None else frozenset())
+
+    # -- killing, stopping, looking --
 
     def _kill_worker(self, worker: Child) -> None:
         worker.kill()
@@ -430,8 +656,8 @@ class Scenario:
     def _check_alive(self, worker: Child) -> None:
         """A worker that ends by itself is a violation; another one goes on, to find what else there is."""
         try:
-            while worker.hear(0.0) is not None:
-                pass
+            while (message := worker.hear(0.0)) is not None:
+                self._note(self._processes, message)
         except Ended as error:
             self._problems.append(f"worker process {self._processes} ended by itself: {error}")
             if len(self._problems) > _MOST_PROBLEMS:
@@ -450,6 +676,8 @@ class Scenario:
         problem = ""
         try:
             while left is None or left.get("number") != number:
+                if left is not None:
+                    self._note(process, left)
                 left = worker.hear(0.0)
                 if left is None and time.monotonic() < end:
                     return

@@ -11,13 +11,15 @@ import sys
 import threading
 import time
 import zlib
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import attrs
 
 from sekuire import RuntimeCredentialsStore, TaskContext, Worker, WorkerConfig, create_worker, filelock
 from sekuire.errors import TaskError
+from sekuire.policy import PolicyClient, PolicyGateway
 
+from .invariants import FORBIDDEN
 from .process import question, reply
 
 log = logging.getLogger("chaos.worker")
@@ -71,19 +73,52 @@ def main() -> None:
     before = descriptors()
     handlers = Handlers(settings["process"], settings["runs"])
     store = RuntimeCredentialsStore(path=settings["credentials"])
-    worker = create_worker(credentials_store=store, **options)
+    policy = Policy(settings, store)
+    worker = create_worker(credentials_store=store, policy_gateway=policy.gateway, **options)
     worker.on_task("work", handlers.work)
     worker.on_task("work.async", handlers.work_async)
+    worker.on_task(FORBIDDEN, handlers.work)
     worker.start()
     reply(started=True)
     told: List[bool] = []
+    reporting = threading.Thread(target=_report_installation, args=(store, told), name="report", daemon=True)
+    reporting.start()
     watch = threading.Thread(target=_watch, args=(worker, told), name="watch", daemon=True)
     watch.start()
     number = question()["number"]
     told.append(True)
     worker.stop()
     watch.join(5.0)
+    reporting.join(5.0)
+    policy.close()
     reply(number=number, **left_of(worker, handlers, before, settings))
+
+
+class Policy:
+    """The policy of the platform's workspace, where the run has one."""
+
+    def __init__(self, settings: Dict[str, Any], store: RuntimeCredentialsStore) -> None:
+        self.gateway: Optional[PolicyGateway] = None
+        self._client: Optional[PolicyClient] = None
+        workspace_id = settings["workspace_id"]
+        if workspace_id is not None:
+            options = {name: settings["options"][name] for name in ("api_base_url", "connect_timeout", "read_timeout")}
+            self._client = PolicyClient(
+                credentials_store=store, trusted_policy_keys=[settings["policy_key"]], **options
+            )
+            self.gateway = PolicyGateway(self._client, workspace_id)
+
+    def close(self) -> None:
+        if self.gateway is not None and self._client is not None:
+            self.gateway.close()
+            self._client.close()
+
+
+def _report_installation(store: RuntimeCredentialsStore, told: List[bool]) -> None:
+    """Say which installation this process is, as soon as it knows."""
+    while store.current.installation_id is None and not told:
+        time.sleep(0.02)
+    reply(installation=store.current.installation_id)
 
 
 def _watch(worker: Worker, told: List[bool]) -> None:
@@ -102,7 +137,7 @@ def left_of(worker: Worker, handlers: Handlers, before: int, settings: Dict[str,
     handlers.close()
     stats = worker.stats()
     undelivered = worker._reporter.undelivered()
-    files = [settings["credentials"] + ".lock"]
+    files = [] if settings["credentials"] is None else [settings["credentials"] + ".lock"]
     if settings["outbox"] is not None:
         files.append(settings["outbox"] + ".lock")
     return {

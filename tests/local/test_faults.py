@@ -6,11 +6,12 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import select
 import socket
 import struct
 import threading
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 
@@ -117,6 +118,89 @@ def test_an_error_instead_of_a_stream_leaves_no_stream(platform: LocalPlatform, 
     until(lambda: platform.streams() == [])
     with installation.stream() as stream:
         assert stream.next("task")["task_id"] == task_id
+
+
+# -- pages and interim answers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 202, 302, 401, 404, 409, 413, 503, 599])
+def test_any_page(platform: LocalPlatform, installation: Installation, status: int) -> None:
+    """A page is HTML, whatever its status; nothing was done, and only a Retry-After that was asked for is sent."""
+    task_id = given(installation)
+    with platform.faults.page(status, on="complete", retry_after=7 if status == 503 else None) as page:
+        sock = raw(installation, f"POST /api/v1/tasks/{task_id}/complete", b"{}")
+        with contextlib.closing(sock):
+            head, body = whole_answer(sock)
+        assert head.startswith(f"HTTP/1.1 {status} ")
+        assert "\r\nContent-Type: text/html" in head
+        assert ("\r\nRetry-After: 7\r\n" in head) == (status == 503)
+        assert ("\r\nLocation: " in head) == (status == 302)
+        assert body.startswith(b"<!DOCTYPE html>")
+        assert page.injected == 1
+    assert platform.task(task_id)["status"] == "assigned"
+    assert installation.complete(task_id).status == 200
+
+
+def test_a_page_after_the_platform_has_acted(platform: LocalPlatform, installation: Installation) -> None:
+    """The client sees a page, and the task is done."""
+    task_id = given(installation)
+    body = json.dumps({"task_id": task_id, "status": "completed", "output": 1, "attempt": 1}).encode()
+    platform.faults.page(404, times=1, on="complete", when="after")
+    with contextlib.closing(raw(installation, f"POST /api/v1/tasks/{task_id}/complete", body)) as sock:
+        assert whole_answer(sock)[0].startswith("HTTP/1.1 404 ")
+    assert platform.task(task_id)["status"] == "completed"
+    assert platform.faults.injected["page"] == 1
+
+
+def test_a_page_instead_of_a_stream(platform: LocalPlatform, installation: Installation) -> None:
+    """A stream that was opened in vain is closed, and the next one gets the tasks."""
+    task_id = installation.submit()
+    platform.faults.page(200, times=1, on="task_stream", when="after")
+    head = f"GET /api/v1/tasks/stream?agent_id={installation.agent_id}&worker_id=w1"
+    with contextlib.closing(raw(installation, head)) as sock:
+        assert "\r\nContent-Type: text/html" in whole_answer(sock)[0]
+    until(lambda: platform.streams() == [])
+    with installation.stream() as stream:
+        assert stream.next("task")["task_id"] == task_id
+
+
+@pytest.mark.parametrize("status", [100, 102, 103])
+def test_interim_answers(platform: LocalPlatform, installation: Installation, status: int) -> None:
+    """They come before the answer, also before an injected error and a stream; the real answer is whole."""
+    platform.faults.interim(status)
+    for path, wanted in (("installations", 401), ("tasks/stream?agent_id=a&worker_id=w1", 403)):
+        with contextlib.closing(raw(installation, f"GET /api/v1/{path}")) as sock:
+            assert whole_answer(sock)[0].startswith(f"HTTP/1.1 {status} ")
+            assert whole_answer(sock)[0].startswith(f"HTTP/1.1 {wanted} ")
+    platform.faults.error(503, on="installations")
+    with contextlib.closing(raw(installation, "GET /api/v1/installations")) as sock:
+        assert whole_answer(sock)[0].startswith(f"HTTP/1.1 {status} ")
+        assert whole_answer(sock)[0].startswith("HTTP/1.1 503 ")
+    assert platform.faults.injected["interim"] == 3
+
+
+def test_an_old_client_gets_no_interim_answer(platform: LocalPlatform, installation: Installation) -> None:
+    """HTTP/1.0 does not have them."""
+    platform.faults.interim()
+    with contextlib.closing(socket.create_connection(installation.client.address, GUARD)) as sock:
+        sock.sendall(
+            f"GET /api/v1/installations HTTP/1.0\r\nHost: 127.0.0.1:{installation.client.address[1]}\r\n\r\n".encode()
+        )
+        assert b" 401 " in sock.recv(1000)[:20]
+
+
+def whole_answer(sock: socket.socket) -> Tuple[str, bytes]:
+    """The next head and body; byte by byte, since another answer may follow."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        piece = sock.recv(1)
+        assert piece, head
+        head += piece
+    found = re.search(rb"\r\nContent-Length: ([0-9]+)\r\n", head)
+    body = b""
+    while found and len(body) < int(found.group(1)):
+        body += sock.recv(int(found.group(1)) - len(body))
+    return head.decode(), body
 
 
 # -- resets and half answers ------------------------------------------------------------------------------------------
@@ -671,6 +755,8 @@ BAD_NUMBERS = [-1, float("nan"), float("inf"), True, "1", None, 1e9]
         *(("error", {"code": value}, "code") for value in ("", "two words", "a\r\nb", 1)),
         ("reset", {"when": None}, "when"),
         ("half_answer", {"rate": 2}, "rate"),
+        *(("page", {"status": value}, "status") for value in (199, 204, 205, 304, 600, "404", None)),
+        *(("interim", {"status": value}, "status") for value in (99, 101, 200, True, None)),
         ("cut_streams", {"every": 0}, "every"),
         ("cut_streams", {"every": (2, 1)}, "every"),
         ("cut_streams", {"every": (1, 2, 3)}, "every"),
@@ -727,6 +813,9 @@ def test_wrong_kinds_of_objects() -> None:
         ("latency:2", "latency:2"),
         ("reset", "reset"),
         ("half_answer:on=task_stream", "half-answer:on=task_stream"),
+        ("page:404,retry_after=2,when=after", "page:404,when=after,retry-after=2"),
+        ("page", "page:502"),
+        ("interim:on=complete", "interim:103,on=complete"),
         ("stall-streams:1-2,every=3,times=4", "stall-streams:1-2,every=3,times=4"),
         ("outage:3,every=4,status=503,retry-after=1", "outage:3,every=4,status=503,retry-after=1"),
     ],
