@@ -175,6 +175,9 @@ class Control:
                 self._lease_timer = self._timer.call_at(limit, self._lease_ended)
             if old is not None:
                 self._timer.cancel(old)
+        if self._dispatcher.waiting:
+            # What came while there was no lease begins. Not on this thread, which must go on.
+            self._timer.call_at(0.0, self._dispatcher.begin_waiting)
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:
@@ -227,7 +230,7 @@ class Control:
         lease = self._heartbeat.lease
         if lease.is_held():
             return
-        self._dispatcher.cancel_running("lease lost")
+        self._dispatcher.lose_lease()
         # A stream that is opened anew meanwhile has the timer look again; that is no news.
         if lease.limit != self._lost:
             self._lost = lease.limit

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Protocol, Tuple
 
 from . import protocol
 from .config import WorkerConfig
@@ -16,7 +16,7 @@ from .context import TaskContext
 from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError, TransportError
 from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
-from .models import Completion, Task
+from .models import Completion
 from .transport.http import Reply
 from .transport.retry import full_jitter
 
@@ -36,6 +36,8 @@ MAX_THREADS = 4
 #: Undelivered results at which intake pauses: their number and their bytes.
 BACKLOG = 1000
 BACKLOG_BYTES = 64 * 1024 * 1024
+#: Releases under way at which no further task is released: a platform that takes none must not fill the memory.
+RELEASES = 10_000
 #: Delivered results remembered: tasks, and bytes of the results kept to answer a repeated delivery.
 MEMORY = 10_000
 MEMORY_BYTES = 16 * 1024 * 1024
@@ -88,6 +90,25 @@ class Report:
         self.stubborn = False
 
 
+class ReleaseOrder(Protocol):
+    """One task on its way back to the platform; the sender calls it, without a lock."""
+
+    @property
+    def task_id(self) -> str: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+    def begin(self) -> bool:
+        """Called before each try. Return False if the task is not to be given back any more."""
+
+    def postpone(self) -> None:
+        """The try had no verdict; the next one comes later."""
+
+    def end(self, *, is_released: bool, is_supported: bool = True) -> None:
+        """Called once, with the platform's verdict. Without support the task needs an answer of its own."""
+
+
 class _Action(NamedTuple):
     """What the pool does at ``when`` (``time.monotonic()``); ``counts``: a flush waits for it."""
 
@@ -109,6 +130,8 @@ class Reporter:
     sent, because all threads wait for the platform, is put there by :meth:`keep` or at the end.
 
     :param on_revoked: called, without a lock, when an answer carries the kill switch.
+
+    ``on_room`` is called, without a lock, when :meth:`has_room` has been False and is True again.
     """
 
     def __init__(
@@ -122,6 +145,9 @@ class Reporter:
         owner: object = None,
     ) -> None:
         self.dropped = 0
+        self.on_room: Callable[[], None] = lambda: None
+        #: Whether the platform takes tasks back: None until it has answered a first release.
+        self.can_release: Optional[bool] = None
         self._outbox = outbox
         self._sender = (config.api_base_url, config.agent_id)
         self._auth = auth
@@ -147,7 +173,8 @@ class Reporter:
         self._progress: Dict[str, Tuple[float, Optional[str]]] = {}
         self._progress_at: Dict[str, float] = {}
         self._progress_off = False
-        self._release_off = False
+        self._was_full = False
+        self._releases = 0
 
     # -- results --
 
@@ -298,20 +325,39 @@ class Reporter:
         return len(self._held)
 
     def has_room(self) -> bool:
-        """Whether results may still pile up, or intake should pause until some are delivered."""
-        return len(self._held) < BACKLOG and self._held_bytes < BACKLOG_BYTES
+        """Return False if so many results are undelivered that no more should be made.
+
+        Then ``on_room`` is called when that has changed.
+        """
+        if len(self._held) < BACKLOG and self._held_bytes < BACKLOG_BYTES:
+            return True
+        with self._condition:
+            # Under the lock, so that no result that settles now is missed.
+            self._was_full = len(self._held) >= BACKLOG or self._held_bytes >= BACKLOG_BYTES
+            return not self._was_full
+
+    def _note_room(self) -> None:
+        """Call ``on_room`` if results may be made again and could not before. Without the lock."""
+        with self._condition:
+            if len(self._held) >= BACKLOG or self._held_bytes >= BACKLOG_BYTES:
+                return
+            self._was_full = False
+        self.on_room()
 
     # -- release and progress --
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
-        """Give a task that was not begun back; ``otherwise`` is called where the platform does not offer that.
-
-        :param is_off: whether the task has come again meanwhile; it is not given back then.
-        """
-        if self._release_off:
-            otherwise()
+    def release(self, order: ReleaseOrder, delay: float = 0.0) -> None:
+        """Give a task that was not begun back, in ``delay`` seconds, or at once when the worker stops."""
+        if self.can_release is False:
+            order.end(is_released=False, is_supported=False)
             return
-        self._schedule(0.0, lambda: self._release(task.task_id, attempt, otherwise, is_off, 0))
+        with self._condition:
+            self._releases += 1
+        self._schedule(delay, lambda: self._release(order, 0))
+
+    def has_room_for_release(self) -> bool:
+        """Return False if so many releases are under way that no further task should be released."""
+        return self._releases < RELEASES
 
     def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
         """Remember the newest progress of a task and send it soon. Never blocks."""
@@ -438,6 +484,8 @@ class Reporter:
             self.enqueue(report)
         elif self._outbox is not None and was_stored:
             self._outbox.remove(*self._sender, report.task_id, attempt)
+        if self._was_full:
+            self._note_room()
 
     def _keep_on_disk(self, outbox: Outbox, report: Report, attempt: int, substituted: bool, head: bytes) -> None:
         from .outbox import Stored  # Loaded already, by whoever made the outbox.
@@ -516,25 +564,42 @@ class Reporter:
 
     # -- inside: release and progress --
 
-    def _release(
-        self, task_id: str, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool], tries: int
-    ) -> None:
-        if is_off():
-            return
+    def _release(self, order: ReleaseOrder, tries: int) -> None:
+        """Try to give a task back; plan the next try where there is no verdict, whatever happens."""
+        delay: Optional[float] = full_jitter(tries, RETRY_MIN, RETRY_MAX)
+        try:
+            delay = self._try_release(order, tries) if order.begin() else None
+        finally:
+            if delay is None:
+                with self._condition:
+                    self._releases -= 1
+            else:
+                order.postpone()
+                self._schedule(delay, lambda: self._release(order, tries + 1))
+
+    def _try_release(self, order: ReleaseOrder, tries: int) -> Optional[float]:
+        """Send a release once. Return the seconds until the next try, or None if the platform gave its verdict."""
+        task_id = order.task_id
         path = self._endpoints.path("release", task_id=task_id)
-        reply, problem = self._send(path, protocol.release_body(attempt, self._worker_id))
+        reply, problem = self._send(path, protocol.release_body(order.attempt, self._worker_id))
         if reply is not None and reply.status in _NOT_SUPPORTED:
             # 404 is also an unknown task; answering that one is harmless.
-            self._release_off = reply.status != 404
-            otherwise()
-        elif reply is None and not (isinstance(problem, TransportError) and problem.retryable):
+            if reply.status != 404:
+                self.can_release = False
+            order.end(is_released=False, is_supported=False)
+            return None
+        if reply is None and not (isinstance(problem, TransportError) and problem.retryable):
             log.warning("[%s] the platform did not take the task back (%s)", task_id, problem)
         elif reply is None or protocol.is_transient(reply.status) or (reply.status == 401 and tries < REFUSALS):
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), (reply.retry_after() or 0.0) if reply else 0.0)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, reply.status if reply else problem, delay)
-            self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, is_off, tries + 1))
+            return delay
         elif not reply.is_success:
             log.warning("[%s] the platform did not take the task back (HTTP %d)", task_id, reply.status)
+        else:
+            self.can_release = True
+        order.end(is_released=reply is not None and reply.is_success)
+        return None
 
     def _send_progress(self, context: TaskContext) -> None:
         task_id = context.task_id
