@@ -809,24 +809,27 @@ class Dispatcher:
 
     def _answer(self, record: _Record, completion: Completion, count: str) -> Optional[Accepted]:
         """Give a claimed record's result to the sink, then forget the record; what is to be sent."""
+        report: Optional[Accepted] = None
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
         try:
-            report = self._sink.accept(completion)
-        except BaseException as error:
-            # Part of a result is code of the user's own. Whatever it does, the task is answered and its place free.
-            log.exception("[%s] the result cannot be taken", record.task.task_id)
-            count = "failed"
-            failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
-            completion = Completion(task_id=completion.task_id, attempt=completion.attempt, failure=failure)
-            report = self._sink.accept(completion)
-        self._tell_result(record.task, completion, report)
-        if count == "completed" and report is not None and report.code is not None:
-            count = "failed"  # The sink could not send what the handler gave.
-        with self._condition:
-            if record.attempt > completion.attempt:
-                self._sink.recall(record.task.task_id, record.attempt)
-            self._forget(record)
-            setattr(self.counts, count, getattr(self.counts, count) + 1)
+            try:
+                report = self._sink.accept(completion)
+            except BaseException as error:
+                # Part of a result is code of the user's own. Whatever it does, the task is answered and its place free.
+                log.exception("[%s] the result cannot be taken", record.task.task_id)
+                count = "failed"
+                failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
+                completion = Completion(task_id=completion.task_id, attempt=completion.attempt, failure=failure)
+                report = self._sink.accept(completion)
+            self._tell_result(record.task, completion, report)
+        finally:
+            if count == "completed" and report is not None and report.code is not None:
+                count = "failed"  # The sink could not send what the handler gave.
+            with self._condition:
+                if record.attempt > completion.attempt:
+                    self._sink.recall(record.task.task_id, record.attempt)
+                self._forget(record)
+                setattr(self.counts, count, getattr(self.counts, count) + 1)
         return report
 
     def _tell_result(self, task: Task, completion: Completion, report: Optional[Accepted]) -> None:
@@ -834,21 +837,30 @@ class Dispatcher:
             return
         try:
             self._on_result(task, completion, report)
-        except Exception:
+        except BaseException:
+            # What is accepted must be sent.
             log.exception("[%s] telling of the result failed", task.task_id)
 
     def _finish(self, record: _Record, completion: Completion, count: str) -> None:
         report = self._answer(record, completion, count)
-        # One that was parked behind this one must not wait for the report below.
-        self.begin_waiting()
-        if report is None:
-            return
-        if self._foreign is not None:
-            # Here and not by who sends it: the result must be on disk however long the platform lets the others wait.
-            self._sink.keep(report)
-            self._sink.enqueue(report)
-        else:
+        try:
+            # One that was parked behind this one must not wait for the report below.
+            self.begin_waiting()
+        finally:
+            if report is not None:
+                self._send(report)
+
+    def _send(self, report: Accepted) -> None:
+        """Send the result of a handler, in its thread."""
+        if self._foreign is None:
             self._sink.post(report)
+            return
+        # Not by this thread, whose executor has other users. But the result must be on disk however long the platform
+        # lets the others wait.
+        try:
+            self._sink.keep(report)
+        finally:
+            self._sink.enqueue(report)
 
     def _finish_early(self, record: _Record, failure: Failure) -> None:
         """Answer a claimed record whose handler still runs (or never began)."""

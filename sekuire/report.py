@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import heapq
 import itertools
 import logging
@@ -15,7 +16,7 @@ from .config import WorkerConfig
 from .context import TaskContext
 from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError, TransportError
-from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
+from .lifecycle import LONG_WAIT, Deadline, Timer, join_all, owned_by
 from .models import Completion
 from .transport.http import Reply
 from .transport.retry import full_jitter
@@ -38,6 +39,8 @@ BACKLOG = 1000
 BACKLOG_BYTES = 64 * 1024 * 1024
 #: Releases under way at which no further task is released: a platform that takes none must not fill the memory.
 RELEASES = 10_000
+#: Seconds between two looks for results that no thread has, and for threads that could not be started.
+SWEEP = 5.0
 #: Delivered results remembered: tasks, and bytes of the results kept to answer a repeated delivery.
 MEMORY = 10_000
 MEMORY_BYTES = 16 * 1024 * 1024
@@ -48,6 +51,34 @@ PROGRESS_PAUSE = 1.0
 _NOT_SUPPORTED = (404, 405, 501)
 
 
+class State(enum.Enum):
+    """Where a report is; ``edges`` are the states that it may have next."""
+
+    #: With the thread that accepted it, which posts or enqueues it next. A sweep plans one that was left here.
+    HELD = "held"
+    #: In the pool's queue.
+    PLANNED = "planned"
+    #: In the hands of one thread inside :meth:`Reporter.post`, which plans it if it does not settle it.
+    SENDING = "sending"
+    #: The platform has it.
+    SETTLED = "settled"
+    #: The platform does not want it.
+    DROPPED = "dropped"
+
+    def __init__(self, name: str) -> None:
+        # On the state itself, because a look-up by an enum's member is slow.
+        self.edges: Tuple[State, ...] = ()
+
+
+_HELD, _PLANNED, _SENDING, _SETTLED, _DROPPED = State
+_HELD.edges = (_SENDING, _PLANNED)
+# Sending: also by a thread that posts what a sweep has planned. Held: close() ends the pool.
+_PLANNED.edges = (_SENDING, _PLANNED, _HELD)
+_SENDING.edges = (_SETTLED, _PLANNED, _DROPPED, _HELD)
+# The platform asks again for what it once accepted.
+_SETTLED.edges = _DROPPED.edges = (_PLANNED,)
+
+
 class Report:
     """One result; its fields change under the reporter's lock.
 
@@ -55,7 +86,8 @@ class Report:
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
     ``is_stored``: its present form is in the outbox, under ``stored_attempt``. ``planned``: when the pool sends it, and
-    the number of that action; None while it is in nobody's hands, or being sent.
+    the number of that action, while it is PLANNED. ``sender``: the thread that has it, while it is SENDING.
+    ``is_noticed``: a sweep has found it HELD before.
     """
 
     __slots__ = (
@@ -64,9 +96,12 @@ class Report:
         "head",
         "is_final",
         "is_given_up",
+        "is_noticed",
         "is_stored",
         "planned",
         "refused",
+        "sender",
+        "state",
         "stored_attempt",
         "stubborn",
         "substituted",
@@ -81,13 +116,23 @@ class Report:
         self.head = head
         self.is_final = is_final
         self.is_given_up = False
+        self.is_noticed = False
         self.is_stored = False
         self.stored_attempt = 0
+        self.state = _HELD
+        self.sender: Optional[int] = None
         self.planned: Optional[Tuple[float, int]] = None
         self.tries = 0
         self.refused = 0
         self.substituted = False
         self.stubborn = False
+
+
+def move(report: Report, to: State) -> None:
+    """Change a report's state; the only place that does. Needs the reporter's lock."""
+    assert to in report.state.edges, f"{report.state} -> {to}"
+    report.state = to
+    report.planned = report.sender = None
 
 
 class ReleaseOrder(Protocol):
@@ -123,8 +168,12 @@ class Reporter:
 
     Any thread may call anything. A handler's thread sends its own first report (:meth:`accept`, then :meth:`post`);
     everything else, retries included, is sent by ``sekuire-report-N`` (at most four, made when more is due than threads
-    are free, ended by :meth:`close`). A report is planned there once at most. ``_condition`` guards all state, the
-    pool's queue and its count of busy threads among it, and is never held over I/O or a callback.
+    are free, ended by :meth:`close`). ``_condition`` guards all state, the pool's queue and its count of busy threads
+    among it, and is never held over I/O or a callback.
+
+    A held report always has an owner: the pool's queue, or the thread that sends it, which plans it again whatever
+    happens. :meth:`sweep`, on the timer's thread, plans what the thread that accepted a result has left, and starts
+    threads that could not be started before.
 
     With an outbox, a result is on disk before it is first sent, and leaves it when it is settled. One that has not been
     sent, because all threads wait for the platform, is put there by :meth:`keep` or at the end.
@@ -254,12 +303,40 @@ class Reporter:
         return True
 
     def post(self, report: Report) -> None:
-        """Send a report once; where it is not settled then, it is sent again by the pool, later."""
+        """Send a report once; where it is not settled then, it is sent again by the pool, later.
+
+        Whatever is raised on the way plans it again.
+        """
+        me = threading.get_ident()
         with self._condition:
-            report.planned = None
-            if self._held.get(report.task_id) is not report:
+            if self._held.get(report.task_id) is not report or report.state is _SENDING:
+                # Settled, or another thread has it.
                 return
+            move(report, _SENDING)
+            report.sender = me
             attempt, body, substituted = report.attempt, report.head, report.substituted
+        try:
+            self._deliver(report, attempt, body, substituted)
+        except BaseException as error:  # sys.exit() in a user's token provider, no memory, a library's bug.
+            if report.state is _SENDING and report.sender == me:
+                self._retry(report, attempt, f"{type(error).__name__} while sending", unforeseen=True)
+            else:
+                log.exception("[%s] a failure after the result was settled or planned", report.task_id)
+        finally:
+            # Without the lock: only this thread moves a report out of its hands.
+            if report.state is _SENDING and report.sender == me:
+                self._own_again(report)
+
+    def _own_again(self, report: Report) -> None:
+        """Plan a report whose sending ended in a way nobody foresaw."""
+        with self._condition:
+            # First, because it needs no memory: should planning fail too, a sweep finds it.
+            move(report, _HELD)
+            report.tries += 1
+            self._plan(report, full_jitter(report.tries, RETRY_MIN, RETRY_MAX))
+
+    def _deliver(self, report: Report, attempt: int, body: bytes, substituted: bool) -> None:
+        """Send what a report held when its sending began, and act on the answer."""
         if self._outbox is not None and not (report.is_stored and report.stored_attempt == attempt):
             self._keep_on_disk(self._outbox, report, attempt, substituted, body)
         key = protocol.completion_key(report.task_id, attempt, substituted)
@@ -386,11 +463,23 @@ class Reporter:
             heapq.heapify(self._queue)
             self._fit_threads()
             self._condition.notify_all()
-            while self._pending or any(not report.is_given_up for report in self._held.values()):
+        while True:
+            action: Optional[_Action] = None
+            with self._condition:
+                if not self._pending:
+                    if all(report.is_given_up for report in self._held.values()):
+                        return not self._held
+                    self.sweep(at_once=True)
                 if deadline.is_expired():
                     return False
-                self._condition.wait(min(deadline.remaining(), 0.5))
-            return not self._held
+                self._fit_threads()
+                if not self._threads:
+                    # None could be started, so this one sends.
+                    action = self._take_due()
+                if action is None:
+                    self._condition.wait(min(deadline.remaining(), 0.5))
+            if action is not None:
+                self._perform(action)
 
     def keep_all(self) -> List[str]:
         """Put every undelivered result that is not in the outbox there; the tasks of those that it has not taken.
@@ -475,6 +564,7 @@ class Reporter:
             was_stored, attempt = report.is_stored, report.attempt
             if not again:
                 report.is_stored = False
+                move(report, _DROPPED if dropped else _SETTLED)
                 del self._held[report.task_id]
                 self._held_bytes -= len(report.head)
                 self.dropped += dropped
@@ -528,7 +618,15 @@ class Reporter:
             report.tries = 0
         self.enqueue(report)
 
-    def _retry(self, report: Report, attempt: int, why: object, at_least: float = 0.0, passing: bool = True) -> None:
+    def _retry(
+        self,
+        report: Report,
+        attempt: int,
+        why: object,
+        at_least: float = 0.0,
+        passing: bool = True,
+        unforeseen: bool = False,
+    ) -> None:
         """Send again after a backoff, or, where the problem is not ``passing``, slowly."""
         with self._condition:
             # In one step, or a flush in between would find nothing to hurry, and then wait for the whole delay.
@@ -543,6 +641,7 @@ class Reporter:
             report.task_id,
             why,
             delay,
+            exc_info=unforeseen and not tries,
         )
         if not passing:
             self._try_late(report, attempt)
@@ -644,7 +743,36 @@ class Reporter:
                     return
                 self._unschedule(number)
             planned = self._schedule(delay, lambda: self.post(report), counts)
-            report.planned = None if planned is None else (when, planned)
+            if planned is not None:
+                move(report, _PLANNED)
+                report.planned = (when, planned)
+            elif report.state in (_PLANNED, _SENDING):
+                move(report, _HELD)
+
+    def watch(self, timer: Timer) -> None:
+        """Sweep now and then, on the timer's thread, until :meth:`close`."""
+
+        def look() -> None:
+            if not self._closed:
+                timer.call_at(time.monotonic() + SWEEP, look)
+                self.sweep()
+
+        timer.call_at(time.monotonic() + SWEEP, look)
+
+    def sweep(self, at_once: bool = False) -> None:
+        """Plan each result that the thread which accepted it has left, and start missing threads of the pool.
+
+        :param at_once: plan what no thread sends; else only what a sweep before has found like this.
+        """
+        with self._condition:
+            for report in self._held.values():
+                if report.state is not _HELD:
+                    continue
+                if report.is_noticed or at_once:
+                    self._plan(report, 0.0)
+                report.is_noticed = True
+            self._fit_threads()
+            self._condition.notify_all()
 
     def _schedule(self, delay: float, action: Callable[[], None], counts: bool = True) -> Optional[int]:
         """Have the pool do ``action`` in ``delay`` seconds; one that ``counts`` is waited for by :meth:`flush`.
@@ -655,8 +783,9 @@ class Reporter:
             if self._closed:
                 return None
             number = next(self._numbers)
-            self._pending += counts
             heapq.heappush(self._queue, _Action(time.monotonic() + delay, number, action, counts))
+            # After the push, which may fail: a flush must not wait for what is not there.
+            self._pending += counts
             self._fit_threads()
             self._condition.notify_all()
             return number
@@ -681,43 +810,62 @@ class Reporter:
         wanted = max(1, sum(action.when <= now for action in self._queue))
         while len(self._threads) < MAX_THREADS and len(self._threads) - self._busy < wanted:
             name = f"sekuire-report-{len(self._threads) + 1}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
             try:
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
                 thread.start()
-            except RuntimeError:
-                # No new thread any more, the interpreter is ending; those that are there go on.
+            except (RuntimeError, MemoryError):
+                # No new thread now, or the interpreter is ending. Those that are there go on; a sweep tries again.
                 return
             self._threads.append(thread)
 
     def _work(self) -> None:
-        with owned_by(self._owner):
-            while True:
-                action = self._next()
-                if action is None:
-                    return
-                try:
-                    action.function()
-                except BaseException:
-                    # sys.exit() in a user's token provider must not end it: nobody would notice that it is gone.
-                    log.exception("sending a report failed in an unforeseen way")
-                finally:
-                    with self._condition:
-                        self._busy -= 1
-                        if action.counts:
-                            self._pending -= 1
-                            self._condition.notify_all()
+        try:
+            with owned_by(self._owner):
+                while True:
+                    action = self._next()
+                    if action is None:
+                        return
+                    self._perform(action)
+                    # What it holds must not live until the next one comes.
+                    del action
+        finally:
+            with self._condition:
+                if not self._closed:
+                    # An exception ends this thread. What is planned must have another one.
+                    self._threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+                    self._fit_threads()
+
+    def _perform(self, action: _Action) -> None:
+        try:
+            action.function()
+        except BaseException:
+            # Nothing of a report's gets here; what does must not end the thread.
+            log.exception("an action of the report pool failed in an unforeseen way")
+        finally:
+            with self._condition:
+                self._busy -= 1
+                if action.counts:
+                    self._pending -= 1
+                    self._condition.notify_all()
 
     def _next(self) -> Optional[_Action]:
         with self._condition:
             while not self._closed:
-                delay = self._queue[0].when - time.monotonic() if self._queue else LONG_WAIT
-                if delay <= 0:
-                    action = heapq.heappop(self._queue)
-                    self._busy += 1
-                    self._fit_threads()
+                action = self._take_due()
+                if action is not None:
                     return action
-                self._condition.wait(min(delay, LONG_WAIT))
+                delay = self._queue[0].when - time.monotonic() if self._queue else LONG_WAIT
+                self._condition.wait(min(max(delay, 0.0), LONG_WAIT))
             return None
+
+    def _take_due(self) -> Optional[_Action]:
+        """Take the next action out of the queue if its time has come. Needs the lock."""
+        if not self._queue or self._queue[0].when > time.monotonic():
+            return None
+        action = heapq.heappop(self._queue)
+        self._busy += 1
+        self._fit_threads()
+        return action
 
 
 def _is_kept(report: Report) -> bool:
