@@ -391,13 +391,14 @@ class WorkerConfig(AgentConfig):
     """The settings of a :class:`sekuire.Worker`. Times in seconds, sizes in bytes.
 
     :param max_workers: handlers that run at once.
-    :param max_queued: accepted tasks that wait for a thread (None: as many as ``max_workers``).
+    :param max_queued: tasks that the platform may send beyond those that run (None: as many as ``max_workers``).
     :param task_timeout: longest run of a handler, or None for no limit.
     :param start_timeout: how long :meth:`~sekuire.Worker.start` waits for the login's first verdict.
     :param shutdown_timeout: how long a stop lets running handlers go on, reports included.
     :param stop_when_idle: stop by itself after this long without a task, or with an error after as long without the
         platform; None: never.
     :param stream_idle_timeout: a stream on which nothing came for this long is opened anew.
+    :param max_waiting_bytes: most bytes of the tasks that wait; further ones are released.
     :param outbox: a file that keeps results until the platform has them, also through a crash; one process at a time.
     :param expose_errors: whether the message of an unexpected exception goes to the platform, or only its type.
     :raises ConfigurationError: a wrong value, naming its option.
@@ -418,6 +419,7 @@ class WorkerConfig(AgentConfig):
     reconnect_max: float = attrs.field(default=30.0, validator=_seconds)
     max_event_bytes: int = attrs.field(default=16 * MIB, validator=_count)
     max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count)
+    max_waiting_bytes: int = attrs.field(default=64 * MIB, validator=_count)
     outbox: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
     expose_errors: bool = attrs.field(default=True, validator=_flag)
 
@@ -430,7 +432,7 @@ class WorkerConfig(AgentConfig):
 
     @property
     def queue_size(self) -> int:
-        """Accepted tasks that may wait for a thread."""
+        """Tasks that the platform may send beyond those that run."""
         return self.max_workers if self.max_queued is None else self.max_queued
 
 

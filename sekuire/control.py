@@ -171,10 +171,13 @@ class Control:
         return self._config.heartbeat_interval
 
     def on_lease(self) -> None:
-        """Have the timer watch the lease. Any thread."""
+        """Have the timer watch the lease, and what waits for one begin. Any thread."""
         if self._heartbeat.lease.limit < math.inf:
             with self._lease_lock:
                 self._look_again(min(max(0.0, self._heartbeat.lease.time_left()), LOOK_AGAIN))
+        if self._dispatcher.waiting:
+            # What came while there was no lease begins. Not on this thread, which must go on.
+            self._timer.call_at(0.0, self._dispatcher.begin_waiting)
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:
@@ -294,7 +297,7 @@ class Control:
         if is_lost:
             log.error("the lease has ended without a heartbeat; no task begins and running ones are cancelled until "
                       "the platform renews it")  # fmt: skip
-            self._dispatcher.cancel_running("lease lost")
+            self._dispatcher.lose_lease()
             if self._note is not None:
                 self._note("lease lost", None, "error")
 

@@ -23,10 +23,15 @@ from .registry import HandlerEntry, TaskRegistry
 
 log = get_logger("sekuire.dispatch")
 
-#: Longest wait for room between two looks at the lease and the report backlog, in seconds.
+#: Longest wait of the stream's thread between two looks for room, in seconds.
 _LOOK_AGAIN = 0.25
-#: Waiting tasks from which on further ones wait with their input as JSON, a fourth of its size in Python's objects.
-_UNPACKED = 64
+#: Waiting tasks from which on further ones wait with their input as JSON, a fourth of its size in Python's objects;
+#: and the size of a task's JSON, in bytes, above which each one does.
+_UNPACKED, _UNPACKED_BYTES = 64, 16 * 1024
+#: Bytes of a waiting task besides its input.
+WAITING_COST = 1024
+#: Seconds until a task is released for lack of room: a platform that sends it again at once must not keep us busy.
+_RELEASE_PAUSE = 1.0
 
 # States of a record. What follows a claim (delivered, dropped) is the reporter's.
 _WAITING, _RUNNING, _CLAIMED = "waiting", "running", "claimed"
@@ -41,7 +46,16 @@ class Accepted(Protocol):
 
 
 class ResultSink(Protocol):
-    """Where results go; :class:`sekuire.report.Reporter` is one."""
+    """Where results go; :class:`sekuire.report.Reporter` is one.
+
+    ``on_room`` is called, without a lock, when ``has_room()`` has been False and is True again. ``can_release`` is None
+    until the platform has answered a first release.
+    """
+
+    on_room: Callable[[], None]
+
+    @property
+    def can_release(self) -> Optional[bool]: ...
 
     def accept(self, completion: Completion) -> Optional[Accepted]: ...
 
@@ -53,9 +67,11 @@ class ResultSink(Protocol):
 
     def recall(self, task_id: str, attempt: int) -> bool: ...
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None: ...
+    def release(self, order: Any, delay: float = 0.0) -> None: ...
 
     def has_room(self) -> bool: ...
+
+    def has_room_for_release(self) -> bool: ...
 
     def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None: ...
 
@@ -67,6 +83,7 @@ class _Record:
         "attempt",
         "began",
         "context",
+        "cost",
         "entry",
         "holds_permit",
         "is_begun",
@@ -74,6 +91,7 @@ class _Record:
         "is_lost",
         "is_reached",
         "packed",
+        "refusal",
         "state",
         "task",
         "timer",
@@ -90,6 +108,10 @@ class _Record:
         self.began: Optional[float] = None
         #: The task's input as JSON, where the task waits without it (:func:`_pack`).
         self.packed: Optional[bytes] = None
+        #: What it counts of ``max_waiting_bytes``.
+        self.cost = 0
+        #: Its answer, where it waits only because results pile up.
+        self.refusal: Optional[Failure] = None
         self.holds_permit = False
         #: Whether it was given to a thread (and counts as running), and whether the thread has come to it.
         self.is_begun = False
@@ -112,6 +134,56 @@ def _pack(task: Task) -> Tuple[Task, Optional[bytes]]:
     return attrs.evolve(task, input=None), packed
 
 
+class _Order:
+    """An order to give one task back, which the reporter carries out (``ReleaseOrder`` there).
+
+    *planned → sending → (planned →) ended*, or *called off* where the task is kept or has come again. The dispatcher's
+    lock guards it. ``on_unsupported`` is called, without the lock, where the platform takes no task back.
+    """
+
+    __slots__ = ("__weakref__", "_lock", "attempt", "is_released", "on_unsupported", "state", "task_id")
+
+    def __init__(
+        self,
+        lock: threading.Condition,
+        task_id: str,
+        attempt: int,
+        on_unsupported: Optional[Callable[[_Order], None]] = None,
+    ) -> None:
+        self._lock = lock
+        self.task_id = task_id
+        self.attempt = attempt
+        self.on_unsupported = on_unsupported
+        self.state = "planned"
+        self.is_released = False
+
+    def begin(self) -> bool:
+        with self._lock:
+            if self.state == "planned":
+                self.state = "sending"
+            return self.state == "sending"
+
+    def postpone(self) -> None:
+        with self._lock:
+            if self.state == "sending":
+                self.state = "planned"
+                self._lock.notify_all()
+
+    def end(self, *, is_released: bool, is_supported: bool = True) -> None:
+        with self._lock:
+            is_off = self.state == "called off"
+            self.is_released = is_released
+            self.state = "ended"
+            self._lock.notify_all()
+        if not is_supported and not is_off and self.on_unsupported is not None:
+            self.on_unsupported(self)
+
+    def call_off(self) -> None:
+        """Do not send it any more. Needs the lock."""
+        if self.state != "ended":
+            self.state = "called off"
+
+
 class Counts:
     """Totals since the start, and what is now; changed under the dispatcher's lock."""
 
@@ -125,10 +197,14 @@ class Counts:
 class Dispatcher:
     """Decides what happens to each task and runs its handler.
 
-    The stream's thread calls :meth:`submit`, which blocks while there is no room; the pool's threads run
-    :meth:`_work`; the timer's thread ends tasks whose time is over; any thread may pause, cancel, close and drain.
+    The stream's thread calls :meth:`submit`; the pool's threads run :meth:`_work`; the timer's thread ends tasks whose
+    time is over; any thread may pause, cancel, close and drain.
     ``_condition`` guards the records, the queue, the permits and the flags. It is never held over a handler, a policy
     check or I/O: what must be called or answered is taken out under it and done after.
+
+    What cannot begin waits: for a thread, for the lease, or for results to be delivered. So the stream is read on, and
+    a command behind a thousand tasks acts at once. What waits has at most ``max_waiting_bytes``. After that a new task
+    is released. Only where the platform takes none back does :meth:`submit` block until there is room.
 
     The pool has room for twice ``max_workers`` threads, because a thread cannot be taken from a handler that does not
     return: permits (``max_workers`` of them) bound what runs, and a straggler hands its permit on, up to
@@ -167,29 +243,33 @@ class Dispatcher:
         self._check_task = getattr(config.policy_gateway, "check_task", None)
         self._check_tool = getattr(config.policy_gateway, "check_tool", None)
         self._task_timeout = config.task_timeout
-        self._queue_size = config.queue_size
+        self._max_waiting_bytes = config.max_waiting_bytes
+        self._max_event_bytes = config.max_event_bytes
         self._max_workers = config.max_workers
         self._permits = config.max_workers
         self._condition = threading.Condition()
         self._records: Dict[str, _Record] = {}
+        #: What waits to begin, and what waits to be refused.
         self._queue: Deque[_Record] = deque()
+        self._refused: Deque[_Record] = deque()
         self._waiting = 0
+        self._waiting_bytes = 0
         self._running = 0
         self._busy = 0
         self._stragglers: Set[_Record] = set()
         self._pauses: Dict[str, Optional[str]] = {}
         self._closed: Optional[str] = None
-        #: Tasks that are being given back → set when the task has come again; who sends the order holds it.
-        self._given: weakref.WeakValueDictionary[str, threading.Event] = weakref.WeakValueDictionary()
+        #: Tasks that are being given back; who sends the order holds it.
+        self._given: weakref.WeakValueDictionary[str, _Order] = weakref.WeakValueDictionary()
         self._has_threads = False
         # An executor of other processes is called from threads of our own, with all that is around a call (remote.py).
         self._foreign = None if _is_remote(config.executor) else config.executor
         self._pool: Optional[Executor] = self._foreign
+        sink.on_room = self.begin_waiting
 
     def resize(self, config: WorkerConfig) -> None:
-        """Take ``max_workers`` and the queue's size from ``config``; before the first task."""
+        """Take ``max_workers`` from ``config``; before the first task."""
         with self._condition:
-            self._queue_size = config.queue_size
             self._max_workers = self._permits = config.max_workers
 
     # -- what is now --
@@ -197,6 +277,11 @@ class Dispatcher:
     @property
     def waiting(self) -> int:
         return self._waiting
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the waiting tasks take, at most ``max_waiting_bytes``."""
+        return self._waiting_bytes
 
     @property
     def running(self) -> int:
@@ -216,46 +301,30 @@ class Dispatcher:
     # -- intake (the stream's thread) --
 
     def submit(self, task: Task) -> None:
-        """Take a task: run it, queue it, or answer it. Blocks while neither a thread nor the queue has room."""
+        """Take a task: run it, hold it, answer it, or give it back.
+
+        Blocks only while what waits fills ``max_waiting_bytes`` and the platform takes no task back.
+        """
         entry = self._registry.find(task.capability)
-        packed: Optional[bytes] = None
-        if self._waiting >= _UNPACKED:
-            task, packed = _pack(task)
-        refusal: Optional[Failure] = None
-        begin: Optional[_Record] = None
-        counted = False
         with self._condition:
             self.counts.received += 1
             self._call_off(task.task_id)
-            while True:
-                if self._is_known(task):
-                    self.counts.duplicates += 1
-                    return
-                refusal = self._refusal(task, entry)
-                has_room = self._sink.has_room()
+            if self._is_known(task):
+                self.counts.duplicates += 1
+                return
+            refusal = self._refusal(task, entry)
+            begin: Optional[_Record] = None
+            if self._closed is None and self._sink.has_room():
+                if entry is not None and refusal is None and self._can_begin(entry):
+                    begin = self._begin(self._admit(task, entry))
+                must_wait = begin is None and refusal is None
+            else:
                 # An answer takes room too: a platform that floods without taking answers must not fill the memory.
-                if self._closed is not None or (refusal is not None and has_room):
-                    break
-                if entry is not None and refusal is None and has_room and self._lease_held():
-                    record = _Record(task, entry)
-                    record.packed = packed
-                    if self._permits and entry.has_room():
-                        self._records[task.task_id] = record
-                        self._permits -= 1
-                        begin = self._begin(record)
-                        break
-                    if self._waiting < self._queue_size:
-                        self._records[task.task_id] = record
-                        (self._queue if entry.has_room() else entry.parked).append(record)
-                        self._waiting += 1
-                        return
-                if not counted:
-                    counted = True
-                    log.debug("no room for task %s: the stream is not read on until there is", task.task_id)
-                self._condition.wait(_LOOK_AGAIN)
+                must_wait = self._closed is None
         if begin is not None:
             self._hand_over(begin)
-            self._begin_waiting()
+        elif must_wait:
+            self._hold(task, _NO_HANDLER if entry is None else entry, refusal)
         elif refusal is not None:
             self._reject(task, task.attempt, refusal)
         else:
@@ -271,21 +340,111 @@ class Dispatcher:
             return
         log.error("[%s] the platform sent a malformed task: %s", error.task_id, error)
         task = Task(task_id=error.task_id, capability="?", attempt=error.attempt)
+        refusal = protocol.failure("invalid_task", str(error))
         with self._condition:
             self._call_off(task.task_id)
-            while self._closed is None and not self._sink.has_room():
-                self._condition.wait(_LOOK_AGAIN)
             if self._is_known(task):
                 # It came whole before, and goes on.
                 self.counts.duplicates += 1
                 return
-        self._reject(task, task.attempt, protocol.failure("invalid_task", str(error)))
+            must_wait = self._closed is None and not self._sink.has_room()
+        if must_wait:
+            self._hold(task, _NO_HANDLER, refusal)
+        else:
+            self._reject(task, task.attempt, refusal)
+
+    def _hold(self, task: Task, entry: HandlerEntry, refusal: Optional[Failure]) -> None:
+        """Let a new task wait; where it does not fit, give it back, or wait here until it does."""
+        packed: Optional[bytes] = None
+        size = task.size
+        if refusal is not None:
+            task = attrs.evolve(task, input=None)
+        elif self._waiting >= _UNPACKED or size > _UNPACKED_BYTES:
+            # Without the lock: it may be large.
+            task, packed = _pack(task)
+            size = max(size, self._max_event_bytes if packed is None else len(packed))
+        cost = WAITING_COST + size
+        probe: Optional[_Order] = None
+        begin: Optional[_Record] = None
+        outcome = "give back"
+        with self._condition:
+            # A release that is being sent is waited for: the platform may give the task to another worker.
+            while self._closed is None or (probe is not None and probe.state == "sending"):
+                if probe is not None and probe.is_released:
+                    self.counts.released += 1
+                    outcome = "released"
+                    break
+                if probe is None or probe.state != "sending":
+                    if self._is_known(task):
+                        self.counts.duplicates += 1
+                        outcome = "known"
+                        break
+                    refusal = refusal or self._refusal(task, entry)
+                    if refusal is not None and self._sink.has_room():
+                        outcome = "refused"
+                        break
+                    if refusal is None and self._sink.has_room() and self._can_begin(entry):
+                        begin = self._begin(self._admit(task, entry, packed))
+                        outcome = "begun"
+                        break
+                    if self._waiting_bytes + cost <= self._max_waiting_bytes:
+                        self._enqueue(self._admit(task, entry, packed), cost, refusal)
+                        outcome = "held"
+                        break
+                if probe is None and self._sink.can_release is not False and self._sink.has_room_for_release():
+                    if self._sink.can_release:
+                        break
+                    # The task stays here until it is known that the platform takes tasks back.
+                    probe = _Order(self._condition, task.task_id, task.attempt)
+                    self._sink.release(probe)
+                    continue
+                log.debug("no room for task %s: the stream is not read on until there is", task.task_id)
+                self._condition.wait(_LOOK_AGAIN)
+            else:
+                refusal = refusal or self._refusal(task, entry)
+                if refusal is not None:
+                    outcome = "refused"
+            if probe is not None:
+                probe.call_off()
+            delay = _RELEASE_PAUSE if self._closed is None else 0.0
+        if begin is not None:
+            self._hand_over(begin)
+        elif outcome == "held":
+            self.begin_waiting()
+        elif outcome == "released":
+            log.info("[%s] %s is given back unbegun: too many tasks wait", task.task_id, _capability(task))
+        elif outcome == "refused" and refusal is not None:
+            self._reject(task, task.attempt, refusal)
+        elif outcome == "give back":
+            self._give_back(task, task.attempt, delay)
+
+    def _can_begin(self, entry: HandlerEntry) -> bool:
+        """Return True if a new task of this handler may begin before all that wait. Needs the lock."""
+        return bool(self._permits and not self._queue and entry.has_room() and self._lease_held())
+
+    def _admit(self, task: Task, entry: HandlerEntry, packed: Optional[bytes] = None) -> _Record:
+        """Make the record of a new task. Needs the lock."""
+        record = self._records[task.task_id] = _Record(task, entry)
+        record.packed = packed
+        return record
+
+    def _enqueue(self, record: _Record, cost: int, refusal: Optional[Failure]) -> None:
+        """Let a task wait. Needs the lock."""
+        record.cost, record.refusal = cost, refusal
+        if record.refusal is not None:
+            self._refused.append(record)
+        elif record.entry.has_room():
+            self._queue.append(record)
+        else:
+            record.entry.parked.append(record)
+        self._waiting += 1
+        self._waiting_bytes += record.cost
 
     def _call_off(self, task_id: str) -> None:
         """A task has come: an order to give it back must not be carried out any more. Needs the lock."""
         order = self._given.pop(task_id, None)
         if order is not None:
-            order.set()
+            order.call_off()
 
     def _is_known(self, task: Task) -> bool:
         record = self._records.get(task.task_id)
@@ -304,7 +463,7 @@ class Dispatcher:
 
     def _refusal(self, task: Task, entry: Optional[HandlerEntry]) -> Optional[Failure]:
         if self._closed == "terminated":
-            return protocol.failure("worker_terminated", "the worker was terminated")
+            return _terminated()
         if self._closed is not None:
             return None
         if self._pauses:
@@ -331,7 +490,7 @@ class Dispatcher:
             self._condition.notify_all()
         for record in taken:
             self._reject_record(record, failure)
-        self._begin_waiting()
+        self.begin_waiting()
         return new
 
     def resume(self, *sources: str) -> bool:
@@ -350,10 +509,9 @@ class Dispatcher:
                 self._closed = "terminated" if terminated else "stopped"
             taken = self._take_unbegun()
             self._condition.notify_all()
-        failure = protocol.failure("worker_terminated", "the worker was terminated before this task began")
         for record in taken:
-            if terminated:
-                self._reject_record(record, failure)
+            if terminated or record.refusal is not None:
+                self._reject_record(record, _terminated())
             else:
                 self._give_back_record(record)
 
@@ -364,6 +522,19 @@ class Dispatcher:
             contexts += [record.context for record in self._stragglers if record.context is not None]
         for context in contexts:
             context._cancel(reason)
+
+    def lose_lease(self) -> None:
+        """Give back what waits and cancel what runs: the platform gives it to others. What comes later waits."""
+        with self._condition:
+            taken = [one for one in self._records.values() if one.state == _WAITING and one.refusal is None]
+            self._queue.clear()
+            for record in taken:
+                record.entry.parked.clear()
+                record.state = _CLAIMED
+                self._leave_queue(record)
+        for record in taken:
+            self._give_back_record(record)
+        self.cancel_running("lease lost")
 
     def cancel_denied(self, is_allowed: Callable[..., bool], reason: str) -> None:
         """Cancel the context of every handler whose capability, or whose task's tool, is not allowed any more."""
@@ -417,7 +588,8 @@ class Dispatcher:
     # -- running (the pool's threads) --
 
     def _begin(self, record: _Record) -> _Record:
-        """Move a record that has a permit to running. Needs the lock."""
+        """Move a record to running, with a permit that is there. Needs the lock."""
+        self._permits -= 1
         record.state = _RUNNING
         record.is_begun = record.holds_permit = True
         record.entry.running += 1
@@ -452,7 +624,7 @@ class Dispatcher:
             log.error("[%s] the executor has not run this task", record.task.task_id)
             self._lose_thread(record)
             # Not from here: whoever cancels may hold the executor's lock, which handing over needs.
-            self._timer.call_at(0.0, self._begin_waiting)
+            self._timer.call_at(0.0, self.begin_waiting)
 
     def _lose_thread(self, record: _Record) -> None:
         """A begun record that no thread will come to: answer it, and free its place."""
@@ -464,14 +636,21 @@ class Dispatcher:
             record.holds_permit = False
             self._condition.notify_all()
 
-    def _begin_waiting(self) -> None:
-        """Begin what waits, as far as there are permits for it."""
+    def begin_waiting(self) -> None:
+        """Begin and answer what waits, as far as there is room for it. Any thread, without a lock."""
+        while self._refused:
+            with self._condition:
+                if not self._refused or not self._sink.has_room():
+                    break
+                refused = self._refused.popleft()
+                self._leave_queue(refused)
+                refused.state = _CLAIMED
+            self._reject_record(refused, _terminated())
         while self._permits and self._queue:
             with self._condition:
                 record = self._pick() if self._permits else None
                 if record is None:
                     return
-                self._permits -= 1
             self._hand_over(record)
 
     def _work(self, record: Optional[_Record]) -> None:
@@ -494,7 +673,7 @@ class Dispatcher:
                 record = self._next_for(record)
                 if record is not None and self._foreign is not None:
                     self._hand_over(record)
-                    self._begin_waiting()
+                    self.begin_waiting()
                     return
 
     def _next_for(self, done: _Record) -> Optional[_Record]:
@@ -510,23 +689,30 @@ class Dispatcher:
             self._condition.notify_all()
             if done.holds_permit:
                 done.holds_permit = False
+                self._permits += 1
                 following = self._pick()
-                self._permits += following is None
         if was_late:
             log.info("[%s] the handler ended after its task was answered; its result is discarded", done.task.task_id)
-            self._begin_waiting()
+            self.begin_waiting()
         return following
 
     def _pick(self) -> Optional[_Record]:
-        """The next record that may begin, begun; its caller has the permit. Needs the lock."""
-        while self._queue:
+        """The next record that may begin, begun. Its caller has seen that there is a permit. Needs the lock."""
+        while self._queue and self._sink.has_room() and self._lease_held():
             record = self._queue.popleft()
             if not record.entry.has_room():
                 record.entry.parked.append(record)
                 continue
-            self._waiting -= 1
+            self._leave_queue(record)
             return self._begin(record)
         return None
+
+    def _leave_queue(self, record: _Record) -> None:
+        """Take a record out of what waits. Needs the lock."""
+        self._waiting -= 1
+        self._waiting_bytes -= record.cost
+        # The stream's thread may wait for the room.
+        self._condition.notify_all()
 
     def _take_unbegun(self) -> List[_Record]:
         """Claim all records whose handler has not begun, an executor's queue included. Needs the lock."""
@@ -536,10 +722,11 @@ class Dispatcher:
             if record.state == _WAITING or (record.state == _RUNNING and not record.is_called)
         ]
         self._queue.clear()
+        self._refused.clear()
         for record in taken:
             record.entry.parked.clear()
             record.state = _CLAIMED
-        self._waiting = 0
+        self._waiting = self._waiting_bytes = 0
         return taken
 
     def _run(self, record: _Record) -> None:
@@ -642,24 +829,27 @@ class Dispatcher:
 
     def _answer(self, record: _Record, completion: Completion, count: str) -> Optional[Accepted]:
         """Give a claimed record's result to the sink, then forget the record; what is to be sent."""
+        report: Optional[Accepted] = None
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
         try:
-            report = self._sink.accept(completion)
-        except BaseException as error:
-            # Part of a result is code of the user's own. Whatever it does, the task is answered and its place free.
-            log.exception("[%s] the result cannot be taken", record.task.task_id)
-            count = "failed"
-            failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
-            completion = attrs.evolve(completion, output=None, failure=failure)
-            report = self._sink.accept(completion)
-        self._tell_result(record.task, completion, report)
-        if count == "completed" and report is not None and report.code is not None:
-            count = "failed"  # The sink could not send what the handler gave.
-        with self._condition:
-            if record.attempt > completion.attempt:
-                self._sink.recall(record.task.task_id, record.attempt)
-            self._forget(record)
-            setattr(self.counts, count, getattr(self.counts, count) + 1)
+            try:
+                report = self._sink.accept(completion)
+            except BaseException as error:
+                # Part of a result is code of the user's own. Whatever it does, the task is answered and its place free.
+                log.exception("[%s] the result cannot be taken", record.task.task_id)
+                count = "failed"
+                failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
+                completion = attrs.evolve(completion, output=None, failure=failure)
+                report = self._sink.accept(completion)
+            self._tell_result(record.task, completion, report)
+        finally:
+            if count == "completed" and report is not None and report.code is not None:
+                count = "failed"  # The sink could not send what the handler gave.
+            with self._condition:
+                if record.attempt > completion.attempt:
+                    self._sink.recall(record.task.task_id, record.attempt)
+                self._forget(record)
+                setattr(self.counts, count, getattr(self.counts, count) + 1)
         return report
 
     def _tell_result(self, task: Task, completion: Completion, report: Optional[Accepted]) -> None:
@@ -667,21 +857,30 @@ class Dispatcher:
             return
         try:
             self._on_result(task, completion, report)
-        except Exception:
+        except BaseException:
+            # What is accepted must be sent.
             log.exception("[%s] telling of the result failed", task.task_id)
 
     def _finish(self, record: _Record, completion: Completion, count: str) -> None:
         report = self._answer(record, completion, count)
-        # One that was parked behind this one must not wait for the report below.
-        self._begin_waiting()
-        if report is None:
-            return
-        if self._foreign is not None:
-            # Here and not by who sends it: the result must be on disk however long the platform lets the others wait.
-            self._sink.keep(report)
-            self._sink.enqueue(report)
-        else:
+        try:
+            # One that was parked behind this one must not wait for the report below.
+            self.begin_waiting()
+        finally:
+            if report is not None:
+                self._send(report)
+
+    def _send(self, report: Accepted) -> None:
+        """Send the result of a handler, in its thread."""
+        if self._foreign is None:
             self._sink.post(report)
+            return
+        # Not by this thread, whose executor has other users. But the result must be on disk however long the platform
+        # lets the others wait.
+        try:
+            self._sink.keep(report)
+        finally:
+            self._sink.enqueue(report)
 
     def _finish_early(self, record: _Record, failure: Failure) -> None:
         """Answer a claimed record whose handler still runs (or never began)."""
@@ -724,7 +923,7 @@ class Dispatcher:
             record.task.task_id, record.task.capability,
             "" if replaced else ", and its thread cannot be replaced", count,
         )  # fmt: skip
-        self._begin_waiting()
+        self.begin_waiting()
 
     def _replace_stragglers(self) -> None:
         """Pass on the permits of as many stragglers as the pool has threads to replace. Needs the lock."""
@@ -748,6 +947,7 @@ class Dispatcher:
 
     def _reject_record(self, record: _Record, failure: Failure) -> None:
         task = record.task
+        failure = record.refusal or failure
         _log_answer(task, failure)
         completion = Completion(task_id=task.task_id, attempt=record.attempt, failure=failure)
         report = self._answer(record, completion, "rejected")
@@ -759,22 +959,37 @@ class Dispatcher:
             self._forget(record)
         self._give_back(record.task, record.attempt)
 
-    def _give_back(self, task: Task, attempt: int) -> None:
-        order = threading.Event()
+    def _give_back(self, task: Task, attempt: int, delay: float = 0.0) -> None:
+        # Without its input: many may be under way.
+        task = attrs.evolve(task, input=None)
+
+        def answer(order: _Order) -> None:
+            with self._condition:
+                if self._given.get(order.task_id) is not order:
+                    # It has come again.
+                    return
+                del self._given[order.task_id]
+                self.counts.released -= 1
+            failure = protocol.failure("worker_shutdown", "the worker gave the task back unbegun")
+            self._reject(task, attempt, failure)
+
+        order = _Order(self._condition, task.task_id, attempt, answer)
         with self._condition:
             self.counts.released += 1
             self._given[task.task_id] = order
         log.info("[%s] %s is given back unbegun", task.task_id, _capability(task))
+        self._sink.release(order, delay)
 
-        def answer() -> None:
-            with self._condition:
-                if order.is_set():
-                    return
-                self._given.pop(task.task_id, None)
-                self.counts.released -= 1
-            self._reject(task, attempt, protocol.failure("worker_shutdown", "the worker gave the task back unbegun"))
 
-        self._sink.release(task, attempt, answer, order.is_set)
+def _unknown(context: TaskContext, input: Any) -> None:
+    """Stands for the handler of a task that is only answered."""
+
+
+_NO_HANDLER = HandlerEntry("?", _unknown)
+
+
+def _terminated() -> Failure:
+    return protocol.failure("worker_terminated", "the worker was terminated before this task began")
 
 
 def _capability(task: Task) -> str:

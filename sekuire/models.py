@@ -35,7 +35,10 @@ MAX_ID_BYTES = 256
 
 @attrs.frozen(kw_only=True, slots=True)
 class Task:
-    """One unit of work as the platform sent it (protocol.md, "Tasks"); ``timeout`` in seconds."""
+    """One unit of work as the platform sent it (protocol.md, "Tasks"); ``timeout`` in seconds.
+
+    ``size``: characters of the JSON that it came in, 0 where it came otherwise.
+    """
 
     task_id: str
     capability: str
@@ -48,6 +51,7 @@ class Task:
     workflow_id: Optional[str] = None
     trace_id: Optional[str] = None
     timeout: Optional[float] = None
+    size: int = attrs.field(default=0, eq=False, repr=False)
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -212,9 +216,10 @@ class Grant:
 class WorkerStats:
     """Counts of one worker since its start, and where its lease stands.
 
-    ``received`` counts task events; ``waiting`` and ``running`` are now; ``rejected`` counts tasks answered without
-    running (paused, terminated, unknown capability, invalid, denied); ``released`` tasks given back unbegun;
-    ``duplicates`` deliveries of a task already known; ``dropped`` events or results that could not be used or were no
+    ``received`` counts task events; ``waiting`` (for a thread, the lease, or results to be delivered) and ``running``
+    are now; ``rejected`` counts tasks answered without running (paused, terminated, unknown capability, invalid,
+    denied); ``released`` tasks given back unbegun; ``duplicates`` deliveries of a task already known; ``dropped``
+    events or results that could not be used or were no
     longer wanted; ``undelivered`` results still to be accepted; ``stragglers`` handlers past their end that still run.
     """
 

@@ -723,7 +723,7 @@ def decode_task(text: str) -> Task:
         payload = decode_json(text)
     except Malformed as error:
         raise _unreadable_task(text, str(error)) from None
-    return _build_task(payload)
+    return _build_task(payload, len(text))
 
 
 def decode_untyped_task(text: str) -> Optional[Task]:
@@ -738,7 +738,7 @@ def decode_untyped_task(text: str) -> Optional[Task]:
         if not _looks_like_task(outline):
             return None
         raise _unreadable_task(text, str(error)) from None
-    return _build_task(payload) if _looks_like_task(payload) else None
+    return _build_task(payload, len(text)) if _looks_like_task(payload) else None
 
 
 def _looks_like_task(payload: Any) -> bool:
@@ -793,7 +793,7 @@ def _plain(token: str) -> Any:
         return None
 
 
-def _build_task(payload: Any) -> Task:
+def _build_task(payload: Any, size: int) -> Task:
     if not isinstance(payload, dict):
         raise MalformedTask("the task is not a JSON object")
     get = payload.get
@@ -842,6 +842,7 @@ def _build_task(payload: Any) -> Task:
         workflow_id=workflow_id,
         trace_id=trace_id,
         timeout=timeout,
+        size=size,
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import heapq
 import itertools
 import logging
 import threading
 import time
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Protocol, Tuple
 
 from . import protocol
 from ._internal.logs import get_logger
@@ -16,8 +17,8 @@ from .config import WorkerConfig
 from .context import TaskContext
 from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError
-from .lifecycle import LONG_WAIT, Deadline, join_all, owned_by
-from .models import Completion, Task
+from .lifecycle import LONG_WAIT, Deadline, Timer, join_all, owned_by
+from .models import Completion
 from .transport.retry import full_jitter
 from .wire.verdict import (
     Dropped,
@@ -48,12 +49,44 @@ MAX_THREADS = 4
 #: Undelivered results at which intake pauses: their number and their bytes.
 BACKLOG = 1000
 BACKLOG_BYTES = 64 * 1024 * 1024
+#: Releases under way at which no further task is released: a platform that takes none must not fill the memory.
+RELEASES = 10_000
+#: Seconds between two looks for results that no thread has, and for threads that could not be started.
+SWEEP = 5.0
 #: Delivered results remembered: tasks, and bytes of the results kept to answer a repeated delivery.
 MEMORY = 10_000
 MEMORY_BYTES = 16 * 1024 * 1024
 MEMORY_ENTRY_BYTES = 64 * 1024
 #: Seconds between two progress reports of one task.
 PROGRESS_PAUSE = 1.0
+
+
+class State(enum.Enum):
+    """Where a report is; ``edges`` are the states that it may have next."""
+
+    #: With the thread that accepted it, which posts or enqueues it next. A sweep plans one that was left here.
+    HELD = "held"
+    #: In the pool's queue.
+    PLANNED = "planned"
+    #: In the hands of one thread inside :meth:`Reporter.post`, which plans it if it does not settle it.
+    SENDING = "sending"
+    #: The platform has it.
+    SETTLED = "settled"
+    #: The platform does not want it.
+    DROPPED = "dropped"
+
+    def __init__(self, name: str) -> None:
+        # On the state itself, because a look-up by an enum's member is slow.
+        self.edges: Tuple[State, ...] = ()
+
+
+_HELD, _PLANNED, _SENDING, _SETTLED, _DROPPED = State
+_HELD.edges = (_SENDING, _PLANNED)
+# Sending: also by a thread that posts what a sweep has planned. Held: close() ends the pool.
+_PLANNED.edges = (_SENDING, _PLANNED, _HELD)
+_SENDING.edges = (_SETTLED, _PLANNED, _DROPPED, _HELD)
+# The platform asks again for what it once accepted.
+_SETTLED.edges = _DROPPED.edges = (_PLANNED,)
 
 
 class Report:
@@ -63,7 +96,8 @@ class Report:
     ``head`` is its encoded body without the end, empty once it is no longer kept. ``is_final`` is false for a failure
     that the platform may answer with a new try of the task. ``is_given_up``: a flush need not wait for it.
     ``is_stored``: its present form is in the outbox, under ``stored_attempt``. ``planned``: when the pool sends it, and
-    the number of that action; None while it is in nobody's hands, or being sent.
+    the number of that action, while it is PLANNED. ``sender``: the thread that has it, while it is SENDING.
+    ``is_noticed``: a sweep has found it HELD before.
     """
 
     __slots__ = (
@@ -72,9 +106,12 @@ class Report:
         "head",
         "is_final",
         "is_given_up",
+        "is_noticed",
         "is_stored",
         "planned",
         "refused",
+        "sender",
+        "state",
         "stored_attempt",
         "stubborn",
         "substituted",
@@ -89,13 +126,42 @@ class Report:
         self.head = head
         self.is_final = is_final
         self.is_given_up = False
+        self.is_noticed = False
         self.is_stored = False
         self.stored_attempt = 0
+        self.state = _HELD
+        self.sender: Optional[int] = None
         self.planned: Optional[Tuple[float, int]] = None
         self.tries = 0
         self.refused = 0
         self.substituted = False
         self.stubborn = False
+
+
+def move(report: Report, to: State) -> None:
+    """Change a report's state; the only place that does. Needs the reporter's lock."""
+    assert to in report.state.edges, f"{report.state} -> {to}"
+    report.state = to
+    report.planned = report.sender = None
+
+
+class ReleaseOrder(Protocol):
+    """One task on its way back to the platform; the sender calls it, without a lock."""
+
+    @property
+    def task_id(self) -> str: ...
+
+    @property
+    def attempt(self) -> int: ...
+
+    def begin(self) -> bool:
+        """Called before each try. Return False if the task is not to be given back any more."""
+
+    def postpone(self) -> None:
+        """The try had no verdict; the next one comes later."""
+
+    def end(self, *, is_released: bool, is_supported: bool = True) -> None:
+        """Called once, with the platform's verdict. Without support the task needs an answer of its own."""
 
 
 class _Action(NamedTuple):
@@ -112,13 +178,19 @@ class Reporter:
 
     Any thread may call anything. A handler's thread sends its own first report (:meth:`accept`, then :meth:`post`);
     everything else, retries included, is sent by ``sekuire-report-N`` (at most four, made when more is due than threads
-    are free, ended by :meth:`close`). A report is planned there once at most. ``_condition`` guards all state, the
-    pool's queue and its count of busy threads among it, and is never held over I/O or a callback.
+    are free, ended by :meth:`close`). ``_condition`` guards all state, the pool's queue and its count of busy threads
+    among it, and is never held over I/O or a callback.
+
+    A held report always has an owner: the pool's queue, or the thread that sends it, which plans it again whatever
+    happens. :meth:`sweep`, on the timer's thread, plans what the thread that accepted a result has left, and starts
+    threads that could not be started before.
 
     With an outbox, a result is on disk before it is first sent, and leaves it when it is settled. One that has not been
     sent, because all threads wait for the platform, is put there by :meth:`keep` or at the end.
 
     :param on_revoked: called, without a lock, when an answer carries the kill switch.
+
+    ``on_room`` is called, without a lock, when :meth:`has_room` has been False and is True again.
     """
 
     def __init__(
@@ -132,6 +204,8 @@ class Reporter:
         owner: object = None,
     ) -> None:
         self.dropped = 0
+        self.on_room: Callable[[], None] = lambda: None
+        self._has_released = False
         self._outbox = outbox
         self._sender = (config.api_base_url, config.agent_id)
         self._auth = auth
@@ -157,6 +231,8 @@ class Reporter:
         self._flushing = False
         self._progress: Dict[str, Tuple[float, Optional[str]]] = {}
         self._progress_at: Dict[str, float] = {}
+        self._was_full = False
+        self._releases = 0
 
     # -- results --
 
@@ -236,12 +312,42 @@ class Reporter:
         return True
 
     def post(self, report: Report) -> None:
-        """Send a report once; where it is not settled then, it is sent again by the pool, later."""
+        """Send a report once; where it is not settled then, it is sent again by the pool, later.
+
+        Whatever is raised on the way plans it again.
+        """
+        me = threading.get_ident()
         with self._condition:
-            report.planned = None
-            if self._held.get(report.task_id) is not report:
+            if self._held.get(report.task_id) is not report or report.state is _SENDING:
+                # Settled, or another thread has it.
                 return
+            move(report, _SENDING)
+            report.sender = me
             attempt, body, substituted = report.attempt, report.head, report.substituted
+        try:
+            self._deliver(report, attempt, body, substituted)
+        except BaseException as error:  # sys.exit() in a user's token provider, no memory, a library's bug.
+            if report.state is _SENDING and report.sender == me:
+                self._retry(
+                    report, attempt, Retry(SekuireError(f"{type(error).__name__} while sending")), unforeseen=True
+                )
+            else:
+                log.exception("[%s] a failure after the result was settled or planned", report.task_id)
+        finally:
+            # Without the lock: only this thread moves a report out of its hands.
+            if report.state is _SENDING and report.sender == me:
+                self._own_again(report)
+
+    def _own_again(self, report: Report) -> None:
+        """Plan a report whose sending ended in a way nobody foresaw."""
+        with self._condition:
+            # First, because it needs no memory: should planning fail too, a sweep finds it.
+            move(report, _HELD)
+            report.tries += 1
+            self._plan(report, full_jitter(report.tries, RETRY_MIN, RETRY_MAX))
+
+    def _deliver(self, report: Report, attempt: int, body: bytes, substituted: bool) -> None:
+        """Send what a report held when its sending began, and act on the answer."""
         if self._outbox is not None and not (report.is_stored and report.stored_attempt == attempt):
             self._keep_on_disk(self._outbox, report, attempt, substituted, body)
         key = protocol.completion_key(report.task_id, attempt, substituted)
@@ -306,20 +412,46 @@ class Reporter:
         return len(self._held)
 
     def has_room(self) -> bool:
-        """Whether results may still pile up, or intake should pause until some are delivered."""
-        return len(self._held) < BACKLOG and self._held_bytes < BACKLOG_BYTES
+        """Return False if so many results are undelivered that no more should be made.
+
+        Then ``on_room`` is called when that has changed.
+        """
+        if len(self._held) < BACKLOG and self._held_bytes < BACKLOG_BYTES:
+            return True
+        with self._condition:
+            # Under the lock, so that no result that settles now is missed.
+            self._was_full = len(self._held) >= BACKLOG or self._held_bytes >= BACKLOG_BYTES
+            return not self._was_full
+
+    def _note_room(self) -> None:
+        """Call ``on_room`` if results may be made again and could not before. Without the lock."""
+        with self._condition:
+            if len(self._held) >= BACKLOG or self._held_bytes >= BACKLOG_BYTES:
+                return
+            self._was_full = False
+        self.on_room()
 
     # -- release and progress --
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
-        """Give a task that was not begun back; ``otherwise`` is called where the platform does not offer that.
-
-        :param is_off: whether the task has come again meanwhile; it is not given back then.
-        """
+    @property
+    def can_release(self) -> Optional[bool]:
+        """True if the platform takes tasks back, False if it does not offer that, None if that is not known yet."""
         if not self._support.is_offered("release"):
-            otherwise()
+            return False
+        return True if self._has_released else None
+
+    def release(self, order: ReleaseOrder, delay: float = 0.0) -> None:
+        """Give a task that was not begun back, in ``delay`` seconds, or at once when the worker stops."""
+        if self.can_release is False:
+            order.end(is_released=False, is_supported=False)
             return
-        self._schedule(0.0, lambda: self._release(task.task_id, attempt, otherwise, is_off, 0))
+        with self._condition:
+            self._releases += 1
+        self._schedule(delay, lambda: self._release(order, 0))
+
+    def has_room_for_release(self) -> bool:
+        """Return False if so many releases are under way that no further task should be released."""
+        return self._releases < RELEASES
 
     def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
         """Remember the newest progress of a task and send it soon. Never blocks."""
@@ -353,11 +485,23 @@ class Reporter:
             heapq.heapify(self._queue)
             self._fit_threads()
             self._condition.notify_all()
-            while self._pending or any(not report.is_given_up for report in self._held.values()):
+        while True:
+            action: Optional[_Action] = None
+            with self._condition:
+                if not self._pending:
+                    if all(report.is_given_up for report in self._held.values()):
+                        return not self._held
+                    self.sweep(at_once=True)
                 if deadline.is_expired():
                     return False
-                self._condition.wait(min(deadline.remaining(), 0.5))
-            return not self._held
+                self._fit_threads()
+                if not self._threads:
+                    # None could be started, so this one sends.
+                    action = self._take_due()
+                if action is None:
+                    self._condition.wait(min(deadline.remaining(), 0.5))
+            if action is not None:
+                self._perform(action)
 
     def keep_all(self) -> List[str]:
         """Put every undelivered result that is not in the outbox there; the tasks of those that it has not taken.
@@ -439,6 +583,7 @@ class Reporter:
             was_stored, attempt = report.is_stored, report.attempt
             if not again:
                 report.is_stored = False
+                move(report, _DROPPED if dropped else _SETTLED)
                 del self._held[report.task_id]
                 self._held_bytes -= len(report.head)
                 self.dropped += dropped
@@ -448,6 +593,8 @@ class Reporter:
             self.enqueue(report)
         elif self._outbox is not None and was_stored:
             self._outbox.remove(*self._sender, report.task_id, attempt)
+        if self._was_full:
+            self._note_room()
 
     def _keep_on_disk(self, outbox: Outbox, report: Report, attempt: int, substituted: bool, head: bytes) -> None:
         from .outbox import Stored  # Loaded already, by whoever made the outbox.
@@ -490,7 +637,7 @@ class Reporter:
             report.tries = 0
         self.enqueue(report)
 
-    def _retry(self, report: Report, attempt: int, found: Retry) -> None:
+    def _retry(self, report: Report, attempt: int, found: Retry, unforeseen: bool = False) -> None:
         """Send again after a backoff."""
         with self._condition:
             # In one step, or a flush in between would find nothing to hurry, and then wait for the whole delay.
@@ -504,6 +651,7 @@ class Reporter:
             report.task_id,
             found.error,
             delay,
+            exc_info=unforeseen and not tries,
         )
 
     def _keep(self, report: Report, attempt: int, found: Failed) -> None:
@@ -523,23 +671,39 @@ class Reporter:
 
     # -- inside: release and progress --
 
-    def _release(
-        self, task_id: str, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool], tries: int
-    ) -> None:
-        if is_off():
-            return
+    def _release(self, order: ReleaseOrder, tries: int) -> None:
+        """Try to give a task back; plan the next try where there is no verdict, whatever happens."""
+        delay: Optional[float] = full_jitter(tries, RETRY_MIN, RETRY_MAX)
+        try:
+            delay = self._try_release(order, tries) if order.begin() else None
+        finally:
+            if delay is None:
+                with self._condition:
+                    self._releases -= 1
+            else:
+                order.postpone()
+                self._schedule(delay, lambda: self._release(order, tries + 1))
+
+    def _try_release(self, order: ReleaseOrder, tries: int) -> Optional[float]:
+        """Send a release once. Return the seconds until the next try, or None if the platform gave its verdict."""
+        task_id = order.task_id
         path = self._endpoints.path("release", task_id=task_id)
-        found = self._ask("release", path, protocol.release_body(attempt, self._worker_id))
+        found = self._ask("release", path, protocol.release_body(order.attempt, self._worker_id))
         self._support.note("release", found)
         if isinstance(found, Unsupported):
-            otherwise()
-        elif isinstance(found, Retry) or (isinstance(found, Unauthorized) and tries < REFUSALS):
+            order.end(is_released=False, is_supported=False)
+            return None
+        if isinstance(found, Retry) or (isinstance(found, Unauthorized) and tries < REFUSALS):
             least = found.delay if isinstance(found, Retry) else 0.0
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), least)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, found.error, delay)
-            self._schedule(delay, lambda: self._release(task_id, attempt, otherwise, is_off, tries + 1))
-        elif not isinstance(found, Settled):
+            return delay
+        if isinstance(found, Settled):
+            self._has_released = True
+        else:
             log.warning("[%s] the platform did not accept the release of the task (%s)", task_id, found.error)
+        order.end(is_released=isinstance(found, Settled))
+        return None
 
     def _send_progress(self, context: TaskContext) -> None:
         task_id = context.task_id
@@ -580,7 +744,36 @@ class Reporter:
                     return
                 self._unschedule(number)
             planned = self._schedule(delay, lambda: self.post(report), counts)
-            report.planned = None if planned is None else (when, planned)
+            if planned is not None:
+                move(report, _PLANNED)
+                report.planned = (when, planned)
+            elif report.state in (_PLANNED, _SENDING):
+                move(report, _HELD)
+
+    def watch(self, timer: Timer) -> None:
+        """Sweep now and then, on the timer's thread, until :meth:`close`."""
+
+        def look() -> None:
+            if not self._closed:
+                timer.call_at(time.monotonic() + SWEEP, look)
+                self.sweep()
+
+        timer.call_at(time.monotonic() + SWEEP, look)
+
+    def sweep(self, at_once: bool = False) -> None:
+        """Plan each result that the thread which accepted it has left, and start missing threads of the pool.
+
+        :param at_once: plan what no thread sends; else only what a sweep before has found like this.
+        """
+        with self._condition:
+            for report in self._held.values():
+                if report.state is not _HELD:
+                    continue
+                if report.is_noticed or at_once:
+                    self._plan(report, 0.0)
+                report.is_noticed = True
+            self._fit_threads()
+            self._condition.notify_all()
 
     def _schedule(self, delay: float, action: Callable[[], None], counts: bool = True) -> Optional[int]:
         """Have the pool do ``action`` in ``delay`` seconds; one that ``counts`` is waited for by :meth:`flush`.
@@ -591,8 +784,9 @@ class Reporter:
             if self._closed:
                 return None
             number = next(self._numbers)
-            self._pending += counts
             heapq.heappush(self._queue, _Action(time.monotonic() + delay, number, action, counts))
+            # After the push, which may fail: a flush must not wait for what is not there.
+            self._pending += counts
             self._fit_threads()
             self._condition.notify_all()
             return number
@@ -617,43 +811,62 @@ class Reporter:
         wanted = max(1, sum(action.when <= now for action in self._queue))
         while len(self._threads) < MAX_THREADS and len(self._threads) - self._busy < wanted:
             name = f"sekuire-report-{len(self._threads) + 1}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
             try:
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
                 thread.start()
-            except RuntimeError:
-                # No new thread any more, the interpreter is ending; those that are there go on.
+            except (RuntimeError, MemoryError):
+                # No new thread now, or the interpreter is ending. Those that are there go on; a sweep tries again.
                 return
             self._threads.append(thread)
 
     def _work(self) -> None:
-        with owned_by(self._owner):
-            while True:
-                action = self._next()
-                if action is None:
-                    return
-                try:
-                    action.function()
-                except BaseException:
-                    # sys.exit() in a user's token provider must not end it: nobody would notice that it is gone.
-                    log.exception("sending a report failed in an unforeseen way")
-                finally:
-                    with self._condition:
-                        self._busy -= 1
-                        if action.counts:
-                            self._pending -= 1
-                            self._condition.notify_all()
+        try:
+            with owned_by(self._owner):
+                while True:
+                    action = self._next()
+                    if action is None:
+                        return
+                    self._perform(action)
+                    # What it holds must not live until the next one comes.
+                    del action
+        finally:
+            with self._condition:
+                if not self._closed:
+                    # An exception ends this thread. What is planned must have another one.
+                    self._threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+                    self._fit_threads()
+
+    def _perform(self, action: _Action) -> None:
+        try:
+            action.function()
+        except BaseException:
+            # Nothing of a report's gets here; what does must not end the thread.
+            log.exception("an action of the report pool failed in an unforeseen way")
+        finally:
+            with self._condition:
+                self._busy -= 1
+                if action.counts:
+                    self._pending -= 1
+                    self._condition.notify_all()
 
     def _next(self) -> Optional[_Action]:
         with self._condition:
             while not self._closed:
-                delay = self._queue[0].when - time.monotonic() if self._queue else LONG_WAIT
-                if delay <= 0:
-                    action = heapq.heappop(self._queue)
-                    self._busy += 1
-                    self._fit_threads()
+                action = self._take_due()
+                if action is not None:
                     return action
-                self._condition.wait(min(delay, LONG_WAIT))
+                delay = self._queue[0].when - time.monotonic() if self._queue else LONG_WAIT
+                self._condition.wait(min(max(delay, 0.0), LONG_WAIT))
             return None
+
+    def _take_due(self) -> Optional[_Action]:
+        """Take the next action out of the queue if its time has come. Needs the lock."""
+        if not self._queue or self._queue[0].when > time.monotonic():
+            return None
+        action = heapq.heappop(self._queue)
+        self._busy += 1
+        self._fit_threads()
+        return action
 
 
 def _is_kept(report: Report) -> bool:

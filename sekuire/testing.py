@@ -312,6 +312,8 @@ class _Sink:
         self.done = threading.Event()
         self.exception: Optional[BaseException] = None
         self.code: Optional[str] = None
+        self.on_room: Callable[[], None] = lambda: None
+        self.can_release: Optional[bool] = False
         self._max_bytes = max_bytes
         self._head = b""
         self._progress: List[Tuple[float, Optional[str]]] = []
@@ -355,8 +357,11 @@ class _Sink:
     def recall(self, task_id: str, attempt: int) -> bool:
         return False
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
-        otherwise()
+    def release(self, order: Any, delay: float = 0.0) -> None:
+        order.end(is_released=False, is_supported=False)
+
+    def has_room_for_release(self) -> bool:
+        return True
 
     def has_room(self) -> bool:
         return True

@@ -447,6 +447,7 @@ class Worker:
             self._audit.open()
             self._note_state("started")
         self._stream_thread.start()
+        self._reporter.watch(self._timer)
         if self._config.stop_when_idle is not None:
             IdleWatch(
                 self._config.stop_when_idle,

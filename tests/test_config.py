@@ -76,6 +76,7 @@ WRONG: Dict[str, Any] = {
     "max_workers": COUNTS,
     "max_event_bytes": COUNTS,
     "max_result_bytes": COUNTS,
+    "max_waiting_bytes": COUNTS,
     "max_queued": [-1, 1.0, "5", True],
     "allow_insecure_http": FLAGS,
     "policy_required": FLAGS,
@@ -385,6 +386,7 @@ def test_defaults_of_the_documentation() -> None:
     assert (config.start_timeout, config.shutdown_timeout, config.stream_idle_timeout) == (10.0, 30.0, 45.0)
     assert (config.reconnect_min, config.reconnect_max, config.expose_errors) == (0.5, 30.0, True)
     assert config.max_event_bytes == config.max_result_bytes == 16 * 1024 * 1024
+    assert config.max_waiting_bytes == 64 * 1024 * 1024
     sdk = SDKConfig(agent_id="a")
     assert (sdk.heartbeat_interval, sdk.auto_heartbeat, sdk.environment) == (60.0, True, "production")
 

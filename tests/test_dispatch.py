@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import threading
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Set
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
-from sekuire.dispatch import Dispatcher
+from sekuire.dispatch import WAITING_COST, Dispatcher
 from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Task
 from sekuire.protocol import MalformedTask
@@ -48,7 +48,9 @@ class Sink:
         self.attempts: Dict[str, int] = {}
         self.delivered: List[str] = []
         self.released: List[str] = []
-        self.orders: Dict[str, Tuple[Callable[[], None], Callable[[], bool]]] = {}
+        self.orders: Dict[str, Any] = {}
+        self.on_room: Callable[[], None] = lambda: None
+        self.can_release: Optional[bool] = True
         self.refused: List[str] = []
         #: Called at the beginning of accept(), to put something in between.
         self.before: Callable[[Completion], None] = lambda completion: None
@@ -78,10 +80,13 @@ class Sink:
             self.attempts[task_id] = max(self.attempts[task_id], attempt)
             return True
 
-    def release(self, task: Task, attempt: int, otherwise: Callable[[], None], is_off: Callable[[], bool]) -> None:
+    def release(self, order: Any, delay: float = 0.0) -> None:
         with self.lock:
-            self.released.append(task.task_id)
-            self.orders[task.task_id] = (otherwise, is_off)
+            self.released.append(order.task_id)
+            self.orders[order.task_id] = order
+
+    def has_room_for_release(self) -> bool:
+        return True
 
     def has_room(self) -> bool:
         return True
@@ -159,9 +164,8 @@ def dispatcher_of(handlers: Handlers, sink: Sink, timer: Timer, **options: Any) 
     registry = TaskRegistry()
     registry.add("wide", handlers)
     registry.add("narrow", handlers, None, 1)
-    config = WorkerConfig(
-        agent_id="a", install_token="t", **{"max_workers": WORKERS, "max_queued": QUEUE, "task_timeout": 1e6, **options}
-    )
+    limits = {"max_workers": WORKERS, "max_waiting_bytes": QUEUE * WAITING_COST, "task_timeout": 1e6}
+    config = WorkerConfig(agent_id="a", install_token="t", **{**limits, **options})
     return Dispatcher(config, registry, sink, timer=timer, lease_held=lambda: True, scrub=str)
 
 
@@ -189,11 +193,7 @@ class TaskStates(RuleBasedStateMachine):
             )
         )
 
-    def has_room(self) -> bool:
-        return self.dispatcher.waiting < QUEUE or self.dispatcher.is_paused() or self.closed
-
     @rule(target=tasks, capability=st.sampled_from(["wide", "narrow", "none"]), input=st.sampled_from(["", "fail"]))
-    @precondition(lambda self: self.has_room())
     def deliver(self, capability: str, input: str) -> str:
         task_id = f"t{next(self.numbers)}"
         self.attempts[task_id] = 1
@@ -202,7 +202,6 @@ class TaskStates(RuleBasedStateMachine):
         return task_id
 
     @rule(task_id=tasks, more=st.integers(0, 2))
-    @precondition(lambda self: self.has_room())
     def repeat(self, task_id: str, more: int) -> None:
         if task_id in self.sink.released:
             return
@@ -287,6 +286,9 @@ class TaskStates(RuleBasedStateMachine):
     @invariant()
     def limits_hold(self) -> None:
         dispatcher = self.dispatcher
+        waiting = [record for record in dispatcher._records.values() if record.state == "waiting"]
+        assert dispatcher.waiting == len(waiting)
+        assert dispatcher.waiting_bytes == sum(record.cost for record in waiting)
         assert 0 <= dispatcher._permits <= WORKERS
         assert 0 <= dispatcher.waiting <= QUEUE
         holders = len([r for r in dispatcher._records.values() if r.holds_permit])
@@ -316,7 +318,7 @@ class TaskStates(RuleBasedStateMachine):
 
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
 def test_task_states() -> None:
-    """At most one accepted completion per task, never a lost one; permits never leak; waiting is bounded."""
+    """At most one accepted completion per task, never a lost one; permits never leak; waiting is bounded in bytes."""
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         TaskStates,
         settings=settings(
@@ -355,7 +357,9 @@ def storm() -> None:
     """One thread delivers, each task twice; a second pauses and resumes; handlers end around their timeouts."""
     sink, handlers, timer = Sink(), Handlers(), Timer()
     handlers.open = True
-    dispatcher = dispatcher_of(handlers, sink, timer, max_workers=4, max_queued=8, task_timeout=0.001)
+    dispatcher = dispatcher_of(
+        handlers, sink, timer, max_workers=4, max_waiting_bytes=400 * WAITING_COST, task_timeout=0.001
+    )
     over = threading.Event()
 
     def toggle() -> None:
@@ -459,20 +463,20 @@ def test_a_task_that_comes_again_while_it_is_given_back(comes: bool) -> None:
     dispatcher.submit(Task(task_id="t1", capability="wide"))
     until(lambda: sink.released == ["t1"] and dispatcher._busy == 0)
     held[0] = True
-    otherwise, is_off = sink.orders["t1"]
-    assert not is_off()
+    order = sink.orders["t1"]
+    assert order.begin()
     if comes:
         dispatcher.submit(Task(task_id="t1", capability="wide"))
         until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
-        assert is_off()
-    otherwise()
+        assert not order.begin()
+    order.end(is_released=False, is_supported=False)
     counts = dispatcher.counts
     assert sink.delivered == ["t1"]
     assert (sink.results["t1"].output == "done") is comes
     assert (counts.received, counts.released, counts.completed, counts.rejected) == (
         (2, 1, 1, 0) if comes else (1, 0, 0, 1)
     )
-    del otherwise, is_off
+    del order
     sink.orders.clear()
     assert not dispatcher._given
     dispatcher.end_pool(Deadline(GUARD))

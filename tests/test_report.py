@@ -617,3 +617,189 @@ def test_a_next_try_that_comes_with_the_answer(scripted: Scripted, worker_of: Ma
         until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
         until(lambda: worker.stats().undelivered == 0)
     assert runs == [1]
+
+
+# -- a result always has an owner --
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyError, SystemExit, KeyboardInterrupt, AssertionError])
+@pytest.mark.parametrize("where", ["handler", "pool"])
+def test_whatever_is_raised_while_sending_plans_the_result_again(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Any, where: str
+) -> None:
+    """No memory, a bug of a library, sys.exit() in a user's token provider: the result is sent again, and delivered."""
+    reporter = worker._reporter
+    send, failures = reporter._ask, iter([error("unforeseen")] * 3)
+
+    def fail(path: str, *args: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return send(path, *args)
+
+    monkeypatch.setattr(reporter, "_ask", fail)
+    worker.start()
+    if where == "handler":
+        scripted.task("t1")
+    else:
+        reporter.enqueue(take(worker, "t1"))
+    scripted.completion("t1")
+    until(lambda: worker.stats().undelivered == 0)
+    assert next(failures, None) is None
+    scripted.task("t2")
+    assert scripted.completion("t2")["status"] == "completed"
+    worker.stop()
+    assert reporter._pending == 0
+    assert not worker.is_running()
+
+
+@pytest.mark.parametrize("part", ["_retry", "_plan", "_settle", "_keep_on_disk"])
+def test_a_failure_of_our_own_parts_leaves_no_result(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, part: str
+) -> None:
+    """Also where what plans it again fails: then a sweep finds it."""
+    monkeypatch.setattr(report, "SWEEP", 0.05)
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
+    worker.on_task("echo", lambda ctx, input: input)
+    scripted.on["complete"] = lambda request: (503, {"error": "x"}) if scripted.count("complete") < 3 else (200, {})
+    real, failures = getattr(worker._reporter, part), iter([MemoryError()] * 2)
+
+    def fail(*args: Any, **options: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return real(*args, **options)
+
+    monkeypatch.setattr(worker._reporter, part, fail)
+    with worker:
+        scripted.task("t1")
+        until(lambda: next(failures, None) is None and worker.stats().completed and worker.stats().undelivered == 0)
+    assert scripted.completion("t1")["status"] == "completed"
+
+
+def test_a_sweep_finds_a_result_that_its_thread_left(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result that was accepted, and that nobody sends or has planned, is sent."""
+    monkeypatch.setattr(report, "SWEEP", 0.05)
+    worker.start()
+    take(worker, "t1")
+    assert scripted.completion("t1")["output"] == 1
+    until(lambda: worker.stats().undelivered == 0)
+
+
+def test_a_stop_sends_a_result_that_its_thread_left(scripted: Scripted, worker: Worker) -> None:
+    """It does not wait for the next sweep."""
+    worker.start()
+    take(worker, "t1")
+    worker.stop()
+    assert len(scripted.completions("t1")) == 1
+    assert worker.stats().undelivered == 0
+
+
+def test_a_result_that_a_sweep_took_is_not_sent_beside(scripted: Scripted, worker: Worker) -> None:
+    """Its own thread, which was only slow, leaves the sending to whoever has it."""
+    under_way, go = threading.Event(), threading.Event()
+
+    def complete(request: Request) -> Any:
+        under_way.set()
+        assert go.wait(GUARD)
+        return 200, {}
+
+    scripted.on["complete"] = complete
+    worker.start()
+    reporter = worker._reporter
+    one = take(worker, "t1")
+    reporter.sweep(at_once=True)
+    assert under_way.wait(GUARD)
+    reporter.post(one)
+    go.set()
+    until(lambda: worker.stats().undelivered == 0)
+    assert scripted.count("complete") == 1
+
+
+@pytest.mark.parametrize("end", ["sweep", "stop"])
+def test_results_wait_for_threads_that_cannot_be_started(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A timeout's answer while no thread can be started is sent when one can be, or by the stop itself."""
+    monkeypatch.setattr(report, "SWEEP", 0.05)
+    worker = worker_of(scripted, max_workers=2)
+    overdue = threading.Event()
+    worker.on_task("hang", lambda ctx, input: overdue.wait(GUARD), timeout=0.05)
+    real, refused = threading.Thread.start, threading.Event()
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("sekuire-report"):
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    worker.start()
+    scripted.task("t1", "hang")
+    assert refused.wait(GUARD)
+    until(lambda: worker.stats().failed == 1)
+    assert (worker.stats().undelivered, scripted.count("complete")) == (1, 0)
+    if end == "sweep":
+        monkeypatch.setattr(threading.Thread, "start", real)
+        assert scripted.completion("t1")["error"]["code"] == "timeout"
+        until(lambda: worker.stats().undelivered == 0)
+    worker.stop(5.0)
+    assert len(scripted.completions("t1")) == 1
+    assert worker.stats().undelivered == 0
+    overdue.set()
+
+
+def test_whatever_is_raised_while_releasing_plans_the_release_again(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task on its way back gets there."""
+    reporter = worker._reporter
+    send, failures = reporter._ask, iter([MemoryError(), SystemExit(), KeyError()])
+
+    def fail(path: str, *args: Any) -> Any:
+        for failure in failures:
+            raise failure
+        return send(path, *args)
+
+    monkeypatch.setattr(reporter, "_ask", fail)
+    worker.start()
+    worker._dispatcher._give_back(Task(task_id="t1", capability="echo"), 1)
+    assert [request.task_id for request in scripted.wait_for("release")] == ["t1"]
+    until(lambda: not reporter._releases)
+    worker.stop()
+    assert scripted.count("release") == 1
+
+
+def test_a_pool_thread_that_ends_is_replaced(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an exception comes at a place that nobody foresaw, the next result is sent."""
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    reporter = worker._reporter
+    worker.start()
+    perform, failures = reporter._perform, iter([MemoryError()])
+
+    def fail(action: Any) -> None:
+        perform(action)
+        for failure in failures:
+            raise failure
+
+    monkeypatch.setattr(reporter, "_perform", fail)
+    reporter.enqueue(take(worker, "t1"))
+    scripted.completion("t1")
+    until(lambda: not reporter._threads)
+    reporter.enqueue(take(worker, "t2"))
+    scripted.completion("t2")
+    until(lambda: worker.stats().undelivered == 0)
+
+
+def test_only_legal_edges() -> None:
+    """A settled report is not sent, and a sent one is not settled twice."""
+    one = report.Report("t1", 1, b"", True)
+    with pytest.raises(AssertionError):
+        report.move(one, report.State.SETTLED)
+    report.move(one, report.State.SENDING)
+    report.move(one, report.State.SETTLED)
+    for state in (report.State.SENDING, report.State.SETTLED, report.State.DROPPED):
+        with pytest.raises(AssertionError):
+            report.move(one, state)
