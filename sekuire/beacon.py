@@ -11,11 +11,11 @@ import attrs
 
 from . import protocol
 from ._internal.logs import get_logger
+from ._internal.threads import CallbackThread, Deadline, at_exit, check_process, check_starter, forget_exit, is_owned_by
 from .config import BeaconConfig, from_options
 from .credentials import RuntimeCredentialsStore
 from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
 from .installation import Installation
-from .lifecycle import CallbackThread, Deadline, at_exit, check_process, check_starter, forget_exit, is_owned_by
 from .models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
 from .secret import Secret
 from .transport.retry import Backoff

@@ -14,10 +14,10 @@ import attrs
 
 from . import handlers, protocol
 from ._internal.logs import get_logger
+from ._internal.threads import Deadline, Timer, owned_by
 from .config import WorkerConfig
 from .context import TaskContext, current_task
 from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
-from .lifecycle import Deadline, Timer, owned_by
 from .models import Completion, Failure, Task
 from .registry import HandlerEntry, TaskRegistry
 

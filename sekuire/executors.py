@@ -14,7 +14,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
-from . import lifecycle
+from ._internal import threads as thread_tools
 from ._internal.logs import get_logger
 from .errors import ConfigurationError
 
@@ -128,7 +128,7 @@ class ProcessExecutor(Executor):
         on_message: Optional[Callable[[Any], object]] = None,
     ) -> Future[Any]:
         """As :meth:`submit`; ``on_message`` gets, in one of the pool's threads, what the call gives to :func:`tell`."""
-        lifecycle.check_process(self.pid, "ProcessExecutor")
+        thread_tools.check_process(self.pid, "ProcessExecutor")
         call = _Call(on_message)
         try:
             call.data = pickle.dumps((fn, args, kwargs or {}))
@@ -139,7 +139,7 @@ class ProcessExecutor(Executor):
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if not self._made:
-                lifecycle.at_exit(self)
+                thread_tools.at_exit(self)
             self._queue.append(call)
             if self._idle < len(self._queue) and len(self._threads) < self.max_workers:
                 self._made += 1
@@ -175,8 +175,8 @@ class ProcessExecutor(Executor):
         if wait:
             for thread in threads:
                 while thread.is_alive() and thread is not threading.current_thread():
-                    thread.join(lifecycle.LONG_WAIT)
-        lifecycle.forget_exit(self)
+                    thread.join(thread_tools.LONG_WAIT)
+        thread_tools.forget_exit(self)
 
     # -- beyond it --
 
@@ -254,7 +254,7 @@ class ProcessExecutor(Executor):
         with self._condition:
             self._idle += 1
             while not self._queue and not self._closed:
-                self._condition.wait(lifecycle.LONG_WAIT)
+                self._condition.wait(thread_tools.LONG_WAIT)
             self._idle -= 1
             return self._queue.popleft() if self._queue else None
 
@@ -465,7 +465,7 @@ def _main(pipe: Connection[Any, Any], initializer: Optional[Callable[..., object
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="sekuire-parent", daemon=True).start()
-    lifecycle.enter_executor()
+    thread_tools.enter_executor()
     if initializer is not None:
         initializer(*initargs)
     pipe.send_bytes(_READY)

@@ -12,10 +12,10 @@ from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
 from . import protocol
 from ._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
 from ._internal.logs import get_logger
+from ._internal.threads import Deadline, PeriodicThread
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT
 from .errors import RevokedError, SekuireError, TransportError
-from .lifecycle import Deadline, PeriodicThread
 from .models import Grant, HeartbeatReply, WorkerReport
 from .transport.http import HttpClient, Reply
 from .wire.verdict import NotThePlatform, Revoked, Settled, verdict

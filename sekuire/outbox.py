@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 import attrs
 
-from . import filelock
+from ._internal import filelock
 from ._internal.logs import get_logger
+from ._internal.threads import Deadline
 from .errors import ConfigurationError
-from .lifecycle import Deadline
 from .protocol import is_id, one_line
 
 log = get_logger("sekuire.outbox")

@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
 
 import attrs
 
-from . import lifecycle
+from ._internal import threads
 from ._internal.logs import get_logger
 from .calls import Handler, asked_for, call, structure_of, where, with_structure
 from .config import WorkerConfig
@@ -498,7 +498,7 @@ def run_remote(data: bytes) -> bytes:
         code, context, input = pickle.loads(data)
         violations = context._violations
         if context._home != os.getpid():  # A cluster of threads is in the worker's own process.
-            lifecycle.enter_executor()
+            threads.enter_executor()
         if not context._flag.begin():
             raise TaskError("handler_error", "the handler's process was lost, and a task is not run twice", True)
         if context.is_cancelled():

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Pr
 
 from . import protocol
 from ._internal.logs import get_logger
+from ._internal.threads import LONG_WAIT, Deadline, Timer, join_all, owned_by
 from .config import WorkerConfig
 from .context import TaskContext
 from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError
-from .lifecycle import LONG_WAIT, Deadline, Timer, join_all, owned_by
 from .models import Completion
 from .transport.retry import full_jitter
 from .wire.verdict import (

@@ -10,12 +10,12 @@ import sys
 import threading
 from typing import Callable, Iterator, List, NoReturn, Optional, Union
 
-from . import lifecycle
+from ._internal import threads as thread_tools
+from ._internal.signals import ENDING, TakenSignals
+from ._internal.threads import Deadline, PeriodicThread, join_all
 from .errors import ConfigurationError, SekuireError
 from .exitcodes import INTERRUPTED, OK
-from .lifecycle import Deadline, PeriodicThread, join_all
 from .reloader import end_with_reloader
-from .signals import ENDING, TakenSignals
 from .worker import Worker
 
 #: Seconds that flushing may take where handlers still run, and that idle threads get to end.
@@ -113,7 +113,7 @@ def _leave_at_once(code: int) -> NoReturn:
 
 
 def _flush() -> None:
-    steps: List[Callable[[], object]] = [lifecycle._leave, logging.shutdown]
+    steps: List[Callable[[], object]] = [thread_tools._leave, logging.shutdown]
     steps += [stream.flush for stream in (sys.stdout, sys.stderr) if stream is not None]
     for step in steps:
         try:

@@ -12,6 +12,7 @@ import attrs
 
 from . import protocol
 from ._internal.logs import get_logger
+from ._internal.threads import Deadline, check_process, check_starter, is_owned_by
 from .audit import AuditLog
 from .beacon import STOP_TIMEOUT, Beacon
 from .config import (
@@ -31,7 +32,6 @@ from .config import (
 from .context import current_task
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError, PolicyViolationError
-from .lifecycle import Deadline, check_process, check_starter, is_owned_by
 from .models import BeaconStatus, RuntimeCredentials
 from .secret import Secret
 from .worker import POOL_SIZE, Worker

@@ -9,11 +9,11 @@ from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
 
 from . import protocol
 from ._internal.logs import get_logger
+from ._internal.threads import Deadline
 from .config import WorkerConfig
 from .credentials import Authenticator, Snapshot
 from .credentials.login import RENEWAL_TIMEOUT, bearer_of
 from .errors import APIError, PlanLimitError, SekuireError, StreamError, TransportError
-from .lifecycle import Deadline
 from .models import Command, Connected, Task
 from .transport.live import LiveAnswer, LiveClient
 from .transport.retry import Backoff, Interrupted

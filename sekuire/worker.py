@@ -13,15 +13,8 @@ import attrs
 
 from . import protocol
 from ._internal.logs import get_logger
-from .audit import AuditLog
-from .calls import Handler, Middleware
-from .config import WorkerConfig, from_options
-from .control import Control
-from .dispatch import Dispatcher
-from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
-from .idle import Activity, IdleWatch
-from .installation import Installation
-from .lifecycle import (
+from ._internal.signals import SignalQueue
+from ._internal.threads import (
     CallbackThread,
     Deadline,
     Timer,
@@ -34,10 +27,17 @@ from .lifecycle import (
     join_all,
     owned_by,
 )
+from .audit import AuditLog
+from .calls import Handler, Middleware
+from .config import WorkerConfig, from_options
+from .control import Control
+from .dispatch import Dispatcher
+from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from .idle import Activity, IdleWatch
+from .installation import Installation
 from .models import Command, WorkerReport, WorkerStats
 from .registry import Carrier, TaskRegistry
 from .report import Reporter
-from .signals import SignalQueue
 from .stream import TaskStream
 
 if TYPE_CHECKING:

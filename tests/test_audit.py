@@ -14,9 +14,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 import pytest
 
 from sekuire import SekuireSDK, TaskError, audit, protocol
+from sekuire._internal.threads import Deadline
 from sekuire.audit import AuditHandler, AuditStats
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
-from sekuire.lifecycle import Deadline
 
 from .conftest import AGENT
 from .local.test_restart import Process

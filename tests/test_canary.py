@@ -365,7 +365,7 @@ def test_failures_shared_by_threads(canary: Canary) -> None:
         raise SekuireError("no")
 
     def ask() -> None:
-        from sekuire.lifecycle import Deadline
+        from sekuire._internal.threads import Deadline
 
         try:
             store.renew(0, action, Deadline(PATIENCE))

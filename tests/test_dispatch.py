@@ -20,10 +20,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
 from sekuire.dispatch import WAITING_COST, Dispatcher
-from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Task
 from sekuire.protocol import MalformedTask
 from sekuire.registry import TaskRegistry

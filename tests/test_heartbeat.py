@@ -13,9 +13,9 @@ import pytest
 
 from sekuire import TaskContext, Worker, WorkerConfig, heartbeat
 from sekuire._internal.clock import Clock
+from sekuire._internal.threads import PeriodicThread
 from sekuire.heartbeat import Lease
 from sekuire.installation import Installation
-from sekuire.lifecycle import PeriodicThread
 
 from .conftest import AGENT
 from .scripted import GUARD, Scripted, grant, until

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 from sekuire import TaskContext, TaskError, Worker, report
-from sekuire.lifecycle import Deadline
+from sekuire._internal.threads import Deadline
 from sekuire.models import Completion, Task
 
 from .conftest import AGENT

@@ -30,12 +30,12 @@ from hypothesis.stateful import (
 )
 
 from sekuire import dispatch, report
+from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import RevokedError, TransportError
 from sekuire.installation import Installation
-from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, RuntimeCredentials, Task
 from sekuire.outbox import open_outbox
 from sekuire.registry import TaskRegistry

@@ -1,1 +1,1 @@
-"""Building blocks that two or more packages of the library share."""
+"""Share building blocks between packages. Nothing in here is public."""

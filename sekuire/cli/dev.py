@@ -9,8 +9,8 @@ import os
 import shlex
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+from .._internal.signals import SignalQueue
 from ..errors import APIError, ConfigurationError, PolicyIntegrityError
-from ..signals import SignalQueue
 from . import terminal
 from .exits import INTERRUPTED, OK, CommandError
 from .options import local_platform

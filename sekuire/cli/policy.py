@@ -8,7 +8,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
-from .. import files, protocol
+from .. import protocol
+from .._internal import files
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,

@@ -12,10 +12,10 @@ from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import attrs
 
-from .. import filelock, files
+from .._internal import filelock, files
 from .._internal.logs import get_logger
+from .._internal.threads import Deadline
 from ..errors import ConfigurationError, TransportError
-from ..lifecycle import Deadline
 from ..models import RuntimeCredentials
 from ..protocol import format_time, parse_time
 

@@ -12,6 +12,7 @@ import attrs
 
 from .. import protocol
 from .._internal.logs import get_logger
+from .._internal.threads import Deadline
 from ..config import AgentConfig
 from ..errors import (
     APIError,
@@ -22,7 +23,6 @@ from ..errors import (
     SekuireError,
     TransportError,
 )
-from ..lifecycle import Deadline
 from ..models import Grant, HeartbeatReply, RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import Credential, HttpClient, Reply, make_idempotency_key

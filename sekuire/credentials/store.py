@@ -15,8 +15,8 @@ from typing import Callable, List, Optional, Tuple, Union
 import attrs
 
 from .._internal.logs import get_logger
+from .._internal.threads import Deadline
 from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
-from ..lifecycle import Deadline
 from ..models import Grant, RuntimeCredentials
 from ..protocol import MAX_TOKEN_LIFETIME
 from ..secret import Secret

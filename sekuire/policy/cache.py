@@ -9,10 +9,10 @@ import stat
 import time
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
-from .. import filelock, files
+from .._internal import filelock, files
 from .._internal.logs import get_logger
+from .._internal.threads import Deadline
 from ..errors import ConfigurationError
-from ..lifecycle import Deadline
 
 log = get_logger("sekuire.policy")
 

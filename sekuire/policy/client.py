@@ -13,6 +13,7 @@ from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple,
 
 from .. import protocol
 from .._internal.logs import get_logger
+from .._internal.threads import Deadline
 from ..config import PolicyClientConfig, from_options
 from ..credentials import RuntimeCredentialsStore
 from ..credentials.login import TokenProvider, bearer_of
@@ -23,7 +24,6 @@ from ..errors import (
     PolicyIntegrityError,
     TransportError,
 )
-from ..lifecycle import Deadline
 from ..secret import Secret
 from ..transport.http import Credential, HttpClient, Reply
 from ..transport.retry import Interrupted, call

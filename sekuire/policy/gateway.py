@@ -19,6 +19,7 @@ import attrs
 
 from .. import protocol
 from .._internal.logs import get_logger
+from .._internal.threads import Deadline, join_all
 from ..config import (
     ENVIRONMENT,
     POLICY_OVERRIDE_VARIABLE,
@@ -34,7 +35,6 @@ from ..errors import (
     PolicyViolationError,
     SekuireError,
 )
-from ..lifecycle import Deadline, join_all
 from ..transport.retry import Backoff
 from .client import PolicyClient
 from .document import Policy

@@ -7,8 +7,8 @@ import threading
 from typing import TYPE_CHECKING, Callable, Optional, TypeVar
 
 from .. import protocol
+from .._internal.threads import Deadline
 from ..errors import APIError, SekuireError, TransportError
-from ..lifecycle import Deadline
 
 if TYPE_CHECKING:
     import tenacity

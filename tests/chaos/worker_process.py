@@ -15,7 +15,8 @@ from typing import Any, Dict, List, Optional
 
 import attrs
 
-from sekuire import RuntimeCredentialsStore, TaskContext, Worker, WorkerConfig, create_worker, filelock
+from sekuire import RuntimeCredentialsStore, TaskContext, Worker, WorkerConfig, create_worker
+from sekuire._internal import filelock
 from sekuire.errors import TaskError
 from sekuire.policy import PolicyClient, PolicyGateway
 

@@ -19,11 +19,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sekuire._internal.threads import Deadline
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials import file as file_module
 from sekuire.credentials.file import CredentialsFile, Stored
 from sekuire.errors import ConfigurationError, TransportError
-from sekuire.lifecycle import Deadline
 from sekuire.models import RuntimeCredentials, is_id
 
 from ..servers import PATIENCE, run_python
@@ -425,7 +425,7 @@ def test_a_reader_never_sees_half_a_file(path: pathlib.Path) -> None:
 _HOLD = """
 import sys
 from sekuire.credentials.file import CredentialsFile
-from sekuire.lifecycle import Deadline
+from sekuire._internal.threads import Deadline
 with CredentialsFile(sys.argv[1]).lock(Deadline(60)):
     print("held", flush=True)
     sys.stdin.read()

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 import pytest
 
 from sekuire import protocol
+from sekuire._internal.threads import Deadline
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore, Snapshot
 from sekuire.credentials import login as login_module
@@ -29,7 +30,6 @@ from sekuire.errors import (
     SekuireError,
     TransportError,
 )
-from sekuire.lifecycle import Deadline
 from sekuire.local import LocalPlatform
 from sekuire.models import Grant, HeartbeatReply, RuntimeCredentials
 from sekuire.secret import Secret
@@ -784,7 +784,7 @@ def test_no_token_is_spent_where_its_credentials_could_not_be_kept(
 
     A holder that is there already does not make the disk writable. A refresh token is not used up, so it is sent.
     """
-    from sekuire import files
+    from sekuire._internal import files
 
     def fail(path: str, data: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -852,7 +852,7 @@ import os, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore
-from sekuire.lifecycle import Deadline
+from sekuire._internal.threads import Deadline
 from sekuire.transport.http import HttpClient
 url, install_token = sys.argv[1:]
 config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
@@ -1501,9 +1501,9 @@ _PROCESS = """
 import os, signal, sys, threading
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore
-from sekuire.lifecycle import Deadline
+from sekuire._internal.threads import Deadline
 from sekuire.transport.http import HttpClient
-from sekuire import files
+from sekuire._internal import files
 from sekuire import protocol
 url, install_token, path, how = sys.argv[1:]
 config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)

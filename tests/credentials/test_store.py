@@ -15,6 +15,7 @@ from typing import Any, Callable, List, Optional
 import attrs
 import pytest
 
+from sekuire._internal.threads import Deadline
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials import store as store_module
 from sekuire.credentials.store import Renewed, fingerprint
@@ -27,7 +28,6 @@ from sekuire.errors import (
     SekuireError,
     TransportError,
 )
-from sekuire.lifecycle import Deadline
 from sekuire.models import Grant, RuntimeCredentials
 from sekuire.transport.retry import Interrupted
 
@@ -703,7 +703,7 @@ _SHARER = """
 import sys, time
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
-from sekuire.lifecycle import Deadline
+from sekuire._internal.threads import Deadline
 from sekuire.models import Grant, RuntimeCredentials
 store = RuntimeCredentialsStore(path=sys.argv[1])
 for _ in range(int(sys.argv[2])):
@@ -741,7 +741,7 @@ import os, sys, threading, time, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
-from sekuire.lifecycle import Deadline
+from sekuire._internal.threads import Deadline
 from sekuire.models import Grant, RuntimeCredentials
 path = sys.argv[1] or None
 store = RuntimeCredentialsStore(RuntimeCredentials(runtime_token="skr_1"), path=path)

@@ -16,13 +16,13 @@ from typing import Any, Callable, Dict, List, Optional, Set
 import pytest
 
 from sekuire import dispatch, report
+from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials.store import Renewed
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import AuthenticationError
-from sekuire.lifecycle import Deadline, Timer
 from sekuire.models import Completion, Grant, RuntimeCredentials, Task
 from sekuire.outbox import Outbox, Stored, open_outbox
 from sekuire.registry import TaskRegistry

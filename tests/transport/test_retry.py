@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sekuire._internal.threads import Deadline
 from sekuire.errors import APIError, PlanLimitError, SekuireError, TransportError
-from sekuire.lifecycle import Deadline
 from sekuire.transport import retry
 from sekuire.transport.retry import Backoff, Interrupted, call, full_jitter, is_retryable
 

@@ -9,8 +9,8 @@ from typing import Any, Callable, List
 import pytest
 
 from sekuire import Command, TaskContext, Worker
+from sekuire._internal.threads import Deadline
 from sekuire.errors import RevokedError
-from sekuire.lifecycle import Deadline
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until

@@ -19,10 +19,10 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskContext, TaskRegistry, Worker
+from sekuire._internal.threads import is_in_executor
 from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
 from sekuire.executors import load_error
-from sekuire.lifecycle import is_in_executor
 from sekuire.models import Task
 from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.remote import _FileFlag, is_remote, run_remote

@@ -11,9 +11,8 @@ from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 
-from sekuire import lifecycle
-from sekuire.errors import SekuireError
-from sekuire.lifecycle import (
+from sekuire._internal import threads as thread_tools
+from sekuire._internal.threads import (
     CallbackThread,
     Deadline,
     PeriodicThread,
@@ -23,8 +22,9 @@ from sekuire.lifecycle import (
     join_all,
     owned_by,
 )
+from sekuire.errors import SekuireError
 
-from .servers import PATIENCE, run_python, until
+from ..servers import PATIENCE, run_python, until
 
 FOREVER = 3600.0
 
@@ -550,7 +550,7 @@ def test_callbacks_that_are_interrupted_as_they_start(
 
 _LEAVER = """
 import concurrent.futures, os, sys, threading
-from sekuire import lifecycle
+from sekuire._internal import threads as lifecycle
 
 class Leaver:
     pid = os.getpid()
@@ -612,7 +612,7 @@ def test_a_child_is_told_not_to_use_its_parents_objects() -> None:
     """An object started before a fork is refused in the child, with what to do instead."""
     script = (
         "import os, sys\n"
-        "from sekuire.lifecycle import check_process\n"
+        "from sekuire._internal.threads import check_process\n"
         "from sekuire.errors import SekuireError\n"
         "mine = os.getpid()\n"
         "check_process(mine, 'Worker')\n"
@@ -635,7 +635,7 @@ def test_a_process_is_known_by_its_id() -> None:
 
 def test_long_waits_are_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait for longer than the platform's limit is made of shorter ones."""
-    monkeypatch.setattr(lifecycle, "LONG_WAIT", 0.001)
+    monkeypatch.setattr(thread_tools, "LONG_WAIT", 0.001)
     beats = Beats()
     timer, callbacks = Timer("test-timer"), CallbackThread("test-callback")
     periodic = PeriodicThread("test-periodic", beats, lambda: FOREVER)

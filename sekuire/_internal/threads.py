@@ -15,8 +15,8 @@ import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
 
-from ._internal.logs import get_logger
-from .errors import SekuireError
+from ..errors import SekuireError
+from .logs import get_logger
 
 log = get_logger("sekuire.lifecycle")
 
