@@ -33,8 +33,8 @@ def _gateway() -> Any:
     """A gateway under the benchmarks' policy, with nothing to fetch it from but memory."""
     from sekuire.policy.client import PolicyClient
     from sekuire.policy.gateway import PolicyGateway
-    from sekuire.protocol import Endpoints
     from sekuire.transport.http import Reply
+    from sekuire.wire.protocol import Endpoints
 
     body = json.dumps(payloads.policy()).encode()
 

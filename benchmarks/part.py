@@ -18,8 +18,8 @@ from typing import Any, Callable, Dict, List, Optional
 import sekuire
 from sekuire import CallNext, TaskContext, TaskRegistry, Worker
 from sekuire.handlers import run as run_handler
-from sekuire.models import Task
-from sekuire.protocol import completion_head
+from sekuire.wire.models import Task
+from sekuire.wire.protocol import completion_head
 
 from . import handlers, payloads
 from .process import Message, hear, say, usage

@@ -74,14 +74,14 @@ def _json_reference(port: int) -> Stage:
 
 
 def _decode_task(port: int) -> Stage:
-    decode = importlib.import_module("sekuire.protocol").decode_task
+    decode = importlib.import_module("sekuire.wire.protocol").decode_task
     text = payloads.task_text()
     return Stage("JSON and protocol.decode_task", lambda: decode(text))
 
 
 def _big_event(port: int) -> Stage:
     stream = importlib.import_module("sekuire.transport.sse").EventStream
-    decode = importlib.import_module("sekuire.protocol").decode_task
+    decode = importlib.import_module("sekuire.wire.protocol").decode_task
     wire = b"event: task\ndata: " + payloads.big_text().encode() + b"\n\n"
     # As they come from the socket.
     chunks = [wire[start : start + 65536] for start in range(0, len(wire), 65536)]
@@ -99,9 +99,9 @@ def _big_reference(port: int) -> Stage:
 
 
 def _completion_body(port: int) -> Stage:
-    protocol = importlib.import_module("sekuire.protocol")
+    protocol = importlib.import_module("sekuire.wire.protocol")
     head, tail = protocol.completion_head, protocol.completion_tail
-    made = importlib.import_module("sekuire.models").Completion
+    made = importlib.import_module("sekuire.wire.models").Completion
     task_id, output = payloads.task_id(1), payloads.result()
     worker_id = payloads.completion()["worker_id"]
     return Stage(
@@ -117,7 +117,7 @@ def _completion_reference(port: int) -> Stage:
 
 
 def _completion_target(port: int) -> Stage:
-    protocol = importlib.import_module("sekuire.protocol")
+    protocol = importlib.import_module("sekuire.wire.protocol")
     path = protocol.Endpoints().path
     key = protocol.completion_key
     task_id = payloads.task_id(1)
@@ -127,7 +127,7 @@ def _completion_target(port: int) -> Stage:
 def _post(port: int) -> Stage:
     http = importlib.import_module("sekuire.transport.http")
     config = importlib.import_module("sekuire.config").ConnectionConfig(api_base_url=f"http://127.0.0.1:{port}")
-    protocol = importlib.import_module("sekuire.protocol")
+    protocol = importlib.import_module("sekuire.wire.protocol")
     token = importlib.import_module("sekuire.secret").Secret(payloads.RUNTIME_TOKEN)
     request = http.HttpClient(config).request
     body = payloads.compact(payloads.completion()).encode()
@@ -169,7 +169,7 @@ def _audit_log() -> Any:
 
 
 def _audit_note(port: int) -> Stage:
-    models = importlib.import_module("sekuire.models")
+    models = importlib.import_module("sekuire.wire.models")
     task = models.Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, trace_id="trace-1")
     completion = models.Completion(task_id=task.task_id, attempt=1, output=payloads.result(), execution_time_ms=1)
     report = importlib.import_module("sekuire.report").Report(task.task_id, 1, b"", True)

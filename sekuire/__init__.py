@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .credentials import RuntimeCredentialsStore
     from .errors import SekuireError, TaskCancelled, TaskError
     from .executors import ProcessExecutor
-    from .models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
     from .policy.client import PolicyClient
     from .policy.document import Policy
     from .policy.enforcer import PolicyEnforcer
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from .registry import TaskRegistry
     from .remote import RemoteExecutor, RemoteTaskContext
     from .sdk import SekuireSDK
+    from .wire.models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
     from .worker import Worker, create_worker
 
 __all__ = [
@@ -63,9 +63,9 @@ __all__ = [
 #: Each public name and the module it is in; a module stands for itself.
 _HOMES = {
     "Beacon": "beacon",
-    "BeaconStatus": "models",
+    "BeaconStatus": "wire.models",
     "CallNext": "calls",
-    "Command": "models",
+    "Command": "wire.models",
     "Handler": "calls",
     "Middleware": "calls",
     "Policy": "policy.document",
@@ -75,7 +75,7 @@ _HOMES = {
     "ProcessExecutor": "executors",
     "RemoteExecutor": "remote",
     "RemoteTaskContext": "remote",
-    "RuntimeCredentials": "models",
+    "RuntimeCredentials": "wire.models",
     "RuntimeCredentialsStore": "credentials",
     "SekuireError": "errors",
     "SekuireSDK": "sdk",
@@ -85,7 +85,7 @@ _HOMES = {
     "TaskRegistry": "registry",
     "Worker": "worker",
     "WorkerConfig": "config",
-    "WorkerStats": "models",
+    "WorkerStats": "wire.models",
     "create_worker": "worker",
     "errors": "",
 }

@@ -9,16 +9,16 @@ from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Type, Unio
 
 import attrs
 
-from . import protocol
 from ._internal.logs import get_logger
 from ._internal.threads import CallbackThread, Deadline, at_exit, check_process, check_starter, forget_exit, is_owned_by
 from .config import BeaconConfig, from_options
 from .credentials import RuntimeCredentialsStore
 from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
 from .installation import Installation
-from .models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
 from .secret import Secret
 from .transport.retry import Backoff
+from .wire import protocol
+from .wire.models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
 
 log = get_logger("sekuire.beacon")
 

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from . import protocol
 from .errors import ConfigurationError
 from .secret import Secret, as_secret
+from .wire import protocol
 
 __all__ = ["AgentConfig", "BeaconConfig", "ConnectionConfig", "SDKConfig", "WorkerConfig", "from_options"]
 
@@ -270,7 +270,8 @@ class ConnectionConfig:
 
     ``verify`` is True, False or the path of a CA bundle; ``client_cert`` a path or a pair (certificate, key);
     ``proxies`` a mapping scheme → URL (None: from the environment, ``{}``: none); ``allow_insecure_http`` permits
-    ``http://`` to a host that is not this machine; ``endpoints`` overrides paths (:class:`sekuire.protocol.Endpoints`).
+    ``http://`` to a host that is not this machine; ``endpoints`` overrides paths
+    (:class:`sekuire.wire.protocol.Endpoints`).
     """
 
     api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url)

@@ -15,7 +15,7 @@ from typing import Any, Callable, Mapping, Optional
 
 from ._internal.logs import make_record
 from .errors import TaskCancelled
-from .models import Task
+from .wire.models import Task
 
 __all__ = ["TaskContext"]
 

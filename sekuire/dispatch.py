@@ -12,14 +12,15 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tu
 
 import attrs
 
-from . import handlers, protocol
+from . import handlers
 from ._internal.logs import get_logger
 from ._internal.threads import Deadline, Timer, owned_by
 from .config import WorkerConfig
 from .context import TaskContext, current_task
 from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
-from .models import Completion, Failure, Task
 from .registry import HandlerEntry, TaskRegistry
+from .wire import protocol
+from .wire.models import Completion, Failure, Task
 
 log = get_logger("sekuire.dispatch")
 

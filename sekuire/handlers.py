@@ -6,13 +6,13 @@ import contextvars
 import time
 from typing import Any, Callable, Dict, Optional
 
-from . import protocol
 from ._internal.logs import get_logger
 from .calls import call
 from .context import TaskContext
 from .errors import PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
-from .models import Completion, Failure
 from .registry import HandlerEntry
+from .wire import protocol
+from .wire.models import Completion, Failure
 
 log = get_logger("sekuire.task")
 

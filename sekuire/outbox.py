@@ -17,7 +17,7 @@ from ._internal import filelock
 from ._internal.logs import get_logger
 from ._internal.threads import Deadline
 from .errors import ConfigurationError
-from .protocol import is_id, one_line
+from .wire.protocol import is_id, one_line
 
 log = get_logger("sekuire.outbox")
 

@@ -32,8 +32,8 @@ from .config import WorkerConfig
 from .context import TaskContext
 from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
 from .executors import ProcessDied, ProcessExecutor, dump_error, load_error, tell
-from .models import Task
 from .registry import Carrier
+from .wire.models import Task
 
 __all__ = ["RemoteExecutor", "RemoteTaskContext", "carrier_of", "is_remote"]
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Optional, Sequen
 
 import attrs
 
-from . import protocol
 from ._internal.logs import get_logger
 from ._internal.threads import Deadline, check_process, check_starter, is_owned_by
 from .audit import AuditLog
@@ -32,8 +31,9 @@ from .config import (
 from .context import current_task
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError, PolicyViolationError
-from .models import BeaconStatus, RuntimeCredentials
 from .secret import Secret
+from .wire import protocol
+from .wire.models import BeaconStatus, RuntimeCredentials
 from .worker import POOL_SIZE, Worker
 
 if TYPE_CHECKING:

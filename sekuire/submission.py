@@ -6,11 +6,11 @@ import functools
 import math
 from typing import Any, Mapping
 
-from . import protocol
 from .config import ConnectionConfig, check_capability
 from .errors import ConfigurationError, SekuireError, TransportError
 from .secret import Secret
 from .transport.http import HttpClient
+from .wire import protocol
 
 
 class TaskSubmitter:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 
 import attrs
 
-from . import protocol
 from ._internal.threads import Deadline, Timer
 from .calls import Handler, call
 from .config import WorkerConfig
 from .context import TaskContext
 from .dispatch import Accepted, Dispatcher
 from .errors import ConfigurationError
-from .models import Completion, Failure, Task
 from .registry import TaskRegistry
 from .report import encode
+from .wire import protocol
+from .wire.models import Completion, Failure, Task
 from .worker import Worker, create_worker
 
 if TYPE_CHECKING:

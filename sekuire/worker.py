@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, Ty
 
 import attrs
 
-from . import protocol
 from ._internal.logs import get_logger
 from ._internal.signals import SignalQueue
 from ._internal.threads import (
@@ -35,10 +34,11 @@ from .dispatch import Dispatcher
 from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
 from .idle import Activity, IdleWatch
 from .installation import Installation
-from .models import Command, WorkerReport, WorkerStats
 from .registry import Carrier, TaskRegistry
 from .report import Reporter
 from .stream import TaskStream
+from .wire import protocol
+from .wire.models import Command, WorkerReport, WorkerStats
 
 if TYPE_CHECKING:
     from .outbox import Outbox

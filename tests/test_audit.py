@@ -13,10 +13,11 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import pytest
 
-from sekuire import SekuireSDK, TaskError, audit, protocol
+from sekuire import SekuireSDK, TaskError, audit
 from sekuire._internal.threads import Deadline
 from sekuire.audit import AuditHandler, AuditStats
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
+from sekuire.wire import protocol
 
 from .conftest import AGENT
 from .local.test_restart import Process

@@ -11,11 +11,12 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 import pytest
 
-from sekuire import Beacon, RuntimeCredentialsStore, SekuireSDK, create_worker, protocol
+from sekuire import Beacon, RuntimeCredentialsStore, SekuireSDK, create_worker
 from sekuire.credentials.store import Renewed
 from sekuire.errors import ConfigurationError, SekuireError
 from sekuire.local import LocalPlatform
 from sekuire.secret import Secret
+from sekuire.wire import protocol
 
 from .servers import (
     PATIENCE,

@@ -31,8 +31,8 @@ from sekuire.config import (
 )
 from sekuire.contrib.settings import Settings
 from sekuire.errors import ConfigurationError
-from sekuire.protocol import Endpoints
 from sekuire.secret import Secret
+from sekuire.wire.protocol import Endpoints
 
 from .servers import traces_of
 

@@ -11,7 +11,7 @@ import pytest
 
 from sekuire.context import TaskContext
 from sekuire.errors import TaskCancelled
-from sekuire.models import Task
+from sekuire.wire.models import Task
 
 from .scripted import GUARD
 

@@ -24,9 +24,9 @@ from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.context import TaskContext
 from sekuire.dispatch import WAITING_COST, Dispatcher
-from sekuire.models import Completion, Task
-from sekuire.protocol import MalformedTask
 from sekuire.registry import TaskRegistry
+from sekuire.wire.models import Completion, Task
+from sekuire.wire.protocol import MalformedTask
 
 from .scripted import GUARD, until
 

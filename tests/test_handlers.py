@@ -11,8 +11,8 @@ import pytest
 from sekuire.context import TaskContext
 from sekuire.errors import ConfigurationError, TaskCancelled, TaskError
 from sekuire.handlers import MAX_MESSAGE, run
-from sekuire.models import Completion, Task
 from sekuire.registry import TaskRegistry
+from sekuire.wire.models import Completion, Task
 
 
 def ended(function: Any, expose_errors: bool = True) -> Completion:

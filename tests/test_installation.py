@@ -8,14 +8,14 @@ from typing import Any, Iterator, List
 
 import pytest
 
-from sekuire import protocol
 from sekuire.config import AgentConfig
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
 from sekuire.errors import ConfigurationError
 from sekuire.installation import Installation
-from sekuire.models import Grant, RuntimeCredentials
 from sekuire.secret import Secret
+from sekuire.wire import protocol
+from sekuire.wire.models import Grant, RuntimeCredentials
 
 
 class OtherStore:

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sekuire import outbox as outbox_module
-from sekuire import protocol
 from sekuire.errors import ConfigurationError
-from sekuire.models import is_id
 from sekuire.outbox import Outbox, Stored, open_outbox
+from sekuire.wire import protocol
+from sekuire.wire.models import is_id
 
 from .scripted import GUARD, until
 

@@ -8,7 +8,7 @@ import pytest
 
 from sekuire import TaskContext, TaskRegistry, Worker
 from sekuire.errors import ConfigurationError
-from sekuire.models import Task
+from sekuire.wire.models import Task
 
 from .scripted import Scripted
 

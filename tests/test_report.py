@@ -11,7 +11,7 @@ import pytest
 
 from sekuire import TaskContext, TaskError, Worker, report
 from sekuire._internal.threads import Deadline
-from sekuire.models import Completion, Task
+from sekuire.wire.models import Completion, Task
 
 from .conftest import AGENT
 from .scripted import GUARD, Request, Scripted, until

@@ -36,11 +36,11 @@ from sekuire.context import TaskContext
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import RevokedError, TransportError
 from sekuire.installation import Installation
-from sekuire.models import Completion, RuntimeCredentials, Task
 from sekuire.outbox import open_outbox
 from sekuire.registry import TaskRegistry
 from sekuire.report import Reporter
 from sekuire.transport.http import Reply
+from sekuire.wire.models import Completion, RuntimeCredentials, Task
 
 from .scripted import GUARD, Request, Scripted
 

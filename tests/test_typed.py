@@ -32,8 +32,8 @@ from sekuire import TaskContext, TaskError, TaskRegistry, Worker
 from sekuire.calls import Handler, asked_for
 from sekuire.calls import structure_of as structure_of_annotation
 from sekuire.errors import ConfigurationError
-from sekuire.jsonform import to_json
-from sekuire.models import Task
+from sekuire.wire.jsonform import to_json
+from sekuire.wire.models import Task
 
 from . import forward
 from .scripted import GUARD

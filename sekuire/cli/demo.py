@@ -19,13 +19,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import attrs
 
-from .. import protocol
 from ..config import ConnectionConfig
 from ..context import TaskContext
 from ..errors import SekuireError
 from ..sdk import SekuireSDK
 from ..secret import Secret
 from ..transport.http import HttpClient
+from ..wire import protocol
 from ..worker import Worker
 from . import terminal
 from .exits import FAILED, INTERRUPTED, OK, CommandError, complain

@@ -13,7 +13,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 from urllib.parse import urlsplit
 
-from .. import platforms, protocol
+from .. import platforms
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
@@ -25,10 +25,11 @@ from ..config import (
 )
 from ..credentials.file import CredentialsFile
 from ..errors import APIError, ConfigurationError, PolicyIntegrityError, SekuireError, TransportError
-from ..models import RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import HttpClient, Reply
 from ..version import __version__
+from ..wire import protocol
+from ..wire.models import RuntimeCredentials
 from . import terminal
 from .exits import FAILED, OK, USAGE, CommandError
 from .options import add_connection, api_key, connection, key_header

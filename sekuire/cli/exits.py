@@ -10,7 +10,7 @@ from ..exitcodes import INTERRUPTED as INTERRUPTED
 from ..exitcodes import OK as OK
 from ..exitcodes import USAGE as USAGE
 from ..exitcodes import code_of
-from ..protocol import one_line
+from ..wire.protocol import one_line
 
 
 class CommandError(Exception):

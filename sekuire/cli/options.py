@@ -6,11 +6,11 @@ import argparse
 import functools
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
 
-from .. import protocol
 from ..config import ENVIRONMENT, ConnectionConfig, from_options, source_of, variable
 from ..errors import ConfigurationError
 from ..secret import Secret, as_secret
 from ..transport.http import Credential
+from ..wire import protocol
 from .exits import CommandError
 
 if TYPE_CHECKING:

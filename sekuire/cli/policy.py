@@ -8,7 +8,6 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
-from .. import protocol
 from .._internal import files
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
@@ -22,8 +21,9 @@ from ..config import (
 from ..credentials import RuntimeCredentialsStore
 from ..credentials.file import CredentialsFile
 from ..errors import ConfigurationError, PolicyIntegrityError
-from ..models import RuntimeCredentials
 from ..secret import Secret, as_secret
+from ..wire import protocol
+from ..wire.models import RuntimeCredentials
 from . import terminal
 from .exits import FAILED, OK, CommandError
 from .options import add_connection, api_key, connection, logging_options

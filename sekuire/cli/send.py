@@ -9,12 +9,12 @@ import sys
 import time
 from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
 
-from .. import protocol
 from ..config import ENVIRONMENT, check_capability, variable
 from ..errors import APIError, SekuireError
 from ..submission import TaskSubmitter
 from ..transport.http import Reply
 from ..transport.retry import is_retryable
+from ..wire import protocol
 from . import terminal
 from .exits import FAILED, OK, CommandError, complain
 from .options import add_connection, api_key, connection

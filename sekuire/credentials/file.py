@@ -16,8 +16,8 @@ from .._internal import filelock, files
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
 from ..errors import ConfigurationError, TransportError
-from ..models import RuntimeCredentials
-from ..protocol import format_time, parse_time
+from ..wire.models import RuntimeCredentials
+from ..wire.protocol import format_time, parse_time
 
 log = get_logger("sekuire.credentials")
 

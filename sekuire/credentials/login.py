@@ -10,7 +10,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import attrs
 
-from .. import protocol
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
 from ..config import AgentConfig
@@ -23,10 +22,11 @@ from ..errors import (
     SekuireError,
     TransportError,
 )
-from ..models import Grant, HeartbeatReply, RuntimeCredentials
 from ..secret import Secret, as_secret
 from ..transport.http import Credential, HttpClient, Reply, make_idempotency_key
 from ..transport.retry import Interrupted, call
+from ..wire import protocol
+from ..wire.models import Grant, HeartbeatReply, RuntimeCredentials
 from ..wire.verdict import Refused, Retry, Revoked, Settled, Support, Unauthorized, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
 

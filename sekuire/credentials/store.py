@@ -17,10 +17,10 @@ import attrs
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
 from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
-from ..models import Grant, RuntimeCredentials
-from ..protocol import MAX_TOKEN_LIFETIME
 from ..secret import Secret
 from ..transport.retry import Interrupted, full_jitter
+from ..wire.models import Grant, RuntimeCredentials
+from ..wire.protocol import MAX_TOKEN_LIFETIME
 from .file import CredentialsFile, Stored
 
 log = get_logger("sekuire.credentials")

@@ -1,6 +1,7 @@
 """HTTP: the contract's endpoints as Flask routes, and the server that runs them (cheroot).
 
-Every path comes from :mod:`sekuire.protocol`. Requests run on the pool's threads; nothing here keeps state of its own.
+Every path comes from :mod:`sekuire.wire.protocol`. Requests run on the pool's threads; nothing here keeps state of its
+own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from werkzeug.routing import BaseConverter, ValidationError
 
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError
-from ..protocol import (
+from ..wire.protocol import (
     COMMANDS,
     DEFAULT_ENDPOINTS,
     EVENT_TYPES,

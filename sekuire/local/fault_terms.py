@@ -9,7 +9,7 @@ from typing import Any, Callable, Container, Dict, FrozenSet, List, Mapping, Opt
 import attrs
 
 from ..errors import ConfigurationError
-from ..protocol import DEFAULT_ENDPOINTS
+from ..wire.protocol import DEFAULT_ENDPOINTS
 
 #: A number of seconds, or two between which each is drawn.
 Span = Union[float, Tuple[float, float]]

@@ -162,7 +162,7 @@ class Faults:
 
     - ``rate``: from 0 to 1, how many of the requests it strikes; each is drawn.
     - ``times``: it is over after it has happened so many times. None: never.
-    - ``on``: the endpoints: ``"*"`` for all, a name or several, as in ``sekuire.protocol.DEFAULT_ENDPOINTS``.
+    - ``on``: the endpoints: ``"*"`` for all, a name or several, as in ``sekuire.wire.protocol.DEFAULT_ENDPOINTS``.
     - ``when``: ``"before"`` the platform has seen the request, or ``"after"`` it has acted on it.
     - ``every``: not now, but again and again: seconds from the end of one to the next, or two numbers between which
       they are drawn. It begins with the platform's start, or now where that runs.

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .._internal.logs import get_logger
 from ..errors import APIError, ConfigurationError
-from ..protocol import COMMANDS
+from ..wire.protocol import COMMANDS
 from .app import Application, Hosts, Server, check_submission, explain_bind, is_loopback
 from .faults import Faults
 from .record import Record
@@ -408,7 +408,7 @@ class LocalPlatform:
 
     @property
     def requests(self) -> List[Tuple[str, int]]:
-        """Endpoint and status of the last 10,000 requests, oldest first; endpoints as in :mod:`sekuire.protocol`.
+        """Endpoint and status of the last 10,000 requests, oldest first; endpoints as in :mod:`sekuire.wire.protocol`.
 
         The status is the one that was answered, an injected one too; 0 where a connection was reset instead.
         """

@@ -24,7 +24,7 @@ from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Name
 import attrs
 
 from ..errors import ConfigurationError
-from ..protocol import CODE_REVOKED, encode_json, format_time, is_id
+from ..wire.protocol import CODE_REVOKED, encode_json, format_time, is_id
 from .signing import PolicyKey, policy_hash
 
 __all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]

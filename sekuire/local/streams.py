@@ -31,7 +31,7 @@ from typing import (
 )
 
 from .._internal.logs import get_logger
-from ..protocol import EVENT_COMMAND, EVENT_CONNECTED, EVENT_TASK, encode_json
+from ..wire.protocol import EVENT_COMMAND, EVENT_CONNECTED, EVENT_TASK, encode_json
 from .store import Completed, Identity, Refusal, Settings, Store, revoked
 
 __all__ = ["Hub", "Stream", "StreamBody", "Watch", "break_off"]

@@ -11,7 +11,6 @@ import weakref
 from types import TracebackType
 from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
 
-from .. import protocol
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
 from ..config import PolicyClientConfig, from_options
@@ -27,6 +26,7 @@ from ..errors import (
 from ..secret import Secret
 from ..transport.http import Credential, HttpClient, Reply
 from ..transport.retry import Interrupted, call
+from ..wire import protocol
 from ..wire.verdict import Failed, Unauthorized, verdict
 from .cache import PolicyCache
 from .document import Policy, check_succession, decode_policy, parse_key

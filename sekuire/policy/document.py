@@ -18,8 +18,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optio
 
 import attrs
 
-from .. import protocol
 from ..errors import ConfigurationError, PolicyIntegrityError
+from ..wire import protocol
 from . import matching
 
 __all__ = [

@@ -17,7 +17,6 @@ from typing import Any, Callable, List, Mapping, Optional, Type
 
 import attrs
 
-from .. import protocol
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, join_all
 from ..config import (
@@ -36,6 +35,7 @@ from ..errors import (
     SekuireError,
 )
 from ..transport.retry import Backoff
+from ..wire import protocol
 from .client import PolicyClient
 from .document import Policy
 from .enforcer import PolicyEnforcer
@@ -352,7 +352,7 @@ class PolicyGateway:
     def on_heartbeat_response(self, response: Any) -> None:
         """See whether the platform names another policy than the one in force; fetch it in the background then.
 
-        :param response: a :class:`~sekuire.models.HeartbeatReply`, or the answer's JSON as a mapping.
+        :param response: a :class:`~sekuire.wire.models.HeartbeatReply`, or the answer's JSON as a mapping.
         """
         if isinstance(response, Mapping):
             named = response.get("active_policy_hash")

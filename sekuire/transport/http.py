@@ -23,11 +23,11 @@ import requests.utils
 import urllib3
 import urllib3.exceptions
 
-from .. import protocol
 from .._internal.logs import get_logger
 from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
 from ..secret import Secret
+from ..wire import protocol
 from .answers import ClosedBeforeAnswerError
 from .body import BodyError, read_body
 from .connections import Adapter
@@ -73,7 +73,7 @@ class Reply:
     def check(self) -> Reply:
         """This reply, if its status is 2xx.
 
-        :raises APIError: the error the answer means (:func:`sekuire.protocol.decode_error`).
+        :raises APIError: the error the answer means (:func:`sekuire.wire.protocol.decode_error`).
         """
         if self.is_success:
             return self
@@ -103,7 +103,7 @@ class Reply:
         return False
 
     def json(self) -> Any:
-        """:raises sekuire.protocol.Malformed: the body is not JSON."""
+        """:raises sekuire.wire.protocol.Malformed: the body is not JSON."""
         return protocol.decode_body(self.body)
 
 

@@ -11,9 +11,9 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Union
 import requests
 import urllib3
 
-from .. import protocol
 from ..config import ConnectionConfig
 from ..errors import TransportError
+from ..wire import protocol
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
 from .connections import Adapter
 from .http import Credential, Route, describe, without

@@ -6,9 +6,9 @@ import random
 import threading
 from typing import TYPE_CHECKING, Callable, Optional, TypeVar
 
-from .. import protocol
 from .._internal.threads import Deadline
 from ..errors import APIError, SekuireError, TransportError
+from ..wire import protocol
 
 if TYPE_CHECKING:
     import tenacity

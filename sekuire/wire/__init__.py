@@ -1,1 +1,1 @@
-"""What travels between the library and the platform. Pure: no module here does I/O."""
+"""Define what travels between a client and the platform: paths, events, bodies, answers. Pure; no I/O."""

@@ -16,8 +16,8 @@ from typing import Any, Dict, FrozenSet, Mapping, Optional, Protocol, Tuple, Uni
 
 import attrs
 
-from .. import protocol
 from ..errors import APIError, RevokedError, SekuireError, StreamError, TransportError
+from . import protocol
 
 __all__ = [
     "Dropped",
@@ -156,7 +156,7 @@ _REVOKED = re.compile(rb'"revoked"\s*:\s*true\b')
 def verdict(endpoint: str, outcome: Union[Answer, BaseException]) -> Verdict:
     """Return what an answer, or the error in place of one, means for ``endpoint``.
 
-    ``endpoint`` is a name of :data:`sekuire.protocol.DEFAULT_ENDPOINTS`. ::
+    ``endpoint`` is a name of :data:`sekuire.wire.protocol.DEFAULT_ENDPOINTS`. ::
 
         found = verdict("complete", reply)
         if isinstance(found, Settled): ...

@@ -9,7 +9,7 @@ import pytest
 
 from sekuire import Beacon, BeaconStatus, RuntimeCredentials, RuntimeCredentialsStore
 from sekuire.errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, TransportError
-from sekuire.models import HeartbeatReply
+from sekuire.wire.models import HeartbeatReply
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Blackhole, Scripted, client_threads, grant, until

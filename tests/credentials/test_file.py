@@ -24,7 +24,7 @@ from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials import file as file_module
 from sekuire.credentials.file import CredentialsFile, Stored
 from sekuire.errors import ConfigurationError, TransportError
-from sekuire.models import RuntimeCredentials, is_id
+from sekuire.wire.models import RuntimeCredentials, is_id
 
 from ..servers import PATIENCE, run_python
 
@@ -293,7 +293,7 @@ import os, sys
 from sekuire.credentials.file import CredentialsFile
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.errors import ConfigurationError
-from sekuire.models import RuntimeCredentials, is_id
+from sekuire.wire.models import RuntimeCredentials, is_id
 directory = sys.argv[1]
 if os.geteuid() == 0:
     os.chown(os.path.join(directory, "there.json"), 65534, 65534)
@@ -346,7 +346,7 @@ def test_without_the_right_to_write(path: pathlib.Path, monkeypatch: pytest.Monk
 _DISK_FULL = """
 import logging, resource, sys
 from sekuire.credentials import RuntimeCredentialsStore
-from sekuire.models import RuntimeCredentials, is_id
+from sekuire.wire.models import RuntimeCredentials, is_id
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 path = sys.argv[1]
 store = RuntimeCredentialsStore(path=path)

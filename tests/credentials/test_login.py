@@ -16,7 +16,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import pytest
 
-from sekuire import protocol
 from sekuire._internal.threads import Deadline
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore, Snapshot
@@ -31,10 +30,11 @@ from sekuire.errors import (
     TransportError,
 )
 from sekuire.local import LocalPlatform
-from sekuire.models import Grant, HeartbeatReply, RuntimeCredentials
 from sekuire.secret import Secret
 from sekuire.transport.http import HttpClient
 from sekuire.transport.retry import Interrupted
+from sekuire.wire import protocol
+from sekuire.wire.models import Grant, HeartbeatReply, RuntimeCredentials
 
 from ..scripted import Scripted
 from ..scripted import grant as scripted_grant
@@ -1504,7 +1504,7 @@ from sekuire.credentials import Authenticator, RuntimeCredentialsStore
 from sekuire._internal.threads import Deadline
 from sekuire.transport.http import HttpClient
 from sekuire._internal import files
-from sekuire import protocol
+from sekuire.wire import protocol
 url, install_token, path, how = sys.argv[1:]
 config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
 store = RuntimeCredentialsStore(path=path)

@@ -28,8 +28,8 @@ from sekuire.errors import (
     SekuireError,
     TransportError,
 )
-from sekuire.models import Grant, RuntimeCredentials
 from sekuire.transport.retry import Interrupted
+from sekuire.wire.models import Grant, RuntimeCredentials
 
 from ..servers import PATIENCE, assert_clean, run_python, until
 
@@ -704,7 +704,7 @@ import sys, time
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
 from sekuire._internal.threads import Deadline
-from sekuire.models import Grant, RuntimeCredentials
+from sekuire.wire.models import Grant, RuntimeCredentials
 store = RuntimeCredentialsStore(path=sys.argv[1])
 for _ in range(int(sys.argv[2])):
     def action(snapshot):
@@ -742,7 +742,7 @@ warnings.simplefilter("ignore", DeprecationWarning)
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
 from sekuire._internal.threads import Deadline
-from sekuire.models import Grant, RuntimeCredentials
+from sekuire.wire.models import Grant, RuntimeCredentials
 path = sys.argv[1] or None
 store = RuntimeCredentialsStore(RuntimeCredentials(runtime_token="skr_1"), path=path)
 stop = threading.Event()

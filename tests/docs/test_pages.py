@@ -8,8 +8,9 @@ from typing import Any, List
 import attrs
 import pytest
 
-from sekuire import cli, config, errors, protocol
+from sekuire import cli, config, errors
 from sekuire.secret import Secret
+from sekuire.wire import protocol
 
 from .markdown import PAGES, ROOT, links, read, table
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekuire import protocol
-from sekuire.models import Command
+from sekuire.wire import protocol
+from sekuire.wire.models import Command
 
 from . import corpus
 from .targets import FILES, NAMES, TARGETS, pieces_of, run

@@ -17,7 +17,7 @@ import sekuire
 from sekuire import TaskContext
 from sekuire._internal import logs
 from sekuire._internal.logs import get_logger
-from sekuire.models import Task
+from sekuire.wire.models import Task
 
 NAME = "sekuire.test_logs"
 ROOT = pathlib.Path(sekuire.__file__).parent

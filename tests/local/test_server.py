@@ -14,7 +14,7 @@ import pytest
 
 from sekuire.local import LocalPlatform
 from sekuire.local.app import Hosts
-from sekuire.protocol import API_PREFIX, DEFAULT_ENDPOINTS
+from sekuire.wire.protocol import API_PREFIX, DEFAULT_ENDPOINTS
 
 from ..contract.client import Installation
 from .conftest import client_of, until

@@ -20,9 +20,9 @@ from sekuire.errors import (
     PolicyViolationError,
     SekuireError,
 )
-from sekuire.models import HeartbeatReply
 from sekuire.policy import client as client_module
 from sekuire.policy import gateway as gateway_module
+from sekuire.wire.models import HeartbeatReply
 
 from ..scripted import GUARD, Blackhole, Request, Scripted, client_threads, until
 from .signing import WORKSPACE, Served, Signer, denying

@@ -23,10 +23,10 @@ from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials.store import Renewed
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import AuthenticationError
-from sekuire.models import Completion, Grant, RuntimeCredentials, Task
 from sekuire.outbox import Outbox, Stored, open_outbox
 from sekuire.registry import TaskRegistry
 from sekuire.report import Reporter
+from sekuire.wire.models import Completion, Grant, RuntimeCredentials, Task
 
 from ..scripted import GUARD, until
 from ..test_states import Platform, Wire

@@ -11,13 +11,13 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
-from sekuire import protocol
 from sekuire.config import ConnectionConfig
 from sekuire.errors import TransportError
 from sekuire.secret import Secret
 from sekuire.transport import connections, kept
 from sekuire.transport.http import HttpClient, Reply, make_idempotency_key
 from sekuire.transport.live import LiveClient
+from sekuire.wire import protocol
 
 from ..servers import PATIENCE, Answer, Certificates, RawServer, WebServer, read_request, run_python
 

@@ -16,12 +16,12 @@ import pytest
 import requests
 import urllib3
 
-from sekuire import protocol
 from sekuire.config import ConnectionConfig
 from sekuire.errors import APIError, ConfigurationError, PlanLimitError, SekuireError, TransportError
 from sekuire.secret import Secret
 from sekuire.transport import http
 from sekuire.transport.http import MAX_ANSWER, HttpClient, Reply, Route, describe
+from sekuire.wire import protocol
 
 from ..servers import (
     PATIENCE,

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekuire import protocol
 from sekuire.config import ConnectionConfig
 from sekuire.errors import SekuireError, TransportError
 from sekuire.secret import Secret
 from sekuire.transport import kept
 from sekuire.transport.http import MAX_ANSWER, HttpClient, Reply
+from sekuire.wire import protocol
 
 from ..servers import (
     PATIENCE,

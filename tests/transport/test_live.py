@@ -9,11 +9,11 @@ from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
 
-from sekuire import protocol
 from sekuire.config import ConnectionConfig
 from sekuire.errors import TransportError
 from sekuire.secret import Secret
 from sekuire.transport.live import LiveAnswer, LiveClient, Waker
+from sekuire.wire import protocol
 
 from ..servers import (
     PATIENCE,

@@ -7,7 +7,6 @@ from typing import Any, Dict, Mapping, Optional, Type
 
 import pytest
 
-from sekuire import protocol
 from sekuire.errors import (
     APIError,
     AuthenticationError,
@@ -15,6 +14,7 @@ from sekuire.errors import (
     RevokedError,
     TransportError,
 )
+from sekuire.wire import protocol
 from sekuire.wire.verdict import (
     Dropped,
     Later,

@@ -8,8 +8,9 @@ from typing import Any, Callable
 
 import pytest
 
-from sekuire import TaskContext, Worker, protocol
-from sekuire.models import Completion
+from sekuire import TaskContext, Worker
+from sekuire.wire import protocol
+from sekuire.wire.models import Completion
 
 from ..scripted import GUARD, Scripted, until
 

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from sekuire import TaskContext, create_worker, protocol
+from sekuire import TaskContext, create_worker
+from sekuire.wire import protocol
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Request, Scripted, until

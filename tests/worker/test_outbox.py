@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker, report
-from sekuire.models import Task
+from sekuire.wire.models import Task
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until

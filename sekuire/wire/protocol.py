@@ -16,7 +16,9 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 from urllib.parse import quote
 
-from .errors import APIError, ConfigurationError, PlanLimitError, RevokedError
+from ..errors import APIError, ConfigurationError, PlanLimitError, RevokedError
+from ..secret import Secret
+from ..version import __version__
 from .models import (
     MAX_ID_BYTES,
     Command,
@@ -30,8 +32,6 @@ from .models import (
     WorkerReport,
 )
 from .models import is_id as is_id
-from .secret import Secret
-from .version import __version__
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sekuire.errors import ConfigurationError
-from sekuire.models import (
+from sekuire.secret import Secret
+from sekuire.wire.models import (
     BeaconStatus,
     Command,
     Completion,
@@ -23,7 +24,6 @@ from sekuire.models import (
     WorkerStats,
     is_id,
 )
-from sekuire.secret import Secret
 
 RUNTIME, REFRESH = "skr_runtime_text", "skf_refresh_text"
 

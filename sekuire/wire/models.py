@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Union
 
 import attrs
 
-from .errors import ConfigurationError
-from .secret import Secret, as_secret
+from ..errors import ConfigurationError
+from ..secret import Secret, as_secret
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard

@@ -15,11 +15,19 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from sekuire import protocol
 from sekuire.errors import APIError, ConfigurationError, PlanLimitError
-from sekuire.models import Command, Completion, Connected, Failure, HeartbeatReply, RuntimeCredentials, WorkerReport
-from sekuire.protocol import Endpoints, Malformed, MalformedTask
 from sekuire.secret import Secret
+from sekuire.wire import protocol
+from sekuire.wire.models import (
+    Command,
+    Completion,
+    Connected,
+    Failure,
+    HeartbeatReply,
+    RuntimeCredentials,
+    WorkerReport,
+)
+from sekuire.wire.protocol import Endpoints, Malformed, MalformedTask
 
 UTC = dt.timezone.utc
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=UTC)
