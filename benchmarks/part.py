@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import sekuire
 from sekuire import CallNext, TaskContext, TaskRegistry, Worker
-from sekuire.handlers import run as run_handler
+from sekuire.handlers.outcome import run as run_handler
 from sekuire.wire.models import Task
 from sekuire.wire.protocol import completion_head
 

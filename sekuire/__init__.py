@@ -14,17 +14,17 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import errors
     from .beacon import Beacon
-    from .calls import CallNext, Handler, Middleware
     from .config import WorkerConfig
-    from .context import TaskContext
     from .credentials import RuntimeCredentialsStore
     from .errors import SekuireError, TaskCancelled, TaskError
     from .executors import ProcessExecutor
+    from .handlers.context import TaskContext
+    from .handlers.invoke import CallNext, Handler, Middleware
+    from .handlers.registry import TaskRegistry
     from .policy.client import PolicyClient
     from .policy.document import Policy
     from .policy.enforcer import PolicyEnforcer
     from .policy.gateway import PolicyGateway
-    from .registry import TaskRegistry
     from .remote import RemoteExecutor, RemoteTaskContext
     from .sdk import SekuireSDK
     from .wire.models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
@@ -64,10 +64,10 @@ __all__ = [
 _HOMES = {
     "Beacon": "beacon",
     "BeaconStatus": "wire.models",
-    "CallNext": "calls",
+    "CallNext": "handlers.invoke",
     "Command": "wire.models",
-    "Handler": "calls",
-    "Middleware": "calls",
+    "Handler": "handlers.invoke",
+    "Middleware": "handlers.invoke",
     "Policy": "policy.document",
     "PolicyClient": "policy.client",
     "PolicyEnforcer": "policy.enforcer",
@@ -80,9 +80,9 @@ _HOMES = {
     "SekuireError": "errors",
     "SekuireSDK": "sdk",
     "TaskCancelled": "errors",
-    "TaskContext": "context",
+    "TaskContext": "handlers.context",
     "TaskError": "errors",
-    "TaskRegistry": "registry",
+    "TaskRegistry": "handlers.registry",
     "Worker": "worker",
     "WorkerConfig": "config",
     "WorkerStats": "wire.models",

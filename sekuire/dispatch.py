@@ -12,13 +12,13 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tu
 
 import attrs
 
-from . import handlers
 from ._internal.logs import get_logger
 from ._internal.threads import Deadline, Timer, owned_by
 from .config import WorkerConfig
-from .context import TaskContext, current_task
 from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
-from .registry import HandlerEntry, TaskRegistry
+from .handlers import outcome as outcomes
+from .handlers.context import TaskContext, current_task
+from .handlers.registry import HandlerEntry, TaskRegistry
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
 
@@ -750,7 +750,7 @@ class Dispatcher:
         else:
             began = self._start_clock(record, context)
             given = task.input if record.packed is None else protocol.unpack(record.packed)
-            completion = handlers.run(
+            completion = outcomes.run(
                 record.entry, context, given, began=began, expose_errors=self._expose_errors, scrub=self._scrub
             )
             if record.timer is not None:
@@ -802,7 +802,7 @@ class Dispatcher:
                 if task.tool is not None and self._check_tool is not None:
                     self._check_tool(task.tool)
         except (PolicyViolationError, PolicyUnavailableError) as error:
-            return handlers.failure_of(error, context, self._expose_errors, self._scrub)
+            return outcomes.failure_of(error, context, self._expose_errors, self._scrub)
         except ConfigurationError as error:
             log.error("[%s] the policy cannot be asked, the task is denied: %s", task.task_id, error)
             return protocol.failure("policy_unavailable", str(error))

@@ -27,12 +27,12 @@ import attrs
 
 from ._internal import threads
 from ._internal.logs import get_logger
-from .calls import Handler, asked_for, call, structure_of, where, with_structure
 from .config import WorkerConfig
-from .context import TaskContext
 from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
 from .executors import ProcessDied, ProcessExecutor, dump_error, load_error, tell
-from .registry import Carrier
+from .handlers.context import TaskContext
+from .handlers.invoke import Handler, asked_for, call, structure_of, where, with_structure
+from .handlers.registry import Carrier
 from .wire.models import Task
 
 __all__ = ["RemoteExecutor", "RemoteTaskContext", "carrier_of", "is_remote"]

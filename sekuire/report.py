@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Pr
 from ._internal.logs import get_logger
 from ._internal.threads import LONG_WAIT, Deadline, Timer, join_all, owned_by
 from .config import WorkerConfig
-from .context import TaskContext
 from .credentials import Authenticator, Snapshot
 from .errors import RevokedError, SekuireError
+from .handlers.context import TaskContext
 from .transport.retry import full_jitter
 from .wire import protocol
 from .wire.models import Completion

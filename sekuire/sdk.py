@@ -28,9 +28,9 @@ from .config import (
     source_of,
     variable,
 )
-from .context import current_task
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError, PolicyViolationError
+from .handlers.context import current_task
 from .secret import Secret
 from .wire import protocol
 from .wire.models import BeaconStatus, RuntimeCredentials

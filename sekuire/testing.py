@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 import attrs
 
 from ._internal.threads import Deadline, Timer
-from .calls import Handler, call
 from .config import WorkerConfig
-from .context import TaskContext
 from .dispatch import Accepted, Dispatcher
 from .errors import ConfigurationError
-from .registry import TaskRegistry
+from .handlers.context import TaskContext
+from .handlers.invoke import Handler, call
+from .handlers.registry import TaskRegistry
 from .report import encode
 from .wire import protocol
 from .wire.models import Completion, Failure, Task

@@ -27,14 +27,14 @@ from ._internal.threads import (
     owned_by,
 )
 from .audit import AuditLog
-from .calls import Handler, Middleware
 from .config import WorkerConfig, from_options
 from .control import Control
 from .dispatch import Dispatcher
 from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from .handlers.invoke import Handler, Middleware
+from .handlers.registry import Carrier, TaskRegistry
 from .idle import Activity, IdleWatch
 from .installation import Installation
-from .registry import Carrier, TaskRegistry
 from .report import Reporter
 from .stream import TaskStream
 from .wire import protocol

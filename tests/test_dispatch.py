@@ -22,9 +22,9 @@ from hypothesis.stateful import (
 
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
-from sekuire.context import TaskContext
 from sekuire.dispatch import WAITING_COST, Dispatcher
-from sekuire.registry import TaskRegistry
+from sekuire.handlers.context import TaskContext
+from sekuire.handlers.registry import TaskRegistry
 from sekuire.wire.models import Completion, Task
 from sekuire.wire.protocol import MalformedTask
 

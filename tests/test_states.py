@@ -32,12 +32,12 @@ from hypothesis.stateful import (
 from sekuire import dispatch, report
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
-from sekuire.context import TaskContext
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import RevokedError, TransportError
+from sekuire.handlers.context import TaskContext
+from sekuire.handlers.registry import TaskRegistry
 from sekuire.installation import Installation
 from sekuire.outbox import open_outbox
-from sekuire.registry import TaskRegistry
 from sekuire.report import Reporter
 from sekuire.transport.http import Reply
 from sekuire.wire.models import Completion, RuntimeCredentials, Task

@@ -20,8 +20,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import attrs
 
 from ..config import ConnectionConfig
-from ..context import TaskContext
 from ..errors import SekuireError
+from ..handlers.context import TaskContext
 from ..sdk import SekuireSDK
 from ..secret import Secret
 from ..transport.http import HttpClient

@@ -21,11 +21,11 @@ except ModuleNotFoundError as error:
 
 from .. import runner
 from .._internal.logs import get_logger
-from ..calls import CallNext, Handler, Middleware
-from ..context import TaskContext
 from ..errors import ConfigurationError, SekuireError
 from ..exitcodes import code_of
-from ..registry import TaskRegistry, shown
+from ..handlers.context import TaskContext
+from ..handlers.invoke import CallNext, Handler, Middleware
+from ..handlers.registry import TaskRegistry, shown
 from ..reloader import Reloader, is_reloaded, program
 from ..sdk import SekuireSDK
 from ..worker import Worker

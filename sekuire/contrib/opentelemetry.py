@@ -17,9 +17,9 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from ..calls import CallNext, Middleware
-from ..context import TaskContext
 from ..errors import TaskCancelled, TaskError
+from ..handlers.context import TaskContext
+from ..handlers.invoke import CallNext, Middleware
 from ..version import __version__
 
 __all__ = ["tracing"]

@@ -18,13 +18,13 @@ import pytest
 from sekuire import dispatch, report
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
-from sekuire.context import TaskContext
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials.store import Renewed
 from sekuire.dispatch import Dispatcher
 from sekuire.errors import AuthenticationError
+from sekuire.handlers.context import TaskContext
+from sekuire.handlers.registry import TaskRegistry
 from sekuire.outbox import Outbox, Stored, open_outbox
-from sekuire.registry import TaskRegistry
 from sekuire.report import Reporter
 from sekuire.wire.models import Completion, Grant, RuntimeCredentials, Task
 

@@ -41,7 +41,10 @@ def test_a_short_soak(tmp_path: Path) -> None:
         ({"descriptors": 60}, "descriptors grew from 20 to 60"),
         ({"rss_kib": 60_000}, "resident memory grew from 50000 to 60000 KiB"),
         ({"objects": 44_000}, "objects grew from 40000 to 44000"),
-        ({"types": {"sekuire.context.TaskContext": 101}}, "objects of sekuire.context.TaskContext grew from 0 to 101"),
+        (
+            {"types": {"sekuire.handlers.context.TaskContext": 101}},
+            "objects of sekuire.handlers.context.TaskContext grew from 0 to 101",
+        ),
     ],
 )
 def test_what_grows_is_seen(changes: Any, text: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from sekuire import TaskContext, Worker
 from sekuire._internal import logs
-from sekuire.context import current_task
+from sekuire.handlers.context import current_task
 
 from ..scripted import GUARD, Scripted, until
 

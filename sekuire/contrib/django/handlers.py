@@ -11,10 +11,10 @@ from django.db import close_old_connections, reset_queries
 from django.utils import timezone, translation
 from django.utils.module_loading import module_has_submodule
 
-from ...calls import CallNext
-from ...context import TaskContext
 from ...errors import ConfigurationError
-from ...registry import TaskRegistry
+from ...handlers.context import TaskContext
+from ...handlers.invoke import CallNext
+from ...handlers.registry import TaskRegistry
 
 __all__ = ["around", "discover", "load", "middleware", "task", "tasks"]
 

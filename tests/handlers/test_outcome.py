@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sekuire.context import TaskContext
 from sekuire.errors import ConfigurationError, TaskCancelled, TaskError
-from sekuire.handlers import MAX_MESSAGE, run
-from sekuire.registry import TaskRegistry
+from sekuire.handlers.context import TaskContext
+from sekuire.handlers.outcome import MAX_MESSAGE, run
+from sekuire.handlers.registry import TaskRegistry
 from sekuire.wire.models import Completion, Task
 
 

@@ -10,9 +10,9 @@ import types
 import typing
 from typing import Any, Callable, Coroutine, Dict, Mapping, MutableMapping, Optional, Sequence
 
-from ._internal.logs import get_logger
+from .._internal.logs import get_logger
+from ..errors import ConfigurationError, TaskError
 from .context import TaskContext
-from .errors import ConfigurationError, TaskError
 
 log = get_logger("sekuire.task")
 
@@ -115,9 +115,9 @@ def structure_of(annotation: Any) -> Optional[Callable[[Any], Any]]:
     """
     if annotation is None:
         return None
-    from . import typed
+    from . import inputs
 
-    return typed.structure_of(annotation)
+    return inputs.structure_of(annotation)
 
 
 def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]]) -> Handler:

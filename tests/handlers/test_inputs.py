@@ -29,14 +29,14 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Annotated, NotRequired, TypedDict
 
 from sekuire import TaskContext, TaskError, TaskRegistry, Worker
-from sekuire.calls import Handler, asked_for
-from sekuire.calls import structure_of as structure_of_annotation
 from sekuire.errors import ConfigurationError
+from sekuire.handlers.invoke import Handler, asked_for
+from sekuire.handlers.invoke import structure_of as structure_of_annotation
 from sekuire.wire.jsonform import to_json
 from sekuire.wire.models import Task
 
-from . import forward
-from .scripted import GUARD
+from .. import forward
+from ..scripted import GUARD
 
 if typing.TYPE_CHECKING:
     from sekuire.worker import Worker as OnlyForCheckers
@@ -385,7 +385,7 @@ def test_what_fits(annotation: Any, value: Any, wanted: Any) -> None:
 @pytest.mark.parametrize(("annotation", "value", "wanted"), MISMATCHES)
 def test_what_does_not_fit(annotation: Any, value: Any, wanted: List[str]) -> None:
     """Each mismatch is told with its path and what was expected; no value of the input is quoted."""
-    from sekuire.mismatch import Mismatch
+    from sekuire.handlers.mismatch import Mismatch
 
     with pytest.raises(Mismatch) as caught:
         built(annotation, value)
@@ -420,7 +420,7 @@ if hasattr(VALIDATORS, "or_"):  # From attrs 24.1 on.
 @pytest.mark.parametrize(("annotation", "validator"), REFUSING)
 def test_validators_of_attrs(annotation: Any, validator: Any) -> None:
     """What attrs itself refuses is told with its field and without attrs' text, which quotes the value."""
-    from sekuire.mismatch import Mismatch
+    from sekuire.handlers.mismatch import Mismatch
 
     checked = attrs.make_class(
         "Checked", {"other": attrs.field(), "_field": attrs.field(type=annotation, validator=validator)}
@@ -433,7 +433,7 @@ def test_validators_of_attrs(annotation: Any, validator: Any) -> None:
 
 def test_checks_of_ones_own() -> None:
     """The text of one's own check is passed on, with the field where attrs knows it; that of a builtin is not."""
-    from sekuire.mismatch import Mismatch
+    from sekuire.handlers.mismatch import Mismatch
 
     @attrs.define
     class Checked:
@@ -460,7 +460,7 @@ def test_the_texts_of_pydantic() -> None:
     """Each text of pydantic's own that is filled in by the input, not by the model, has one that is said instead."""
     from pydantic_core._pydantic_core import list_all_errors
 
-    from sekuire.typed import _QUOTING
+    from sekuire.handlers.inputs import _QUOTING
 
     of_the_model = {
         "actual_length", "attribute", "class", "class_name", "decimal_places", "discriminator", "expected",
@@ -480,7 +480,7 @@ def test_the_texts_of_pydantic() -> None:
 
 def test_many_mismatches_are_cut() -> None:
     """A long list of wrong elements gives a short list of problems, with short names."""
-    from sekuire.mismatch import Mismatch
+    from sekuire.handlers.mismatch import Mismatch
 
     for annotation, value in ((List[int], ["x"] * 1000), (Dict[str, int], {f"{n}" * 1000: "x" for n in range(1000)})):
         with pytest.raises(Mismatch) as caught:
@@ -498,7 +498,7 @@ json_values = st.recursive(
 @given(st.sampled_from([annotation for annotation, _, _ in FITS]), json_values)
 def test_any_json_fits_or_not(annotation: Any, value: Any) -> None:
     """Whatever JSON comes, it is built or it is a mismatch; nothing else is raised."""
-    from sekuire.mismatch import Mismatch
+    from sekuire.handlers.mismatch import Mismatch
 
     with contextlib.suppress(Mismatch):
         built(annotation, value)
@@ -658,7 +658,7 @@ def test_without_the_extra(tmp_path: pathlib.Path) -> None:
 
         tasks = TaskRegistry()
         tasks.task("plain", plain)
-        print("sekuire.typed" in sys.modules)
+        print("sekuire.handlers.inputs" in sys.modules)
         tasks.task("model", model)
         try:
             tasks.task("typed", typed)

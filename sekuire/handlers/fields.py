@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import attrs
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 
 def resolved(owner: Any, name: str, hint: Any) -> Any:

@@ -10,7 +10,7 @@ from sekuire import TaskContext, TaskRegistry, Worker
 from sekuire.errors import ConfigurationError
 from sekuire.wire.models import Task
 
-from .scripted import Scripted
+from ..scripted import Scripted
 
 Make = Callable[..., Worker]
 

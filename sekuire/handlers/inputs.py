@@ -24,10 +24,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 
 import attrs
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
+from ..wire import protocol
 from .fields import bound_of, fields_of, hints_of, origin_of, owner_of
 from .mismatch import MAX_PROBLEMS, MAX_TEXT, Mismatch, Path, expected, kind_of, problems_of
-from .wire import protocol
 
 __all__ = ["structure_of"]
 

@@ -6,13 +6,13 @@ import contextvars
 import time
 from typing import Any, Callable, Dict, Optional
 
-from ._internal.logs import get_logger
-from .calls import call
+from .._internal.logs import get_logger
+from ..errors import PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
+from ..wire import protocol
+from ..wire.models import Completion, Failure
 from .context import TaskContext
-from .errors import PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
+from .invoke import call
 from .registry import HandlerEntry
-from .wire import protocol
-from .wire.models import Completion, Failure
 
 log = get_logger("sekuire.task")
 

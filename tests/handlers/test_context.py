@@ -9,11 +9,11 @@ from typing import Any, List
 
 import pytest
 
-from sekuire.context import TaskContext
 from sekuire.errors import TaskCancelled
+from sekuire.handlers.context import TaskContext
 from sekuire.wire.models import Task
 
-from .scripted import GUARD
+from ..scripted import GUARD
 
 TASK = Task(task_id="t1", capability="echo")
 

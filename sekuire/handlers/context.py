@@ -13,9 +13,9 @@ import traceback
 from types import FrameType
 from typing import Any, Callable, Mapping, Optional
 
-from ._internal.logs import make_record
-from .errors import TaskCancelled
-from .wire.models import Task
+from .._internal.logs import make_record
+from ..errors import TaskCancelled
+from ..wire.models import Task
 
 __all__ = ["TaskContext"]
 

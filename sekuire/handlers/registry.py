@@ -7,9 +7,9 @@ import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
 
-from .calls import Handler, Middleware, accepts, asked_for, compose, is_async, structure_of, where, with_structure
-from .config import check_capability
-from .errors import ConfigurationError
+from ..config import check_capability
+from ..errors import ConfigurationError
+from .invoke import Handler, Middleware, accepts, asked_for, compose, is_async, structure_of, where, with_structure
 
 __all__ = ["HandlerEntry", "TaskRegistry"]
 
