@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from .config import WorkerConfig
     from .credentials import RuntimeCredentialsStore
     from .errors import SekuireError, TaskCancelled, TaskError
-    from .executors import ProcessExecutor
+    from .executors.process import ProcessExecutor
+    from .executors.remote import RemoteExecutor, RemoteTaskContext
     from .handlers.context import TaskContext
     from .handlers.invoke import CallNext, Handler, Middleware
     from .handlers.registry import TaskRegistry
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from .policy.document import Policy
     from .policy.enforcer import PolicyEnforcer
     from .policy.gateway import PolicyGateway
-    from .remote import RemoteExecutor, RemoteTaskContext
     from .sdk import SekuireSDK
     from .wire.models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
     from .worker import Worker, create_worker
@@ -72,9 +72,9 @@ _HOMES = {
     "PolicyClient": "policy.client",
     "PolicyEnforcer": "policy.enforcer",
     "PolicyGateway": "policy.gateway",
-    "ProcessExecutor": "executors",
-    "RemoteExecutor": "remote",
-    "RemoteTaskContext": "remote",
+    "ProcessExecutor": "executors.process",
+    "RemoteExecutor": "executors.remote",
+    "RemoteTaskContext": "executors.remote",
     "RuntimeCredentials": "wire.models",
     "RuntimeCredentialsStore": "credentials",
     "SekuireError": "errors",

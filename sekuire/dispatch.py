@@ -1010,6 +1010,6 @@ def _is_remote(executor: Optional[Executor]) -> bool:
     """Whether ``executor`` runs calls in other processes."""
     if executor is None:
         return False
-    from . import remote  # Only here: it loads what most workers never need.
+    from .executors import remote  # Only here: it loads what most workers never need.
 
     return remote.is_remote(executor)

@@ -423,7 +423,7 @@ class Worker:
     def _carrier(self) -> Optional[Carrier]:
         if self._config.executor is None:
             return None
-        from .remote import carrier_of  # Only here: it loads what most workers never need.
+        from .executors.remote import carrier_of  # Only here: it loads what most workers never need.
 
         return carrier_of(self._config)
 

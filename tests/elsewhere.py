@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List
 
 from sekuire import TaskContext, TaskError, TaskRegistry
-from sekuire.executors import tell
+from sekuire.executors.process import tell
 
 GUARD = 60.0
 

@@ -207,8 +207,8 @@ def is_unprepared(executor: Any) -> bool:
     if executor is None:
         return False
     # A web process, which has none, need not pay for these.
-    from ..executors import ProcessExecutor
-    from ..remote import RemoteExecutor, is_remote
+    from ..executors.process import ProcessExecutor
+    from ..executors.remote import RemoteExecutor, is_remote
 
     if not is_remote(executor):
         return False

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator
 import pytest
 
 from sekuire import TaskContext, Worker
-from sekuire.remote import is_remote
+from sekuire.executors.remote import is_remote
 
 from .. import elsewhere
 from ..conftest import AGENT

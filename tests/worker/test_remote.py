@@ -22,9 +22,9 @@ from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskCont
 from sekuire._internal.threads import is_in_executor
 from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
-from sekuire.executors import load_error
+from sekuire.executors.process import load_error
+from sekuire.executors.remote import _FileFlag, is_remote, run_remote
 from sekuire.policy import Policy, PolicyEnforcer
-from sekuire.remote import _FileFlag, is_remote, run_remote
 from sekuire.wire.models import Task
 
 from .. import elsewhere

@@ -17,10 +17,11 @@ import pytest
 
 from sekuire import ProcessExecutor
 from sekuire.errors import ConfigurationError, SekuireError
-from sekuire.executors import ProcessDied, RemoteError, RemoteTraceback, dump_error, load_error, tell
+from sekuire.executors import ProcessDied
+from sekuire.executors.process import RemoteError, RemoteTraceback, dump_error, load_error, tell
 
-from . import elsewhere
-from .scripted import GUARD, until
+from .. import elsewhere
+from ..scripted import GUARD, until
 
 
 @pytest.fixture(scope="module")

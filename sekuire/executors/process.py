@@ -14,9 +14,9 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
-from ._internal import threads as thread_tools
-from ._internal.logs import get_logger
-from .errors import ConfigurationError
+from .._internal import threads as thread_tools
+from .._internal.logs import get_logger
+from ..errors import ConfigurationError
 
 __all__ = ["ProcessDied", "ProcessExecutor"]
 

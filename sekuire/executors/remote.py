@@ -25,15 +25,15 @@ from typing import Any, Callable, Dict, List, Optional, Protocol, Tuple
 
 import attrs
 
-from ._internal import threads
-from ._internal.logs import get_logger
-from .config import WorkerConfig
-from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
-from .executors import ProcessDied, ProcessExecutor, dump_error, load_error, tell
-from .handlers.context import TaskContext
-from .handlers.invoke import Handler, asked_for, call, structure_of, where, with_structure
-from .handlers.registry import Carrier
-from .wire.models import Task
+from .._internal import threads
+from .._internal.logs import get_logger
+from ..config import WorkerConfig
+from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
+from ..handlers.context import TaskContext
+from ..handlers.invoke import Handler, asked_for, call, structure_of, where, with_structure
+from ..handlers.registry import Carrier
+from ..wire.models import Task
+from .process import ProcessDied, ProcessExecutor, dump_error, load_error, tell
 
 __all__ = ["RemoteExecutor", "RemoteTaskContext", "carrier_of", "is_remote"]
 
