@@ -14,8 +14,8 @@ from ._internal.threads import CallbackThread, Deadline, at_exit, check_process,
 from .config import BeaconConfig, from_options
 from .credentials import RuntimeCredentialsStore
 from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
-from .installation import Installation
 from .secret import Secret
+from .session.installation import Installation
 from .transport.retry import Backoff
 from .wire import protocol
 from .wire.models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport

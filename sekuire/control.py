@@ -13,7 +13,7 @@ from ._internal.threads import LOOK_AGAIN, CallbackThread, Timer
 from .config import WorkerConfig
 from .dispatch import Dispatcher
 from .errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
-from .installation import Installation
+from .session.installation import Installation
 from .wire import protocol
 from .wire.models import Command, Connected, HeartbeatReply, Task, WorkerReport
 

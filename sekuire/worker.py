@@ -34,8 +34,8 @@ from .errors import ConfigurationError, RevokedError, SekuireError, TransportErr
 from .handlers.invoke import Handler, Middleware
 from .handlers.registry import Carrier, TaskRegistry
 from .idle import Activity, IdleWatch
-from .installation import Installation
 from .report import Reporter
+from .session.installation import Installation
 from .stream import TaskStream
 from .wire import protocol
 from .wire.models import Command, WorkerReport, WorkerStats

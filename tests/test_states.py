@@ -36,9 +36,9 @@ from sekuire.dispatch import Dispatcher
 from sekuire.errors import RevokedError, TransportError
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
-from sekuire.installation import Installation
 from sekuire.outbox import open_outbox
 from sekuire.report import Reporter
+from sekuire.session.installation import Installation
 from sekuire.transport.http import Reply
 from sekuire.wire.models import Completion, RuntimeCredentials, Task
 

@@ -13,7 +13,6 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 from urllib.parse import urlsplit
 
-from .. import platforms
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
@@ -26,6 +25,7 @@ from ..config import (
 from ..credentials.file import CredentialsFile
 from ..errors import APIError, ConfigurationError, PolicyIntegrityError, SekuireError, TransportError
 from ..secret import Secret, as_secret
+from ..session import platforms
 from ..transport.http import HttpClient, Reply
 from ..version import __version__
 from ..wire import protocol

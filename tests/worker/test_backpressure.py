@@ -244,7 +244,7 @@ def test_tasks_that_come_without_the_lease_wait(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """None begins before the lease is back; a command behind them acts."""
-    monkeypatch.setattr("sekuire.heartbeat.MIN_GRACE", 0.0)
+    monkeypatch.setattr("sekuire.session.heartbeat.MIN_GRACE", 0.0)
     ok = threading.Event()
     ok.set()
 

@@ -121,7 +121,7 @@ def test_a_lease_that_is_lost_with_a_task_in_hand(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task that cannot begin without the lease is not 'nothing left': it goes back, and the exit code is 1."""
-    monkeypatch.setattr("sekuire.heartbeat.MIN_GRACE", 0.0)
+    monkeypatch.setattr("sekuire.session.heartbeat.MIN_GRACE", 0.0)
     held = threading.Event()
     held.set()
 

@@ -10,8 +10,8 @@ from typing import Any, Dict, Mapping
 
 import pytest
 
-from sekuire import platforms
-from sekuire.platforms import detect, runtime_info
+from sekuire.session import platforms
+from sekuire.session.platforms import detect, runtime_info
 
 CONTAINER = "0123456789abcdef" * 4
 

@@ -11,14 +11,15 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
-from sekuire import TaskContext, Worker, WorkerConfig, heartbeat
+from sekuire import TaskContext, Worker, WorkerConfig
 from sekuire._internal.clock import Clock
 from sekuire._internal.threads import PeriodicThread
-from sekuire.heartbeat import Lease
-from sekuire.installation import Installation
+from sekuire.session import heartbeat
+from sekuire.session.heartbeat import Lease
+from sekuire.session.installation import Installation
 
-from .conftest import AGENT
-from .scripted import GUARD, Scripted, grant, until
+from ..conftest import AGENT
+from ..scripted import GUARD, Scripted, grant, until
 
 Make = Callable[..., Worker]
 

@@ -9,16 +9,16 @@ import threading
 import time
 from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
 
-from ._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
-from ._internal.logs import get_logger
-from ._internal.threads import Deadline, PeriodicThread
-from .credentials import Authenticator, Snapshot
-from .credentials.login import RENEWAL_TIMEOUT
-from .errors import RevokedError, SekuireError, TransportError
-from .transport.http import HttpClient, Reply
-from .wire import protocol
-from .wire.models import Grant, HeartbeatReply, WorkerReport
-from .wire.verdict import NotThePlatform, Revoked, Settled, verdict
+from .._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
+from .._internal.logs import get_logger
+from .._internal.threads import Deadline, PeriodicThread
+from ..credentials import Authenticator, Snapshot
+from ..credentials.login import RENEWAL_TIMEOUT
+from ..errors import RevokedError, SekuireError, TransportError
+from ..transport.http import HttpClient, Reply
+from ..wire import protocol
+from ..wire.models import Grant, HeartbeatReply, WorkerReport
+from ..wire.verdict import NotThePlatform, Revoked, Settled, verdict
 
 log = get_logger("sekuire.heartbeat")
 

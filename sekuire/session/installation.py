@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from typing import Callable, List, Optional, Tuple, Union
 
+from .._internal.clock import SYSTEM_CLOCK, Clock
+from ..config import AgentConfig
+from ..credentials import Authenticator, RuntimeCredentialsStore
+from ..errors import ConfigurationError
+from ..secret import Secret
+from ..transport.http import HttpClient
+from ..wire import protocol
 from . import platforms
-from ._internal.clock import SYSTEM_CLOCK, Clock
-from .config import AgentConfig
-from .credentials import Authenticator, RuntimeCredentialsStore
-from .errors import ConfigurationError
 from .heartbeat import Heartbeat
-from .secret import Secret
-from .transport.http import HttpClient
-from .wire import protocol
 
 
 class Installation:

@@ -12,8 +12,8 @@ from sekuire.config import AgentConfig
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.store import Renewed
 from sekuire.errors import ConfigurationError
-from sekuire.installation import Installation
 from sekuire.secret import Secret
+from sekuire.session.installation import Installation
 from sekuire.wire import protocol
 from sekuire.wire.models import Grant, RuntimeCredentials
 

@@ -1,0 +1,1 @@
+"""Keep one installation logged in and alive."""
