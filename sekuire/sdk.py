@@ -12,7 +12,7 @@ import attrs
 
 from ._internal.logs import get_logger
 from ._internal.threads import Deadline, check_process, check_starter, is_owned_by
-from .audit import AuditLog
+from .audit.log import AuditLog
 from .beacon import STOP_TIMEOUT, Beacon
 from .config import (
     CREDENTIALS_FILE_VARIABLE,

@@ -26,7 +26,7 @@ from ._internal.threads import (
     join_all,
     owned_by,
 )
-from .audit import AuditLog
+from .audit.log import AuditLog
 from .config import WorkerConfig, from_options
 from .control import Control
 from .dispatch import Dispatcher

@@ -16,15 +16,15 @@ from typing import Any, Callable, Deque, Dict, List, Mapping, NamedTuple, Option
 
 import attrs
 
-from ._internal.logs import get_logger
-from ._internal.threads import LONG_WAIT, Deadline, at_exit, check_process, forget_exit, join_all
-from .config import SDKConfig
-from .credentials import Authenticator, Snapshot
-from .errors import ConfigurationError, SekuireError
-from .transport.retry import full_jitter
-from .wire import protocol
-from .wire.models import Completion, Task
-from .wire.verdict import Later, Retry, Revoked, Settled, Substitute, Unauthorized, Unsupported, Verdict, verdict
+from .._internal.logs import get_logger
+from .._internal.threads import LONG_WAIT, Deadline, at_exit, check_process, forget_exit, join_all
+from ..config import SDKConfig
+from ..credentials import Authenticator, Snapshot
+from ..errors import ConfigurationError, SekuireError
+from ..transport.retry import full_jitter
+from ..wire import protocol
+from ..wire.models import Completion, Task
+from ..wire.verdict import Later, Retry, Revoked, Settled, Substitute, Unauthorized, Unsupported, Verdict, verdict
 
 __all__ = ["AuditHandler", "AuditLog", "AuditStats"]
 

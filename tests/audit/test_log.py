@@ -13,16 +13,17 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import pytest
 
-from sekuire import SekuireSDK, TaskError, audit
+from sekuire import SekuireSDK, TaskError
 from sekuire._internal.threads import Deadline
 from sekuire.audit import AuditHandler, AuditStats
+from sekuire.audit import log as audit
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
 from sekuire.wire import protocol
 
-from .conftest import AGENT
-from .local.test_restart import Process
-from .scripted import GUARD, Answer, Blackhole, Request, Scripted, client_threads, until
-from .servers import run_python
+from ..conftest import AGENT
+from ..local.test_restart import Process
+from ..scripted import GUARD, Answer, Blackhole, Request, Scripted, client_threads, until
+from ..servers import run_python
 
 Make = Callable[..., SekuireSDK]
 
