@@ -9,9 +9,9 @@ import sys
 import time
 from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
 
+from ..client import TaskSubmitter
 from ..config import ENVIRONMENT, check_capability, variable
 from ..errors import APIError, SekuireError
-from ..submission import TaskSubmitter
 from ..transport.http import Reply
 from ..transport.retry import is_retryable
 from ..wire import protocol

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
 
 import attrs
 
+from ..client import TaskSubmitter
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
@@ -27,7 +28,6 @@ from ..credentials import RuntimeCredentialsStore
 from ..errors import ConfigurationError
 from ..sdk import SekuireSDK
 from ..secret import as_secret
-from ..submission import TaskSubmitter
 from ..worker import Worker
 
 PREFIX = "SEKUIRE_"

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from django.core.signals import setting_changed
 from django.db import transaction
 
-from ...submission import TaskSubmitter
+from ...client import TaskSubmitter
 from ..settings import Settings
 from . import conf
 
