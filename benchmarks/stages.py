@@ -140,7 +140,7 @@ def _post(port: int) -> Stage:
 
 
 def _outbox(port: int) -> Stage:
-    outbox = importlib.import_module("sekuire.outbox")
+    outbox = importlib.import_module("sekuire.worker.outbox")
     directory = tempfile.mkdtemp(prefix="sekuire-bench-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     box = outbox.open_outbox(os.path.join(directory, "outbox.db"))
@@ -172,7 +172,7 @@ def _audit_note(port: int) -> Stage:
     models = importlib.import_module("sekuire.wire.models")
     task = models.Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, trace_id="trace-1")
     completion = models.Completion(task_id=task.task_id, attempt=1, output=payloads.result(), execution_time_ms=1)
-    report = importlib.import_module("sekuire.report").Report(task.task_id, 1, b"", True)
+    report = importlib.import_module("sekuire.worker.report").Report(task.task_id, 1, b"", True)
     audit = _audit_log()
     worker_id = payloads.completion()["worker_id"]
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .policy.gateway import PolicyGateway
     from .sdk import SekuireSDK
     from .wire.models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
-    from .worker import Worker, create_worker
+    from .worker.worker import Worker, create_worker
 
 __all__ = [
     "Beacon",
@@ -83,10 +83,10 @@ _HOMES = {
     "TaskContext": "handlers.context",
     "TaskError": "errors",
     "TaskRegistry": "handlers.registry",
-    "Worker": "worker",
+    "Worker": "worker.worker",
     "WorkerConfig": "config",
     "WorkerStats": "wire.models",
-    "create_worker": "worker",
+    "create_worker": "worker.worker",
     "errors": "",
 }
 

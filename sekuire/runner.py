@@ -16,7 +16,7 @@ from ._internal.threads import Deadline, PeriodicThread, join_all
 from .errors import ConfigurationError, SekuireError
 from .exitcodes import INTERRUPTED, OK
 from .reloader import end_with_reloader
-from .worker import Worker
+from .worker.worker import Worker
 
 #: Seconds that flushing may take where handlers still run, and that idle threads get to end.
 _FLUSH_TIME = 3.0

@@ -34,7 +34,7 @@ from .handlers.context import current_task
 from .secret import Secret
 from .wire import protocol
 from .wire.models import BeaconStatus, RuntimeCredentials
-from .worker import POOL_SIZE, Worker
+from .worker.worker import POOL_SIZE, Worker
 
 if TYPE_CHECKING:
     from .policy.gateway import PolicyGateway

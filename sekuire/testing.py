@@ -13,15 +13,15 @@ import attrs
 
 from ._internal.threads import Deadline, Timer
 from .config import WorkerConfig
-from .dispatch import Accepted, Dispatcher
 from .errors import ConfigurationError
 from .handlers.context import TaskContext
 from .handlers.invoke import Handler, call
 from .handlers.registry import TaskRegistry
-from .report import encode
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
-from .worker import Worker, create_worker
+from .worker.dispatch import Accepted, Dispatcher
+from .worker.report import encode
+from .worker.worker import Worker, create_worker
 
 if TYPE_CHECKING:
     from .local import LocalPlatform

@@ -26,7 +26,7 @@ from ..sdk import SekuireSDK
 from ..secret import Secret
 from ..transport.http import HttpClient
 from ..wire import protocol
-from ..worker import Worker
+from ..worker.worker import Worker
 from . import terminal
 from .exits import FAILED, INTERRUPTED, OK, CommandError, complain
 from .options import key_header, local_platform

@@ -17,7 +17,7 @@ from ..arguments import add_worker_arguments
 from ..errors import SekuireError
 from ..reloader import Reloader
 from ..sdk import SekuireSDK
-from ..worker import Worker
+from ..worker.worker import Worker
 from . import terminal
 from .exits import CommandError, report
 

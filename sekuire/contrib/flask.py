@@ -28,7 +28,7 @@ from ..handlers.invoke import CallNext, Handler, Middleware
 from ..handlers.registry import TaskRegistry, shown
 from ..reloader import Reloader, is_reloaded, program
 from ..sdk import SekuireSDK
-from ..worker import Worker
+from ..worker.worker import Worker
 from .settings import PREFIX, Settings, is_unprepared
 
 __all__ = ["Sekuire", "tasks_of"]

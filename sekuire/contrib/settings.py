@@ -28,7 +28,7 @@ from ..credentials import RuntimeCredentialsStore
 from ..errors import ConfigurationError
 from ..sdk import SekuireSDK
 from ..secret import as_secret
-from ..worker import Worker
+from ..worker.worker import Worker
 
 PREFIX = "SEKUIRE_"
 
@@ -221,7 +221,7 @@ def is_unprepared(executor: Any) -> bool:
 
 
 def _check_outbox(path: Any, source: Optional[str] = None) -> None:
-    from ..outbox import checked_path
+    from ..worker.outbox import checked_path
 
     try:
         checked_path(path)

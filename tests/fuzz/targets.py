@@ -20,13 +20,13 @@ from urllib.parse import unquote
 from sekuire.credentials import RuntimeCredentialsStore
 from sekuire.credentials.file import CredentialsFile, _decode, _encode
 from sekuire.errors import APIError, ConfigurationError, PlanLimitError
-from sekuire.outbox import Outbox, open_outbox
 from sekuire.transport.body import BodyError, read_body
 from sekuire.transport.http import Reply
 from sekuire.transport.sse import MAX_RETRY_MS, EventStream
 from sekuire.wire import protocol
 from sekuire.wire.models import Completion
 from sekuire.wire.protocol import Malformed, MalformedTask
+from sekuire.worker.outbox import Outbox, open_outbox
 
 from ..conformance.reference import Facts, reference, without_large_events
 

@@ -15,21 +15,21 @@ from typing import Any, Callable, Dict, List, Optional, Set
 
 import pytest
 
-from sekuire import dispatch, report
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.credentials import RuntimeCredentialsStore, Snapshot
 from sekuire.credentials.store import Renewed
-from sekuire.dispatch import Dispatcher
 from sekuire.errors import AuthenticationError
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
-from sekuire.outbox import Outbox, Stored, open_outbox
-from sekuire.report import Reporter
 from sekuire.wire.models import Completion, Grant, RuntimeCredentials, Task
+from sekuire.worker import dispatch, report
+from sekuire.worker.dispatch import Dispatcher
+from sekuire.worker.outbox import Outbox, Stored, open_outbox
+from sekuire.worker.report import Reporter
 
 from ..scripted import GUARD, until
-from ..test_states import Platform, Wire
+from ..worker.test_states import Platform, Wire
 
 #: How often each race is run.
 ROUNDS = int(os.environ.get("SEKUIRE_RACES") or 1)

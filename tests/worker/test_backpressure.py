@@ -10,7 +10,7 @@ from typing import Any, Callable, List
 import pytest
 
 from sekuire import TaskContext, Worker
-from sekuire.dispatch import WAITING_COST
+from sekuire.worker.dispatch import WAITING_COST
 
 from ..scripted import GUARD, Request, Scripted, until
 
@@ -174,8 +174,8 @@ def test_answers_without_a_run_are_bounded_too(
 
     The answers wait as tasks do. A command behind them acts.
     """
-    monkeypatch.setattr("sekuire.report.BACKLOG", 5)
-    monkeypatch.setattr("sekuire.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 5)
+    monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
     accept = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if accept.is_set() else (503, {"error": "x"})
     scripted.on["release"] = lambda request: (405, {"error": "x"})
@@ -215,9 +215,9 @@ def test_releases_that_the_platform_does_not_answer_are_bounded(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A platform that takes neither results nor tasks back is not read on: what is on its way back is bounded."""
-    monkeypatch.setattr("sekuire.report.RELEASES", 5)
-    monkeypatch.setattr("sekuire.dispatch._RELEASE_PAUSE", 0.01)
-    monkeypatch.setattr("sekuire.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.report.RELEASES", 5)
+    monkeypatch.setattr("sekuire.worker.dispatch._RELEASE_PAUSE", 0.01)
+    monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
     accept = threading.Event()
     accept.set()
     scripted.on["release"] = lambda request: (200, {}) if accept.is_set() else (503, {"error": "x"})

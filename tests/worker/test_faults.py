@@ -8,8 +8,9 @@ from typing import Any, Callable, Counter, List
 
 import pytest
 
-from sekuire import Worker, report
+from sekuire import Worker
 from sekuire.local import Faults
+from sekuire.worker import report
 
 from ..conftest import AGENT
 from ..scripted import GUARD, until

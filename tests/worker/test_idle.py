@@ -11,8 +11,8 @@ import pytest
 
 from sekuire import TaskContext, Worker
 from sekuire.errors import ConfigurationError, SekuireError, TransportError
-from sekuire.idle import Activity, IdleWatch
 from sekuire.local import LocalPlatform
+from sekuire.worker.idle import Activity, IdleWatch
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Blackhole, Scripted, until
@@ -157,8 +157,8 @@ def test_a_task_that_waits_for_room_is_work(
     scripted: Scripted, worker_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task whose turn has not come, because results must be taken first, keeps the worker; then it is done."""
-    monkeypatch.setattr("sekuire.report.BACKLOG", 1)
-    monkeypatch.setattr("sekuire.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 1)
+    monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
     taken = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if taken.is_set() else (503, {"error": "unavailable"})
     worker = worker_of(scripted, stop_when_idle=0.1, outbox=tmp_path / "outbox.db", max_workers=1, max_queued=0)
@@ -216,7 +216,7 @@ class Watched:
         self.turn = self.hand.turn
         self.activity = Activity(0, False, False, True)
         self.ends: List[Tuple[str, float]] = []
-        monkeypatch.setattr("sekuire.idle.time.monotonic", lambda: self.hand.now)
+        monkeypatch.setattr("sekuire.worker.idle.time.monotonic", lambda: self.hand.now)
         IdleWatch(
             8.0,
             self.hand,  # type: ignore[arg-type]

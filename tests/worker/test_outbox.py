@@ -14,8 +14,9 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 
-from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker, report
+from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
 from sekuire.wire.models import Task
+from sekuire.worker import report
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until
@@ -170,7 +171,7 @@ STAGES = {
 
 KILLER = """
 import os, signal
-from sekuire.outbox import Outbox
+from sekuire.worker.outbox import Outbox
 from sekuire.transport.http import HttpClient
 
 def die():
@@ -457,7 +458,7 @@ def test_a_stop_keeps_what_was_never_sent(
     kind: str,
 ) -> None:
     """Answers in memory, behind others that are under way, are in the outbox when the stop says so; none is lost."""
-    monkeypatch.setattr("sekuire.worker._FLUSH_LEAST", 0.05)
+    monkeypatch.setattr("sekuire.worker.worker._FLUSH_LEAST", 0.05)
     ids = [f"t{number}" for number in range(10)]
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=len(ids))
 
@@ -493,7 +494,7 @@ def test_a_stop_tells_what_the_outbox_lacks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Results that the disk takes no more are not told to be there."""
-    monkeypatch.setattr("sekuire.worker._FLUSH_LEAST", 0.05)
+    monkeypatch.setattr("sekuire.worker.worker._FLUSH_LEAST", 0.05)
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=1)
     worker.on_task("work", lambda ctx, input: "precious")
     outbox = worker._outbox

@@ -280,7 +280,7 @@ def test_undelivered_results_hold_the_work(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too many results undelivered no task begins until some are accepted; the stream is read on."""
-    monkeypatch.setattr("sekuire.report.BACKLOG", 2)
+    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 2)
     accept = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if accept.is_set() else (503, {})
     worker = worker_of(scripted, max_workers=1, max_queued=0)

@@ -9,7 +9,7 @@ from django.conf import settings
 from ..._internal.logs import get_logger
 from ...errors import ConfigurationError
 from ...sdk import SekuireSDK
-from ...worker import Worker
+from ...worker.worker import Worker
 from ..settings import Settings, is_unprepared
 from . import handlers
 

@@ -16,7 +16,7 @@ from sekuire.contrib.django import conf
 from sekuire.errors import SekuireError
 from sekuire.exitcodes import code_of
 from sekuire.reloader import Reloader, program
-from sekuire.worker import Worker
+from sekuire.worker.worker import Worker
 
 
 class Command(BaseCommand):

@@ -13,11 +13,11 @@ from urllib.parse import quote
 
 import attrs
 
-from ._internal import filelock
-from ._internal.logs import get_logger
-from ._internal.threads import Deadline
-from .errors import ConfigurationError
-from .wire.protocol import is_id, one_line
+from .._internal import filelock
+from .._internal.logs import get_logger
+from .._internal.threads import Deadline
+from ..errors import ConfigurationError
+from ..wire.protocol import is_id, one_line
 
 log = get_logger("sekuire.outbox")
 

@@ -12,15 +12,15 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Set, Tu
 
 import attrs
 
-from ._internal.logs import get_logger
-from ._internal.threads import Deadline, Timer, owned_by
-from .config import WorkerConfig
-from .errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
-from .handlers import outcome as outcomes
-from .handlers.context import TaskContext, current_task
-from .handlers.registry import HandlerEntry, TaskRegistry
-from .wire import protocol
-from .wire.models import Completion, Failure, Task
+from .._internal.logs import get_logger
+from .._internal.threads import Deadline, Timer, owned_by
+from ..config import WorkerConfig
+from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
+from ..handlers import outcome as outcomes
+from ..handlers.context import TaskContext, current_task
+from ..handlers.registry import HandlerEntry, TaskRegistry
+from ..wire import protocol
+from ..wire.models import Completion, Failure, Task
 
 log = get_logger("sekuire.dispatch")
 
@@ -47,7 +47,7 @@ class Accepted(Protocol):
 
 
 class ResultSink(Protocol):
-    """Where results go; :class:`sekuire.report.Reporter` is one.
+    """Where results go; :class:`sekuire.worker.report.Reporter` is one.
 
     ``on_room`` is called, without a lock, when ``has_room()`` has been False and is True again. ``can_release`` is None
     until the platform has answered a first release.
@@ -1010,6 +1010,6 @@ def _is_remote(executor: Optional[Executor]) -> bool:
     """Whether ``executor`` runs calls in other processes."""
     if executor is None:
         return False
-    from .executors import remote  # Only here: it loads what most workers never need.
+    from ..executors import remote  # Only here: it loads what most workers never need.
 
     return remote.is_remote(executor)

@@ -22,13 +22,13 @@ from hypothesis.stateful import (
 
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
-from sekuire.dispatch import WAITING_COST, Dispatcher
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
 from sekuire.wire.models import Completion, Task
 from sekuire.wire.protocol import MalformedTask
+from sekuire.worker.dispatch import WAITING_COST, Dispatcher
 
-from .scripted import GUARD, until
+from ..scripted import GUARD, until
 
 WORKERS, QUEUE = 2, 3
 
@@ -617,7 +617,7 @@ def test_a_repetition_while_the_pause_is_answered() -> None:
 
 def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of tasks that wait in a long queue are kept as JSON; the handler sees no difference."""
-    monkeypatch.setattr("sekuire.dispatch._UNPACKED", 2)
+    monkeypatch.setattr("sekuire.worker.dispatch._UNPACKED", 2)
     inputs: List[Any] = [{"n": number, "text": "é\ud800\u2028", "many": [1.5, None, True, {}]} for number in range(6)]
     seen: Dict[str, Any] = {}
     gate = threading.Event()

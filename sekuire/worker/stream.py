@@ -7,18 +7,18 @@ import threading
 import time
 from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
 
-from ._internal.logs import get_logger
-from ._internal.threads import Deadline
-from .config import WorkerConfig
-from .credentials import Authenticator, Snapshot
-from .credentials.login import RENEWAL_TIMEOUT, bearer_of
-from .errors import APIError, PlanLimitError, SekuireError, StreamError, TransportError
-from .transport.live import LiveAnswer, LiveClient
-from .transport.retry import Backoff, Interrupted
-from .transport.sse import Event, EventStream
-from .wire import protocol
-from .wire.models import Command, Connected, Task
-from .wire.verdict import Failed, Retry, Revoked, Settled, Unauthorized, verdict
+from .._internal.logs import get_logger
+from .._internal.threads import Deadline
+from ..config import WorkerConfig
+from ..credentials import Authenticator, Snapshot
+from ..credentials.login import RENEWAL_TIMEOUT, bearer_of
+from ..errors import APIError, PlanLimitError, SekuireError, StreamError, TransportError
+from ..transport.live import LiveAnswer, LiveClient
+from ..transport.retry import Backoff, Interrupted
+from ..transport.sse import Event, EventStream
+from ..wire import protocol
+from ..wire.models import Command, Connected, Task
+from ..wire.verdict import Failed, Retry, Revoked, Settled, Unauthorized, verdict
 
 log = get_logger("sekuire.stream")
 

@@ -11,16 +11,16 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Callable, Dict, List, NamedTuple, Optional, Protocol, Tuple
 
-from ._internal.logs import get_logger
-from ._internal.threads import LONG_WAIT, Deadline, Timer, join_all, owned_by
-from .config import WorkerConfig
-from .credentials import Authenticator, Snapshot
-from .errors import RevokedError, SekuireError
-from .handlers.context import TaskContext
-from .transport.retry import full_jitter
-from .wire import protocol
-from .wire.models import Completion
-from .wire.verdict import (
+from .._internal.logs import get_logger
+from .._internal.threads import LONG_WAIT, Deadline, Timer, join_all, owned_by
+from ..config import WorkerConfig
+from ..credentials import Authenticator, Snapshot
+from ..errors import RevokedError, SekuireError
+from ..handlers.context import TaskContext
+from ..transport.retry import full_jitter
+from ..wire import protocol
+from ..wire.models import Completion
+from ..wire.verdict import (
     Dropped,
     Failed,
     Retry,

@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sekuire import outbox as outbox_module
 from sekuire.errors import ConfigurationError
-from sekuire.outbox import Outbox, Stored, open_outbox
 from sekuire.wire import protocol
 from sekuire.wire.models import is_id
+from sekuire.worker import outbox as outbox_module
+from sekuire.worker.outbox import Outbox, Stored, open_outbox
 
-from .scripted import GUARD, until
+from ..scripted import GUARD, until
 
 URL, AGENT = "http://127.0.0.1:1", "agent"
 
@@ -255,7 +255,7 @@ def test_an_interrupted_wait_for_a_turn_holds_up_no_other(
 def test_another_process_is_refused(tmp_path: Path) -> None:
     """A second process on the same file gets an error that says so."""
     outbox = open_outbox(tmp_path / "outbox.db")
-    script = "import sys; from sekuire.outbox import open_outbox; open_outbox(sys.argv[1])"
+    script = "import sys; from sekuire.worker.outbox import open_outbox; open_outbox(sys.argv[1])"
     command = [sys.executable, "-c", script, str(tmp_path / "outbox.db")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     outbox.close()
@@ -583,7 +583,7 @@ def test_an_orphaned_child_does_not_keep_it(tmp_path: Path) -> None:
     """A forked child that outlives its killed parent does not hold the parent's outbox."""
     script = """
 import os, signal, sys
-from sekuire.outbox import Stored, open_outbox
+from sekuire.worker.outbox import Stored, open_outbox
 outbox = open_outbox(sys.argv[1])
 outbox.put("http://127.0.0.1:1", "agent", None, Stored("a", 1, False, b"one"))
 read, write = os.pipe()
@@ -608,7 +608,7 @@ def test_a_child_begins_with_none(tmp_path: Path) -> None:
     """A forked child may open an outbox of its own, is refused its parent's, and its end harms the parent's nothing."""
     script = """
 import os, sys
-from sekuire.outbox import Stored, open_outbox
+from sekuire.worker.outbox import Stored, open_outbox
 parent = open_outbox(sys.argv[1])
 parent.put("http://127.0.0.1:1", "agent", None, Stored("a", 1, False, b"one"))
 child = os.fork()
@@ -653,7 +653,7 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """A real refusal of the kernel (RLIMIT_FSIZE) is told to the caller; what was there before stays."""
     script = """
 import resource, sys
-from sekuire.outbox import Stored, open_outbox
+from sekuire.worker.outbox import Stored, open_outbox
 outbox = open_outbox(sys.argv[1])
 assert outbox.put("http://127.0.0.1:1", "agent", None, Stored("a", 1, False, b"one"))
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))

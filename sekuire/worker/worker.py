@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, Ty
 
 import attrs
 
-from ._internal.logs import get_logger
-from ._internal.signals import SignalQueue
-from ._internal.threads import (
+from .._internal.logs import get_logger
+from .._internal.signals import SignalQueue
+from .._internal.threads import (
     CallbackThread,
     Deadline,
     Timer,
@@ -26,19 +26,19 @@ from ._internal.threads import (
     join_all,
     owned_by,
 )
-from .audit.log import AuditLog
-from .config import WorkerConfig, from_options
+from ..audit.log import AuditLog
+from ..config import WorkerConfig, from_options
+from ..errors import ConfigurationError, RevokedError, SekuireError, TransportError
+from ..handlers.invoke import Handler, Middleware
+from ..handlers.registry import Carrier, TaskRegistry
+from ..session.installation import Installation
+from ..wire import protocol
+from ..wire.models import Command, WorkerReport, WorkerStats
 from .control import Control
 from .dispatch import Dispatcher
-from .errors import ConfigurationError, RevokedError, SekuireError, TransportError
-from .handlers.invoke import Handler, Middleware
-from .handlers.registry import Carrier, TaskRegistry
 from .idle import Activity, IdleWatch
 from .report import Reporter
-from .session.installation import Installation
 from .stream import TaskStream
-from .wire import protocol
-from .wire.models import Command, WorkerReport, WorkerStats
 
 if TYPE_CHECKING:
     from .outbox import Outbox
@@ -423,7 +423,7 @@ class Worker:
     def _carrier(self) -> Optional[Carrier]:
         if self._config.executor is None:
             return None
-        from .executors.remote import carrier_of  # Only here: it loads what most workers never need.
+        from ..executors.remote import carrier_of  # Only here: it loads what most workers never need.
 
         return carrier_of(self._config)
 

@@ -8,14 +8,14 @@ import time
 from collections import OrderedDict
 from typing import Callable, Dict, List, Optional, Tuple
 
-from ._internal.logs import get_logger
-from ._internal.threads import LOOK_AGAIN, CallbackThread, Timer
-from .config import WorkerConfig
+from .._internal.logs import get_logger
+from .._internal.threads import LOOK_AGAIN, CallbackThread, Timer
+from ..config import WorkerConfig
+from ..errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
+from ..session.installation import Installation
+from ..wire import protocol
+from ..wire.models import Command, Connected, HeartbeatReply, Task, WorkerReport
 from .dispatch import Dispatcher
-from .errors import PolicyUnavailableError, RevokedError, SekuireError, TransportError
-from .session.installation import Installation
-from .wire import protocol
-from .wire.models import Command, Connected, HeartbeatReply, Task, WorkerReport
 
 log = get_logger("sekuire.worker")
 

@@ -9,12 +9,13 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 
-from sekuire import TaskContext, TaskError, Worker, report
+from sekuire import TaskContext, TaskError, Worker
 from sekuire._internal.threads import Deadline
 from sekuire.wire.models import Completion, Task
+from sekuire.worker import report
 
-from .conftest import AGENT
-from .scripted import GUARD, Request, Scripted, until
+from ..conftest import AGENT
+from ..scripted import GUARD, Request, Scripted, until
 
 Make = Callable[..., Worker]
 

@@ -8,10 +8,10 @@ from typing import Any, Callable, List
 import pytest
 
 from sekuire import TaskContext, Worker
-from sekuire.stream import TaskStream
+from sekuire.worker.stream import TaskStream
 
-from .conftest import AGENT
-from .scripted import GUARD, Request, Scripted, until
+from ..conftest import AGENT
+from ..scripted import GUARD, Request, Scripted, until
 
 Make = Callable[..., Worker]
 

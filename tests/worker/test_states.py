@@ -2,7 +2,7 @@
 
 *received → rejected | waiting → released | running → finished → delivered | dropped.* The platform is a model behind
 ``Authenticator.request``; a few examples talk to it over HTTP. A long run: ``SEKUIRE_STATES=2000 pytest
-tests/test_states.py -n 0``.
+tests/worker/test_states.py -n 0``.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sekuire import dispatch, report
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
-from sekuire.dispatch import Dispatcher
 from sekuire.errors import RevokedError, TransportError
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
-from sekuire.outbox import open_outbox
-from sekuire.report import Reporter
 from sekuire.session.installation import Installation
 from sekuire.transport.http import Reply
 from sekuire.wire.models import Completion, RuntimeCredentials, Task
+from sekuire.worker import dispatch, report
+from sekuire.worker.dispatch import Dispatcher
+from sekuire.worker.outbox import open_outbox
+from sekuire.worker.report import Reporter
 
-from .scripted import GUARD, Request, Scripted
+from ..scripted import GUARD, Request, Scripted
 
 WORKERS, QUEUE, BACKLOG = 2, 3, 4
 #: Examples of a long run; unset in the suite.

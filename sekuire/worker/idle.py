@@ -6,7 +6,7 @@ import math
 import time
 from typing import Callable, NamedTuple
 
-from ._internal.threads import Timer
+from .._internal.threads import Timer
 
 #: Longest time between two looks, in seconds, and the fewest looks within the time.
 _LOOK = 1.0
