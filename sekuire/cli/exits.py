@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from typing import Tuple
 
-from ..exitcodes import FAILED as FAILED
-from ..exitcodes import INTERRUPTED as INTERRUPTED
-from ..exitcodes import OK as OK
-from ..exitcodes import USAGE as USAGE
-from ..exitcodes import code_of
+from ..service.exit_codes import FAILED as FAILED
+from ..service.exit_codes import INTERRUPTED as INTERRUPTED
+from ..service.exit_codes import OK as OK
+from ..service.exit_codes import USAGE as USAGE
+from ..service.exit_codes import code_of
 from ..wire.protocol import one_line
 
 

@@ -12,11 +12,11 @@ import traceback
 from types import ModuleType, TracebackType
 from typing import Any, Optional, Tuple
 
-from .. import runner
-from ..arguments import add_worker_arguments
 from ..errors import SekuireError
-from ..reloader import Reloader
 from ..sdk import SekuireSDK
+from ..service import runner
+from ..service.arguments import add_worker_arguments
+from ..service.reloader import Reloader
 from ..worker.worker import Worker
 from . import terminal
 from .exits import CommandError, report

@@ -19,15 +19,15 @@ except ModuleNotFoundError as error:
         f"sekuire.contrib.flask needs Flask ({error}); run: pip install 'sekuire[flask]'", name=error.name
     ) from error
 
-from .. import runner
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError, SekuireError
-from ..exitcodes import code_of
 from ..handlers.context import TaskContext
 from ..handlers.invoke import CallNext, Handler, Middleware
 from ..handlers.registry import TaskRegistry, shown
-from ..reloader import Reloader, is_reloaded, program
 from ..sdk import SekuireSDK
+from ..service import runner
+from ..service.exit_codes import code_of
+from ..service.reloader import Reloader, is_reloaded, program
 from ..worker.worker import Worker
 from .settings import PREFIX, Settings, is_unprepared
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Optional
 import pytest
 
 from sekuire.local import LocalPlatform
-from sekuire.reloader import program
+from sekuire.service.reloader import program
 
 from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, until, variables
 

@@ -10,10 +10,11 @@ from typing import Any, Callable, Dict, List
 
 import pytest
 
-from sekuire import create_worker, runner
+from sekuire import create_worker
 from sekuire._internal.signals import ENDING
 from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
+from sekuire.service import runner
 
 from .conftest import AGENT, GUARD, POSIX_ONLY, Call, Process, Run, until, variables
 

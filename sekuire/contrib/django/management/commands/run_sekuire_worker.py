@@ -10,12 +10,12 @@ from typing import Any, List
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
-from sekuire import runner
-from sekuire.arguments import add_worker_arguments
 from sekuire.contrib.django import conf
 from sekuire.errors import SekuireError
-from sekuire.exitcodes import code_of
-from sekuire.reloader import Reloader, program
+from sekuire.service import runner
+from sekuire.service.arguments import add_worker_arguments
+from sekuire.service.exit_codes import code_of
+from sekuire.service.reloader import Reloader, program
 from sekuire.worker.worker import Worker
 
 

@@ -13,10 +13,10 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from ._internal.signals import ENDING, TakenSignals
-from .config import CREDENTIALS_FILE_VARIABLE
-from .errors import ConfigurationError
-from .exitcodes import INTERRUPTED, OK
+from .._internal.signals import ENDING, TakenSignals
+from ..config import CREDENTIALS_FILE_VARIABLE
+from ..errors import ConfigurationError
+from .exit_codes import INTERRUPTED, OK
 
 #: Seconds between two looks at the child.
 _SLICE = 0.1

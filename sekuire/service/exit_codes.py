@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 

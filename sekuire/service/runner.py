@@ -10,13 +10,13 @@ import sys
 import threading
 from typing import Callable, Iterator, List, NoReturn, Optional, Union
 
-from ._internal import threads as thread_tools
-from ._internal.signals import ENDING, TakenSignals
-from ._internal.threads import Deadline, PeriodicThread, join_all
-from .errors import ConfigurationError, SekuireError
-from .exitcodes import INTERRUPTED, OK
+from .._internal import threads as thread_tools
+from .._internal.signals import ENDING, TakenSignals
+from .._internal.threads import Deadline, PeriodicThread, join_all
+from ..errors import ConfigurationError, SekuireError
+from ..worker.worker import Worker
+from .exit_codes import INTERRUPTED, OK
 from .reloader import end_with_reloader
-from .worker.worker import Worker
 
 #: Seconds that flushing may take where handlers still run, and that idle threads get to end.
 _FLUSH_TIME = 3.0
