@@ -5,8 +5,9 @@ Importing this package needs no extra. What needs one says so when it is used: `
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any, List
+from typing import TYPE_CHECKING
+
+from .._internal import lazy
 
 if TYPE_CHECKING:
     from .client import PolicyClient as PolicyClient
@@ -28,15 +29,4 @@ _HOMES = {
     "RateLimiter": "limits",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> List[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy.names_of(__name__, _HOMES)
