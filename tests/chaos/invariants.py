@@ -14,6 +14,8 @@ from .proxy import Beat, Seen
 UNBEGUN = frozenset({"worker_paused", "worker_terminated", "worker_shutdown", "policy_unavailable"})
 #: What the policy of a run denies, whatever comes in its place.
 FORBIDDEN = "work.forbidden"
+#: Seconds after which a worker has read an answer that was sent to it, and acted on it.
+SURELY_SETTLED = 0.4
 #: The processes of the second replica count from here.
 FIRST_TWIN = 10_001
 PLANNED = frozenset({"planned", "flaky"})
@@ -236,9 +238,11 @@ def _check_posts(evidence: Evidence, violations: List[str]) -> None:
         task_id = seen.task_id
         if seen.kind == "given":
             given[task_id] += 1
-            if task_id in settled:
-                # The platform took a failure and tries again: what comes next is another run's result.
-                answered[task_id] = settled.pop(task_id)
+            accepted = settled.pop(task_id, None)
+            if accepted is not None and seen.at - accepted.at > SURELY_SETTLED:
+                # The platform took a failure and tries again: what comes next is another run's result. Where both come
+                # at once, a worker may see the next try first, and rightly take it for a repetition of this one.
+                answered[task_id] = accepted
             continue
         mine = (task_id, seen.worker_id)
         if seen.kind == "dropped":
