@@ -226,6 +226,9 @@ class TestChecker:
         assert same_attempt.extra_unexplained == 1
         back = Run("t", 3, 101, "1-9", 8.0)
         assert verdict_of(runs=(FIRST, twin, back), processes=shared).extra_unexplained == 1
+        # Not where its first run was a failure that the platform had accepted, to try again.
+        tried = DONE._replace(accepted=(Accepted("t:1", 1, "queued"), Accepted("t:3", 3, "completed")))
+        assert verdict_of(tried, (FIRST, twin, back), processes=shared).violations == []
 
 
 # -- the pages --------------------------------------------------------------------------------------------------------
