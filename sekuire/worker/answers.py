@@ -78,7 +78,7 @@ class Answers:
         self._lock = records.lock
         self._sink = sink
         self._worker_id = worker_id
-        self._audit = audit
+        self.audit = audit
         #: Tasks that are being given back.
         self.given_back: Dict[str, Tuple[Release, Record]] = {}
 
@@ -142,10 +142,10 @@ class Answers:
             self._sink.enqueue(report)
 
     def _note(self, task: Task, completion: Completion, report: Accepted) -> None:
-        if self._audit is None:
+        if self.audit is None:
             return
         try:
-            self._audit.task(self._worker_id, task, completion, report)
+            self.audit.task(self._worker_id, task, completion, report)
         except BaseException:
             # What is accepted must be sent.
             log.exception("[%s] noting the result in the audit log failed", task.task_id)

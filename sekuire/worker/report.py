@@ -102,7 +102,23 @@ class Reporter:
 
     def enqueue(self, report: Report) -> None:
         """Have a report sent by the pool, at once."""
-        self._plan(report, 0.0)
+        self.plan(report, 0.0)
+
+    def plan(self, report: Report, delay: float, is_awaited: bool = True) -> None:
+        """Have the pool send ``report`` in ``delay`` seconds, or as planned before if that is sooner."""
+        with self._lock:
+            when = time.monotonic() + delay
+            if report.plan is not None:
+                before, number = report.plan
+                if before <= when:
+                    return
+                self.delivery.cancel(number)
+            planned = self.delivery.schedule(delay, lambda: self.post(report), is_awaited=is_awaited)
+            if planned is not None:
+                move(report, PLANNED)
+                report.plan = (when, planned)
+            elif report.state in (PLANNED, SENDING):
+                move(report, HELD)
 
     def keep(self, report: Report) -> None:
         """Put a report that was not sent yet into the outbox, for a thread that leaves the sending to the pool.
@@ -129,13 +145,13 @@ class Reporter:
                 if is_news and report.is_refused and report.state is PLANNED:
                     # The platform asks for what it refused, for example in the name of a new installation. A report
                     # that is being sent is sent again after that.
-                    self._plan(report, 0.0)
+                    self.plan(report, 0.0)
                 return True
             report = self.results.remembered.get(task_id)
             if report is not None:
                 has_result = self.results.redelivered(report, attempt)
                 if self.results.is_held(report):
-                    self._plan(report, 0.0)
+                    self.plan(report, 0.0)
                 return has_result
         if self._spool is None:
             return False
@@ -254,7 +270,7 @@ class Reporter:
                 if report.state is not HELD:
                     continue
                 if report.is_noticed or at_once:
-                    self._plan(report, 0.0)
+                    self.plan(report, 0.0)
                 report.is_noticed = True
             self.delivery.start_threads()
 
@@ -296,29 +312,13 @@ class Reporter:
 
     # -- inside: one result --
 
-    def _plan(self, report: Report, delay: float, is_awaited: bool = True) -> None:
-        """Have the pool send ``report`` in ``delay`` seconds, or as planned before if that is sooner."""
-        with self._lock:
-            when = time.monotonic() + delay
-            if report.plan is not None:
-                before, number = report.plan
-                if before <= when:
-                    return
-                self.delivery.cancel(number)
-            planned = self.delivery.schedule(delay, lambda: self.post(report), is_awaited=is_awaited)
-            if planned is not None:
-                move(report, PLANNED)
-                report.plan = (when, planned)
-            elif report.state in (PLANNED, SENDING):
-                move(report, HELD)
-
     def _own_again(self, report: Report) -> None:
         """Plan a report whose sending ended in an unforeseen way."""
         with self._lock:
             # First, because it needs no memory: should planning fail too, a sweep finds it.
             move(report, HELD)
             report.tries += 1
-            self._plan(report, full_jitter(report.tries, RETRY_MIN, RETRY_MAX))
+            self.plan(report, full_jitter(report.tries, RETRY_MIN, RETRY_MAX))
 
     def _deliver(self, report: Report, attempt: int, body: bytes, is_substitute: bool) -> None:
         """Send what a report held when its sending began, and act on the answer."""
@@ -386,7 +386,7 @@ class Reporter:
             tries = report.tries
             report.tries += 1
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), found.delay)
-            self._plan(report, delay)
+            self.plan(report, delay)
         log.log(
             logging.DEBUG if tries else logging.WARNING,
             "[%s] the result was not delivered (%s); it is kept and sent again in %.1f s",
@@ -406,5 +406,5 @@ class Reporter:
             report.is_given_up = self._is_flushing
             # At once if the platform has asked for it under a higher attempt since.
             delay = REFUSED_PAUSE if report.attempt == attempt else 0.0
-            self._plan(report, delay, is_awaited=not self._is_flushing)
+            self.plan(report, delay, is_awaited=not self._is_flushing)
             self.delivery.changed.wake()

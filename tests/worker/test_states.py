@@ -326,9 +326,7 @@ class Life:
         registry.add("wide", handlers)
         registry.add("narrow", handlers, None, 1)
         self.timer = Timer()
-        self.dispatcher = Dispatcher(
-            config, registry, self.reporter, timer=self.timer, lease=self, scrub=str
-        )
+        self.dispatcher = Dispatcher(config, registry, self.reporter, timer=self.timer, lease=self, scrub=str)
         self.closed: Optional[str] = None
         #: Tasks given to its dispatcher.
         self.submissions = 0
@@ -618,7 +616,8 @@ class TaskStates(RuleBasedStateMachine):
         able = {task_id for task_id in waiting if self.kinds[task_id] != "narrow" or not narrow}
         if free and able and has_room and self.lease:
             return f"{free} threads are free, but these wait: {able}"
-        refused = {record.task.task_id for record in list(dispatcher.records.known.values()) if record.refusal is not None}
+        known = list(dispatcher.records.known.values())
+        refused = {record.task.task_id for record in known if record.refusal is not None}
         # An answer takes room too.
         if refused and has_room:
             return f"not answered although there is room: {refused}"
@@ -799,7 +798,7 @@ def test_a_raised_attempt_is_on_disk(tmp_path: pathlib.Path) -> None:
     result = reporter.accept(Completion(task_id="t1", attempt=1, output=1))
     assert result is not None
     reporter.post(result)
-    assert reporter.recall("t1", 3)
+    assert reporter.redelivered("t1", 3)
     until(lambda: "t1:3" in platform.keys)
     assert reporter.close(Deadline(GUARD)) == []
     assert [(one.task_id, one.attempt) for one in outbox.claim("http://127.0.0.1:9", "agent-1", object())] == [
