@@ -19,8 +19,9 @@ from .handlers.invoke import Handler, call
 from .handlers.registry import TaskRegistry
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
-from .worker.dispatch import Accepted, Dispatcher
-from .worker.report import encode
+from .worker.answers import Accepted
+from .worker.dispatch import Dispatcher
+from .worker.results import encode
 from .worker.worker import Worker, create_worker
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def run_task(
     for entry in registry:
         entry.call = sink.watch(entry.call)
     timer = Timer()
-    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease_held=lambda: True, scrub=scrub)
+    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrub=scrub)
     try:
         dispatcher.submit(task)
         sink.done.wait()
@@ -305,6 +306,13 @@ class _Inline(Executor):
         return future
 
 
+class _Lease:
+    """The lease of a test: it never ends."""
+
+    def is_held(self) -> bool:
+        return True
+
+
 class _Sink:
     """Takes the one result of one task, as a Reporter would. ``done`` is set when it is whole."""
 
@@ -354,7 +362,7 @@ class _Sink:
     def enqueue(self, report: Any) -> None:
         self.done.set()
 
-    def recall(self, task_id: str, attempt: int) -> bool:
+    def redelivered(self, task_id: str, attempt: int) -> bool:
         return False
 
     def release(self, order: Any, delay: float = 0.0) -> None:

@@ -177,7 +177,7 @@ class Control:
                 self._look_again(min(max(0.0, self._heartbeat.lease.time_left()), LOOK_AGAIN))
         if self._dispatcher.waiting:
             # What came while there was no lease begins. Not on this thread, which must go on.
-            self._timer.call_at(0.0, self._dispatcher.begin_waiting)
+            self._timer.call_at(0.0, self._dispatcher.start_waiting)
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from types import TracebackType
@@ -129,17 +128,17 @@ class Worker:
 
             self._outbox = open_outbox(config.outbox)
         self._reporter = Reporter(
-            config, self._auth, self.worker_id, on_revoked=self._revoke, outbox=self._outbox, owner=self
+            config, self._auth, self.worker_id, _Revocation(self), outbox=self._outbox, owner=self
         )
         self._dispatcher = Dispatcher(
             config,
             self._registry,
             self._reporter,
             timer=self._timer,
-            lease_held=self._heartbeat.lease.is_held,
+            lease=self._heartbeat.lease,
             scrub=self._installation.scrub,
-            on_result=None if _audit is None else functools.partial(_audit.task, self.worker_id),
-            on_checked=None if _audit is None else _audit.passed,
+            audit=_audit,
+            worker_id=self.worker_id,
             owner=self,
         )
         self._control = Control(
@@ -385,7 +384,7 @@ class Worker:
             duplicates=counts.duplicates,
             dropped=counts.dropped + self._reporter.dropped + self._control.unusable,
             undelivered=self._reporter.backlog,
-            stragglers=len(self._dispatcher.straggler_names()),
+            overdue=len(self._dispatcher.overdue_names()),
             reconnects=self._stream.reconnects,
             last_heartbeat_at=self._heartbeat.last_at,
             lease_expires_at=self._heartbeat.lease.expires_at,
@@ -746,9 +745,19 @@ class Worker:
         if self._owns_installation:
             self._installation.close()
         forget_exit(self)
-        late += self._dispatcher.straggler_names()
+        late += self._dispatcher.overdue_names()
         if late:
             log.warning("still running after the stop: %s", ", ".join(late))
+
+
+class _Revocation:
+    """Hand a revocation to the worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def revoke(self, error: RevokedError) -> None:
+        self._worker._revoke(error)
 
 
 def create_worker(**options: Any) -> Worker:

@@ -560,7 +560,7 @@ def test_logging_can_be_switched_off(platform: Any, sdk_of: Make) -> None:
     with sdk, worker:
         sdk.log("model_call", {"n": object()})
         platform.wait(platform.submit("echo", {}), GUARD)
-        assert worker._dispatcher._on_result is None
+        assert worker._dispatcher.answers.audit is None
         assert "sekuire-audit" not in [thread.name for thread in client_threads()]
         assert sdk.audit.flush(GUARD)
     assert platform.count("logs") == 0

@@ -157,8 +157,9 @@ def test_a_task_that_waits_for_room_is_work(
     scripted: Scripted, worker_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task whose turn has not come, because results must be taken first, keeps the worker; then it is done."""
-    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 1)
+    monkeypatch.setattr("sekuire.worker.results.BACKLOG", 1)
     monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.release.RETRY_MAX", 0.05)
     taken = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if taken.is_set() else (503, {"error": "unavailable"})
     worker = worker_of(scripted, stop_when_idle=0.1, outbox=tmp_path / "outbox.db", max_workers=1, max_queued=0)

@@ -15,8 +15,8 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
+from sekuire._internal import delivery
 from sekuire.wire.models import Task
-from sekuire.worker import report
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until
@@ -470,7 +470,7 @@ def test_a_stop_keeps_what_was_never_sent(
     for task_id in ids:
         scripted.task(task_id, "work" if kind == "timeout" else "unknown")
     until(lambda: worker.stats().undelivered == len(ids))
-    scripted.wait_for("complete", report.MAX_THREADS)
+    scripted.wait_for("complete", delivery.MAX_THREADS)
     worker.stop(0)
     assert worker.wait(GUARD)
     assert stored(tmp_path) == ids
@@ -566,7 +566,7 @@ def test_a_higher_attempt_while_a_stop_keeps_the_result(
     def raised(*args: Any) -> bool:
         seen.append(args[3][0].attempt)
         if len(seen) == 1:
-            assert reporter.recall("t1", 7)
+            assert reporter.redelivered("t1", 7)
         return put_all(*args)
 
     monkeypatch.setattr(outbox, "put_all", raised)
