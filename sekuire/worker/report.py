@@ -15,7 +15,7 @@ from .._internal.logs import get_logger
 from .._internal.threads import LONG_WAIT, Deadline, Timer, join_all, owned_by
 from ..config import WorkerConfig
 from ..credentials import Authenticator, Snapshot
-from ..errors import RevokedError, SekuireError
+from ..errors import SekuireError
 from ..handlers.context import TaskContext
 from ..transport.retry import full_jitter
 from ..wire import protocol
@@ -32,6 +32,7 @@ from ..wire.verdict import (
     Verdict,
     verdict,
 )
+from .life import Life
 
 if TYPE_CHECKING:
     from .outbox import Outbox
@@ -188,7 +189,7 @@ class Reporter:
     With an outbox, a result is on disk before it is first sent, and leaves it when it is settled. One that has not been
     sent, because all threads wait for the platform, is put there by :meth:`keep` or at the end.
 
-    :param on_revoked: called, without a lock, when an answer carries the kill switch.
+    :param life: revoked, without a lock held, when an answer carries the kill switch.
 
     ``on_room`` is called, without a lock, when :meth:`has_room` has been False and is True again.
     """
@@ -198,8 +199,8 @@ class Reporter:
         config: WorkerConfig,
         auth: Authenticator,
         worker_id: str,
+        life: Life,
         *,
-        on_revoked: Callable[[RevokedError], None],
         outbox: Optional[Outbox] = None,
         owner: object = None,
     ) -> None:
@@ -211,7 +212,7 @@ class Reporter:
         self._auth = auth
         self._support = auth.support
         self._worker_id = worker_id
-        self._on_revoked = on_revoked
+        self._life = life
         self._owner = owner
         self._max_bytes = config.max_result_bytes
         self._endpoints = config.endpoints
@@ -568,7 +569,7 @@ class Reporter:
         except SekuireError as error:
             found = verdict(endpoint, error)
         if isinstance(found, Revoked):
-            self._on_revoked(found.error)
+            self._life.revoke(found.error)
         return found
 
     def _settle(self, report: Report, attempt: int, dropped: bool = False) -> None:
