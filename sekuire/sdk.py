@@ -245,10 +245,10 @@ class SekuireSDK:
             self._shut_down(workers, timeout)
 
     def _shut_down(self, workers: List[Worker], timeout: Optional[float]) -> None:
-        longest = max((worker._config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
+        longest = max((worker.config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
         deadline = Deadline(longest if timeout is None else timeout)
         for worker in workers:
-            worker._request_stop(timeout)
+            worker.request_stop(timeout)
         for worker in workers:
             worker.stop(timeout)
         if self._gateway is not None:
@@ -305,7 +305,7 @@ class SekuireSDK:
         )
         audit = self.audit if self._config.logging_enabled else None
         worker = Worker(config, _installation=self._beacon._installation, _audit=audit)
-        worker._sdk = self
+        worker.sdk = self
         with self._lock:
             if self._is_shut_down:
                 raise ConfigurationError("this SDK was shut down; make a new one", "SekuireSDK.create_task_worker")

@@ -91,9 +91,9 @@ def _serve(worker: Worker, report: Callable[[SekuireError], int]) -> int:
         code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
     except SekuireError as error:
         code = report(error)
-    if worker._sdk is not None:
+    if worker.sdk is not None:
         # The SDK's Beacon keeps the lease as long as it beats: its last heartbeat says that the agent has stopped.
-        worker._sdk.shutdown()
+        worker.sdk.shutdown()
     return code
 
 

@@ -124,7 +124,7 @@ def test_an_empty_store_waits_for_the_beacon(platform: Any, worker_of: Make) -> 
     other = worker_of(platform)
     other.on_task("other", echo)
     with other:
-        store.update(other._installation.store.current)
+        store.update(other.installation.store.current)
         assert worker.wait_until_connected(GUARD)
 
 
