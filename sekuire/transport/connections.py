@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import math
@@ -21,6 +22,7 @@ import urllib3.connection
 import urllib3.exceptions
 import urllib3.util.connection
 
+from .._internal import fork
 from .answers import CLOSED, ClosedBeforeAnswerError, ConnectionResponse, Source
 from .kept import Lane
 
@@ -147,6 +149,23 @@ def _race(
             sock.close()
 
 
+def leave_to_parent(sock: Any) -> None:
+    """Close ``sock`` in each forked child, which must not use it and must not keep it open."""
+    # A socket of another library may allow no weak reference.
+    with contextlib.suppress(TypeError):
+        fork.reset_in_child(sock, _close_in_child)
+
+
+def _close_in_child(sock: Any) -> None:
+    while sock is not None and not isinstance(sock, socket.socket):
+        # TLS within TLS, or pyOpenSSL's.
+        sock = getattr(sock, "socket", None)
+    # Not by close(), which leaves the descriptor open as long as a file over the socket is.
+    descriptor = -1 if sock is None else sock.detach()
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
 class PooledConnection:
     """What this package adds to a connection of urllib3; goes before its class."""
 
@@ -159,6 +178,7 @@ class PooledConnection:
     def connect(self) -> None:
         self.answered_at = 0.0
         cast(Any, super()).connect()
+        leave_to_parent(cast(Any, self).sock)
 
     def _new_conn(self) -> socket.socket:
         inherited = cast(Any, super())._new_conn

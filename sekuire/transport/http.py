@@ -213,8 +213,9 @@ class HttpClient:
         self.endpoints = config.endpoints
         self._connect_timeout = config.connect_timeout
         self._read_timeout = config.read_timeout
-        self._lane = Lane(pool_size)
-        self._session = self.route.session(Adapter(pool_size, lane=self._lane))
+        self._pool_size = pool_size
+        self._open()
+        fork.reset_in_child(self, HttpClient._open)
         self._prefix = urlsplit(self.route.base).path
         self._headers = {
             "User-Agent": protocol.USER_AGENT,
@@ -251,8 +252,14 @@ class HttpClient:
         raise outcome
 
     def close(self) -> None:
+        """Close the connections. Those of calls in progress are closed when the calls end."""
         self._lane.close()
         self._session.close()
+
+    def _open(self) -> None:
+        """Begin without connections. A forked child uses none of its parent's, nor the locks of their pools."""
+        self._lane = Lane(self._pool_size)
+        self._session = self.route.session(Adapter(self._pool_size, lane=self._lane))
 
     def _exchange(
         self,
