@@ -147,7 +147,7 @@ class Heartbeat:
         self._revocation: Optional[RevokedError] = None
         # Fields of answers that were warned of. Two threads that see the same one at once may both warn.
         self._warned: Set[str] = set()
-        auth.on_grant = self._note_grant
+        auth.login.on_grant = self._note_grant
         auth.on_revoked = self._note_revocation
 
     # -- who takes part (any thread) --

@@ -8,6 +8,7 @@ from typing import Callable, List, Optional, Tuple, Union
 from .._internal.clock import SYSTEM_CLOCK, Clock
 from ..config import AgentConfig
 from ..credentials import Authenticator, RuntimeCredentialsStore
+from ..credentials.login import TokenProvider
 from ..errors import ConfigurationError
 from ..secret import Secret
 from ..transport.http import HttpClient
@@ -56,7 +57,7 @@ class Installation:
             store,
             stop=self.stop,
             runtime_info=info,
-            token_provider=token_provider,
+            token_provider=None if token_provider is None else TokenProvider(token_provider),
             api_key=api_key,
             workspace_id=workspace_id,
         )
@@ -72,7 +73,7 @@ class Installation:
         self._secrets = (config.install_token, api_key)
         if config.credentials_store is None:
             # A store may be filled later, by the Beacon that it is shared with.
-            self.auth.require_a_way()
+            self.auth.require_credentials()
 
     def declare(self, *names: str) -> None:
         """Add capabilities to those that bootstrap and heartbeats name."""

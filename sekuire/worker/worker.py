@@ -410,7 +410,7 @@ class Worker:
         if self._registry.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
         if self._config.credentials_store is None:
-            self._auth.require_a_way()
+            self._auth.require_credentials()
         if self._config.policy_required and self._config.policy_gateway is None:
             raise ConfigurationError(
                 "is True, and there is no policy_gateway that could load a policy; use SekuireSDK with the extra (pip "
