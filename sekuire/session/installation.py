@@ -65,11 +65,11 @@ class Installation:
             self.http,
             self.auth,
             platform=info["platform"],
-            capabilities=lambda: self._names,
             policy_gateway=config.policy_gateway,
             owner=owner,
             clock=clock,
         )
+        self.heartbeat.capabilities = self._names
         self._secrets = (config.install_token, api_key)
         if config.credentials_store is None:
             # A store may be filled later, by the Beacon that it is shared with.
@@ -79,6 +79,7 @@ class Installation:
         """Add capabilities to those that bootstrap and heartbeats name."""
         self._names = tuple(dict.fromkeys((*self._names, *names)))
         self.auth.declare(self._names)
+        self.heartbeat.capabilities = self._names
 
     def scrub(self, text: str) -> str:
         """``text`` without the tokens that are live now, or were until lately."""

@@ -144,7 +144,7 @@ class LiveClient:
         self.endpoints = config.endpoints
         self._waker = Waker()
         self._timeouts = (config.connect_timeout, config.read_timeout)
-        self._session = self.route.session(Adapter(1, on_socket=self._waker.attach))
+        self._session = self.route.session(Adapter(1, watcher=self._waker))
 
     def open(
         self, path: str, *, credential: Optional[Credential], headers: Mapping[str, Union[str, bytes]]
