@@ -135,7 +135,7 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
         yield
         return
     _touch(path)
-    thread = PeriodicThread("sekuire-liveness", lambda: _touch_if_alive(worker, path), lambda: LIVENESS_INTERVAL)
+    thread = PeriodicThread("sekuire-liveness", _Liveness(worker, path))
     thread.start()
     try:
         yield
@@ -144,6 +144,20 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
         thread.join(Deadline(_IDLE_TIME))
         with contextlib.suppress(OSError):
             os.remove(path)
+
+
+class _Liveness:
+    """Keep the file's time fresh. It runs on the thread of the liveness file."""
+
+    def __init__(self, worker: Worker, path: Union[str, os.PathLike[str]]) -> None:
+        self._worker = worker
+        self._path = path
+
+    def beat(self) -> None:
+        _touch_if_alive(self._worker, self._path)
+
+    def interval(self) -> float:
+        return LIVENESS_INTERVAL
 
 
 def _touch(path: Union[str, os.PathLike[str]]) -> None:

@@ -360,7 +360,7 @@ class Worker:
         if self.handlers.is_empty():
             raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
         if self.config.credentials_store is None:
-            self.installation.auth.require_a_way()
+            self.installation.auth.require_credentials()
         if self.config.policy_required and self.config.policy_gateway is None:
             raise ConfigurationError(
                 "is True, and there is no policy_gateway that could load a policy; use SekuireSDK with the extra (pip "
