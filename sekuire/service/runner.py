@@ -100,7 +100,7 @@ def _serve(worker: Worker, report: Callable[[SekuireError], int]) -> int:
 def _is_busy(worker: Worker) -> bool:
     """Whether handlers still run. The interpreter would wait for them for ever."""
     threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
-    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().stragglers)
+    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().overdue)
 
 
 def _leave_at_once(code: int) -> NoReturn:

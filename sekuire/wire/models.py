@@ -233,7 +233,7 @@ class WorkerStats:
     duplicates: int = 0
     dropped: int = 0
     undelivered: int = 0
-    stragglers: int = 0
+    overdue: int = 0
     reconnects: int = 0
     last_heartbeat_at: Optional[dt.datetime] = None
     lease_expires_at: Optional[dt.datetime] = None

@@ -385,7 +385,7 @@ class Worker:
             duplicates=counts.duplicates,
             dropped=counts.dropped + self._reporter.dropped + self._control.unusable,
             undelivered=self._reporter.backlog,
-            stragglers=len(self._dispatcher.straggler_names()),
+            overdue=len(self._dispatcher.straggler_names()),
             reconnects=self._stream.reconnects,
             last_heartbeat_at=self._heartbeat.last_at,
             lease_expires_at=self._heartbeat.lease.expires_at,

@@ -39,7 +39,7 @@ def main() -> None:
 def stats_of(worker: Worker) -> Dict[str, int]:
     stats = worker.stats()
     names = ("received", "completed", "failed", "rejected", "released", "duplicates", "dropped", "undelivered")
-    return {name: getattr(stats, name) for name in (*names, "running", "waiting", "stragglers", "reconnects")}
+    return {name: getattr(stats, name) for name in (*names, "running", "waiting", "overdue", "reconnects")}
 
 
 # -- tasks of several shapes ------------------------------------------------------------------------------------------

@@ -302,9 +302,9 @@ def test_terminate_leaves_shutdown_timeout(scripted: Scripted, worker_of: Make) 
     error = scripted.completion("t1")["error"]
     assert (error["code"], error["retryable"]) == ("worker_shutdown", True)
     assert worker.wait(GUARD)
-    assert worker.stats().stragglers == 1
+    assert worker.stats().overdue == 1
     handler.go.set()
-    until(lambda: worker.stats().stragglers == 0)
+    until(lambda: worker.stats().overdue == 0)
     assert len(scripted.completions("t1")) == 1
 
 

@@ -274,7 +274,7 @@ def test_timeout_is_the_smallest_of_three(platform: Any, worker_of: Make, smalle
     with worker:
         error = failing(platform, timeout_ms=int(times["task"] * 1000))
         assert (error["code"], error["retryable"]) == ("timeout", True)
-        until(lambda: worker.stats().stragglers == 0 and seen == ["timeout"])
+        until(lambda: worker.stats().overdue == 0 and seen == ["timeout"])
         assert (worker.stats().failed, worker.stats().completed) == (1, 0)
 
 

@@ -318,7 +318,7 @@ def test_stop_with_a_straggler(scripted: Scripted, worker_of: Make, caplog: pyte
     assert any("slow t1" in record.message for record in caplog.records)
     go.set()
     until(lambda: reasons == ["shutdown"])
-    until(lambda: worker.stats().stragglers == 0)
+    until(lambda: worker.stats().overdue == 0)
 
 
 def test_stop_from_a_handler(scripted: Scripted, worker_of: Make) -> None:
@@ -458,7 +458,7 @@ def test_stats(platform: Any, worker_of: Make) -> None:
         until(lambda: worker.stats().reconnects == 1 and worker.is_connected())
         stats = worker.stats()
     assert (stats.received, stats.completed, stats.failed, stats.rejected) == (4, 2, 1, 1)
-    assert (stats.waiting, stats.running, stats.duplicates, stats.dropped, stats.released, stats.stragglers) == (0,) * 6
+    assert (stats.waiting, stats.running, stats.duplicates, stats.dropped, stats.released, stats.overdue) == (0,) * 6
     assert stats.last_heartbeat_at is not None
     assert stats.lease_expires_at is not None
     assert stats.lease_expires_at > stats.last_heartbeat_at

@@ -307,19 +307,19 @@ def test_stragglers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of
             assert scripted.completion(f"h{number}")["error"]["code"] == "timeout"
         scripted.task("t1")
         assert scripted.completion("t1")["output"] == "through"
-        assert worker.stats().stragglers == 2
+        assert worker.stats().overdue == 2
         for number in (2, 3):
             scripted.task(f"h{number}", f"hang{number}")
             assert scripted.completion(f"h{number}")["error"]["code"] == "timeout"
         scripted.task("t2")
         until(lambda: worker.stats().waiting == 1)
-        assert worker.stats().stragglers == 4
+        assert worker.stats().overdue == 4
         # A replaced one ends: its thread takes the place of one that could not be replaced.
         gates[0].go.set()
         assert scripted.completion("t2")["output"] == "through"
         for gate in gates:
             gate.go.set()
-        until(lambda: worker.stats().stragglers == 0)
+        until(lambda: worker.stats().overdue == 0)
         for number in range(6):
             scripted.task(f"e{number}")
             assert scripted.completion(f"e{number}")["output"] == "through"
@@ -334,7 +334,7 @@ def test_a_handler_that_ends_right_at_its_timeout_is_no_straggler(scripted: Scri
         for number in range(40):
             scripted.task(f"t{number}")
         until(lambda: worker.stats().failed == 40)
-        until(lambda: worker.stats().stragglers == 0 and worker.stats().running == 0)
+        until(lambda: worker.stats().overdue == 0 and worker.stats().running == 0)
 
 
 # -- a user's executor --
