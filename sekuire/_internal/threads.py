@@ -16,6 +16,7 @@ from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from ..errors import SekuireError
+from . import fork
 from .logs import get_logger
 
 log = get_logger("sekuire.lifecycle")
@@ -98,6 +99,24 @@ def is_owned_by(owner: object) -> bool:
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
+
+
+def spawn(run: Callable[..., object], name: str, *args: Any) -> Optional[threading.Thread]:
+    """Start a daemon thread that calls ``run(*args)``, and return it.
+
+    Return None if no thread can be started: there are too many, or the interpreter is ending.
+    """
+    thread = threading.Thread(target=run, name=name, args=args, daemon=True)
+    return thread if try_start(thread) else None
+
+
+def try_start(thread: threading.Thread) -> bool:
+    """Start ``thread``. Return False if no thread can be started now."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 class PeriodicThread:
@@ -202,7 +221,7 @@ class Timer:
             self._functions[number] = function
             heapq.heappush(self._heap, (when, number))
             if self._thread is None:
-                self._thread = _started(self._run, self._name)
+                self._thread = spawn(self._run, self._name)
             elif self._heap[0][1] == number:
                 self._condition.notify()
             missing = self._thread is None
@@ -324,7 +343,7 @@ class CallbackThread:
     def _need_thread(self) -> None:
         """Have the thread, where there is something to do for it, and wake it. Needs the lock."""
         if self._thread is None and self._queue:
-            self._thread = _started(self._run, self._name)
+            self._thread = spawn(self._run, self._name)
         self._condition.notify()
 
     def _run(self) -> None:
@@ -348,20 +367,10 @@ class CallbackThread:
                     log.error("a callback raised %s; ignored", type(error).__name__)
 
 
-def _started(run: Callable[[], None], name: str) -> Optional[threading.Thread]:
-    """A new daemon thread that runs; None where none can be started: too many, or the interpreter is ending."""
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
-
-
 def _serves(known: Optional[threading.Thread]) -> bool:
     """Whether the current thread is the one to serve, where ``known`` is the one that counts as started.
 
-    A Ctrl-C can end :func:`_started` while the thread starts all the same; of two, the first to ask serves.
+    A Ctrl-C can end :func:`spawn` while the thread starts all the same; of two, the first to ask serves.
     """
     return known is None or known is threading.current_thread()
 
@@ -384,8 +393,7 @@ def _after_fork() -> None:
         getattr(concurrent.futures.thread, "_threads_queues", {}).pop(thread, None)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+fork.call_in_child(_after_fork)
 
 
 def at_exit(leaver: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import attrs
 
 from .._internal.logs import get_logger
-from .._internal.threads import Deadline
+from .._internal.single_flight import SingleFlight
+from .._internal.threads import Deadline, spawn
 from ..config import AgentConfig
 from ..errors import (
     APIError,
@@ -265,14 +266,10 @@ class Authenticator:
             if self._refreshing:
                 return
             self._refreshing = True
-        thread = threading.Thread(target=self._background, args=(generation,), name="sekuire-refresh", daemon=True)
         is_started = False
         try:
-            thread.start()
-            is_started = True
-        except RuntimeError:
-            # No thread can be started now (too many, or the interpreter is ending); the token still lives.
-            pass
+            # Where no thread can be started, the token still lives, and the next caller tries again.
+            is_started = spawn(self._background, "sekuire-refresh", generation) is not None
         finally:
             if not is_started:
                 self._refreshing = False
@@ -515,70 +512,36 @@ def _fatal(problem: str, status: int) -> AuthenticationError:
 class TokenProvider:
     """A user's ``token_provider``, asked by any number of threads: one call at a time, whose answer all share.
 
-    ``_lock`` guards the call in flight and is not held over it. The call runs on ``sekuire-token-provider``, which
-    ends when the provider returns.
+    The call runs on ``sekuire-token-provider``, because it may hang. The thread ends when the provider returns.
     """
 
     def __init__(self, function: Callable[[], Union[str, Secret]]) -> None:
         self._function = function
-        self._lock = threading.Lock()
-        self._running: Optional[_ProviderCall] = None
+        #: The call in progress.
+        self.calls = SingleFlight[Secret]("call of token_provider")
 
     def ask(self) -> Secret:
-        """The token it gives now.
+        """Return the token that it gives now.
 
         :raises TransportError: it failed, did not return within 10 s, or no thread can be started to call it.
         """
-        running = self._call()
-        if running is None:
+        flight = self.calls.start(self._call, "sekuire-token-provider")
+        if flight is None:
             raise TransportError("token_provider cannot be called now: no new thread can be started")
-        if not running.done.wait(PROVIDER_TIMEOUT):
+        if not flight.wait(PROVIDER_TIMEOUT):
             raise TransportError(f"token_provider did not return within {PROVIDER_TIMEOUT:g} s")
-        with self._lock:
-            if self._running is running:
-                self._running = None
-        if running.token is None:
-            raise TransportError(f"token_provider failed: {running.problem}")
-        return running.token
+        return flight.result()
 
-    def _call(self) -> Optional[_ProviderCall]:
-        """The call in flight, or a new one; None where its thread cannot be started."""
-        with self._lock:
-            running = self._running
-            if running is None or running.done.is_set():
-                running = _ProviderCall(self._function)
-                try:
-                    running.start()
-                except RuntimeError:
-                    return None
-                # Only now: nobody would ever end a call whose thread has not started.
-                self._running = running
-            return running
-
-
-class _ProviderCall:
-    """One call of a user's ``token_provider`` on a thread of its own, because it may hang."""
-
-    def __init__(self, provider: Callable[[], Union[str, Secret]]) -> None:
-        self._provider = provider
-        self.done = threading.Event()
-        self.token: Optional[Secret] = None
-        self.problem = ""
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="sekuire-token-provider", daemon=True).start()
-
-    def _run(self) -> None:
+    def _call(self) -> Secret:
         try:
-            self.token = as_secret(self._provider(), "token_provider")
+            return as_secret(self._function(), "token_provider")
         except ConfigurationError as error:
-            self.problem = f"its result {error.problem}"
+            problem = f"its result {error.problem}"
         except BaseException as error:  # noqa: BLE001
             # Only the type: a user's exception may quote the token.
-            self.problem = type(error).__name__
-            log.warning("token_provider raised %s", self.problem)
-        finally:
-            self.done.set()
+            problem = type(error).__name__
+            log.warning("token_provider raised %s", problem)
+        raise TransportError(f"token_provider failed: {problem}")
 
 
 def bearer_of(snapshot: Snapshot) -> Optional[Credential]:

@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
 
 from .._internal.logs import get_logger
+from .._internal.single_flight import own_copy
 from .._internal.threads import Deadline
 from ..config import PolicyClientConfig, from_options
 from ..credentials import RuntimeCredentialsStore
 from ..credentials.login import TokenProvider, bearer_of
-from ..credentials.store import own_copy
 from ..errors import (
     AuthenticationError,
     ConfigurationError,

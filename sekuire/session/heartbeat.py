@@ -177,7 +177,7 @@ class Heartbeat:
                 try:
                     self._thread.start()
                 except RuntimeError:
-                    # No thread can be started now; the next one to ask tries again.
+                    # No thread can be started now. The next caller tries again.
                     self._thread = None
                     raise
 

@@ -23,6 +23,7 @@ import requests.utils
 import urllib3
 import urllib3.exceptions
 
+from .._internal import fork
 from .._internal.logs import get_logger
 from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
@@ -367,8 +368,7 @@ class _Keys:
 
 
 _keys = _Keys()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keys.renew)
+fork.reset_in_child(_keys, _Keys.renew)
 
 
 def make_idempotency_key() -> str:

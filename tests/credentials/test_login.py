@@ -984,9 +984,8 @@ class Calls:
 
 
 def waiting_for(store: RuntimeCredentialsStore, count: int) -> bool:
-    """Whether so many threads wait for the renewal that is on."""
-    flight = store._flight
-    return flight is not None and len(flight.done._cond._waiters) == count  # type: ignore[attr-defined]
+    """Return True if ``count`` threads wait for the renewal in progress."""
+    return store.renewals.waiting == count
 
 
 def granting(scripted: Scripted, lifetime: float) -> None:
@@ -1443,7 +1442,7 @@ def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.Monke
     release.set()
     provider = auth._provider
     assert provider is not None
-    until(lambda: provider._running is None or provider._running.done.is_set())
+    until(lambda: not provider.calls.is_busy())
     monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", PATIENCE)
     assert token(auth.snapshot(patience())) == "skr_2"
 
