@@ -287,7 +287,7 @@ class PolicyGateway:
         state = "no policy" if standing.is_loaded else "new"
         if standing.policy is not None:
             state = f"version {standing.policy.version}"
-        return f"<{type(self).__name__} {self._workspace.workspace_id} {state}>"
+        return f"<PolicyGateway {self._workspace.workspace_id} {state}>"
 
 
 class InstallationGateway(PolicyGateway):

@@ -9,7 +9,7 @@ import pytest
 
 from sekuire import PolicyClient, PolicyGateway, RuntimeCredentialsStore, TaskContext, Worker
 from sekuire.errors import PolicyUnavailableError, PolicyViolationError
-from sekuire.policy import gateway as gateway_module
+from sekuire.policy import loader as loader_module
 from sekuire.policy.enforcer import PolicyEnforcer
 
 from ..conftest import AGENT
@@ -23,8 +23,8 @@ OWNER = Signer(1)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_module, "_RETRY_MIN", 0.01)
-    monkeypatch.setattr(gateway_module, "_RETRY_MAX", 0.05)
+    monkeypatch.setattr(loader_module, "_RETRY_MIN", 0.01)
+    monkeypatch.setattr(loader_module, "_RETRY_MAX", 0.05)
 
 
 @pytest.fixture
