@@ -162,7 +162,7 @@ class SekuireSDK:
         installation = self._beacon._installation
         if self._gateway is not None:
             self._gateway.attach(installation.auth)
-        self.audit = AuditLog(config, installation.auth, scrub=installation.scrub_json)
+        self.audit = AuditLog(config, installation)
 
     def _make_gateway(self, config: SDKConfig, keys_source: Optional[str]) -> Optional[InstallationGateway]:
         from .policy.client import missing_packages
