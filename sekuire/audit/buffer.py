@@ -87,9 +87,9 @@ class Buffer:
     :param session_id: begins the key of each batch.
     """
 
-    # Threads: any thread may call anything. `_lock`, the lock of `condition`, guards all fields. `condition` is notified
-    # of each change that a thread may wait for. The lock is held for an append, and never over I/O or a log line. It is
-    # reentrant: a signal's handler may log while its thread is in the middle of noting another event.
+    # Threads: any thread may call anything. `_lock`, the lock of `condition`, guards all fields, and `condition` is
+    # notified of each change that a thread may wait for. The lock is held for an append, and never over I/O or a log
+    # line. It is reentrant: a signal's handler may log while its thread is in the middle of noting another event.
 
     def __init__(self, session_id: str) -> None:
         self._lock = threading.RLock()
