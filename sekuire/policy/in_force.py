@@ -100,8 +100,8 @@ class PolicyInForce:
             if not self._is_news(policy, is_late):
                 return
             if self.limiter.namespace != workspace_id:
-                # The one before has counted nothing, and so has no connection to close.
-                self.limiter = self.limiter.renamed(workspace_id)
+                # It was made before the workspace was known, and has counted nothing yet.
+                self.limiter.rename(workspace_id)
             enforcer = self._enforcer_of(policy)
             self.standing = Standing(enforcer, policy, is_loaded=True)
         _log_change(workspace_id, policy, old)
