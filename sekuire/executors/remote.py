@@ -447,8 +447,8 @@ class RemoteTaskContext(TaskContext):
         """
         if self._policy is None and self._enforcer is not None:
             enforcer = _unpack(self._enforcer)
-            telling = getattr(enforcer, "telling", None)
-            self._policy = enforcer if telling is None else telling(self._violations.append)
+            reporting_to = getattr(enforcer, "reporting_to", None)
+            self._policy = enforcer if reporting_to is None else reporting_to(self._violations.append)
         return self._policy
 
     def _tell(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:

@@ -16,8 +16,7 @@ import pytest
 
 from sekuire import SekuireSDK, TaskError
 from sekuire._internal.threads import Deadline
-from sekuire.audit import AuditHandler, AuditStats
-from sekuire.audit import log as audit
+from sekuire.audit import AuditHandler, AuditStats, buffer, sender
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
 from sekuire.wire import protocol
 
@@ -50,7 +49,7 @@ def sdk_of() -> Iterator[Make]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "RETRY_MAX", 0.02)
+    monkeypatch.setattr(sender, "RETRY_MAX", 0.02)
 
 
 def events_of(scripted: Scripted) -> List[Dict[str, Any]]:
@@ -89,7 +88,7 @@ def test_a_batch_goes_when_it_is_full(scripted: Scripted, sdk_of: Make) -> None:
 
 def test_a_batch_goes_after_its_time(scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event does not wait longer than the interval for others."""
-    monkeypatch.setattr(audit, "INTERVAL", 0.02)
+    monkeypatch.setattr(buffer, "INTERVAL", 0.02)
     sdk = sdk_of(scripted)
     sdk.start()
     for number in range(2):
@@ -160,7 +159,7 @@ def test_many_threads_lose_nothing(scripted: Scripted, sdk_of: Make) -> None:
 
 def test_large_events_make_small_batches(scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch goes, and ends, where it would grow too large."""
-    monkeypatch.setattr(audit, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(buffer, "BATCH_BYTES", 5000)
     sdk = sdk_of(scripted)
     sdk.start()
     for number in range(8):
@@ -183,7 +182,7 @@ def test_the_oldest_go(
     value: int,
 ) -> None:
     """Beyond the bounds the oldest events are dropped and counted, with one warning a spell."""
-    monkeypatch.setattr(audit, bound, value)
+    monkeypatch.setattr(buffer, bound, value)
     sdk = sdk_of(scripted)
     for number in range(100, 200):
         sdk.log("model_call", {"n": number})
@@ -197,7 +196,7 @@ def test_the_oldest_go(
 
 def test_a_batch_on_its_way_is_whole(scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped in an outage is never part of a batch that was sent once already."""
-    monkeypatch.setattr(audit, "MAX_EVENTS", 55)
+    monkeypatch.setattr(buffer, "MAX_EVENTS", 55)
     down = True
     scripted.on["logs"] = lambda request: (503, {}) if down else (200, {})
     sdk = sdk_of(scripted)
@@ -587,7 +586,7 @@ logging.getLogger("mine").addHandler(AuditHandler(sdk))
 sdk.start()
 sdk.log("health")
 # As if a thread of the parent held it at the fork.
-sdk.audit._lock.acquire()
+sdk.audit.buffer.condition.acquire()
 child = os.fork()
 if child == 0:
     logging.getLogger("mine").warning("one")
@@ -598,7 +597,7 @@ if child == 0:
         print(error, flush=True)
     os._exit(0)
 os.waitpid(child, 0)
-sdk.audit._lock.release()
+sdk.audit.buffer.condition.release()
 sdk.shutdown(0)
 """
 
