@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List
 
 from sekuire import TaskContext, TaskError, TaskRegistry
-from sekuire.executors.process import tell
+from sekuire.executors.process import send_message
 
 GUARD = 60.0
 
@@ -168,8 +168,8 @@ def only_there(pid: int) -> OnlyThere:
     return OnlyThere(pid)
 
 
-def tell_twice() -> bool:
-    return tell(1) and tell(2)
+def send_twice() -> bool:
+    return send_message(1) and send_message(2)
 
 
 def count(enforcer: Any, amount: int) -> bool:

@@ -18,7 +18,7 @@ import pytest
 from sekuire import ProcessExecutor
 from sekuire.errors import ConfigurationError, SekuireError
 from sekuire.executors import ProcessDied
-from sekuire.executors.process import RemoteError, RemoteTraceback, dump_error, load_error, tell
+from sekuire.executors.process import RemoteError, RemoteTraceback, dump_error, load_error, send_message
 
 from .. import elsewhere
 from ..scripted import GUARD, until
@@ -117,12 +117,12 @@ def test_a_result_that_does_not_load_here(shared: ProcessExecutor) -> None:
 def test_messages_before_the_end(shared: ProcessExecutor, caplog: pytest.LogCaptureFixture) -> None:
     """What a call tells on its way is given to who submitted it; a receiver that fails harms nothing."""
     heard: List[Any] = []
-    assert shared.submit_call(elsewhere.tell_twice, (), None, heard.append).result(GUARD) is True
+    assert shared.submit_call(elsewhere.send_twice, (), None, heard.append).result(GUARD) is True
     assert heard == [1, 2]
-    assert shared.submit_call(elsewhere.tell_twice, (), None, lambda told: 1 // 0).result(GUARD) is True
-    assert shared.submit(elsewhere.tell_twice).result(GUARD) is True
+    assert shared.submit_call(elsewhere.send_twice, (), None, lambda told: 1 // 0).result(GUARD) is True
+    assert shared.submit(elsewhere.send_twice).result(GUARD) is True
     assert sum("a message of a call could not be used" in record.message for record in caplog.records) == 2
-    assert tell("nobody hears") is False
+    assert send_message("nobody hears") is False
 
 
 def test_a_machine_without_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

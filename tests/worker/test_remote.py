@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
@@ -22,8 +22,10 @@ from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskCont
 from sekuire._internal.threads import is_in_executor
 from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
+from sekuire.executors.backends import FileFlag, is_remote
 from sekuire.executors.process import load_error
-from sekuire.executors.remote import _FileFlag, is_remote, run_remote
+from sekuire.executors.remote import RemoteControl, run_remote
+from sekuire.handlers.context import control_of
 from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.wire.models import Task
 
@@ -69,6 +71,11 @@ def ended(platform: Any, capability: str, input: Any, **fields: Any) -> Dict[str
     # Longer than any other wait: what runs it may have to be started first, on a machine that has much to do.
     task: Dict[str, Any] = platform.wait(platform.submit(capability, input, AGENT, **fields), 4 * GUARD)
     return task
+
+
+def remote_of(context: TaskContext, flag: Optional[FileFlag] = None) -> RemoteTaskContext:
+    """Make the context that the handler gets in another process."""
+    return RemoteTaskContext(RemoteControl.of(context, flag or FileFlag()))
 
 
 def lines_of(path: pathlib.Path) -> List[str]:
@@ -399,18 +406,17 @@ def test_a_flag_that_cannot_be_raised(
 ) -> None:
     """Without a place for its file a cancellation is not seen there, and the log says so."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such directory"))
-    flag = _FileFlag()
+    flag = FileFlag()
     flag.raise_("enough")
     assert flag.read() is None
     flag.lower()
-    assert any("cannot be told of its cancellation" in record.getMessage() for record in caplog.records)
+    assert any("cannot be notified of its cancellation" in record.getMessage() for record in caplog.records)
 
 
 def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     """A call that comes to a process after its task was cancelled does not begin."""
-    late = TaskContext(Task(task_id="t1", capability="echo"))
-    late._deadline = 0.0
-    context = RemoteTaskContext._of(late, _FileFlag())
+    late = TaskContext(Task(task_id="t1", capability="echo"), deadline=0.0)
+    context = remote_of(late)
     code = pickle.dumps((elsewhere.fail, None))
     kind, value, _ = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
     error = load_error(value)
@@ -437,21 +443,21 @@ def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:
 
 def test_a_context_travels_further() -> None:
     """A context may be sent on; there, too, its time ends, and it is cancelled by that."""
-    context = RemoteTaskContext._of(TaskContext(Task(task_id="t1", capability="echo", input=5)), _FileFlag())
+    context = remote_of(TaskContext(Task(task_id="t1", capability="echo", input=5)))
     again = pickle.loads(pickle.dumps(context))
     assert (again.task_id, again.remaining(), again.deadline, again.cancel_reason) == ("t1", None, None, None)
-    assert again._task.input is None
-    late = TaskContext(Task(task_id="t1", capability="echo"))
-    late._deadline = 0.0
-    context = RemoteTaskContext._of(late, _FileFlag())
+    assert control_of(again).task.input is None
+    late = TaskContext(Task(task_id="t1", capability="echo"), deadline=0.0)
+    context = remote_of(late)
     assert (context.remaining(), context.cancel_reason, context.wait_cancelled()) == (0.0, "timeout", True)
 
 
 def test_the_workers_death_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler whose worker has died is told so by its context."""
-    context = RemoteTaskContext._of(TaskContext(Task(task_id="t1", capability="echo")), _FileFlag())
+    flag = FileFlag()
+    context = remote_of(TaskContext(Task(task_id="t1", capability="echo")), flag)
     monkeypatch.setattr(os, "getppid", os.getpid)
-    assert context._flag.begin()
+    assert flag.begin()
     assert not context.is_cancelled()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert context.cancel_reason == "the worker died"
