@@ -142,17 +142,29 @@ def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]])
     return run
 
 
-def _annotation(function: Any) -> Any:
-    """The resolved annotation of the second positional parameter."""
+def input_name(function: Any) -> str:
+    """Return the name of the parameter that receives the input, an empty text if there is none."""
+    parameter = _parameter(function)
+    return "" if parameter is None else parameter.name
+
+
+def _parameter(function: Any) -> Optional[inspect.Parameter]:
+    """Return the second positional parameter of ``function``."""
     try:
         signature = inspect.signature(function)
         names = list(signature.bind(None, None).arguments)
     except (TypeError, ValueError):
-        return Any
+        return None
     parameter = signature.parameters[names[-1]]
-    annotation = parameter.annotation
-    if annotation is parameter.empty or len(names) < 2 or parameter.kind is parameter.VAR_POSITIONAL:
+    return None if len(names) < 2 or parameter.kind is parameter.VAR_POSITIONAL else parameter
+
+
+def _annotation(function: Any) -> Any:
+    """Return the resolved annotation of the input, ``Any`` without one."""
+    parameter = _parameter(function)
+    if parameter is None or parameter.annotation is parameter.empty:
         return Any
+    annotation = parameter.annotation
     # This one alone: a context that is imported for type checkers only must not matter.
     holder = types.SimpleNamespace(__annotations__={"input": annotation})
     try:

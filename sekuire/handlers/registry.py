@@ -9,7 +9,18 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, 
 
 from ..config import check_capability
 from ..errors import ConfigurationError
-from .invoke import Handler, Middleware, accepts, asked_for, compose, is_async, structure_of, where, with_structure
+from .invoke import (
+    Handler,
+    Middleware,
+    accepts,
+    asked_for,
+    compose,
+    input_name,
+    is_async,
+    structure_of,
+    where,
+    with_structure,
+)
 
 __all__ = ["HandlerEntry", "TaskRegistry"]
 
@@ -274,11 +285,14 @@ def shown(name: Any) -> str:
 
 
 def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], Any]]:
+    place = where(function)
     try:
-        return structure_of(asked_for(function))
+        annotation = asked_for(function)
+        place += f", parameter {input_name(function)!r}" if annotation is not None else ""
+        return structure_of(annotation)
     except ConfigurationError as error:
         problem = error.problem
-    raise ConfigurationError(f"{where(function)}: {problem}", option)
+    raise ConfigurationError(f"{place}: {problem}", option)
 
 
 def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> None:
