@@ -527,7 +527,8 @@ class Scenario:
             "token_lifetime": 20.0,
             "keepalive_interval": 1.0,
             "redelivery_delay": 0.5,
-            "retry_delay": 0.05,
+            # Mostly after the answer to the failure was surely read.
+            "retry_delay": 0.6,
         }
         platform = Child(
             "platform_process", {"path": self._path("platform.db"), "options": options}, self._path("platform.log")

@@ -37,6 +37,7 @@ from sekuire.handlers.registry import TaskRegistry
 from sekuire.session.installation import Installation
 from sekuire.transport.http import Reply
 from sekuire.wire.models import Completion, RuntimeCredentials, Task
+from sekuire.wire.verdict import Support
 from sekuire.worker import dispatch, report
 from sekuire.worker.dispatch import Dispatcher
 from sekuire.worker.outbox import open_outbox
@@ -181,6 +182,7 @@ class Wire:
         self.platform = platform
         self.store: Any = self
         self.current = RuntimeCredentials(installation_id="inst-1", runtime_token="rt-1")
+        self.support = Support()
         self._condition = threading.Condition()
         self._is_dead = False
         self._in_flight = 0
@@ -222,7 +224,7 @@ class Wire:
             raise TransportError("reset")
         if status == "revoked":
             raise RevokedError("over", 1.0)
-        return Reply(status, {}, b"{}", 0.0, 0.0), None
+        return Reply(status, {}, b"{}" if status < 400 else b'{"error": "x"}', 0.0, 0.0), None
 
     def close(self) -> None: ...
 
@@ -234,6 +236,7 @@ class HttpWire(Wire):
         super().__init__(platform)
         self.installation = Installation(config, pool_size=8)
         self.store = self.installation.store
+        self.support = self.installation.auth.support
         self.send = self.installation.auth.request  # type: ignore[method-assign]
 
         def complete(request: Request) -> Any:
