@@ -66,7 +66,7 @@ class RemoteExecutor(Executor):
 
 
 class Backend(Protocol):
-    """What an executor must do so that handlers can run in its processes."""
+    """Describe what an executor must do so that handlers can run in its processes."""
 
     #: Seconds from a task's answer until the process of its handler is killed. None: it is left alone.
     kill_after: Optional[float]

@@ -74,7 +74,7 @@ def test_many_waiters() -> None:
 
 def test_progress_goes_to_the_sink() -> None:
     """report_progress() gives value and message on; without a sink it does nothing."""
-    told: List[Any] = []
-    TaskContext(TASK, progress=lambda *args: told.append(args[1:])).report_progress(1, "all")
-    assert told == [(1.0, "all")]
+    reports: List[Any] = []
+    TaskContext(TASK, progress=lambda *args: reports.append(args[1:])).report_progress(1, "all")
+    assert reports == [(1.0, "all")]
     TaskContext(TASK).report_progress(0.5)

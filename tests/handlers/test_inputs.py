@@ -1,4 +1,4 @@
-"""Inputs built from JSON for their annotation, mismatches told with their place, and results that are no JSON."""
+"""Inputs built from JSON for their annotation, mismatches with their place, and results that JSON has no form for."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_what_fits(annotation: Any, value: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize(("annotation", "value", "wanted"), MISMATCHES)
 def test_what_does_not_fit(annotation: Any, value: Any, wanted: List[str]) -> None:
-    """Each mismatch is told with its path and what was expected; no value of the input is quoted."""
+    """Each mismatch names its path and what was expected. It quotes no value of the input."""
     from sekuire.handlers.mismatch import Mismatch
 
     with pytest.raises(Mismatch) as caught:
@@ -420,7 +420,7 @@ if hasattr(VALIDATORS, "or_"):  # From attrs 24.1 on.
 
 @pytest.mark.parametrize(("annotation", "validator"), REFUSING)
 def test_validators_of_attrs(annotation: Any, validator: Any) -> None:
-    """What attrs itself refuses is told with its field and without attrs' text, which quotes the value."""
+    """What attrs itself refuses names its field, without attrs' text, which quotes the value."""
     from sekuire.handlers.mismatch import Mismatch
 
     checked = attrs.make_class(
@@ -458,7 +458,7 @@ def test_checks_of_ones_own() -> None:
 
 
 def test_the_texts_of_pydantic() -> None:
-    """Each text of pydantic's own that is filled in by the input, not by the model, has one that is said instead."""
+    """Each text of pydantic that is filled in from the input, not from the model, is replaced by another one."""
     from pydantic_core._pydantic_core import list_all_errors
 
     from sekuire.handlers.inputs import SAFE_TEXTS
@@ -914,7 +914,7 @@ def test_what_has_no_json_form(value: Any) -> None:
 
 
 def test_a_context_is_no_input() -> None:
-    """The built value takes the input's place and nothing else's."""
+    """The built value replaces the input, and nothing else."""
     tasks = TaskRegistry()
     seen: List[Any] = []
 

@@ -60,7 +60,7 @@ def make(worker_of: Make, processes: ProcessExecutor) -> Make:
 
 @pytest.fixture
 def flags(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Where the files that tell of cancellations are made."""
+    """The directory in which the files for cancellations are made."""
     path = tmp_path / "flags"
     path.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(path))
@@ -83,7 +83,7 @@ def lines_of(path: pathlib.Path) -> List[str]:
 
 
 def test_typed_handlers(platform: Any, make: Make) -> None:
-    """Input and result are built in the other process, and a mismatch is told as from a thread."""
+    """Input and result are built in the other process, and a mismatch is reported as from a thread."""
     with make(platform):
         output = ended(platform, "sum", {"numbers": [1, 2], "by": "ada"})["output"]
         assert (output["sum"], output["built"]) == (3, {"numbers": [1], "by": "ada"})
@@ -207,7 +207,7 @@ class OnePolicy:
 
 
 def test_the_policy_is_there_too(platform: Any, make: Make) -> None:
-    """ctx.policy decides in the other process as it does here, and what it refuses is told here."""
+    """ctx.policy decides in the other process as it does here, and what it refuses is reported here."""
     gateway = OnePolicy(
         {"permissions": {"tools": {"blocked_tools": ["knife"]}}, "rate_limits": {"tokens": {"max_per_minute": 9}}}
     )
@@ -261,7 +261,7 @@ def test_a_killed_process(platform: Any, make: Make, tmp_path: pathlib.Path) -> 
 def test_a_handler_that_ignores_the_end_of_its_time(
     platform: Any, make: Make, tmp_path: pathlib.Path, flags: pathlib.Path
 ) -> None:
-    """It is answered timeout, and its process is killed after kill_after: no straggler is left."""
+    """It is answered timeout, and its process is killed after kill_after: no overdue handler is left."""
     path = tmp_path / "pid"
     with make(platform) as worker:
         error = ended(platform, "hang", {"path": str(path), "until": "killed"}, timeout_ms=500)["error"]
@@ -329,7 +329,7 @@ def test_progress(scripted: Scripted, make: Make) -> None:
 def test_a_pool_of_the_standard_library(
     platform: Any, worker_of: Make, tmp_path: pathlib.Path, flags: pathlib.Path
 ) -> None:
-    """A ProcessPoolExecutor serves; once a process of it was killed it takes no more, and tasks say so, retryably."""
+    """A ProcessPoolExecutor serves; once a process of it was killed it accepts no more, and tasks say so, retryably."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         assert pool.submit(elsewhere.square, 2).result(GUARD) == 4
         worker = worker_of(platform, executor=RemoteExecutor(pool), max_workers=1)
@@ -453,7 +453,7 @@ def test_a_context_travels_further() -> None:
 
 
 def test_the_workers_death_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handler whose worker has died is told so by its context."""
+    """A handler whose worker has died sees it in its context."""
     flag = FileFlag()
     context = remote_of(TaskContext(Task(task_id="t1", capability="echo")), flag)
     monkeypatch.setattr(os, "getppid", os.getpid)
@@ -500,7 +500,7 @@ def test_a_program_whose_main_module_is_guarded(platform: Any, tmp_path: pathlib
 
 
 def test_a_program_whose_main_module_is_not_guarded(platform: Any, tmp_path: pathlib.Path) -> None:
-    """Without the guard no second worker starts: the task fails, and the error output says how to mend it."""
+    """Without the guard no second worker starts: the task fails, and the error output says how to fix it."""
     (tmp_path / "program.py").write_text(program_of(platform) + "\nworker.start(block=True)\n")
     with subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
