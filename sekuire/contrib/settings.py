@@ -203,21 +203,14 @@ class Settings:
 
 
 def is_unprepared(executor: Any) -> bool:
-    """Whether ``executor`` runs calls in other processes, and has no function that each of them begins with."""
+    """Return True if ``executor`` runs calls in processes that do not begin with a function of the user's."""
     if executor is None:
         return False
-    # A web process, which has none, need not pay for these.
-    from ..executors.process import ProcessExecutor
-    from ..executors.remote import RemoteExecutor, is_remote
+    # A web process, which has none, need not pay for it.
+    from ..executors.backends import backend_of
 
-    if not is_remote(executor):
-        return False
-    while isinstance(executor, RemoteExecutor):
-        executor = executor._executor
-    if isinstance(executor, ProcessExecutor):
-        return executor.initializer is None
-    # As the standard library's pool has it; of others nothing is known.
-    return getattr(executor, "_initializer", None) is None
+    backend = backend_of(executor)
+    return backend is not None and not backend.is_prepared()
 
 
 def _check_outbox(path: Any, source: Optional[str] = None) -> None:
