@@ -46,8 +46,10 @@ _MOST_FILE = 32 * 1024 * 1024
 #: A paragraph of more characters becomes several.
 _LONGEST = 100_000
 _SUMMARY = 140
-#: Rows of the table.
+#: Rows of the table, the longest text of a source in it, and the least width at which it has each column.
 _ROWS = 12
+_LONGEST_SOURCE = 24
+_LEAST_COLUMNS = (0, 56, 20, 0)
 #: Seconds without any result after which the demo gives up.
 _PATIENCE = 30.0
 _SLICE = 0.1
@@ -260,7 +262,7 @@ class _Show:
         worker, installation_id = self._connect()
         results = self._summarize_all(worker, pieces)
         terminal.say()
-        for line in _table(results, terminal.columns()):
+        for line in _table(results, terminal.columns() if terminal.draws_tables() else None):
             terminal.say(line)
         terminal.say()
         self._pause_and_resume(worker, installation_id)
@@ -337,7 +339,7 @@ class _Show:
         error = task.get("error") or {}
         if task["status"] != "failed" or error.get("code") != "worker_paused":
             raise CommandError(f"a paused worker did not reject a task: it is {task['status']}", code=FAILED)
-        terminal.say(terminal.fit(f"pause: the next task is rejected, {error['code']} ({error['message']})", 500))
+        terminal.say(f"pause: the next task is rejected, {error['code']} ({error['message']})")
         self._platform.command(installation_id, "resume")
         self._until(lambda: not worker.is_paused(), "the worker did not obey the resume command")
         task = self._wait(self._submit(Piece("resume", "This task comes after the pause.")))
@@ -375,32 +377,21 @@ def _result(piece: Piece, task: Dict[str, Any]) -> Result:
     return Result(piece.source, text, is_good, begun, ended)
 
 
-def _table(results: Sequence[Result], columns: int) -> List[str]:
-    """The first rows as a table of at most ``columns``; on a narrow terminal with fewer columns, the text last."""
-    rows = [
-        (str(number), terminal.clean(one.source), f"{one.milliseconds:.1f}", terminal.clean(one.text), one.is_good)
-        for number, one in enumerate(results[:_ROWS], start=1)
-    ]
-    number = max(len(row[0]) for row in rows)
-    source = min(max(6, *(terminal.width(row[1]) for row in rows)), 24)
-    time_ = max(2, *(len(row[2]) for row in rows))
-    if columns < number + source + time_ + 6 + 20:
-        source = 0
-    if columns < number + time_ + 4 + 10:
-        time_ = 0
-    rest = max(1, columns - number - (source + 2 if source else 0) - (time_ + 2 if time_ else 0) - 2)
+def _table(results: Sequence[Result], columns: Optional[int]) -> List[str]:
+    """Return the first rows as a table, drawn at most ``columns`` wide or (None) plain.
 
-    def line(cells: Sequence[str], colour: Optional[str] = None) -> str:
-        text = terminal.fit(cells[3], rest)
-        parts = [terminal.pad(cells[0], number, right=True)]
-        parts += [terminal.pad(cells[1], source)] if source else []
-        parts += [terminal.pad(cells[2], time_, right=True)] if time_ else []
-        return terminal.fit("  ".join(parts), columns) + "  " + (terminal.paint(text, colour) if colour else text)
-
-    lines = [line(("#", "SOURCE", "MS", "SUMMARY"), "bold")]
-    lines += [line(row[:4], None if row[4] else "red") for row in rows]
-    more = len(results) - len(rows)
-    return [*lines, terminal.fit(f"{terminal.ellipsis()} and {more} more", columns)] if more else lines
+    A narrow table has fewer columns, with the summary last.
+    """
+    shown = [index for index, least in enumerate(_LEAST_COLUMNS) if columns is None or columns >= least]
+    rows = [["#", "SOURCE", "MS", "SUMMARY"]]
+    for number, one in enumerate(results[:_ROWS], start=1):
+        source = terminal.clean(one.source)[:_LONGEST_SOURCE]
+        rows.append([str(number), source, f"{one.milliseconds:.1f}", terminal.clean(one.text)])
+    rows = [[row[index] for index in shown] for row in rows]
+    colours = ["bold", *("" if one.is_good else "red" for one in results)]
+    lines = terminal.plain_table(rows) if columns is None else terminal.drawn_table(rows, colours, columns)
+    more = len(results) - _ROWS
+    return [*lines, f"\N{HORIZONTAL ELLIPSIS} and {more} more"[:columns]] if more > 0 else lines
 
 
 def _summary(results: Sequence[Result]) -> List[str]:

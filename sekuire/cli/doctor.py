@@ -101,7 +101,7 @@ class _Findings:
 
     def add(self, state: str, what: str, text: str, mend: str = "") -> None:
         self._counts[state] = self._counts.get(state, 0) + 1
-        label = terminal.pad(state, 8)
+        label = state.ljust(8)
         colour = _COLOURS.get(state)
         shown = terminal.paint(label, colour) if colour else label
         terminal.say(f"{shown} {terminal.clean(what)}: {terminal.clean(text)}")
