@@ -221,7 +221,7 @@ def test_a_policy(run: Run, tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "is not valid JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ('{"permissions": {"network": {"enabled": "yes"}}}', "permissions.network.enabled"),
         ('{"a": 1, "a": 2}', "twice"),
         ('{"a": 99999999999999999999}', "99999999999999999999"),

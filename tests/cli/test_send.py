@@ -158,7 +158,7 @@ def test_input_that_is_no_json(
         (["echo", "{}", "--api-key-file", "empty"], "", "--api-key-file empty: is empty"),
         (["echo", "{}", "--timeout-ms", "0"], "", "--timeout-ms: must be a whole number, 1 or more, got '0'"),
         (["--wait", "echo", "{}"], "", "write --wait after CAPABILITY and JSON, or --wait=SECONDS"),
-        (["echo", "{}", "--wait=-1"], "", "'-1' is no number of seconds"),
+        (["echo", "{}", "--wait=-1"], "", "'-1' is not a number of seconds"),
     ],
 )
 def test_wrong_usage(
