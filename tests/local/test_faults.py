@@ -694,7 +694,7 @@ def test_a_running_platform_has_its_faults_alone(make: Make) -> None:
     faults = Faults()
     first = make(faults=faults)
     second = LocalPlatform(faults=faults)
-    with pytest.raises(ConfigurationError, match=r"^faults: they are those of another platform"):
+    with pytest.raises(ConfigurationError, match=r"^faults: another running platform has them"):
         second.start()
     first.stop()
     with second:
