@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
 
 from ..config import ENVIRONMENT, ConnectionConfig, from_options, source_of, variable
@@ -74,6 +75,21 @@ def connection(args: argparse.Namespace) -> ConnectionConfig:
         found = error
     problem = found.problem.replace("pass allow_insecure_http=True", "give --allow-insecure-http")
     raise ConfigurationError(problem, found.option, found.source)
+
+
+def read_input(path: Optional[str], most: int) -> Tuple[bytes, str]:
+    """Return the bytes of a file (None: stdin), and why they cannot be used: unreadable, or above ``most`` MiB."""
+    data, problem = b"", ""
+    limit = most * 1024 * 1024
+    try:
+        if path is not None:
+            with open(path, "rb") as file:
+                data = file.read(limit + 1)
+        elif sys.stdin is not None:
+            data = sys.stdin.buffer.read(limit + 1)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    return data, problem or (f"it is larger than {most} MiB" if len(data) > limit else "")
 
 
 def api_key(path: Optional[str]) -> Tuple[Secret, str]:

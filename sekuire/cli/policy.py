@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 from .._internal import files
@@ -26,7 +25,7 @@ from ..wire import protocol
 from ..wire.models import RuntimeCredentials
 from . import terminal
 from .exits import FAILED, OK, CommandError
-from .options import add_connection, api_key, connection, logging_options
+from .options import add_connection, api_key, connection, logging_options, read_input
 
 if TYPE_CHECKING:
     from ..policy.client import PolicyClient
@@ -46,7 +45,8 @@ examples:
 Exit codes: 0 fine, or allowed; 1 denied, refused, or not available; 2 wrong usage or configuration."""
 LOG_LEVEL = "warning"
 
-_LONGEST_FILE = 1024 * 1024
+#: MiB.
+_LONGEST_FILE = 1
 ORIGINS = {
     "pinned": "signed by a pinned key",
     "integrity": "whole, as its signature shows; no key is pinned, so its origin is not proved",
@@ -248,24 +248,16 @@ def read_file(path: str, option: str) -> Tuple[bytes, Dict[str, Any]]:
     from ..policy.document import read_document
 
     payload: Any = None
-    problem = ""
-    data = b""
+    data, problem = read_input(None if path == "-" else path, _LONGEST_FILE)
     try:
-        if path == "-":
-            data = sys.stdin.buffer.read(_LONGEST_FILE + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(_LONGEST_FILE + 1)
-        if len(data) > _LONGEST_FILE:
-            problem = "it is larger than 1 MiB"
-        else:
+        if not problem:
             payload = protocol.decode_body(data)
             # Refuse what is refused in every policy, such as a key that occurs twice.
             read_document(data)
     except PolicyIntegrityError as error:
         problem = str(error)
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or f"it {error}"
+    except ValueError as error:
+        problem = f"it {error}"
     if not problem and not isinstance(payload, dict):
         problem = "it is not a JSON object"
     if problem:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
 
@@ -17,7 +16,7 @@ from ..transport.retry import is_retryable
 from ..wire import protocol
 from . import terminal
 from .exits import FAILED, OK, CommandError, complain
-from .options import add_connection, api_key, connection
+from .options import add_connection, api_key, connection, read_input
 
 _T = TypeVar("_T")
 
@@ -35,7 +34,8 @@ LOG_LEVEL = "warning"
 _FIRST_POLL, _LONGEST_POLL = 0.05, 1.0
 #: Seconds for which the platform may be unreachable before the wait for a result ends.
 _PATIENCE = 60.0
-_LONGEST_INPUT = 32 * 1024 * 1024
+#: MiB.
+_LONGEST_INPUT = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,20 +110,12 @@ def _input(argument: str) -> tuple[str, str]:
     if argument != "-" and not argument.startswith("@"):
         return argument, "JSON"
     where = "stdin" if argument == "-" else argument[1:]
+    data, problem = read_input(None if argument == "-" else where, _LONGEST_INPUT)
     try:
-        if argument == "-":
-            data = sys.stdin.buffer.read(_LONGEST_INPUT + 1) if sys.stdin is not None else b""
-        else:
-            with open(where, "rb") as file:
-                data = file.read(_LONGEST_INPUT + 1)
-        if len(data) > _LONGEST_INPUT:
-            problem = "it is larger than 32 MiB"
-        else:
+        if not problem:
             return data.decode("utf-8-sig"), where
     except UnicodeDecodeError:
         problem = "it is not UTF-8 text"
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
     raise CommandError(f"cannot read the input from {where!r}: {problem}")
 
 

@@ -852,10 +852,10 @@ class Hosts:
         if host is None:
             return Refusal(400, "INVALID_REQUEST", "the Host header is missing")
         if not self._is_own(host):
-            return Refusal(421, "WRONG_HOST", "this platform does not answer to that Host; see allowed_hosts")
+            return Refusal(421, "WRONG_HOST", "this platform does not accept that Host; see allowed_hosts")
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and not (origin.startswith("http://") and self._is_own(origin[7:])):
-            return Refusal(403, "WRONG_ORIGIN", "this platform does not answer pages from elsewhere")
+            return Refusal(403, "WRONG_ORIGIN", "this platform does not answer pages of other origins")
         return None
 
     def _is_own(self, host: str) -> bool:

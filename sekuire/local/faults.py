@@ -554,7 +554,7 @@ class Faults:
         else:
             hits = 1
             network.cut_streams()
-        logger.debug("injected %d times: %s", hits, fault)
+        logger.debug("injected, hits %d: %s", hits, fault)
         with self._changed:
             if hits:
                 self._count(fault, hits)

@@ -42,7 +42,7 @@ class LocalPlatform:
     and code that an HTTP client would get.
 
     :param path: the database file, made if it does not exist. None keeps everything in memory, as long as the object
-        exists. Tasks, tokens and the API key in a file survive a restart, also after a kill. Only one platform can use a
+        exists. Tasks, tokens and the API key in a file survive a restart, also after a kill. Only one platform uses a
         file at a time.
     :param host: the address to listen on. Whoever can reach it and has the API key can submit tasks to your workers.
     :param port: 0 chooses a free one; a restarted object uses the same port again.
@@ -293,7 +293,7 @@ class LocalPlatform:
         """
         unknown = sorted(set(fields) - set(_SUBMIT_FIELDS))
         if unknown:
-            raise ConfigurationError(f"no such field; known are {', '.join(_SUBMIT_FIELDS)}", unknown[0])
+            raise ConfigurationError(f"unknown field; known are {', '.join(_SUBMIT_FIELDS)}", unknown[0])
         if agent_id is None:
             agent_id = self._store.latest_agent()
             if agent_id is None:

@@ -54,7 +54,7 @@ def policy_hash(content: Mapping[str, Any]) -> str:
         problem = "it is nested too deep"
     except AttributeError:
         # rfc8785 before 0.1.3 accepts it.
-        problem = "an object's key is no string"
+        problem = "an object's key is not a string"
     if problem:
         raise ValueError(problem)
     return digest

@@ -252,7 +252,7 @@ class Store:
                 .fetchone()
             )
         if row is None:
-            raise Refusal(401, "INVALID_TOKEN", "the runtime token is not known here; refresh it or log in again")
+            raise Refusal(401, "INVALID_TOKEN", "the runtime token is unknown; refresh it or log in again")
         identity = Identity(*row)
         if identity.expires_at <= self._clock():
             raise Refusal(401, "TOKEN_EXPIRED", "the runtime token has expired; refresh it")
@@ -292,7 +292,7 @@ class Store:
                 "SELECT agent_id, max_uses, uses FROM install_tokens WHERE hash = ?", (_hash(token),)
             ).fetchone()
             if row is None:
-                raise Refusal(401, "INVALID_INSTALL_TOKEN", "the install token is not known here")
+                raise Refusal(401, "INVALID_INSTALL_TOKEN", "the install token is unknown")
             if row[0] != agent_id:
                 raise Refusal(403, "WRONG_AGENT", "the install token was made for another agent_id")
             if row[2] >= row[1]:
@@ -333,12 +333,9 @@ class Store:
         settings = self._settings
         fingerprint = _hash("\n".join(("refresh", installation_id, token)))
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT workspace_id, revoked_until, reason FROM installations WHERE installation_id = ?",
-                (installation_id,),
-            ).fetchone()
-            if row is None:
-                raise _no_installation(installation_id)
+            row = _find_installation(
+                db, installation_id, "SELECT workspace_id, revoked_until, reason FROM installations"
+            )
             if row[1] is not None:
                 raise revoked(row[2])
             known = self._replay(db, key, fingerprint)
@@ -349,7 +346,7 @@ class Store:
                 (_hash(token), installation_id),
             ).fetchone()
             if found is None or (found[0] is not None and found[0] <= now):
-                raise Refusal(401, "INVALID_REFRESH_TOKEN", "the refresh token is not known here or was replaced")
+                raise Refusal(401, "INVALID_REFRESH_TOKEN", "the refresh token is unknown or was replaced")
             answer = self._runtime_token(db, installation_id)
             if settings.rotate_refresh_tokens:
                 if found[0] is None:
@@ -439,7 +436,7 @@ class Store:
         if row is None:
             return None
         if row[0] != fingerprint:
-            raise Refusal(400, "IDEMPOTENCY_KEY_REUSED", "this Idempotency-Key came before with another request")
+            raise Refusal(400, "IDEMPOTENCY_KEY_REUSED", "this Idempotency-Key was used before with another request")
         if not row[2]:
             return None
         answer: Dict[str, Any] = json.loads(row[1])
@@ -513,11 +510,7 @@ class Store:
         :raises Refusal: 404 no such installation, 409 it is revoked.
         """
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT revoked_until, reason FROM installations WHERE installation_id = ?", (installation_id,)
-            ).fetchone()
-            if row is None:
-                raise _no_installation(installation_id)
+            row = _find_installation(db, installation_id, "SELECT revoked_until, reason FROM installations")
             if row[0] is not None:
                 raise Refusal(409, CODE_REVOKED, "the installation was revoked; no command can reach it")
             return self._command(db, installation_id, kind, reason, shutdown_timeout, send)
@@ -530,11 +523,7 @@ class Store:
         :raises Refusal: 404 no such installation.
         """
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT revoked_until FROM installations WHERE installation_id = ?", (installation_id,)
-            ).fetchone()
-            if row is None:
-                raise _no_installation(installation_id)
+            row = _find_installation(db, installation_id, "SELECT revoked_until FROM installations")
             if row[0] is not None:
                 return {}, None, row[0]
             timeout = DEFAULT_SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
@@ -596,11 +585,7 @@ class Store:
         :raises Refusal: 404 no such installation.
         """
         with self._lock:
-            row = (
-                self._connection().execute(f"{_INSTALLATION} WHERE installation_id = ?", (installation_id,)).fetchone()
-            )
-        if row is None:
-            raise _no_installation(installation_id)
+            row = _find_installation(self._connection(), installation_id, _INSTALLATION)
         return _installation(row)
 
     def installations(self) -> List[Dict[str, Any]]:
@@ -788,12 +773,9 @@ class Store:
         """
         now = self._clock()
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT agent_id, status, attempt, max_attempts, failures, capability FROM tasks WHERE task_id = ?",
-                (task_id,),
-            ).fetchone()
-            if row is None:
-                raise _no_task(task_id)
+            row = _find_task(
+                db, task_id, "SELECT agent_id, status, attempt, max_attempts, failures, capability FROM tasks"
+            )
             agent_id, status, current, max_attempts, failures, capability = row
             attempt = body.get("attempt", current)
             given = self._assignment(db, identity, task_id, attempt)
@@ -836,11 +818,7 @@ class Store:
         :raises Refusal: 403 not this installation's, 404 no such task, 409 no longer this worker's.
         """
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT agent_id, status, attempt, worker_id FROM tasks WHERE task_id = ?", (task_id,)
-            ).fetchone()
-            if row is None:
-                raise _no_task(task_id)
+            row = _find_task(db, task_id, "SELECT agent_id, status, attempt, worker_id FROM tasks")
             self._assignment(db, identity, task_id, attempt)
             agent_id, status, current, holder = row
             if status not in ("assigned", "queued") or (current, holder) != (attempt, worker_id):
@@ -857,9 +835,7 @@ class Store:
         :raises Refusal: 403 not this installation's, 404 no such task, 409 it has its result.
         """
         with self._transaction() as db:
-            row = db.execute("SELECT status, attempt FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
-            if row is None:
-                raise _no_task(task_id)
+            row = _find_task(db, task_id, "SELECT status, attempt FROM tasks")
             if not _owns(db, identity, task_id):
                 raise _not_yours()
             if row[0] in FINAL:
@@ -870,11 +846,12 @@ class Store:
             )
 
     def task(self, task_id: str) -> Dict[str, Any]:
-        """:raises Refusal: 404 no such task."""
+        """Return a task as JSON.
+
+        :raises Refusal: 404 no such task.
+        """
         with self._lock:
-            row = self._connection().execute(f"{_TASK} WHERE task_id = ?", (task_id,)).fetchone()
-        if row is None:
-            raise _no_task(task_id)
+            row = _find_task(self._connection(), task_id, _TASK)
         return _task(row)
 
     def tasks(
@@ -918,7 +895,7 @@ class Store:
         if row is not None and row[2] == identity.installation_id:
             return row[0], row[1]
         if row is None and _owns(db, identity, task_id):
-            raise Refusal(400, "INVALID_REQUEST", f"attempt {attempt} of this task was never given out")
+            raise Refusal(400, "INVALID_REQUEST", f"attempt {attempt} of this task never began")
         raise _not_yours()
 
     # -- policies -----------------------------------------------------------------------------------------------------
@@ -1083,16 +1060,22 @@ def _owns(db: sqlite3.Connection, identity: Identity, task_id: str) -> bool:
     return row is not None
 
 
-def _no_task(task_id: str) -> Refusal:
-    return Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+def _find_task(db: sqlite3.Connection, task_id: str, select: str) -> Tuple[Any, ...]:
+    row: Optional[Tuple[Any, ...]] = db.execute(f"{select} WHERE task_id = ?", (task_id,)).fetchone()
+    if row is None:
+        raise Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+    return row
 
 
 def _not_yours() -> Refusal:
-    return Refusal(403, "NOT_ASSIGNED", "the task was never given to this installation")
+    return Refusal(403, "NOT_ASSIGNED", "the task was never assigned to this installation")
 
 
-def _no_installation(installation_id: str) -> Refusal:
-    return Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r}")
+def _find_installation(db: sqlite3.Connection, installation_id: str, select: str) -> Tuple[Any, ...]:
+    row: Optional[Tuple[Any, ...]] = db.execute(f"{select} WHERE installation_id = ?", (installation_id,)).fetchone()
+    if row is None:
+        raise Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r}")
+    return row
 
 
 def revoked(reason: Optional[str]) -> Refusal:

@@ -575,8 +575,8 @@ class Watch:
             try:
                 ready = self._selector.select(self._delay())
             except (OSError, ValueError):
-                # Only select() does this (Windows): a socket was closed under it, or there are too many. A closed one
-                # is removed by its owner; without a watch, the next keep-alive comment finds out who has gone.
+                # Only select() does this (Windows): a socket was closed during the call, or there are too many. The
+                # owner of a closed one removes it. The next keep-alive comment finds a connection that is not watched.
                 ready = []
                 time.sleep(0.05)
             calls = [call for key, _ in ready for call in self._look(key)] + self._due()
@@ -585,7 +585,7 @@ class Watch:
                     call()
                 except Exception:
                     if not self._stopping:
-                        logger.exception("the local platform's watch failed at one of its duties")
+                        logger.exception("a callback on the local platform's watch thread failed")
 
     def _delay(self) -> Optional[float]:
         with self._lock:
@@ -611,6 +611,6 @@ class Watch:
             return []
         except (OSError, ValueError):
             gone = True
-        # Either way it is ready from now on: a client that sends more requests meanwhile can no longer be watched.
+        # The socket stays ready from now on, so a client that sends more requests cannot be watched any longer.
         self.remove(sock)
         return [key.data] if gone else []

@@ -278,7 +278,7 @@ def test_faults(run: Run) -> None:
         for number in range(10):
             task_id = until(functools.partial(submitted, number))
             until(functools.partial(is_done, task_id))
-    process.line("stderr", "injected, striking 1: outage:")
+    process.line("stderr", "injected, hits 1: outage:")
     process.signal(signal.SIGTERM)
     code, out, err = process.end()
     assert code == 0
