@@ -163,13 +163,13 @@ def shell_lines(variables: Dict[str, str], windows: bool = os.name == "nt") -> L
 class _Tail:
     """Print the audit events that have come since the last call. Main thread only."""
 
-    def __init__(self, platform: Any) -> None:
-        self._store = platform._store
-        known = self._store.logs(None, None)
+    def __init__(self, platform: LocalPlatform) -> None:
+        self._platform = platform
+        known = platform.logs_after(0)
         self._last = known[-1][0] if known else 0
 
     def show(self) -> None:
-        for number, event in self._store.logs(None, None, after=self._last):
+        for number, event in self._platform.logs_after(self._last):
             self._last = number
             terminal.note(line_of(event))
 

@@ -30,7 +30,7 @@ from ..service.arguments import IDLE_WITH_RELOAD
 from ..service.exit_codes import code_of
 from ..service.reloader import Reloader, is_reloaded, program
 from ..worker.worker import Worker
-from .settings import PREFIX, Settings, is_unprepared
+from .settings import PREFIX, Settings
 
 __all__ = ["Sekuire", "tasks_of"]
 
@@ -161,7 +161,7 @@ class Sekuire:
             raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
         settings = _settings(app)
         worker = settings.worker(settings.sdk() if sdk is None else sdk, **options)
-        if is_unprepared(worker._config.executor):
+        if settings.runs_elsewhere(**options):
             log.warning(
                 "handlers run in other processes, where they have no application context; give the executor an "
                 "initializer that pushes one, or let each handler make its own"

@@ -154,9 +154,9 @@ class Settings:
         """Return True if a credentials file is set, here or in the environment."""
         return self._file is not None or variable(CREDENTIALS_FILE_VARIABLE) is not None
 
-    def runs_elsewhere(self) -> bool:
-        """Return True if handlers run in other processes that no initializer prepares."""
-        return is_unprepared(self._options.get("executor"))
+    def runs_elsewhere(self, **options: Any) -> bool:
+        """Return True if handlers run in other processes that no initializer prepares. ``options`` win."""
+        return is_unprepared(options.get("executor", self._options.get("executor")))
 
     def agent_id(self) -> str:
         """Return the agent's id.
@@ -202,10 +202,10 @@ class Settings:
 
 
 def is_unprepared(executor: Any) -> bool:
-    """Return True if ``executor`` runs calls in other processes and has no initializer to prepare them."""
+    """Whether ``executor`` runs calls in other processes, and has no function that each of them begins with."""
     if executor is None:
         return False
-    # Imported here: a web process, which has no executor, does not pay for these.
+    # A web process, which has none, need not pay for these.
     from ..executors.process import ProcessExecutor
     from ..executors.remote import RemoteExecutor, is_remote
 
@@ -215,7 +215,7 @@ def is_unprepared(executor: Any) -> bool:
         executor = executor._executor
     if isinstance(executor, ProcessExecutor):
         return executor.initializer is None
-    # The standard library's pool has this attribute. Other executors are taken as unprepared.
+    # As the standard library's pool has it; of others nothing is known.
     return getattr(executor, "_initializer", None) is None
 
 

@@ -439,6 +439,10 @@ class LocalPlatform:
         """Return the last 10,000 audit events, oldest first: all of them, or those of a type or a severity."""
         return [event for _, event in self._store.logs(event_type, severity)]
 
+    def logs_after(self, number: int) -> List[Tuple[int, Dict[str, Any]]]:
+        """Return the audit events with a number above ``number``, oldest first, with their numbers. They begin at 1."""
+        return self._store.logs(None, None, after=number)
+
     def streams(self) -> List[Dict[str, Any]]:
         """Return the connected workers.
 

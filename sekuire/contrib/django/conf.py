@@ -10,7 +10,7 @@ from ..._internal.logs import get_logger
 from ...errors import ConfigurationError
 from ...sdk import SekuireSDK
 from ...worker.worker import Worker
-from ..settings import Settings, is_unprepared
+from ..settings import Settings
 from . import handlers
 
 log = get_logger("sekuire.contrib.django")
@@ -38,8 +38,9 @@ def make_worker(sdk: SekuireSDK, **options: Any) -> Worker:
     :raises ConfigurationError: a setting is wrong, or a handler cannot be declared.
     """
     handlers.discover()
-    worker = read().worker(sdk, **options)
-    if is_unprepared(worker._config.executor):
+    found = read()
+    worker = found.worker(sdk, **options)
+    if found.runs_elsewhere(**options):
         log.warning("%s; %s", ELSEWHERE, PREPARE)
     worker.middleware(handlers.around)
     worker.include(handlers.tasks)
