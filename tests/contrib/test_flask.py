@@ -187,7 +187,7 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"SEKUIRE_MAX_WORKRES": 3}, "app.config['SEKUIRE_MAX_WORKRES']: is no setting of sekuire; did you mean "
+        ({"SEKUIRE_MAX_WORKRES": 3}, "app.config['SEKUIRE_MAX_WORKRES']: unknown setting; did you mean "
                                      "app.config['SEKUIRE_MAX_WORKERS']?"),
         ({"SEKUIRE_MAX_WORKERS": "3"}, "app.config['SEKUIRE_MAX_WORKERS']: must be a whole number"),
         ({"SEKUIRE_API_URL": "ftp://x"}, "app.config['SEKUIRE_API_URL']: must begin with https://"),
