@@ -16,7 +16,8 @@ from sekuire.cli import demo, terminal
 from sekuire.cli.demo import Piece, summarize
 from sekuire.local import LocalPlatform
 
-from .conftest import GUARD, POSIX_ONLY, Call, Run, clean_environ
+from ..support.waiting import GUARD
+from .conftest import POSIX_ONLY, Call, Run, clean_environ
 
 TEXT = """# A title
 

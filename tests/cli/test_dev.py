@@ -21,7 +21,8 @@ from sekuire.cli import dev
 from sekuire.policy.document import thaw
 
 from ..contract.client import Client
-from .conftest import POSIX_ONLY, Call, Process, Run, until
+from ..support.waiting import until
+from .conftest import POSIX_ONLY, Call, Process, Run
 
 
 def exported(process: Process) -> Dict[str, str]:

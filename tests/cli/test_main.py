@@ -12,6 +12,7 @@ import pytest
 
 import sekuire
 
+from ..support.waiting import GUARD
 from .conftest import POSIX_ONLY, Call, Run, clean_environ
 
 COMMANDS = ("demo", "dev", "worker", "send", "doctor")
@@ -52,7 +53,7 @@ def test_wrong_usage_is_2(call: Call, args: tuple[str, ...]) -> None:
 def test_nothing_heavy_is_imported_for_nothing(run: Run) -> None:
     """The web server of the local platform is imported by the commands that run it only."""
     program = "import sys, sekuire.cli; print([n for n in ('flask', 'cheroot', 'sekuire.local') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=GUARD)
     assert done.stdout.strip() == b"[]"
 
 
@@ -69,7 +70,7 @@ def test_missing_extra(tmp_path: Path, command: str, missing: str) -> None:
         cwd=str(tmp_path),
         env=clean_environ(),
         capture_output=True,
-        timeout=60,
+        timeout=GUARD,
     )
     assert done.returncode == 2
     lines = done.stderr.decode().splitlines()

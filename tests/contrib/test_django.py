@@ -26,7 +26,7 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Run
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 django = pytest.importorskip("django")
 
@@ -531,4 +531,4 @@ class TestCommand:
 def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Django does not pay for it."""
     code = "import sekuire, sys; sys.exit('django' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0

@@ -21,7 +21,7 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Process, Run
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 #: A public key as a policy's are; nobody has the private one.
 KEY = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"
@@ -431,7 +431,7 @@ def test_the_command_reloads_without_the_extra(tmp_path: Path, run: Run, variabl
 def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
     """The import's error names what to install."""
     code = f"import sys; sys.modules[{package!r}] = None; import sekuire.contrib.{bridge}"
-    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD, capture_output=True, text=True)
     last = ran.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: ")
     assert last.endswith(f"pip install 'sekuire[{extra}]'")
@@ -440,4 +440,4 @@ def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
 def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Flask does not pay for it."""
     code = "import sekuire, sys; sys.exit('flask' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0

@@ -25,8 +25,8 @@ import pytest
 
 from sekuire.local import LocalPlatform
 
+from ..support.waiting import GUARD, until
 from .markdown import PAGES, ROOT, Block, blocks
-from .waiting import GUARD, until
 
 #: Blocks that do not run here, and why; the page says the same, in a comment before the block.
 NOT_RUN = {
@@ -189,7 +189,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=GUARD,
             check=False,
         )
         background = "".join(one.said() for one in self._background)
