@@ -78,6 +78,7 @@ def test_missing_extra(tmp_path: Path, command: str, missing: str) -> None:
     assert "pip install 'sekuire[local]'" in lines[0]
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_pipe_is_quiet(run: Run) -> None:
     """`sekuire demo | head`: once nobody reads stdout the command ends, without a word on stderr."""
@@ -88,6 +89,7 @@ def test_a_closed_pipe_is_quiet(run: Run) -> None:
     assert process.end()[::2] == (1, "")
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_pipe_in_the_middle_stops_all(run: Run) -> None:
     """The platform and the worker of the demo are stopped in order when stdout's reader leaves."""
@@ -103,6 +105,7 @@ def test_a_closed_pipe_in_the_middle_stops_all(run: Run) -> None:
     assert "error" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told(run: Run) -> None:
     """Output that cannot be written is a failure with its reason."""
@@ -112,6 +115,7 @@ def test_a_full_disk_is_told(run: Run) -> None:
     assert err == "sekuire demo: error: cannot write the output: No space left on device\n"
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_stderr_changes_nothing(run: Run, tmp_path: Path) -> None:
     """Progress and errors that nobody reads are left out."""
@@ -125,6 +129,7 @@ def test_a_closed_stderr_changes_nothing(run: Run, tmp_path: Path) -> None:
     assert "failures   0" in out
 
 
+@pytest.mark.slow
 def test_an_encoding_without_the_character(run: Run, tmp_path: Path) -> None:
     """What the output's encoding lacks is replaced."""
     (tmp_path / "a.txt").write_text("日本語 é\n", encoding="utf-8")

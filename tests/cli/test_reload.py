@@ -21,7 +21,7 @@ from ..support.waiting import GUARD, until
 from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, variables
 
 pytest.importorskip("watchfiles")
-pytestmark = POSIX_ONLY
+pytestmark = [POSIX_ONLY, pytest.mark.slow]
 
 #: A worker from the environment alone; the second part differs from save to save.
 MODULE = """

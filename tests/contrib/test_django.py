@@ -427,6 +427,7 @@ class TestCommand:
             "SEKUIRE_INSTALL_TOKEN": platform.create_install_token(AGENT),
         }
 
+    @pytest.mark.slow
     @POSIX_ONLY
     def test_drains_on_sigterm(
         self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
@@ -445,6 +446,7 @@ class TestCommand:
         assert platform.task(task_id)["output"] == "done"
         assert not (project / "alive").exists()
 
+    @pytest.mark.slow
     @POSIX_ONLY
     def test_ends_when_idle(self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]) -> None:
         """A drain that cron starts."""
@@ -454,6 +456,7 @@ class TestCommand:
         assert process.end()[0] == 0
         assert platform.task(task_id)["output"] == "done"
 
+    @pytest.mark.slow
     @POSIX_ONLY
     def test_refused_credentials(self, project: Path, run: Run, variables: Dict[str, str]) -> None:
         """A clear line, exit code 1, no traceback."""
@@ -472,6 +475,7 @@ class TestCommand:
             call_command("run_sekuire_worker")
         assert caught.value.returncode == 2
 
+    @pytest.mark.slow
     @POSIX_ONLY
     @pytest.mark.parametrize(
         "program", [("manage.py", "run_sekuire_worker", "--reload"), ("-m", "django", "run_sekuire_worker", "--reload"),

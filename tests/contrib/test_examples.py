@@ -22,7 +22,7 @@ from ..support.waiting import GUARD, until
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
-pytestmark = POSIX_ONLY
+pytestmark = [POSIX_ONLY, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ BACKGROUND = {
 NO_CODE = ("text", "ini", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md", "{include} ../SECURITY.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_of_a_page_run(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who copies the page's snippets, from its top to its end, sees what the page says."""
