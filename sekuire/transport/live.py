@@ -130,6 +130,8 @@ class LiveAnswer:
         return content if self._credential is None else without(self._credential()[1], content)
 
     def close(self) -> None:
+        # A frame of an error may hold this object, and what another server says may hold a token.
+        self._error_body = b""
         self._raw.close()
         self._raw.release_conn()
         self._waker.detach()

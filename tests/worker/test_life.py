@@ -176,7 +176,7 @@ def test_with_statement_and_states(scripted: Scripted, worker_of: Make) -> None:
         ((201, b""), ["201", "endpoints="]),
         ((204, b""), ["204", "do not connect again"]),
         ((302, b"", {"Location": "https://evil.example/"}), ["302", "redirect", "api_base_url"]),
-        ((418, b"tea"), ["418", "tea", "refused the task stream"]),
+        ((418, b"tea"), ["418", "tea", "another server", "endpoints="]),
         ((400, {"error": "bad", "message": "no such agent"}), ["400", "no such agent"]),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
