@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+@pytest.mark.slow
 def test_user_code_is_checked() -> None:
     """The samples give exactly the errors that their comments say, the right one none."""
     wanted = []
