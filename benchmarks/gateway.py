@@ -31,7 +31,7 @@ def _throughput(platform: Child, port: int, threads: int, seconds: float, *more:
 
 def _gateway() -> Any:
     """A gateway under the benchmarks' policy, with nothing to fetch it from but memory."""
-    from sekuire.policy.client import PolicyClient
+    from sekuire.policy.client import InstallationPolicyClient
     from sekuire.policy.gateway import PolicyGateway
     from sekuire.transport.http import Reply
     from sekuire.wire.protocol import Endpoints
@@ -42,7 +42,7 @@ def _gateway() -> Any:
         headers = {"Content-Length": str(len(body))}
         return Reply(200, headers, body, time.monotonic(), time.time())
 
-    client = PolicyClient._with(answer, Endpoints(), (), None)
+    client = InstallationPolicyClient(answer, Endpoints(), (), None)
     gateway = PolicyGateway(client, payloads.WORKSPACE_ID)
     gateway.refresh()
     return gateway

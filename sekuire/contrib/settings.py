@@ -233,7 +233,7 @@ def _check_outbox(path: Any, source: Optional[str] = None) -> None:
 
 def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
     """What the SDK will say of the policy's options, short of whether a shared store can be reached."""
-    from ..policy.client import PolicyClient, missing_packages
+    from ..policy.client import InstallationPolicyClient, missing_packages
     from ..policy.gateway import PolicyGateway
 
     # A web process can do without the extra; the worker says that it is missing.
@@ -241,7 +241,9 @@ def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
         return
     options = {name: value for name, value in (config.policy_options or {}).items() if name != "storage_uri"}
     try:
-        client = PolicyClient._with(_ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path)
+        client = InstallationPolicyClient(
+            _ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path
+        )
         PolicyGateway._owning(client, lambda: None, options, config.environment)
         return
     except ConfigurationError as error:

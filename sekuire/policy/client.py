@@ -9,11 +9,11 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
 
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
-from ..config import PolicyClientConfig, from_options
+from ..config import PolicyClientConfig, from_options, method_of_options
 from ..credentials import RuntimeCredentialsStore
 from ..credentials.login import TokenProvider, bearer_of
 from ..credentials.store import own_copy
@@ -23,7 +23,6 @@ from ..errors import (
     PolicyIntegrityError,
     TransportError,
 )
-from ..secret import Secret
 from ..transport.http import Credential, HttpClient, Reply
 from ..transport.retry import Interrupted, call
 from ..wire import protocol
@@ -108,50 +107,13 @@ class PolicyClient:
     :raises ConfigurationError: a wrong option, nothing to authenticate with, or the extra is not installed.
     """
 
-    def __init__(
-        self,
-        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
-        *,
-        api_key: Union[str, Secret, None] = None,
-        credentials_store: Optional[RuntimeCredentialsStore] = None,
-        token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
-        trusted_policy_keys: Sequence[str] = (),
-        cache_ttl: float = 300.0,
-        path: Union[str, os.PathLike[str], None] = None,
-        connect_timeout: float = 3.0,
-        read_timeout: float = 10.0,
-        verify: Union[bool, str] = True,
-        client_cert: Union[str, Tuple[str, str], None] = None,
-        proxies: Optional[Mapping[str, str]] = None,
-        allow_insecure_http: bool = False,
-        endpoints: Optional[Mapping[str, str]] = None,
-    ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        # An error's frames must not hold plain tokens.
-        del api_key
-        try:
-            config = from_options(PolicyClientConfig, options)
-        finally:
-            options.clear()
+    @method_of_options(PolicyClientConfig)
+    def __init__(self, options: Dict[str, Any]) -> None:
+        config = from_options(PolicyClientConfig, options)
         require_extra()
         http = HttpClient(config, pool_size=2)
         self._set_up(_Caller(http, config), config.endpoints, config.trusted_policy_keys, config.cache_ttl, config.path)
         self._http: Optional[HttpClient] = http
-
-    @classmethod
-    def _with(
-        cls,
-        source: Source,
-        endpoints: protocol.Endpoints,
-        trusted_policy_keys: Sequence[str],
-        path: Union[str, os.PathLike[str], None],
-    ) -> PolicyClient:
-        """A client inside an installation, whose connections and credentials it uses."""
-        require_extra()
-        client = cls.__new__(cls)
-        client._set_up(source, endpoints, trusted_policy_keys, 300.0, path)
-        client._http = None
-        return client
 
     def _set_up(
         self,
@@ -244,8 +206,6 @@ class PolicyClient:
         self.close()
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_known"):
-            return "<PolicyClient (not set up)>"
         pinned = f"{len(self._keys)} pinned keys" if self._keys else "no pinned key"
         return f"<PolicyClient {len(self._known)} workspaces, {pinned}>"
 
@@ -381,6 +341,21 @@ class PolicyClient:
     def _or_forget(self) -> str:
         where = f"remove {self._cache.path} and " if self._cache is not None else ""
         return f", or {where}restart if the platform itself was set back"
+
+
+class InstallationPolicyClient(PolicyClient):
+    """Fetch policies with the connections and credentials of an installation, for a :class:`~sekuire.SekuireSDK`."""
+
+    def __init__(
+        self,
+        source: Source,
+        endpoints: protocol.Endpoints,
+        trusted_policy_keys: Sequence[str],
+        path: Union[str, os.PathLike[str], None],
+    ) -> None:
+        require_extra()
+        self._set_up(source, endpoints, trusted_policy_keys, 300.0, path)
+        self._http = None
 
 
 class _Caller:

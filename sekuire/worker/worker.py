@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Tuple, Type, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple, Type, TypeVar, Union, overload
 
 import attrs
 
@@ -27,7 +27,7 @@ from .._internal.threads import (
     owned_by,
 )
 from ..audit.log import AuditLog
-from ..config import WorkerConfig, from_options
+from ..config import WorkerConfig, from_options, function_of_options
 from ..errors import ConfigurationError, RevokedError, SekuireError, TransportError
 from ..handlers.invoke import Handler, Middleware
 from ..handlers.registry import Carrier, TaskRegistry
@@ -751,14 +751,12 @@ class Worker:
             log.warning("still running after the stop: %s", ", ".join(late))
 
 
-def create_worker(**options: Any) -> Worker:
-    """A :class:`Worker` from the options of :class:`~sekuire.WorkerConfig`.
+@function_of_options(WorkerConfig)
+def create_worker(options: Dict[str, Any]) -> Worker:
+    """Return a :class:`Worker` made from the options of :class:`~sekuire.WorkerConfig`. ::
 
-    :raises ConfigurationError: an unknown option, or a wrong value, naming it.
+        worker = create_worker(agent_id="support-agent", install_token="skt_install_...", max_workers=4)
+
+    :raises ConfigurationError: an option is unknown, or a value is wrong; the error names the option.
     """
-    try:
-        config = from_options(WorkerConfig, options)
-    finally:
-        # An error's frames must not hold plain tokens.
-        options.clear()
-    return Worker(config)
+    return Worker(from_options(WorkerConfig, options))
