@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import attrs
 
 from .errors import ConfigurationError
-from .secret import Secret, as_secret, is_sendable
+from .secret import Secret, check_secret, to_secret
 from .wire import protocol
 
 if TYPE_CHECKING:
@@ -298,16 +298,6 @@ def _executor(instance: object, attribute: Any, value: Any) -> None:
         )
 
 
-def _token(value: Union[str, Secret, None]) -> Optional[Secret]:
-    # What is not a token stays as it is for the validator, which knows the option.
-    return Secret(value) if is_sendable(value) else value  # type: ignore[arg-type, return-value]
-
-
-def _secret(instance: object, attribute: Any, value: Any) -> None:
-    if value is not None:
-        as_secret(value, attribute.name)
-
-
 def _credentials_store(value: Optional[CredentialsStore]) -> Any:
     return value
 
@@ -500,10 +490,16 @@ class AgentConfig(ConnectionConfig):
     """Say who the agent is and how it authenticates. A Beacon, an SDK and a Worker share these options."""
 
     agent_id: str = attrs.field(validator=_identifier)
-    install_token: Optional[Secret] = attrs.field(default=None, converter=_token, validator=_secret, kw_only=True)
-    runtime_token: Optional[Secret] = attrs.field(default=None, converter=_token, validator=_secret, kw_only=True)
+    install_token: Optional[Secret] = attrs.field(
+        default=None, converter=to_secret, validator=check_secret, kw_only=True
+    )
+    runtime_token: Optional[Secret] = attrs.field(
+        default=None, converter=to_secret, validator=check_secret, kw_only=True
+    )
     installation_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier, kw_only=True)
-    refresh_token: Optional[Secret] = attrs.field(default=None, converter=_token, validator=_secret, kw_only=True)
+    refresh_token: Optional[Secret] = attrs.field(
+        default=None, converter=to_secret, validator=check_secret, kw_only=True
+    )
     credentials_store: Any = attrs.field(
         default=None,
         converter=_credentials_store,
@@ -529,7 +525,7 @@ class AgentConfig(ConnectionConfig):
 class BeaconConfig(AgentConfig):
     """Hold the settings of a :class:`sekuire.Beacon`. Times are in seconds."""
 
-    api_key: Optional[Secret] = attrs.field(default=None, converter=_token, validator=_secret, kw_only=True)
+    api_key: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret, kw_only=True)
     workspace_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier, kw_only=True)
     heartbeat_interval: float = attrs.field(default=60.0, validator=_seconds, kw_only=True)
     on_status_change: Optional[Callable[[BeaconStatus], object]] = attrs.field(
@@ -567,7 +563,7 @@ class PolicyClientConfig(ConnectionConfig):
 
     # Declared again, because it may be positional here.
     api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url)
-    api_key: Optional[Secret] = attrs.field(default=None, converter=_token, validator=_secret, kw_only=True)
+    api_key: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret, kw_only=True)
     credentials_store: Any = attrs.field(
         default=None,
         converter=_credentials_store,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hmac
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn, Optional, Union
 
 from .errors import ConfigurationError
 
-__all__ = ["Secret", "as_secret", "is_sendable"]
+__all__ = ["Secret", "as_secret", "check_secret", "to_secret"]
 
 _MASK = "Secret('***')"
 
@@ -86,9 +86,16 @@ def as_secret(value: Union[str, Secret], option: str) -> Secret:
     return Secret(value)
 
 
-def is_sendable(value: object) -> bool:
-    """Return True if ``value`` is a str that a :class:`Secret` can hold."""
-    return isinstance(value, str) and not _problem(value)
+def to_secret(value: Union[str, Secret, None]) -> Optional[Secret]:
+    """Convert the value of an attrs field. Leave what cannot be a Secret to :func:`check_secret`."""
+    is_token = isinstance(value, str) and not _problem(value)
+    return Secret(value) if is_token else value  # type: ignore[arg-type, return-value]
+
+
+def check_secret(instance: object, attribute: Any, value: Any) -> None:
+    """Raise ConfigurationError, naming the attrs field, if its value is neither a Secret nor None."""
+    if value is not None:
+        as_secret(value, attribute.name)
 
 
 def _problem(text: object) -> str:

@@ -12,6 +12,7 @@ from sekuire import (
     PolicyClient,
     PolicyGateway,
     ProcessExecutor,
+    RuntimeCredentials,
     RuntimeCredentialsStore,
     SekuireSDK,
     Worker,
@@ -22,7 +23,8 @@ from sekuire.secret import Secret
 
 # -- what is right ----------------------------------------------------------------------------------------------------
 
-store = RuntimeCredentialsStore(path="credentials.json")
+stored = RuntimeCredentials(installation_id="i", runtime_token="t", refresh_token=Secret("t"))
+store = RuntimeCredentialsStore(stored, path="credentials.json")
 policies = PolicyClient("https://platform.test", api_key="key", credentials_store=store, token_provider=lambda: "token")
 gateway = PolicyGateway(policies, "ws-1")
 states: List[str] = []
@@ -98,6 +100,7 @@ SekuireSDK("a", auto_heartbeat="yes")  # E: arg-type reportArgumentType
 SekuireSDK.from_env(read_timeout="5")  # E: arg-type reportArgumentType
 sdk.create_task_worker(max_workers="4")  # E: arg-type reportArgumentType
 PolicyClient(api_base_url=5)  # E: arg-type reportArgumentType
+RuntimeCredentials(runtime_token=5)  # E: arg-type reportArgumentType
 PolicyClient(cache_ttl="5")  # E: arg-type reportArgumentType
 
 # -- an option that another object decides ----------------------------------------------------------------------------
