@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import functools
 import threading
 from typing import Any, Callable, Dict, List
 
@@ -11,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekuire import Worker, create_worker
+from sekuire import Worker
 from sekuire.errors import ConfigurationError, RevokedError, StreamError
 from sekuire.worker.announcer import Announcer
 from sekuire.worker.life import Life, Link, Phase
@@ -216,18 +214,8 @@ def test_a_step_of_a_stop_that_fails(
     assert scripted.of("heartbeat")[-1].json["status"] == "stopped"
 
 
-@pytest.mark.parametrize("what", [Worker, create_worker], ids=lambda what: what.__name__)
-def test_examples_run(what: Any) -> None:
-    """The example of the docstring prints what it says."""
-    example = doctest.DocTestParser().get_doctest(what.__doc__, {}, what.__name__, what.__module__, 0)
-    report: List[str] = []
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    assert runner.run(example, out=report.append).failed == 0, "".join(report)
-    assert example.examples
-
-
 def test_the_example_of_a_life() -> None:
     """The example in the docstring of Life holds."""
     block = (Life.__doc__ or "").split("::\n\n")[1].split("\n\n")[0]
     lines = [line[8:] for line in block.splitlines()]
-    exec("\n".join(lines), {"Life": Life, "Announcer": functools.partial(Announcer), "Phase": Phase})
+    exec("\n".join(lines), {"Life": Life, "Announcer": Announcer, "Phase": Phase})
