@@ -353,11 +353,13 @@ class Worker:
 
     # -- starting --
 
-    def reconfigure(self, **options: Any) -> None:
-        """Change ``max_workers`` or ``stop_when_idle`` of a worker that has not started, as command lines do."""
+    def reconfigure(self, *, max_workers: Optional[int] = None, stop_when_idle: Optional[float] = None) -> None:
+        """Change options of a worker that has not started, as command lines do. None leaves an option as it is."""
+        given = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
+        changes: Dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self._life.phase is not Phase.NEW:
-            raise ConfigurationError("cannot be changed once the worker was started", ", ".join(options))
-        self.config = self._profile.config = attrs.evolve(self.config, **options)
+            raise ConfigurationError("cannot be changed once the worker was started", ", ".join(changes))
+        self.config = self._profile.config = attrs.evolve(self.config, **changes)
         self._dispatcher.resize(self.config)
 
     def _check_startable(self) -> None:

@@ -130,8 +130,8 @@ def test_a_termination_counts_once(life: Life) -> None:
 
 
 @pytest.mark.parametrize("is_connected", [False, True])
-def test_a_revocation(is_connected: bool) -> None:
-    """It is announced once; it is the error of start() only if the platform never let the worker in."""
+def test_a_revocation(is_connected: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged and announced once; it is the error of start() only if the platform never let the worker in."""
     announcer = Announcer()
     heard: List[Any] = []
     announcer.add_callback(heard.append)
@@ -146,6 +146,7 @@ def test_a_revocation(is_connected: bool) -> None:
     assert life.reason is not None
     assert "breach" in life.reason
     assert (life.error is None) is is_connected
+    assert caplog.text.count("the worker stops") == 1
     assert [(one.type, one.reason, one.shutdown_timeout) for one in heard] == [("terminate", "breach", 1.0)]
 
 
