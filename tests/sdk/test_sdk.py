@@ -176,7 +176,7 @@ def test_wrong_uses(scripted: Scripted, sdk_of: Make) -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'max_workers'"):
         sdk.create_task_worker(max_worker=2)
     assert sdk.create_task_worker().capabilities == ("a",)
-    assert sdk.create_task_worker(["b"], read_timeout=1.5)._config.read_timeout == 1.5
+    assert sdk.create_task_worker(["b"], read_timeout=1.5).config.read_timeout == 1.5
     with sdk, pytest.raises(ConfigurationError, match="starts once"):
         sdk.start()
     with pytest.raises(ConfigurationError, match="was shut down"):
