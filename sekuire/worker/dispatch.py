@@ -15,8 +15,8 @@ from ..wire import protocol
 from ..wire.models import Failure, Task
 from . import release
 from .answers import Accepted as Accepted
-from .answers import Answers, ResultSink, TaskAudit
-from .gate import Gate
+from .answers import Answers, ResultSink, WorkerAudit
+from .calling import Caller
 from .records import RECEIVED, REJECTED, RELEASED, RUNNING, STARTING, WAITING, Counts, Record, Records, State, move
 from .release import Release
 from .running import Lease, Runner, terminated
@@ -49,7 +49,6 @@ class Dispatcher:
     :param lease: the platform's permission to work, looked at when a task arrives and before its handler is called.
     :param scrub: removes secrets from a text that goes to the platform.
     :param audit: notes the tasks that the policy allowed, and the results.
-    :param worker_id: the id under which ``audit`` notes a result.
     """
 
     # Threads: the stream's thread calls submit() and answer_malformed(); any thread may pause, cancel, close and drain.
@@ -65,16 +64,13 @@ class Dispatcher:
         timer: Timer,
         lease: Lease,
         scrub: Callable[[str], str],
-        audit: Optional[TaskAudit] = None,
-        worker_id: str = "",
+        audit: Optional[WorkerAudit] = None,
         owner: object = None,
     ) -> None:
         self.records = Records(config.max_workers)
-        self.answers = Answers(self.records, sink, worker_id, audit)
-        self._runner = Runner(
-            config, self.records, self.answers, Gate(config, scrub, audit), sink,
-            timer=timer, lease=lease, scrub=scrub, owner=owner,
-        )  # fmt: skip
+        self.answers = Answers(self.records, sink, audit)
+        caller = Caller(config, scrub, audit)
+        self._runner = Runner(config, self.records, self.answers, caller, timer=timer, lease=lease, owner=owner)
         self._registry = registry
         self._sink = sink
         self._max_waiting_bytes = config.max_waiting_bytes

@@ -266,12 +266,8 @@ class Reporter:
         :param at_once: plan each that no thread has; else only those that a sweep before has found so.
         """
         with self._lock:
-            for report in self.results.held.values():
-                if report.state is not HELD:
-                    continue
-                if report.is_noticed or at_once:
-                    self.plan(report, 0.0)
-                report.is_noticed = True
+            for report in self.results.notice_left(at_once):
+                self.plan(report, 0.0)
             self.delivery.start_threads()
 
     def flush(self, deadline: Deadline) -> bool:
@@ -366,17 +362,7 @@ class Reporter:
         """Send a failure in place of a result that the platform refused."""
         log.error("[%s] the platform refused the result (%s); the failure %s is sent instead",
                   report.task_id, found.error, found.code)  # fmt: skip
-        substitute = Completion(
-            task_id=report.task_id,
-            attempt=report.attempt,
-            failure=protocol.failure(found.code, f"the platform refused the result: {found.error}"),
-            execution_time_ms=protocol.execution_time_of(report.head),
-        )
-        head = protocol.completion_head(substitute)
-        with self._lock:
-            self.results.replace_head(report, head)
-            report.is_final = report.is_substitute = True
-            report.tries = 0
+        self.results.substitute(report, found.code, f"the platform refused the result: {found.error}")
         self.enqueue(report)
 
     def _retry(self, report: Report, attempt: int, found: Retry, unforeseen: bool = False) -> None:

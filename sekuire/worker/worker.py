@@ -33,6 +33,7 @@ from ..handlers.registry import Carrier, TaskRegistry
 from ..session.installation import Installation
 from ..wire import protocol
 from ..wire.models import Command, WorkerReport, WorkerStats
+from .answers import WorkerAudit
 from .control import Control
 from .dispatch import Dispatcher
 from .idle import Activity, IdleWatch
@@ -137,8 +138,7 @@ class Worker:
             timer=self._timer,
             lease=self._heartbeat.lease,
             scrub=self._installation.scrub,
-            audit=_audit,
-            worker_id=self.worker_id,
+            audit=None if _audit is None else WorkerAudit(_audit, self.worker_id),
             owner=self,
         )
         self._control = Control(

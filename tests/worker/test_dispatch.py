@@ -26,6 +26,7 @@ from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import HandlerEntry, TaskRegistry
 from sekuire.wire.models import Completion, Task
 from sekuire.wire.protocol import MalformedTask
+from sekuire.worker.answers import WorkerAudit
 from sekuire.worker.dispatch import WAITING_COST, Dispatcher
 from sekuire.worker.records import State
 
@@ -198,7 +199,15 @@ def dispatcher_of(
     registry.add("narrow", handlers, None, 1)
     limits = {"max_workers": WORKERS, "max_waiting_bytes": QUEUE * WAITING_COST, "task_timeout": 1e6}
     config = WorkerConfig(agent_id="a", install_token="t", **{**limits, **options})
-    return Dispatcher(config, registry, sink, timer=timer, lease=lease or Lease(), scrub=str, audit=audit)
+    return Dispatcher(
+        config,
+        registry,
+        sink,
+        timer=timer,
+        lease=lease or Lease(),
+        scrub=str,
+        audit=None if audit is None else WorkerAudit(audit, "w"),
+    )
 
 
 class TaskStates(RuleBasedStateMachine):
