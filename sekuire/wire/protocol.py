@@ -199,10 +199,6 @@ def _placeholders(template: str, option: str) -> List[str]:
     return sorted(names)
 
 
-#: Ids that are the same when they are percent-encoded.
-_PLAIN_ID = re.compile(r"[A-Za-z0-9_.~-]+")
-
-
 def encode_id(value: str) -> str:
     """``value`` percent-encoded for a path segment or a header.
 
@@ -210,8 +206,7 @@ def encode_id(value: str) -> str:
     """
     if not is_id(value):
         raise Malformed("an id is empty, too long, '.' or '..', or holds control characters")
-    # Most ids need no encoding, and each task has its own encoded twice.
-    return value if _PLAIN_ID.fullmatch(value) else quote(value, safe="")
+    return quote(value, safe="")
 
 
 def stream_query(
