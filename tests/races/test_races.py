@@ -24,7 +24,9 @@ from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
 from sekuire.wire.models import Completion, Grant, RuntimeCredentials, Task
 from sekuire.worker import dispatch, release, report
+from sekuire.worker.announcer import Announcer
 from sekuire.worker.dispatch import Dispatcher
+from sekuire.worker.life import Life
 from sekuire.worker.outbox import Outbox, Stored, open_outbox
 from sekuire.worker.report import Reporter
 
@@ -264,7 +266,7 @@ def config_of(**options: Any) -> WorkerConfig:
 
 def reporter_of(platform: Platform, outbox: Optional[Outbox] = None) -> Reporter:
     wire: Any = Wire(platform)
-    return Reporter(config_of(), wire, "w", wire, outbox=outbox)
+    return Reporter(config_of(), wire, "w", Life(1.0, Announcer()), outbox=outbox)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["memory", "outbox"])

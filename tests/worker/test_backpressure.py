@@ -184,6 +184,8 @@ def test_answers_without_a_run_are_bounded_too(
     worker.on_task("echo", lambda ctx, input: input)
     codes = {"paused": "worker_paused", "unknown": "unknown_capability", "malformed": "invalid_task"}
     with worker:
+        commands: List[str] = []
+        worker.on_command(lambda command: commands.append(command.type))
         if kind == "paused":
             worker.pause()
 
@@ -195,7 +197,7 @@ def test_answers_without_a_run_are_bounded_too(
             send(number)
         scripted.command("resume")
         until(lambda: worker.stats().received == 20)
-        until(lambda: worker._control._last_command_at)
+        until(lambda: commands)
         assert worker.stats().undelivered <= 6
         for number in range(20, 60):
             send(number)
@@ -271,7 +273,7 @@ def test_tasks_that_come_without_the_lease_wait(
     with worker:
         until(lambda: worker.stats().lease_expires_at)
         ok.clear()
-        until(lambda: not worker._heartbeat.lease.is_held())
+        until(lambda: not worker.installation.heartbeat.lease.is_held())
         flood(scripted, 100)
         scripted.command("resume")
         until(lambda: commands)

@@ -38,7 +38,8 @@ from sekuire.session.installation import Installation
 from sekuire.transport.http import Reply
 from sekuire.wire.models import Completion, RuntimeCredentials, Task
 from sekuire.wire.verdict import Support
-from sekuire.worker import answers, dispatch, records, release, report, results, running
+from sekuire.worker import answers, dispatch, life, records, release, report, results, running
+from sekuire.worker.announcer import Announcer
 from sekuire.worker.dispatch import Dispatcher
 from sekuire.worker.outbox import open_outbox
 from sekuire.worker.report import Reporter
@@ -314,12 +315,15 @@ class Life:
             max_result_bytes=1000,
         )
         self.wire = machine.wire(platform, config)
+        self.life = life.Life(1.0, Announcer())
+        self.life.start()
+        self.life.attach(self)
         self.disk = Disk(machine.path) if machine.path else None
         self.reporter = Reporter(
             config,
             self.wire,
             "worker-1",
-            self,
+            self.life,
             outbox=self.disk,  # type: ignore[arg-type]
         )
         registry = TaskRegistry()
@@ -337,8 +341,13 @@ class Life:
         """The lease."""
         return self.machine.lease
 
-    def revoke(self, error: RevokedError) -> None:
-        self.close(terminated=True)
+    def begin(self) -> None:
+        """Only a revocation begins the stop of this life."""
+        self.close(terminated=self.life.is_terminated)
+
+    def hurry(self) -> None: ...
+
+    def close_unstarted(self) -> None: ...
 
     def close(self, terminated: bool) -> None:
         if terminated or self.closed is None:
@@ -808,6 +817,7 @@ def test_task_states(monkeypatch: pytest.MonkeyPatch) -> None:
     assert legal - seen <= RARE
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0 if LONG else 120)
 def test_task_states_over_http() -> None:
     """The same over real connections."""
@@ -821,7 +831,7 @@ def test_a_raised_attempt_is_on_disk(tmp_path: pathlib.Path) -> None:
     config = WorkerConfig(agent_id="agent-1", install_token="skt-1", api_base_url="http://127.0.0.1:9")
     wire: Any = Wire(platform)
     outbox = open_outbox(tmp_path / "outbox.db")
-    reporter = Reporter(config, wire, "worker-1", wire, outbox=outbox)
+    reporter = Reporter(config, wire, "worker-1", life.Life(1.0, Announcer()), outbox=outbox)
     result = reporter.accept(Completion(task_id="t1", attempt=1, output=1))
     assert result is not None
     reporter.post(result)
