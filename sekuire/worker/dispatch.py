@@ -329,8 +329,8 @@ class Dispatcher:
     def cancel_denied(self, is_allowed: Callable[..., bool], reason: str) -> None:
         """Cancel the context of every handler whose capability, or whose task's tool, is not allowed any more."""
         with self._lock:
-            # A record has its context before the gateway is asked: none that an older policy let pass is missed here.
-            records = [record for record in self.records.known.values() if record.context is not None]
+            # A record has its control before the gateway is asked: none that an older policy let pass is missed here.
+            records = [record for record in self.records.known.values() if record.control is not None]
         for record in records:
             if not is_allowed(record.task.capability, record.task.tool):
                 log.warning("[%s] %s is not allowed by the new policy and cancelled", record.task.task_id,

@@ -10,7 +10,7 @@ from typing import Optional, Protocol
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, Timer, owned_by
 from ..config import WorkerConfig
-from ..handlers.context import TaskContext, current_task
+from ..handlers.context import TaskContext, TaskControl, control_of, current_task
 from ..wire import protocol
 from ..wire.models import Completion, Failure
 from .answers import Accepted, Answers
@@ -138,7 +138,7 @@ class Runner:
 
     def _note_done(self, record: Record, future: Future[None]) -> None:
         """Note that the user's executor is done with a record, which it may have cancelled instead of running it."""
-        if record.holds_thread and record.context is None:
+        if record.holds_thread and record.control is None:
             log.error("[%s] the executor has not run this task", record.task.task_id)
             self._lose_thread(record)
             # Not from here: whoever cancels may hold the executor's lock, which handing over needs.
@@ -193,11 +193,12 @@ class Runner:
     def _run(self, record: Record) -> None:
         task = record.task
         context = TaskContext(task, progress=self._sink.progress)
+        control = control_of(context)
         with self._lock:
             if record.state is not STARTING:
                 return
-            context._attempt = record.attempt
-            record.context = context
+            control.attempt = record.attempt
+            record.control = control
             has_lease = self._lease.is_held()
             if has_lease and not self._caller.has_policy:
                 move(record, RUNNING)
@@ -212,7 +213,7 @@ class Runner:
                 return
             if not self._goes_on(record):
                 return
-        began = self._start_clock(record, context)
+        began = self._start_clock(record, control)
         completion = self._caller.call(record, context, began)
         if record.timer is not None:
             self._timer.cancel(record.timer)
@@ -252,12 +253,12 @@ class Runner:
         else:
             self._give_back(record)
 
-    def _start_clock(self, record: Record, context: TaskContext) -> float:
+    def _start_clock(self, record: Record, control: TaskControl) -> float:
         """Count the task's time from now, which is returned."""
         began = record.began = time.monotonic()
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
         if limits:
-            end = context._deadline = began + min(limits)
+            end = control.end = began + min(limits)
             record.timer = self._timer.call_at(end, functools.partial(self._expire, record))
         return began
 
