@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Optional, Protocol
 
 from .._internal.logs import get_logger
 from ..config import WorkerConfig
@@ -17,14 +17,21 @@ from .records import Record
 log = get_logger("sekuire.dispatch")
 
 
+class Scrubber(Protocol):
+    """Who knows the secrets that must not leave the process. An ``Installation`` is one."""
+
+    def scrub(self, text: str) -> str:
+        """Return ``text`` without any live token in it."""
+
+
 class Caller:
     """Ask the policy gateway about each task, and call its handler. On the handler's thread; no state of its own.
 
-    :param scrub: removes secrets from a text that goes to the platform.
+    :param scrubber: removes secrets from the texts that go to the platform; None if there are none.
     :param audit: notes each task that the policy allowed.
     """
 
-    def __init__(self, config: WorkerConfig, scrub: Callable[[str], str], audit: Optional[WorkerAudit] = None) -> None:
+    def __init__(self, config: WorkerConfig, scrubber: Optional[Scrubber], audit: Optional[WorkerAudit] = None) -> None:
         self._gateway = config.policy_gateway
         #: True if there is a policy to ask.
         self.has_policy = self._gateway is not None
@@ -32,7 +39,7 @@ class Caller:
         self._check_task = getattr(self._gateway, "check_task", None)
         self._check_tool = getattr(self._gateway, "check_tool", None)
         self._expose_errors = config.expose_errors
-        self._scrub = scrub
+        self._scrub = str if scrubber is None else scrubber.scrub
         self._audit = audit
 
     def call(self, record: Record, context: TaskContext, began: float) -> Completion:

@@ -16,7 +16,7 @@ from ..wire.models import Failure, Task
 from . import release
 from .answers import Accepted as Accepted
 from .answers import Answers, ResultSink, WorkerAudit
-from .calling import Caller
+from .calling import Caller, Scrubber
 from .records import RECEIVED, REJECTED, RELEASED, RUNNING, STARTING, WAITING, Counts, Record, Records, State, move
 from .release import Release
 from .running import Lease, Runner, terminated
@@ -37,7 +37,7 @@ _RELEASE_PAUSE = 1.0
 class Dispatcher:
     """Decide what happens to each task, and start, pause, cancel and drain their handlers. ::
 
-        dispatcher = Dispatcher(config, registry, reporter, timer=timer, lease=lease, scrub=str)
+        dispatcher = Dispatcher(config, registry, reporter, timer=timer, lease=lease, scrubber=installation)
         dispatcher.submit(task)
         dispatcher.close(False)
         dispatcher.drain(Deadline(10.0))
@@ -47,7 +47,7 @@ class Dispatcher:
     is released. Only if the platform accepts no releases does :meth:`submit` block until there is room.
 
     :param lease: the platform's permission to work, looked at when a task arrives and before its handler is called.
-    :param scrub: removes secrets from a text that goes to the platform.
+    :param scrubber: removes secrets from the texts that go to the platform; None if there are none.
     :param audit: notes the tasks that the policy allowed, and the results.
     """
 
@@ -63,13 +63,13 @@ class Dispatcher:
         *,
         timer: Timer,
         lease: Lease,
-        scrub: Callable[[str], str],
+        scrubber: Optional[Scrubber],
         audit: Optional[WorkerAudit] = None,
         owner: object = None,
     ) -> None:
         self.records = Records(config.max_workers)
         self.answers = Answers(self.records, sink, audit)
-        caller = Caller(config, scrub, audit)
+        caller = Caller(config, scrubber, audit)
         self._runner = Runner(config, self.records, self.answers, caller, timer=timer, lease=lease, owner=owner)
         self._registry = registry
         self._sink = sink

@@ -114,7 +114,7 @@ class Worker:
             self._reporter,
             timer=self._timer,
             lease=self._heartbeat.lease,
-            scrub=self.installation.scrub,
+            scrubber=self.installation,
             audit=None if _audit is None else WorkerAudit(_audit, self.worker_id),
             owner=self,
         )

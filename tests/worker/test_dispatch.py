@@ -208,7 +208,7 @@ def dispatcher_of(
         sink,
         timer=timer,
         lease=lease or Lease(),
-        scrub=str,
+        scrubber=None,
         audit=None if audit is None else WorkerAudit(audit, "w"),
     )
 
@@ -682,7 +682,7 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
     sink = Sink()
     config = WorkerConfig(agent_id="a", runtime_token="t", max_workers=1, max_queued=10)
     dispatcher = Dispatcher(
-        config, registry, sink, timer=ManualTimer(), lease=Lease(), scrub=lambda text: text
+        config, registry, sink, timer=ManualTimer(), lease=Lease(), scrubber=None
     )  # fmt: skip
     for number, value in enumerate(inputs):
         dispatcher.submit(Task(task_id=str(number), capability="a", input=value))

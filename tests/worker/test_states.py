@@ -330,7 +330,7 @@ class Life:
         registry.add("wide", handlers)
         registry.add("narrow", handlers, None, 1)
         self.timer = Timer()
-        self.dispatcher = Dispatcher(config, registry, self.reporter, timer=self.timer, lease=self, scrub=str)
+        self.dispatcher = Dispatcher(config, registry, self.reporter, timer=self.timer, lease=self, scrubber=None)
         self.closed: Optional[str] = None
         #: Tasks given to its dispatcher.
         self.submissions = 0
