@@ -18,6 +18,7 @@ from .errors import ConfigurationError
 from .handlers.context import TaskContext
 from .handlers.invoke import Handler, call
 from .handlers.registry import TaskRegistry
+from .session.installation import Installation
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
 from .worker.answers import Accepted
@@ -83,9 +84,9 @@ def run_task(
         (seconds).
     :raises ConfigurationError: a wrong argument, such as an unknown field or an input that has no JSON form.
     """
-    scrub: Callable[[str], str] = str
+    scrubber: Optional[Installation] = None
     if isinstance(worker, Worker):
-        config, handlers, scrub = worker.config, worker.handlers, worker.installation.scrub
+        config, handlers, scrubber = worker.config, worker.handlers, worker.installation
     elif isinstance(worker, TaskRegistry):
         config, handlers = WorkerConfig(agent_id=AGENT), worker
     else:
@@ -102,7 +103,7 @@ def run_task(
     for entry in registry:
         entry.call = sink.watch(entry.call)
     timer = Timer()
-    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrub=scrub)
+    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrubber=scrubber)
     try:
         dispatcher.submit(task)
         sink.done.wait()

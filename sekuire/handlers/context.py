@@ -261,15 +261,6 @@ class TaskContext:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.task_id} {self.capability} attempt {self.attempt}>"
 
-    # -- names that sekuire.worker used before TaskControl; they go when it uses control_of() --
-
-    def _cancel(self, reason: str, answered: bool = False) -> bool:
-        return self._control.cancel(reason, answered)
-
-    _attempt = property(lambda self: self._control.attempt, lambda self, to: setattr(self._control, "attempt", to))
-    _deadline = property(lambda self: self._control.end, lambda self, to: setattr(self._control, "end", to))
-    _policy = property(lambda self: self._control.policy, lambda self, to: setattr(self._control, "policy", to))
-
 
 def control_of(context: TaskContext) -> TaskControl:
     """Return the control of ``context``, for the code that runs its task."""

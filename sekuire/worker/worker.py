@@ -21,6 +21,7 @@ from ..handlers.registry import Carrier, TaskRegistry
 from ..session.installation import Installation
 from ..wire.models import Command, WorkerStats
 from .announcer import Announcer
+from .answers import WorkerAudit
 from .control import Control
 from .dispatch import Dispatcher
 from .idle import IdleWatch
@@ -115,9 +116,8 @@ class Worker:
             self._reporter,
             timer=self._timer,
             lease=self._heartbeat.lease,
-            scrub=self.installation.scrub,
-            audit=_audit,
-            worker_id=self.worker_id,
+            scrubber=self.installation,
+            audit=None if _audit is None else WorkerAudit(_audit, self.worker_id),
             owner=self,
         )
         self._control = Control(
