@@ -46,7 +46,7 @@ Body = Union[bytes, Callable[[], bytes], None]
 
 @attrs.frozen(slots=True)
 class Reply:
-    """The answer to a call. The request began at ``sent_at`` (``time.monotonic()``), ``sent_wall`` (``time.time()``)."""
+    """The answer to a call. ``sent_at`` (monotonic) and ``sent_wall`` (``time.time()``) are when the request began."""
 
     status: int
     headers: Mapping[str, str]

@@ -29,7 +29,7 @@ class Waker:
     socket, which any thread may shut down while only the reader closes the original.
     """
 
-    # Threads: the connecting thread attaches, and any thread wakes. `_lock` guards the dup and the flag. A shutdown does
+    # Threads: the connecting thread attaches, any thread wakes. `_lock` guards the dup and the flag. The shutdown does
     # not block.
 
     def __init__(self) -> None:

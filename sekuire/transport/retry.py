@@ -90,7 +90,7 @@ def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadlin
         delay = full_jitter(state.attempt_number - 1, RETRY_MIN, RETRY_MAX)
         return max(delay, getattr(error, "retry_after", None) or 0.0)
 
-    def is_over(state: tenacity.RetryCallState) -> bool:
+    def must_stop(state: tenacity.RetryCallState) -> bool:
         return stop.is_set() or state.upcoming_sleep >= deadline.remaining()
 
     def sleep(seconds: float) -> None:
@@ -99,6 +99,6 @@ def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadlin
 
     # Built per call: a Retrying shared by threads can raise a KeyError of its own (jd/tenacity#701).
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_retryable), wait=wait, stop=is_over, sleep=sleep, reraise=True
+        retry=tenacity.retry_if_exception(is_retryable), wait=wait, stop=must_stop, sleep=sleep, reraise=True
     )
     return retrying(function)
