@@ -1,4 +1,4 @@
-"""Policies on disk: the last good one of each workspace, as it came, and the highest version ever seen."""
+"""Keep policies on disk: the last good one of each workspace, as it came, and the highest version ever seen."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from ..errors import ConfigurationError
 log = get_logger("sekuire.policy")
 
 _FORMAT = 1
-#: Seconds that a writer waits for another one, and between two looks.
+#: Seconds that a writer waits for another one, and seconds between two looks.
 _LOCK_TIMEOUT, _POLL = 1.0, 0.01
 # A policy is no secret, but whoever can write the file could bring an older one back.
 _GUARD = files.Guard("path", is_secret=False, trusts_root=True)
 
 
 class PolicyCache:
-    """One file. Nothing that it holds is trusted: who reads a policy from it verifies it again.
+    """Keep policies in one file. Nothing in it is trusted: whoever reads a policy from it verifies it again.
 
-    Any thread may call anything; writers, of other processes too, are ordered by a lock on ``PATH.lock``, and the file
-    is replaced whole. A policy is no secret, but who could write the file could bring an older one back, or without a
-    pinned key one of his own: a file that is not ours, or that others may write, is refused.
+    A policy is not secret. But whoever can write the file can bring an older one back, or without a pinned key one of
+    their own. A file that belongs to another user, or that others may write, is refused.
 
     :raises ConfigurationError: the path cannot be used; the text says why and what to do.
     """
+
+    # Threads: any thread may call anything. A lock on `PATH.lock` orders writers, those of other processes too, and the
+    # file is replaced as a whole.
 
     def __init__(self, path: Union[str, os.PathLike[str]]) -> None:
         self.path = os.path.abspath(os.fspath(path))
@@ -42,7 +44,7 @@ class PolicyCache:
         _GUARD.check(self.path)
 
     def load(self, workspace_id: str) -> Tuple[int, Optional[bytes]]:
-        """The highest version seen (-1: none) and the last good policy's body, still to be verified."""
+        """Return the highest version seen (-1: none) and the last good policy's body, which is not verified yet."""
         return _entry(self._read().get(workspace_id))
 
     def highest_version(self) -> int:
@@ -50,7 +52,7 @@ class PolicyCache:
         return max((_entry(entry)[0] for entry in self._read().values()), default=-1)
 
     def save(self, workspace_id: str, version: int, body: bytes) -> None:
-        """Keep a policy, unless another process has kept a newer one meanwhile."""
+        """Keep a policy, unless another process has kept a newer one."""
         with self._writing():
             entries = self._read()
             if _entry(entries.get(workspace_id))[0] <= version:
@@ -58,7 +60,7 @@ class PolicyCache:
                 self._write(entries)
 
     def forget(self, workspace_id: str) -> None:
-        """The workspace has no policy any more."""
+        """Remove the policy of a workspace that has none any more."""
         with self._writing():
             entries = self._read()
             if entries.pop(workspace_id, None) is not None:
@@ -109,7 +111,7 @@ class PolicyCache:
                 os.close(descriptor)
 
     def _lock(self) -> Optional[int]:
-        """The locked descriptor; None where there is no lock to be had, which must not keep a policy from disk."""
+        """Return the locked descriptor, or None if there is no lock. Without one the policy is written all the same."""
         deadline = Deadline(_LOCK_TIMEOUT)
         try:
             descriptor = filelock.open_lock(self.path + ".lock")

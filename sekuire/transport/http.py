@@ -404,8 +404,12 @@ def is_framed(headers: Mapping[str, str]) -> bool:
 
 
 def without(header: str, content: bytes) -> bytes:
-    """Return ``content``, which goes into errors and logs, without the token of ``header``. Some servers echo it."""
-    return content.replace(header.rpartition(" ")[2].encode(), b"***")
+    """Return ``content``, which goes into errors and logs, without the token of ``header``. Some servers echo it.
+
+    A token of one or two characters stays: it hides nothing, and its removal could change the form of an answer.
+    """
+    token = header.rpartition(" ")[2].encode()
+    return content.replace(token, b"***") if len(token) > 2 else content
 
 
 def describe(error: BaseException, host: str) -> TransportError:

@@ -134,6 +134,8 @@ class LiveAnswer:
 
     def close(self) -> None:
         """Close the connection."""
+        # A frame of an error may hold this object, and what another server says may hold a token.
+        self._error_body = b""
         self._raw.close()
         self._raw.release_conn()
         self._waker.detach()
