@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Mapping
+from typing import Any, Callable, Dict, Mapping
 
+from ._internal.checks import check_number, check_whole
 from .config import ConnectionConfig, check_capability
 from .errors import ConfigurationError, SekuireError, TransportError
 from .secret import Secret
@@ -92,21 +92,11 @@ def _check_id(name: str, value: Any) -> None:
         )
 
 
-def _check_milliseconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigurationError(f"must be a number of milliseconds above 0, got {value!r}", name)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"must be a whole number, 1 or more, got {value!r}", name)
-
-
-_CHECKS = {
+_CHECKS: Dict[str, Callable[[str, Any], None]] = {
     "workspace_id": _check_id,
     "trace_id": _check_id,
-    "timeout_ms": _check_milliseconds,
-    "max_attempts": _check_count,
+    "timeout_ms": functools.partial(check_number, of="milliseconds"),
+    "max_attempts": check_whole,
 }
 #: Fields of a task that its submitter may give (docs/protocol.md, "Platform side").
 FIELDS = tuple(_CHECKS)

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from ._internal.checks import check_number, check_whole
 from .errors import ConfigurationError
 from .secret import Secret, check_secret, to_secret
 from .wire import protocol
@@ -205,18 +206,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _seconds(instance: object, attribute: Any, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= _LONGEST:
-        _fail(attribute, f"must be a number of seconds above 0, got {value!r}")
+    check_number(attribute.name, value, most=_LONGEST)
 
 
 def _seconds_or_zero(instance: object, attribute: Any, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value <= _LONGEST:
-        _fail(attribute, f"must be a number of seconds, 0 or more, got {value!r}")
+    check_number(attribute.name, value, zero=True, most=_LONGEST)
 
 
 def _optional_seconds(instance: object, attribute: Any, value: Any) -> None:
@@ -225,13 +220,11 @@ def _optional_seconds(instance: object, attribute: Any, value: Any) -> None:
 
 
 def _count(instance: object, attribute: Any, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _fail(attribute, f"must be a whole number, 1 or more, got {value!r}")
+    check_whole(attribute.name, value)
 
 
 def _optional_count(instance: object, attribute: Any, value: Any) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        _fail(attribute, f"must be a whole number, 0 or more, or None, got {value!r}")
+    check_whole(attribute.name, value, least=0, or_none=True)
 
 
 def _flag(instance: object, attribute: Any, value: Any) -> None:

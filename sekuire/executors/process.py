@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
 from .._internal import threads as thread_tools
+from .._internal.checks import check_whole
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError
 
@@ -86,8 +87,8 @@ class ProcessExecutor(Executor):
         max_tasks_per_child: Optional[int] = None,
         kill_after: Optional[float] = 5.0,
     ) -> None:
-        _check_count("max_workers", max_workers)
-        _check_count("max_tasks_per_child", max_tasks_per_child)
+        check_whole("max_workers", max_workers, or_none=True)
+        check_whole("max_tasks_per_child", max_tasks_per_child, or_none=True)
         if initializer is not None and not callable(initializer):
             raise ConfigurationError(f"must be callable, got {type(initializer).__name__}", "initializer")
         if not isinstance(initargs, (tuple, list)):
@@ -515,8 +516,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _check_count(option: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"must be a whole number, 1 or more, or None, got {value!r}", option)

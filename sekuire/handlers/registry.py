@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
 
+from .._internal.checks import check_number, check_whole
 from ..config import check_capability
 from ..errors import ConfigurationError
 from .invoke import (
@@ -319,11 +319,7 @@ def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> No
         raise ConfigurationError(f"the handler must be callable, got {type(function).__name__}", option)
     if not accepts(function, 2):
         raise ConfigurationError(f"{where(function)} must accept two arguments: handler(ctx, input)", option)
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf
-    ):
-        raise ConfigurationError(f"timeout must be a number of seconds above 0, got {timeout!r}", option)
-    if max_concurrency is not None and (
-        isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1
-    ):
-        raise ConfigurationError(f"max_concurrency must be a whole number, 1 or more, got {max_concurrency!r}", option)
+    if timeout is not None:
+        check_number(option, timeout, subject="timeout ")
+    if max_concurrency is not None:
+        check_whole(option, max_concurrency, subject="max_concurrency ")

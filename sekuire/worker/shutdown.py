@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Protocol
 
 from .._internal.logs import get_logger
-from .._internal.threads import Deadline, forget_exit, owned_by
+from .._internal.threads import Deadline, forget_exit, owned_by, try_start
 from ..session.installation import Installation
 from .control import Control
 from .dispatch import Dispatcher
@@ -92,11 +92,8 @@ class Shutdown:
         must_run_here = False
         with self._lock:
             if self._thread.ident is None and not self._is_leaving:
-                try:
-                    self._thread.start()
-                except RuntimeError:
-                    # No new thread any more: the interpreter is ending.
-                    must_run_here = self._is_leaving = True
+                # No thread can be started any more while the interpreter is ending.
+                must_run_here = self._is_leaving = not try_start(self._thread)
         if must_run_here:
             self._run()
 
