@@ -77,7 +77,7 @@ class Connected:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Failure:
-    """Say why a task failed: a code (docs/protocol.md, or the handler's own), a message, and advice to the requester."""
+    """Say why a task failed: a code (docs/protocol.md, or the handler's), a message, and advice to the requester."""
 
     code: str
     message: str = ""
