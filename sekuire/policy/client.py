@@ -6,8 +6,7 @@ import importlib.util
 import os
 import threading
 import time
-from types import TracebackType
-from typing import Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 from .._internal import fork
 from .._internal.logs import get_logger
@@ -357,10 +356,5 @@ class PolicyClient(PolicyFetcher):
     def __enter__(self) -> PolicyClient:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
