@@ -304,7 +304,7 @@ class PolicyFetcher:
 class PolicyClient(PolicyFetcher):
     """Ask the platform for active policies over connections of its own. ::
 
-        with PolicyClient(api_key="sk-...", trusted_policy_keys=["4b6f..."]) as client:
+        with PolicyClient(os.environ["SEKUIRE_API_URL"], api_key=os.environ["SEKUIRE_API_KEY"]) as client:
             policy = client.fetch_active_policy("ws_1")
             if policy is not None:
                 print(policy.version, policy.origin)

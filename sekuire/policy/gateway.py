@@ -52,8 +52,10 @@ _REQUIRED_AND_UNKNOWN = f"policy_required=True, and {_UNKNOWN}"
 class PolicyGateway:
     """Decide whether each task of a Worker may run, and follow the changes that heartbeats announce. ::
 
+        store = RuntimeCredentialsStore()
+        login = {"agent_id": "my-agent", "install_token": os.environ["SEKUIRE_INSTALL_TOKEN"]}
         with PolicyClient(credentials_store=store) as client, PolicyGateway(client, "ws_1") as gateway:
-            worker = create_worker(agent_id="my-agent", credentials_store=store, policy_gateway=gateway)
+            worker = create_worker(**login, credentials_store=store, policy_gateway=gateway)
             worker.on_task("echo", lambda ctx, input: input)
             worker.start(block=True)
 
