@@ -172,7 +172,7 @@ def _audit_note(port: int) -> Stage:
     models = importlib.import_module("sekuire.wire.models")
     task = models.Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, trace_id="trace-1")
     completion = models.Completion(task_id=task.task_id, attempt=1, output=payloads.result(), execution_time_ms=1)
-    report = importlib.import_module("sekuire.worker.report").Report(task.task_id, 1, b"", True)
+    report = importlib.import_module("sekuire.worker.results").Report(task.task_id, 1, b"", True)
     audit = _audit_log()
     worker_id = payloads.completion()["worker_id"]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
-import time
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from .._internal import filelock, files
@@ -19,6 +17,8 @@ log = get_logger("sekuire.policy")
 _FORMAT = 1
 #: Seconds that a writer waits for another one, and seconds between two looks.
 _LOCK_TIMEOUT, _POLL = 1.0, 0.01
+# A policy is no secret, but whoever can write the file could bring an older one back.
+_GUARD = files.Guard("path", is_secret=False, trusts_root=True)
 
 
 class PolicyCache:
@@ -41,9 +41,7 @@ class PolicyCache:
             raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "path")
         if os.path.isdir(self.path):
             raise ConfigurationError(f"{self.path!r} is a directory; name a file in it", "path")
-        problem = self._problem()
-        if problem:
-            raise ConfigurationError(problem, "path")
+        _GUARD.check(self.path)
 
     def load(self, workspace_id: str) -> Tuple[int, Optional[bytes]]:
         """Return the highest version seen (-1: none) and the last good policy's body, which is not verified yet."""
@@ -70,28 +68,18 @@ class PolicyCache:
 
     # -- inside --
 
-    def _problem(self) -> str:
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return ""
-        if os.name == "posix" and status.st_uid not in (os.geteuid(), 0):
-            return f"{self.path!r} belongs to another user; chown it to the one that runs this"
-        if os.name == "posix" and stat.S_IMODE(status.st_mode) & 0o022:
-            return f"{self.path!r} can be written by others; run: chmod 600 {self.path}"
-        return ""
-
     def _read(self) -> Dict[str, Any]:
-        problem = self._problem()
+        problem = ""
         payload: Any = None
-        if not problem:
-            try:
-                with open(self.path, encoding="utf-8") as file:
-                    payload = json.load(file)
-            except FileNotFoundError:
-                return {}
-            except (OSError, ValueError, RecursionError) as error:
-                problem = getattr(error, "strerror", None) or "it is not JSON"
+        try:
+            with _GUARD.open(self.path) as file:
+                payload = json.loads(file.read().decode("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ConfigurationError as error:
+            problem = error.problem
+        except (OSError, ValueError, RecursionError) as error:
+            problem = getattr(error, "strerror", None) or "it is not JSON"
         if isinstance(payload, dict) and payload.get("format") == _FORMAT and isinstance(payload.get("policies"), dict):
             return dict(payload["policies"])
         log.error("the policy cache %s is not used: %s", self.path, problem or "it is not a file of this library")
@@ -130,11 +118,7 @@ class PolicyCache:
         except OSError:
             return None
         try:
-            while not filelock.try_lock(descriptor):
-                if deadline.is_expired():
-                    break
-                time.sleep(_POLL)
-            else:
+            if filelock.lock(descriptor, deadline, _POLL):
                 return descriptor
         except OSError:
             pass

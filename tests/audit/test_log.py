@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import math
@@ -370,6 +371,7 @@ def test_an_answer_that_was_lost(platform: Any, sdk_of: Make, monkeypatch: pytes
     assert data_of(platform.logs()) == [{"n": 1}]
 
 
+@pytest.mark.slow
 def test_a_platform_that_is_killed(sdk_of: Make, tmp_path: pathlib.Path) -> None:
     """Over kills of the platform in mid-batch every event comes through once, in order."""
     path = tmp_path / "platform.db"
@@ -559,7 +561,7 @@ def test_logging_can_be_switched_off(platform: Any, sdk_of: Make) -> None:
     with sdk, worker:
         sdk.log("model_call", {"n": object()})
         platform.wait(platform.submit("echo", {}), GUARD)
-        assert worker._dispatcher._on_result is None
+        assert worker._dispatcher.answers.audit is None
         assert "sekuire-audit" not in [thread.name for thread in client_threads()]
         assert sdk.audit.flush(GUARD)
     assert platform.count("logs") == 0
@@ -828,20 +830,21 @@ def test_a_degraded_installation(scripted: Scripted, sdk_of: Make) -> None:
     assert "out of order" in events_of(scripted)[1]["event_data"]["reason"]
 
 
-def test_a_lost_lease(scripted: Scripted, sdk_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_lease(
+    scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The end of a lease is one event of the worker, however often it is looked at."""
+    monkeypatch.setattr("sekuire.session.heartbeat.MIN_GRACE", 0.0)
+    end = protocol.utc_now() + dt.timedelta(seconds=0.5)
+    scripted.on["heartbeat"] = lambda request: (200, {"lease_expires_at": end.isoformat()})
     sdk = sdk_of(scripted)
     worker = sdk.create_task_worker(heartbeat_interval=0.1)
     worker.on_task("echo", echo)
     with sdk, worker:
-        worker._heartbeat.lease.limit = 0.0
-        worker._control.on_lease()
         until(lambda: any("the lease has ended" in record.message for record in caplog.records))
         for _ in range(3):
-            worker._control.on_lease()
             beats = scripted.count("heartbeat")
             scripted.wait_for("heartbeat", beats + 1)
-        worker._heartbeat.lease.limit = math.inf
     assert [data["state"] for data in data_of(events_of(scripted), "health")].count("lease lost") == 1
 
 

@@ -18,8 +18,9 @@ def test_what_is_not_a_number(value: Any) -> None:
 
 
 def test_numbers() -> None:
-    assert is_number(0) and is_number(-1.5) and is_number(10**400)
-    assert is_whole(0) and not is_whole(1.0)
+    assert all(is_number(value) for value in (0, -1.5, 10**400))
+    assert is_whole(0)
+    assert not is_whole(1.0)
 
 
 @pytest.mark.parametrize(

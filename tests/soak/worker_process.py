@@ -96,7 +96,7 @@ def crash(ctx: TaskContext, input: Any) -> Any:
 
 def late(ctx: TaskContext, input: Any) -> Any:
     ctx.wait_cancelled(5.0)
-    # A moment as a straggler.
+    # A moment as an overdue handler.
     asyncio.run(asyncio.sleep(0.01))
     return None
 

@@ -282,7 +282,7 @@ def test_an_outage_at_the_start(scripted: Scripted, worker_of: Make, gateway_of:
         error = scripted.completion("t1")["error"]
         assert (error["code"], error["retryable"]) == ("policy_unavailable", True)
         served.policy = OWNER.policy(1, workspace_id="ws")
-        until(lambda: worker._config.policy_gateway.policy)
+        until(lambda: worker.config.policy_gateway.policy)
         scripted.task("t2")
         assert scripted.completion("t2")["status"] == "completed"
 

@@ -280,7 +280,7 @@ def test_undelivered_results_hold_the_work(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too many results undelivered no task begins until some are accepted; the stream is read on."""
-    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 2)
+    monkeypatch.setattr("sekuire.worker.results.BACKLOG", 2)
     accept = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if accept.is_set() else (503, {})
     worker = worker_of(scripted, max_workers=1, max_queued=0)
@@ -294,7 +294,7 @@ def test_undelivered_results_hold_the_work(
         until(lambda: worker.stats().completed == 6 and worker.stats().undelivered == 0)
 
 
-def test_stragglers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of: Make) -> None:
+def test_overdue_handlers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of: Make) -> None:
     """Handlers past their time are counted and their threads replaced, at most max_workers; each end frees a place."""
     gates = [Gate() for _ in range(5)]
     worker = worker_of(scripted, max_workers=2, max_queued=10)
@@ -326,7 +326,7 @@ def test_stragglers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of
         assert all(len(scripted.completions(f"h{number}")) == 1 for number in range(4))
 
 
-def test_a_handler_that_ends_right_at_its_timeout_is_no_straggler(scripted: Scripted, worker_of: Make) -> None:
+def test_a_handler_that_ends_right_at_its_timeout_is_not_overdue(scripted: Scripted, worker_of: Make) -> None:
     """Handlers that return the moment they are cancelled leave nothing counted behind."""
     worker = worker_of(scripted, max_workers=4, task_timeout=0.01)
     worker.on_task("echo", lambda ctx, input: ctx.wait_cancelled(GUARD))
