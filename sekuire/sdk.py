@@ -36,13 +36,11 @@ from .config import (
 from .credentials import RuntimeCredentialsStore
 from .errors import ConfigurationError, PolicyViolationError
 from .handlers.context import current_task
-from .session.installation import Installation
 from .wire.models import BeaconStatus, RuntimeCredentials
 from .worker.worker import POOL_SIZE, Worker
 
 if TYPE_CHECKING:
-    from .policy.gateway import PolicyGateway
-    from .transport.http import Reply
+    from .policy.gateway import InstallationGateway
 
 log = get_logger("sekuire.sdk")
 
@@ -94,7 +92,7 @@ class SekuireSDK:
         config = from_options(SDKConfig, options)
         self.pid = os.getpid()
         self._config = config
-        self._gateway: Optional[PolicyGateway] = None
+        self._gateway: Optional[InstallationGateway] = None
         if config.policy_gateway is not None:
             _refuse_unused(config)
         else:
@@ -108,7 +106,9 @@ class SekuireSDK:
         self._is_shut_down = False
         self._beacon = LeaseKeeper(config, POOL_SIZE, self._note_status)
         self._installation = self._beacon._installation
-        self.audit = AuditLog(config, self._installation.auth, scrub=self._installation.scrub_json)
+        if self._gateway is not None:
+            self._gateway.attach(self._installation.auth)
+        self.audit = AuditLog(config, self._installation)
 
     @classmethod
     @method_of_options(EnvironmentConfig, first="agent_id")
@@ -137,31 +137,26 @@ class SekuireSDK:
         sdk._outbox = outbox
         return sdk
 
-    def _make_gateway(self) -> Optional[PolicyGateway]:
-        from .policy.client import InstallationPolicyClient, missing_packages
+    def _make_gateway(self) -> Optional[InstallationGateway]:
+        from .policy.client import missing_packages
 
         config = self._config
         wanted = config.trusted_policy_keys or config.policy_path is not None or config.policy_options
         if missing_packages() and not wanted:
             log.debug("without the extra (pip install 'sekuire[policy]') no policy is enforced")
             return None
-        from .policy.gateway import PolicyGateway
+        from .policy.gateway import InstallationGateway
 
-        problem: Optional[ConfigurationError] = None
-        try:
-            client = InstallationPolicyClient(
-                self._ask_for_policy, config.endpoints, config.trusted_policy_keys, config.policy_path
-            )
-        except ConfigurationError as error:
-            problem = error
-        if problem is not None:
-            option = {"path": "policy_path"}.get(problem.option or "", problem.option)
-            raise ConfigurationError(problem.problem, option, problem.source)
         options = dict(config.policy_options or {})
         theirs = options.get("on_violation")
         if theirs is None or callable(theirs):
             options["on_violation"] = functools.partial(self._note_violation, theirs)
-        return PolicyGateway._owning(client, self._workspace_id, options, config.environment)
+        try:
+            return InstallationGateway(config, options)
+        except ConfigurationError as error:
+            problem = error
+        option = {"path": "policy_path"}.get(problem.option or "", problem.option)
+        raise ConfigurationError(problem.problem, option, problem.source)
 
     def _note_violation(
         self, theirs: Optional[Callable[[PolicyViolationError], object]], error: PolicyViolationError
@@ -170,17 +165,6 @@ class SekuireSDK:
         self.audit.policy(error, target=error.target, task_id=None if context is None else context.task_id)
         if theirs is not None:
             theirs(error)
-
-    def _ask_for_policy(self, path: str, deadline: Deadline) -> Reply:
-        return self._installation.auth.request("GET", lambda snapshot: path, deadline=deadline)[0]
-
-    def _workspace_id(self) -> Optional[str]:
-        """Return the workspace whose policy decides: the one given, else the one that the login named."""
-        if self._config.workspace_id is not None:
-            return self._config.workspace_id
-        # The gateway asks while this is still being made, too.
-        installation: Optional[Installation] = getattr(self, "_installation", None)
-        return None if installation is None else installation.store.current.workspace_id
 
     # -- life --
 
@@ -223,10 +207,10 @@ class SekuireSDK:
             self._shut_down(workers, timeout)
 
     def _shut_down(self, workers: List[Worker], timeout: Optional[float]) -> None:
-        longest = max((worker._config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
+        longest = max((worker.config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
         deadline = Deadline(longest if timeout is None else timeout)
         for worker in workers:
-            worker._request_stop(timeout)
+            worker.request_stop(timeout)
         for worker in workers:
             worker.stop(timeout)
         if self._gateway is not None:
@@ -282,7 +266,7 @@ class SekuireSDK:
         )
         audit = self.audit if self._config.logging_enabled else None
         worker = Worker(config, _installation=self._installation, _audit=audit)
-        worker._sdk = self
+        worker.sdk = self
         with self._lock:
             if self._is_shut_down:
                 raise ConfigurationError("this SDK was shut down; make a new one", "SekuireSDK.create_task_worker")

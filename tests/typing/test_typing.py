@@ -36,6 +36,7 @@ def wanted(*names: str, checker: int = 1) -> Found:
     return sorted(marks)
 
 
+@pytest.mark.slow
 def test_user_code_is_checked() -> None:
     """mypy finds in the samples exactly the errors that their comments say, and in the right one none."""
     # The library as one that is installed: what it imports is not the user's to answer for.
