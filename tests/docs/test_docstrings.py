@@ -64,6 +64,8 @@ def names() -> Iterator[Dict[str, Any]]:
             "worker": worker,
             "enforcer": sekuire.PolicyEnforcer(policy),
             "platform": bench.platform,
+            "token": bench.platform.create_install_token("greeter"),
+            "url": bench.platform.url,
         }
 
 
