@@ -183,7 +183,7 @@ class TestSubmitOnCommit:
         with transaction.atomic():
             with pytest.raises(ConfigurationError, match=text):
                 submit_on_commit(*arguments)
-        with pytest.raises(ConfigurationError, match="is no field of a task; known are workspace_id"):
+        with pytest.raises(ConfigurationError, match="unknown field of a task; known are workspace_id"):
             submit_on_commit("look", None, priority=1)
 
     @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     config = worker.config
     assert (config.agent_id, config.max_workers, config.task_timeout) == (AGENT, 3, 1.5)
     assert config.outbox == str(tmp_path / "outbox.db")
-    assert worker.sdk._config.workspace_id == "ws-1"
-    assert worker.sdk._config.credentials_store is not None
+    assert worker.sdk.config.workspace_id == "ws-1"
+    assert worker.sdk.config.credentials_store is not None
     worker.stop()
     worker.sdk.shutdown()
 
@@ -259,7 +259,7 @@ def test_keys_named_as_the_variable(app: flask.Flask, keys: Any, monkeypatch: py
     monkeypatch.setenv("SEKUIRE_POLICY_PUBLIC_KEYS", "zz")
     app.config["SEKUIRE_POLICY_PUBLIC_KEYS"] = keys
     sdk = Sekuire(app).sdk(app)
-    assert sdk._config.trusted_policy_keys == (KEY, KEY)
+    assert sdk.config.trusted_policy_keys == (KEY, KEY)
     sdk.shutdown()
     app.config["SEKUIRE_POLICY_PUBLIC_KEYS"] = ""
     with pytest.raises(ConfigurationError, match="environment variable SEKUIRE_POLICY_PUBLIC_KEYS"):

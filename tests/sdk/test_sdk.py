@@ -202,12 +202,12 @@ def test_from_env_takes_everything(scripted: Scripted, clean_environment: pytest
     for name, value in variables.items():
         clean_environment.setenv(name, value)
     with SekuireSDK.from_env(environment="test") as sdk:
-        assert sdk._config.environment == "test"
+        assert sdk.config.environment == "test"
         assert sdk.installation_credentials.installation_id == "inst-1"
     body = scripted.of("bootstrap")[0].json
     assert (body["agent_id"], body["install_token"]) == ("env-agent", "skt-env")
     with SekuireSDK.from_env() as sdk:
-        assert sdk._config.environment == "staging"
+        assert sdk.config.environment == "staging"
         assert sdk.is_connected()
     assert scripted.count("bootstrap") == 1
 
