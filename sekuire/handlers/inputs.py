@@ -217,13 +217,17 @@ def _make_converter() -> Any:
 
 
 def _without_type(converter: Any, make: Callable[[Any, Any], Structure], cl: Any) -> Any:
+    """Return a structure as a hook of cattrs, which is called with a type that the structure does not need."""
     structure = make(converter, cl)
-    return lambda value, cl: structure(value)
+    hook: Any = lambda value, cl: structure(value)  # noqa: E731
+    hook.structure = structure
+    return hook
 
 
 def _hook_of(converter: Any, annotation: Any) -> Structure:
     hook = converter.get_structure_hook(annotation)
-    return lambda value: hook(value, annotation)
+    structure: Optional[Structure] = getattr(hook, "structure", None)
+    return structure or (lambda value: hook(value, annotation))
 
 
 def _unsupported(cl: Any) -> Any:
