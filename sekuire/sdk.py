@@ -37,8 +37,7 @@ from .wire.models import BeaconStatus, RuntimeCredentials
 from .worker.worker import POOL_SIZE, Worker
 
 if TYPE_CHECKING:
-    from .policy.gateway import PolicyGateway
-    from .transport.http import Reply
+    from .policy.gateway import InstallationGateway
 
 log = get_logger("sekuire.sdk")
 
@@ -148,7 +147,7 @@ class SekuireSDK:
     def _set_up(self, config: SDKConfig, keys_source: Optional[str] = None) -> None:
         self.pid = os.getpid()
         self._config = config
-        self._gateway: Optional[PolicyGateway] = None
+        self._gateway: Optional[InstallationGateway] = None
         if config.policy_gateway is not None:
             _refuse_unused(config)
         else:
@@ -161,33 +160,30 @@ class SekuireSDK:
         self._is_shut_down = False
         self._beacon = Beacon._from_config(config, POOL_SIZE, self._note_status)
         installation = self._beacon._installation
-        self.audit = AuditLog(config, installation.auth, scrub=installation.scrub_json)
+        if self._gateway is not None:
+            self._gateway.attach(installation.auth)
+        self.audit = AuditLog(config, installation)
 
-    def _make_gateway(self, config: SDKConfig, keys_source: Optional[str]) -> Optional[PolicyGateway]:
-        from .policy.client import PolicyClient, missing_packages
+    def _make_gateway(self, config: SDKConfig, keys_source: Optional[str]) -> Optional[InstallationGateway]:
+        from .policy.client import missing_packages
 
         wanted = config.trusted_policy_keys or config.policy_path is not None or config.policy_options
         if missing_packages() and not wanted:
             log.debug("without the extra (pip install 'sekuire[policy]') no policy is enforced")
             return None
-        from .policy.gateway import PolicyGateway
+        from .policy.gateway import InstallationGateway
 
-        problem: Optional[ConfigurationError] = None
-        try:
-            client = PolicyClient._with(
-                self._ask_for_policy, config.endpoints, config.trusted_policy_keys, config.policy_path
-            )
-        except ConfigurationError as error:
-            problem = error
-        if problem is not None:
-            option = {"path": "policy_path"}.get(problem.option or "", problem.option)
-            source = keys_source if option == "trusted_policy_keys" else None
-            raise ConfigurationError(problem.problem, option, problem.source or source)
         options = dict(config.policy_options or {})
         theirs = options.get("on_violation")
         if theirs is None or callable(theirs):
             options["on_violation"] = functools.partial(self._note_violation, theirs)
-        return PolicyGateway._owning(client, self._workspace_id, options, config.environment)
+        try:
+            return InstallationGateway(config, options)
+        except ConfigurationError as error:
+            problem = error
+        option = {"path": "policy_path"}.get(problem.option or "", problem.option)
+        origin = keys_source if option == "trusted_policy_keys" else None
+        raise ConfigurationError(problem.problem, option, problem.source or origin)
 
     def _note_violation(
         self, theirs: Optional[Callable[[PolicyViolationError], object]], error: PolicyViolationError
@@ -196,17 +192,6 @@ class SekuireSDK:
         self.audit.policy(error, target=error.target, task_id=None if context is None else context.task_id)
         if theirs is not None:
             theirs(error)
-
-    def _ask_for_policy(self, path: str, deadline: Deadline) -> Reply:
-        return self._beacon._installation.auth.request("GET", lambda snapshot: path, deadline=deadline)[0]
-
-    def _workspace_id(self) -> Optional[str]:
-        """Whose policy counts: the workspace given, else the one that the login told."""
-        if self._config.workspace_id is not None:
-            return self._config.workspace_id
-        # Asked for while this is being made too.
-        beacon = getattr(self, "_beacon", None)
-        return None if beacon is None else beacon._installation.store.current.workspace_id
 
     # -- life --
 
@@ -245,10 +230,10 @@ class SekuireSDK:
             self._shut_down(workers, timeout)
 
     def _shut_down(self, workers: List[Worker], timeout: Optional[float]) -> None:
-        longest = max((worker._config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
+        longest = max((worker.config.shutdown_timeout for worker in workers), default=STOP_TIMEOUT)
         deadline = Deadline(longest if timeout is None else timeout)
         for worker in workers:
-            worker._request_stop(timeout)
+            worker.request_stop(timeout)
         for worker in workers:
             worker.stop(timeout)
         if self._gateway is not None:
@@ -305,7 +290,7 @@ class SekuireSDK:
         )
         audit = self.audit if self._config.logging_enabled else None
         worker = Worker(config, _installation=self._beacon._installation, _audit=audit)
-        worker._sdk = self
+        worker.sdk = self
         with self._lock:
             if self._is_shut_down:
                 raise ConfigurationError("this SDK was shut down; make a new one", "SekuireSDK.create_task_worker")

@@ -151,7 +151,7 @@ class Sekuire:
             raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
         settings = _settings(app)
         worker = settings.worker(settings.sdk() if sdk is None else sdk, **options)
-        if is_unprepared(worker._config.executor):
+        if is_unprepared(worker.config.executor):
             log.warning(
                 "handlers run in other processes, where they have no application context; give the executor an "
                 "initializer that pushes one, or let each handler make its own"

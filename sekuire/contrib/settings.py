@@ -226,25 +226,20 @@ def _check_outbox(path: Any, source: Optional[str] = None) -> None:
 
 def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
     """What the SDK will say of the policy's options, short of whether a shared store can be reached."""
-    from ..policy.client import PolicyClient, missing_packages
-    from ..policy.gateway import PolicyGateway
+    from ..policy.client import missing_packages
+    from ..policy.gateway import InstallationGateway
 
     # A web process can do without the extra; the worker says that it is missing.
     if config.policy_gateway is not None or missing_packages():
         return
     options = {name: value for name, value in (config.policy_options or {}).items() if name != "storage_uri"}
     try:
-        client = PolicyClient._with(_ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path)
-        PolicyGateway._owning(client, lambda: None, options, config.environment)
+        InstallationGateway(config, options)
         return
     except ConfigurationError as error:
         found = error
     option = "policy_path" if found.option == "path" else found.option
     raise ConfigurationError(found.problem, option, found.source or sources.get(option or ""))
-
-
-def _ask_nothing(path: str, deadline: Any) -> Any:
-    raise NotImplementedError
 
 
 def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:

@@ -256,8 +256,8 @@ class RemoteControl(TaskControl):
         """Return a copy of the worker's enforcer, whose refusals are kept in ``violations``."""
         if self.policy is None and self._enforcer is not None:
             enforcer = _unpack(self._enforcer)
-            telling = getattr(enforcer, "telling", None)
-            self.policy = enforcer if telling is None else telling(self.violations.append)
+            reporting_to = getattr(enforcer, "reporting_to", None)
+            self.policy = enforcer if reporting_to is None else reporting_to(self.violations.append)
         return self.policy
 
     def report(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:

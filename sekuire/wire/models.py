@@ -220,7 +220,7 @@ class WorkerStats:
     are now; ``rejected`` counts tasks answered without running (paused, terminated, unknown capability, invalid,
     denied); ``released`` tasks given back unbegun; ``duplicates`` deliveries of a task already known; ``dropped``
     events or results that could not be used or were no
-    longer wanted; ``undelivered`` results still to be accepted; ``stragglers`` handlers past their end that still run.
+    longer wanted; ``undelivered`` results still to be accepted; ``overdue`` handlers past their end that still run.
     """
 
     received: int = 0
@@ -233,7 +233,7 @@ class WorkerStats:
     duplicates: int = 0
     dropped: int = 0
     undelivered: int = 0
-    stragglers: int = 0
+    overdue: int = 0
     reconnects: int = 0
     last_heartbeat_at: Optional[dt.datetime] = None
     lease_expires_at: Optional[dt.datetime] = None

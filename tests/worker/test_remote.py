@@ -254,7 +254,7 @@ def test_a_killed_process(platform: Any, make: Make, tmp_path: pathlib.Path) -> 
         assert ended(platform, "sum", {"numbers": [5]})["output"]["sum"] == 5
         stays.unlink()
         assert platform.wait(other, GUARD)["output"] == "let go"
-        assert worker.stats().stragglers == 0
+        assert worker.stats().overdue == 0
     assert len(lines_of(tmp_path / "dies")) == 1
 
 
@@ -266,7 +266,7 @@ def test_a_handler_that_ignores_the_end_of_its_time(
     with make(platform) as worker:
         error = ended(platform, "hang", {"path": str(path), "until": "killed"}, timeout_ms=500)["error"]
         assert error["code"] == "timeout"
-        until(lambda: worker.stats().stragglers == 0)
+        until(lambda: worker.stats().overdue == 0)
         assert ended(platform, "sum", {"numbers": [5]})["output"]["sum"] == 5
     assert list(flags.iterdir()) == []
 
@@ -280,7 +280,7 @@ def test_a_stop_kills_what_does_not_end(platform: Any, make: Make, tmp_path: pat
     until(lambda: lines_of(path))
     worker.stop(0.2)
     assert platform.wait(task_id, GUARD)["error"]["code"] == "worker_shutdown"
-    until(lambda: worker.stats().stragglers == 0)
+    until(lambda: worker.stats().overdue == 0)
 
 
 def test_a_cancellation_is_seen(platform: Any, make: Make, tmp_path: pathlib.Path, flags: pathlib.Path) -> None:
@@ -340,7 +340,7 @@ def test_a_pool_of_the_standard_library(
             path = tmp_path / "pid"
             error = ended(platform, "hang", {"path": str(path), "until": "cancelled"}, timeout_ms=500)["error"]
             assert error["code"] == "timeout"
-            until(lambda: worker.stats().stragglers == 0)
+            until(lambda: worker.stats().overdue == 0)
             assert lines_of(path)[1] == "timeout"
             error = ended(platform, "die", None)["error"]
             assert (error["code"], error["retryable"]) == ("handler_error", True)

@@ -39,7 +39,7 @@ def make_worker(sdk: SekuireSDK, **options: Any) -> Worker:
     """
     handlers.discover()
     worker = read().worker(sdk, **options)
-    if is_unprepared(worker._config.executor):
+    if is_unprepared(worker.config.executor):
         log.warning("%s; %s", ELSEWHERE, PREPARE)
     worker.middleware(handlers.around)
     worker.include(handlers.tasks)
