@@ -8,7 +8,7 @@ from .._internal.logs import get_logger
 from ..config import WorkerConfig
 from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
 from ..handlers import outcome
-from ..handlers.context import TaskContext
+from ..handlers.context import TaskContext, control_of
 from ..wire import protocol
 from ..wire.models import Failure, Task
 from .answers import TaskAudit
@@ -43,7 +43,7 @@ class Gate:
             if self._check_task is not None:
                 # A gateway of the user's own that knows no tools fails for a task that names one: it is denied.
                 asked = (task.capability,) if task.tool is None else (task.capability, task.tool)
-                enforcer = context._policy = self._check_task(*asked)
+                enforcer = control_of(context).policy = self._check_task(*asked)
                 if self._audit is not None and enforcer is not None and enforcer.policy is not None:
                     self._audit.passed(task)
             else:

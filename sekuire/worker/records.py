@@ -8,7 +8,7 @@ from collections import deque
 from typing import Deque, Dict, List, Optional, Set, Tuple
 
 from .._internal.monitor import Monitor
-from ..handlers.context import TaskContext
+from ..handlers.context import TaskContext, control_of
 from ..handlers.registry import HandlerEntry
 from ..wire import protocol
 from ..wire.models import Failure, Task
@@ -117,14 +117,14 @@ class Record:
     def cancel(self, reason: str, *, is_answered: bool = False) -> None:
         """Cancel the handler's context, if its thread has come to it."""
         if self.context is not None:
-            self.context._cancel(reason, answered=is_answered)
+            control_of(self.context).cancel(reason, answered=is_answered)
 
     def raise_attempt(self, attempt: int) -> None:
         """Note a delivery under a higher attempt: its number is what the platform will accept. Needs the lock."""
         if attempt > self.attempt:
             self.attempt = attempt
             if self.context is not None:
-                self.context._attempt = attempt
+                control_of(self.context).attempt = attempt
 
 
 def move(record: Record, to: State) -> None:

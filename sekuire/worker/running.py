@@ -11,7 +11,7 @@ from .._internal.logs import get_logger
 from .._internal.threads import Deadline, Timer, owned_by
 from ..config import WorkerConfig
 from ..handlers import outcome
-from ..handlers.context import TaskContext, current_task
+from ..handlers.context import TaskContext, control_of, current_task
 from ..wire import protocol
 from ..wire.models import Completion, Failure
 from .answers import Accepted, Answers, ResultSink
@@ -203,7 +203,7 @@ class Runner:
         with self._lock:
             if record.state is not STARTING:
                 return
-            context._attempt = record.attempt
+            control_of(context).attempt = record.attempt
             record.context = context
             has_lease = self._lease.is_held()
             if has_lease and not self._gate.is_there:
@@ -266,7 +266,7 @@ class Runner:
         began = record.began = time.monotonic()
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
         if limits:
-            end = context._deadline = began + min(limits)
+            end = control_of(context).end = began + min(limits)
             record.timer = self._timer.call_at(end, functools.partial(self._expire, record))
         return began
 
