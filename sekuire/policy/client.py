@@ -7,21 +7,19 @@ import os
 import threading
 import time
 from types import TracebackType
-from typing import Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
 
 from .._internal import fork
 from .._internal.logs import get_logger
 from .._internal.single_flight import Flight, SingleFlight
 from .._internal.threads import Deadline
-from ..config import PolicyClientConfig, from_options
-from ..credentials import RuntimeCredentialsStore
+from ..config import PolicyClientConfig, from_options, method_of_options
 from ..errors import (
     AuthenticationError,
     ConfigurationError,
     PolicyIntegrityError,
     TransportError,
 )
-from ..secret import Secret
 from ..transport.http import Reply
 from ..transport.retry import Interrupted, call
 from ..wire import protocol
@@ -324,31 +322,9 @@ class PolicyClient(PolicyFetcher):
     :raises ConfigurationError: a wrong option, nothing to authenticate with, or the extra is not installed.
     """
 
-    def __init__(
-        self,
-        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
-        *,
-        api_key: Union[str, Secret, None] = None,
-        credentials_store: Optional[RuntimeCredentialsStore] = None,
-        token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
-        trusted_policy_keys: Sequence[str] = (),
-        cache_ttl: float = CACHE_TTL,
-        path: Union[str, os.PathLike[str], None] = None,
-        connect_timeout: float = 3.0,
-        read_timeout: float = 10.0,
-        verify: Union[bool, str] = True,
-        client_cert: Union[str, Tuple[str, str], None] = None,
-        proxies: Optional[Mapping[str, str]] = None,
-        allow_insecure_http: bool = False,
-        endpoints: Optional[Mapping[str, str]] = None,
-    ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        # An error's frames must not hold plain tokens.
-        del api_key
-        try:
-            config = from_options(PolicyClientConfig, options)
-        finally:
-            options.clear()
+    @method_of_options(PolicyClientConfig)
+    def __init__(self, options: Dict[str, Any]) -> None:
+        config = from_options(PolicyClientConfig, options)
         require_extra()
         super().__init__(
             ClientSource(config), config.endpoints, config.trusted_policy_keys, config.path, config.cache_ttl

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple, Type, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, TypeVar, Union, overload
 
 import attrs
 
@@ -14,7 +14,7 @@ from .._internal.logs import get_logger
 from .._internal.signals import SignalQueue
 from .._internal.threads import Timer, at_exit, check_process, check_starter, is_in_executor, is_owned_by
 from ..audit.log import AuditLog
-from ..config import WorkerConfig, from_options
+from ..config import WorkerConfig, from_options, function_of_options
 from ..errors import ConfigurationError
 from ..handlers.invoke import Handler, Middleware
 from ..handlers.registry import Carrier, TaskRegistry
@@ -409,7 +409,8 @@ class Worker:
                 self._life.request_stop(reason=f"signal {number}")
 
 
-def create_worker(**options: Any) -> Worker:
+@function_of_options(WorkerConfig)
+def create_worker(options: Dict[str, Any]) -> Worker:
     """Return a :class:`Worker` with the given options of :class:`~sekuire.WorkerConfig`. ::
 
         worker = create_worker(agent_id="greeter", install_token=token, api_base_url=url)
@@ -419,9 +420,4 @@ def create_worker(**options: Any) -> Worker:
 
     :raises ConfigurationError: an option is unknown or has a wrong value. The message names it.
     """
-    try:
-        config = from_options(WorkerConfig, options)
-    finally:
-        # An error's frames must not hold plain tokens.
-        options.clear()
-    return Worker(config)
+    return Worker(from_options(WorkerConfig, options))

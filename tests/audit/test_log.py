@@ -371,6 +371,7 @@ def test_an_answer_that_was_lost(platform: Any, sdk_of: Make, monkeypatch: pytes
     assert data_of(platform.logs()) == [{"n": 1}]
 
 
+@pytest.mark.slow
 def test_a_platform_that_is_killed(sdk_of: Make, tmp_path: pathlib.Path) -> None:
     """Over kills of the platform in mid-batch every event comes through once, in order."""
     path = tmp_path / "platform.db"

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL and pr
 COMPLETION = "/api/v1/tasks/t/complete"
 
 
+@pytest.mark.slow
 class TestRun:
     def test_nothing_is_lost_and_nothing_runs_twice(self, tmp_path: Any) -> None:
         """Three hundred tasks, faulty calls, one kill -9 of the worker and of the platform, and every other trouble."""

@@ -16,7 +16,8 @@ from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
 from sekuire.service import runner
 
-from .conftest import AGENT, GUARD, POSIX_ONLY, Call, Process, Run, until, variables
+from ..support.waiting import GUARD, until
+from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, variables
 
 #: A worker whose handler tells by its progress that it runs, and ends when a file is there.
 BASE = """

@@ -21,7 +21,7 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Process, Run
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 #: A public key as a policy's are; nobody has the private one.
 KEY = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"
@@ -187,7 +187,7 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"SEKUIRE_MAX_WORKRES": 3}, "app.config['SEKUIRE_MAX_WORKRES']: is no setting of sekuire; did you mean "
+        ({"SEKUIRE_MAX_WORKRES": 3}, "app.config['SEKUIRE_MAX_WORKRES']: unknown setting; did you mean "
                                      "app.config['SEKUIRE_MAX_WORKERS']?"),
         ({"SEKUIRE_MAX_WORKERS": "3"}, "app.config['SEKUIRE_MAX_WORKERS']: must be a whole number"),
         ({"SEKUIRE_API_URL": "ftp://x"}, "app.config['SEKUIRE_API_URL']: must begin with https://"),
@@ -285,6 +285,7 @@ def name_of_app(ctx: Any, input: Any) -> str:
     return flask.current_app.name
 
 
+@pytest.mark.slow
 def test_handlers_in_other_processes(
     platform: LocalPlatform, app: flask.Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,6 +342,7 @@ def variables(settings: Dict[str, Any]) -> Dict[str, str]:
     return {name: str(value) for name, value in settings.items() if "INTERVAL" not in name}
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_drains_on_sigterm(
     platform: LocalPlatform,
@@ -367,6 +369,7 @@ def test_the_command_drains_on_sigterm(
     assert platform.heartbeats(installation["installation_id"])[-1]["status"] == "stopped"
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_with_wrong_settings(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """One line and exit code 2."""
@@ -377,6 +380,7 @@ def test_the_command_with_wrong_settings(tmp_path: Path, run: Run, variables: Di
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_reloads(platform: LocalPlatform, tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """--reload runs the new code after a save."""
@@ -396,6 +400,7 @@ def test_the_command_reloads(platform: LocalPlatform, tmp_path: Path, run: Run, 
     assert process.end()[0] == 0
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_reloads_once(platform: LocalPlatform, tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """Where a variable of Flask's asks for it, the child has that too, and is a worker all the same."""
@@ -407,6 +412,7 @@ def test_the_command_reloads_once(platform: LocalPlatform, tmp_path: Path, run: 
     assert process.end()[0] == 0
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_does_not_reload_when_idle(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """The two options contradict each other."""
@@ -414,6 +420,7 @@ def test_the_command_does_not_reload_when_idle(tmp_path: Path, run: Run, variabl
     assert (code, "--stop-when-idle does not go with --reload" in err) == (2, True)
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_reloads_without_the_extra(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """One line that names it, and no traceback."""
@@ -431,7 +438,7 @@ def test_the_command_reloads_without_the_extra(tmp_path: Path, run: Run, variabl
 def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
     """The import's error names what to install."""
     code = f"import sys; sys.modules[{package!r}] = None; import sekuire.contrib.{bridge}"
-    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD, capture_output=True, text=True)
     last = ran.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: ")
     assert last.endswith(f"pip install 'sekuire[{extra}]'")
@@ -440,4 +447,4 @@ def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
 def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Flask does not pay for it."""
     code = "import sekuire, sys; sys.exit('flask' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0

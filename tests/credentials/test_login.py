@@ -1540,6 +1540,7 @@ def path(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "credentials.json"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_process_killed_between_the_answer_and_the_disk(path: pathlib.Path) -> None:
     """A process killed right after the answer of a rotating refresh recovers at its restart, with the same file."""

@@ -15,7 +15,7 @@ from sekuire.executors.remote import is_remote
 
 from .. import elsewhere
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 pytestmark = [
     pytest.mark.full,

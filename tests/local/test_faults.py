@@ -20,13 +20,13 @@ from sekuire.local import Fault, Faults, LocalPlatform
 from sekuire.local.fault_terms import EXAMPLES
 
 from ..contract.client import Installation
-from .conftest import client_of, until
+from ..support.waiting import GUARD, until
+from .conftest import client_of
 
 Make = Callable[..., LocalPlatform]
 
 #: Seconds of a latency or a stall that no test waits for.
 LONG = 3600.0
-GUARD = 20.0
 
 
 def given(installation: Installation) -> str:
@@ -694,7 +694,7 @@ def test_a_running_platform_has_its_faults_alone(make: Make) -> None:
     faults = Faults()
     first = make(faults=faults)
     second = LocalPlatform(faults=faults)
-    with pytest.raises(ConfigurationError, match=r"^faults: they are those of another platform"):
+    with pytest.raises(ConfigurationError, match=r"^faults: another running platform has them"):
         second.start()
     first.stop()
     with second:
@@ -833,8 +833,8 @@ def test_text(text: str, spelled: Optional[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "known are latency, error, reset, half-answer"),
-        ("eror:rate=0.1", "known are latency, error, reset, half-answer"),
+        ("", "unknown kind; known are latency, error, reset, half-answer"),
+        ("eror:rate=0.1", "unknown kind; known are latency, error, reset, half-answer"),
         ("error:rate", "status: must be a whole number, got 'rate'"),
         ("error:503,0.1", "'0.1' is not NAME=VALUE"),
         ("error:503,", "'' is not NAME=VALUE"),
@@ -844,7 +844,7 @@ def test_text(text: str, spelled: Optional[str]) -> None:
         ("error:rate=nan", "rate: must be a number from 0 to 1"),
         ("error:503,status=500", "status: given twice"),
         ("error:times=-1", "times: must be a whole number"),
-        ("error:every=3", "every: not known here; status, rate, times"),
+        ("error:every=3", "every: unknown argument; known are status, rate, times"),
         ("error:on=completes", "on: there is no endpoint 'completes'; known are bootstrap, "),
         ("error:on=", "on: there is no endpoint ''"),
         ("latency", "seconds: missing"),

@@ -21,6 +21,7 @@ HELD = Held(
 )
 
 
+@pytest.mark.slow
 def test_a_short_soak(tmp_path: Path) -> None:
     """Nine hundred tasks of all shapes, under cuts, pauses, expired tokens and restarts: nothing grows or stays."""
     figures = run(Plan(seconds=60.0, tasks=900, warm_up=300, trouble=0.15), str(tmp_path))

@@ -351,6 +351,7 @@ class TaskStates(RuleBasedStateMachine):
         self.each_task_is_somewhere()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::hypothesis.errors.NonInteractiveExampleWarning")
 def test_task_states() -> None:
     """At most one accepted completion per task, never a lost one; permits never leak; waiting is bounded in bytes."""

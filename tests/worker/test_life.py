@@ -284,7 +284,7 @@ def test_release_not_supported(scripted: Scripted, worker_of: Make) -> None:
     for number in range(3):
         scripted.task(f"t{number}", attempt=2)
     assert begun.wait(GUARD)
-    until(lambda: worker.stats().waiting == 1)
+    until(lambda: worker.stats().waiting == 2)
     stopper = threading.Thread(target=worker.stop)
     stopper.start()
     for number in (1, 2):

@@ -64,6 +64,7 @@ def stored(folder: Path) -> List[str]:
         database.close()
 
 
+@pytest.mark.slow
 def test_results_survive_a_kill(make_platform: Callable[..., Any], tmp_path: Path) -> None:
     """A result made while the platform was away is delivered by the next process; its handler does not run again."""
     platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.0)
@@ -145,6 +146,7 @@ def test_the_sdk_takes_it_from_the_environment(platform: Any, tmp_path: Path, mo
     assert (tmp_path / "outbox.db").exists()
 
 
+@pytest.mark.slow
 def test_a_restored_failure_does_not_answer_a_new_try(make_platform: Callable[..., Any], tmp_path: Path) -> None:
     """A retryable failure from the outbox is delivered once; the platform's next try of the task runs."""
     platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.0)
@@ -213,6 +215,7 @@ def after(owner, name, path=""):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_kill_at_each_stage(make_platform: Callable[..., Any], tmp_path: Path, stage: str) -> None:
     """Killed at any stage of a task, the next process ends it: one accepted result, one run once it was on disk."""

@@ -503,6 +503,7 @@ def program_of(platform: Any) -> str:
     return MODULE.format(path=sys.path, url=platform.url, agent=AGENT, token=token)
 
 
+@pytest.mark.slow
 def test_a_program_whose_main_module_is_guarded(platform: Any, tmp_path: pathlib.Path) -> None:
     """Worker, outbox and handlers in one module, started under __main__: processes import it without starting it."""
     text = program_of(platform) + "\nif __name__ == '__main__':\n    worker.start(block=True)\n"
@@ -517,6 +518,7 @@ def test_a_program_whose_main_module_is_guarded(platform: Any, tmp_path: pathlib
     assert task["output"] == "hello"
 
 
+@pytest.mark.slow
 def test_a_program_whose_main_module_is_not_guarded(platform: Any, tmp_path: pathlib.Path) -> None:
     """Without the guard no second worker starts: the task fails, and the error output says how to fix it."""
     (tmp_path / "program.py").write_text(program_of(platform) + "\nworker.start(block=True)\n")

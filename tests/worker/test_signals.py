@@ -15,6 +15,8 @@ from ..conftest import AGENT
 from ..scripted import GUARD, Blackhole, Scripted, until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
+# Each runs a program.
+pytestmark = pytest.mark.slow
 
 PRELUDE = """
 import logging, os, signal, sys, threading, time

@@ -790,6 +790,7 @@ def test_task_states() -> None:
     drive(TaskStates, 25, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0 if LONG else 120)
 def test_task_states_over_http() -> None:
     """The same over real connections."""
