@@ -466,13 +466,20 @@ def _is_typed_dict(cl: Any) -> bool:
     return isinstance(cl, type) and issubclass(cl, dict) and hasattr(cl, "__required_keys__")
 
 
+def _qualifier_of(hint: Any) -> str:
+    return str(getattr(origin_of(hint), "_name", ""))
+
+
 def _typed_dict(converter: Any, cl: Any) -> Structure:
     cl = origin_of(cl)
     hints, required = hints_of(cl, list(cl.__annotations__)), set(cl.__required_keys__)
     for name, hint in hints.items():
         # Read here: where annotations are strings, Python itself decides for every key by __total__.
-        while getattr(origin_of(hint), "_name", None) in ("Required", "NotRequired", "ReadOnly"):
-            {"Required": required.add, "NotRequired": required.discard}.get(origin_of(hint)._name, len)(name)
+        while _qualifier_of(hint) in ("Required", "NotRequired", "ReadOnly"):
+            if _qualifier_of(hint) == "Required":
+                required.add(name)
+            elif _qualifier_of(hint) == "NotRequired":
+                required.discard(name)
             hint = hints[name] = typing.get_args(hint)[0]
     _check_constraints(converter, cl, hints)
     hooks = {name: _hook_of(converter, hint) for name, hint in hints.items()}
