@@ -43,7 +43,7 @@ class TaskControl:
 
     __slots__ = ("_event", "_progress", "_reason", "_watcher", "attempt", "end", "policy", "task")
 
-    def __init__(self, task: Task, end: Optional[float] = None, progress: Optional[ProgressSink] = None) -> None:
+    def __init__(self, task: Task, end: Optional[float] = None, *, progress: Optional[ProgressSink] = None) -> None:
         self.task = task
         self.attempt = task.attempt
         self.end = end
@@ -125,7 +125,7 @@ class TaskContext:
     def __init__(
         self, task: Task, *, deadline: Optional[float] = None, progress: Optional[ProgressSink] = None
     ) -> None:
-        self._control = TaskControl(task, deadline, progress)
+        self._control = TaskControl(task, deadline, progress=progress)
         self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
 
     # -- identity --
