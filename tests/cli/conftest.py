@@ -40,7 +40,7 @@ class Process:
         program: Tuple[str, ...] = ("-m", "sekuire"),
         **options: Any,
     ) -> None:
-        # -X dev: what is left open is told on stderr.
+        # -X dev: Python reports on stderr what is left open.
         self.popen = subprocess.Popen(
             [sys.executable, "-X", "dev", *program, *args],
             cwd=str(cwd),
@@ -160,7 +160,7 @@ def silent_url() -> Iterator[str]:
 
 
 def until(condition: Callable[[], Any]) -> Any:
-    """The condition's value once it is true; for what nobody announces."""
+    """Wait until the condition is true and return its value."""
     end = time.monotonic() + GUARD
     while True:
         value = condition()

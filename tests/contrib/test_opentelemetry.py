@@ -115,7 +115,7 @@ def test_a_failure_is_the_spans_error(
 def test_another_trace_id_is_an_attribute_only(
     scripted: Scripted, worker_of: Make, collected: Tuple[TracerProvider, InMemorySpanExporter], trace_id: Any
 ) -> None:
-    """A trace_id that is no traceparent makes no link."""
+    """A trace_id that is not a traceparent makes no link."""
     provider, exporter = collected
     worker = worker_of(scripted)
     worker.middleware(tracing(provider))

@@ -49,7 +49,7 @@ def local_threads() -> list[str]:
 
 
 def until(condition: Callable[[], Any], timeout: float = 5.0) -> Any:
-    """The condition's value once it is true; for what nobody announces."""
+    """Wait until the condition is true and return its value."""
     end = time.monotonic() + timeout
     while True:
         value = condition()
