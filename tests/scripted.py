@@ -8,35 +8,15 @@ import re
 import socket
 import socketserver
 import threading
-import time
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
 from urllib.parse import parse_qs, urlsplit
 
-#: Guards against a hang; no test measures with it.
-GUARD = 45.0
+from .support.waiting import GUARD as GUARD
+from .support.waiting import client_threads as client_threads
+from .support.waiting import until as until
 
 Answer = Union[Tuple[int, Any], Tuple[int, Any, Dict[str, str]], None]
-
-
-def until(condition: Callable[[], Any], timeout: float = GUARD) -> Any:
-    """The condition's value once it is true; for what nobody announces."""
-    end = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
-
-
-def client_threads() -> List[threading.Thread]:
-    """The library's threads, without those of a local platform."""
-    return [
-        thread
-        for thread in threading.enumerate()
-        if thread.name.startswith("sekuire-") and not thread.name.startswith("sekuire-local")
-    ]
 
 
 class Request:

@@ -13,24 +13,12 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import traceback
 import types
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-#: Seconds after which a test that waits for an event gives up. Nothing is asserted about times below it.
-PATIENCE = 30.0
-
-
-def until(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
-    """The condition's value once it is true; for what nobody announces."""
-    end = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
+from .support.waiting import GUARD as PATIENCE
+from .support.waiting import until as until
 
 
 class Request(NamedTuple):
@@ -235,7 +223,7 @@ def run_python(script: str, *args: str, forks: bool = False) -> subprocess.Compl
         check=False,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=PATIENCE,
         env=environ,
     )
     assert result.returncode == 0, result.stderr
@@ -367,7 +355,7 @@ class Certificates:
 
     @staticmethod
     def _run(*args: str) -> None:
-        subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=60)
+        subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=PATIENCE)
 
 
 def grant_of(number: int = 1, **fields: Any) -> Dict[str, Any]:

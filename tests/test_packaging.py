@@ -60,6 +60,7 @@ def modules() -> Set[str]:
     return {str(path.relative_to(ROOT)).replace("\\", "/") for path in (ROOT / "sekuire").rglob("*.py")}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     """Every module, the marker for type checkers, metadata; no tests, no benchmarks."""
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -101,6 +102,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert "[pytest11]\nsekuire = pytest_sekuire" in entry_points
 
 
+@pytest.mark.slow
 def test_sdist_is_complete(sdist: tarfile.TarFile) -> None:
     """Who has the sdist can read, test and build everything."""
     prefix = f"sekuire-{__version__}/"
@@ -151,6 +153,7 @@ def test_the_local_platform_names_its_extra(tmp_path: pathlib.Path) -> None:
     assert "pip install 'sekuire[local]'" in run([sys.executable, "-c", code], tmp_path)
 
 
+@pytest.mark.slow
 def test_module_and_script_are_the_same(tmp_path: pathlib.Path) -> None:
     """``python -m sekuire`` is the command ``sekuire``."""
     script = shutil.which("sekuire", path=str(pathlib.Path(sys.executable).parent))

@@ -341,11 +341,11 @@ def test_audit_events_are_waited_for(bench: Workbench, monkeypatch: pytest.Monke
         wait_idle(worker, platform=bench.platform)
         assert bench.platform.logs("tool_execution")[0]["event_data"]["task_id"] == task_id
         assert bench.platform.task(task_id)["agent_id"] == AGENT
-        monkeypatch.setattr(worker._audit, "flush", lambda timeout: False)
+        monkeypatch.setattr(worker.audit, "flush", lambda timeout: False)
         with pytest.raises(TimeoutError, match="audit events"):
             wait_idle(worker)
-    assert worker._sdk is not None
-    worker._sdk.shutdown()
+    assert worker.sdk is not None
+    worker.sdk.shutdown()
 
 
 # -- the plugin -------------------------------------------------------------------------------------------------------
@@ -361,6 +361,7 @@ def run_pytest(folder: pathlib.Path, code: str, *args: str) -> str:
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_the_fixtures(tmp_path: pathlib.Path) -> None:
     """The plugin gives platform, workers and environment, each test its own, and stops what it started."""
     code = """
@@ -396,6 +397,7 @@ def test_nothing_is_left():
     assert "4 passed" in run_pytest(tmp_path, code)
 
 
+@pytest.mark.slow
 def test_the_plugin_costs_nothing(tmp_path: pathlib.Path) -> None:
     """A run of pytest that uses no fixture of the plugin imports nothing of the library."""
     code = """
@@ -408,6 +410,7 @@ def test_it(pytestconfig):
     assert "1 passed" in run_pytest(tmp_path, code)
 
 
+@pytest.mark.slow
 def test_without_the_extra(tmp_path: pathlib.Path) -> None:
     """Where the local platform cannot run, a test that needs it says what to install; others run."""
     code = """

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     def make() -> Worker:
         worker = find(args.target, args.max_workers)
         if args.stop_when_idle is not None:
-            worker._reconfigure(stop_when_idle=args.stop_when_idle)
+            worker.reconfigure(stop_when_idle=args.stop_when_idle)
         return worker
 
     return runner.run(make, lambda error: report("worker", error), args.liveness_file)
@@ -211,7 +211,7 @@ def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
             f"{target} was already started by its module; put worker.start(...) under: if __name__ == '__main__':"
         )
     if max_workers is not None:
-        worker._reconfigure(max_workers=max_workers)
+        worker.reconfigure(max_workers=max_workers)
     return worker
 
 

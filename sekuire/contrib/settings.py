@@ -202,21 +202,14 @@ class Settings:
 
 
 def is_unprepared(executor: Any) -> bool:
-    """Whether ``executor`` runs calls in other processes, and has no function that each of them begins with."""
+    """Return True if ``executor`` runs calls in processes that do not begin with a function of the user's."""
     if executor is None:
         return False
-    # A web process, which has none, need not pay for these.
-    from ..executors.process import ProcessExecutor
-    from ..executors.remote import RemoteExecutor, is_remote
+    # A web process, which has none, need not pay for it.
+    from ..executors.backends import backend_of
 
-    if not is_remote(executor):
-        return False
-    while isinstance(executor, RemoteExecutor):
-        executor = executor._executor
-    if isinstance(executor, ProcessExecutor):
-        return executor.initializer is None
-    # As the standard library's pool has it; of others nothing is known.
-    return getattr(executor, "_initializer", None) is None
+    backend = backend_of(executor)
+    return backend is not None and not backend.is_prepared()
 
 
 def _check_outbox(path: Any, source: Optional[str] = None) -> None:
@@ -232,25 +225,20 @@ def _check_outbox(path: Any, source: Optional[str] = None) -> None:
 
 def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
     """Check the policy's options as the SDK will, without connecting to a shared store."""
-    from ..policy.client import PolicyClient, missing_packages
-    from ..policy.gateway import PolicyGateway
+    from ..policy.client import missing_packages
+    from ..policy.gateway import InstallationGateway
 
     # A web process does not need the extra. The worker reports that it is missing.
     if config.policy_gateway is not None or missing_packages():
         return
     options = {name: value for name, value in (config.policy_options or {}).items() if name != "storage_uri"}
     try:
-        client = PolicyClient._with(_ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path)
-        PolicyGateway._owning(client, lambda: None, options, config.environment)
+        InstallationGateway(config, options)
         return
     except ConfigurationError as error:
         found = error
     option = "policy_path" if found.option == "path" else found.option
     raise ConfigurationError(found.problem, option, found.source or sources.get(option or ""))
-
-
-def _ask_nothing(path: str, deadline: Any) -> Any:
-    raise NotImplementedError
 
 
 def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:

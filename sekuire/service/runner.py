@@ -91,16 +91,16 @@ def _serve(worker: Worker, report: Callable[[SekuireError], int]) -> int:
         code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
     except SekuireError as error:
         code = report(error)
-    if worker._sdk is not None:
+    if worker.sdk is not None:
         # The SDK's Beacon keeps the lease while it sends heartbeats. Its last one reports that the agent has stopped.
-        worker._sdk.shutdown()
+        worker.sdk.shutdown()
     return code
 
 
 def _is_busy(worker: Worker) -> bool:
     """Return True if handlers still run. The interpreter would wait for them without limit."""
     threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
-    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().stragglers)
+    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().overdue)
 
 
 def _leave_at_once(code: int) -> NoReturn:
@@ -135,7 +135,7 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
         yield
         return
     _touch(path)
-    thread = PeriodicThread("sekuire-liveness", lambda: _touch_if_alive(worker, path), lambda: LIVENESS_INTERVAL)
+    thread = PeriodicThread("sekuire-liveness", _Liveness(worker, path))
     thread.start()
     try:
         yield
@@ -144,6 +144,20 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
         thread.join(Deadline(_IDLE_TIME))
         with contextlib.suppress(OSError):
             os.remove(path)
+
+
+class _Liveness:
+    """Keep the file's time fresh. It runs on the thread of the liveness file."""
+
+    def __init__(self, worker: Worker, path: Union[str, os.PathLike[str]]) -> None:
+        self._worker = worker
+        self._path = path
+
+    def beat(self) -> None:
+        _touch_if_alive(self._worker, self._path)
+
+    def interval(self) -> float:
+        return LIVENESS_INTERVAL
 
 
 def _touch(path: Union[str, os.PathLike[str]]) -> None:

@@ -259,15 +259,27 @@ def _foreign(endpoint: str, answer: Answer) -> NotThePlatform:
     if _may_be_cut(answer):
         return NotThePlatform(TransportError("the answer ended early", retry_after=delay), delay)
     what = f"{status}, {protocol.one_line(_content_type(answer))[:80] or 'no content type'}"
-    text = protocol.page_text(answer.body)
-    hint = (
-        "a redirect, which is not followed" if 300 <= status < 400 else f"it says {text!r}" if text else "it is empty"
-    )
     return NotThePlatform(
-        TransportError(f"another server answered ({what}): {hint}", retry_after=delay),
+        TransportError(f"another server answered ({what}): {_words(answer)}", retry_after=delay),
         delay,
         is_fatal_at_first=is_fatal,
     )
+
+
+def _words(answer: Answer) -> str:
+    """Return what a foreign answer says of itself. JSON is not quoted as a whole: it may hold tokens."""
+    if 300 <= answer.status < 400:
+        return "a redirect, which is not followed"
+    text = protocol.page_text(answer.body)
+    if text[:1] in ("{", "["):
+        payload = (_object(answer.body) or {}) if answer.status >= 400 else {}
+        named = next(
+            (payload[name] for name in ("message", "detail", "title") if isinstance(payload.get(name), str)), ""
+        )
+        text = protocol.one_line(named)[:200]
+        if not text:
+            return "its JSON is not in the platform's form"
+    return f"it says {text!r}" if text else "it is empty"
 
 
 def _content_type(answer: Answer) -> str:

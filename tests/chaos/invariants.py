@@ -14,6 +14,8 @@ from .proxy import Beat, Seen
 UNBEGUN = frozenset({"worker_paused", "worker_terminated", "worker_shutdown", "policy_unavailable"})
 #: What the policy of a run denies, whatever comes in its place.
 FORBIDDEN = "work.forbidden"
+#: Seconds after which a worker has read an answer that was sent to it, and acted on it.
+SURELY_SETTLED = 0.4
 #: The processes of the second replica count from here.
 FIRST_TWIN = 10_001
 PLANNED = frozenset({"planned", "flaky"})
@@ -177,10 +179,10 @@ def _check_runs(evidence: Evidence, violations: List[str]) -> Counter[str]:
             violations.append(f"{task_id}: ran, and is not in the database")
             continue
         for before, after in zip(runs, runs[1:]):
-            if any(before.attempt <= one.attempt < after.attempt and one.status == "queued" for one in row.accepted):
+            if _is_tried_again(row, before, after):
                 counts["retry"] += 1
                 continue
-            if is_shared and _is_moved(runs, before, after):
+            if is_shared and _is_moved(row, runs, before, after):
                 counts["move"] += 1
                 continue
             problem = _unexplained(evidence, row, before, after, before.name in posted, task_id in dropped)
@@ -193,11 +195,16 @@ def _check_runs(evidence: Evidence, violations: List[str]) -> Counter[str]:
     return counts
 
 
-def _is_moved(runs: Sequence[Run], before: Run, after: Run) -> bool:
-    """Return True if the platform gave the task to the other replica, which had not run it before."""
+def _is_tried_again(row: TaskRow, before: Run, after: Run) -> bool:
+    """Return True if the platform accepted a retryable failure between two runs."""
+    return any(before.attempt <= one.attempt < after.attempt and one.status == "queued" for one in row.accepted)
+
+
+def _is_moved(row: TaskRow, runs: Sequence[Run], before: Run, after: Run) -> bool:
+    """Return True if the platform gave the task to the other replica, which has no result of an earlier run of it."""
     is_other = (before.process >= FIRST_TWIN) != (after.process >= FIRST_TWIN)
-    earlier = runs[: runs.index(after)]
-    return is_other and after.attempt > before.attempt and after.process not in {run.process for run in earlier}
+    own = [run for run in runs[: runs.index(after)] if run.process == after.process]
+    return is_other and after.attempt > before.attempt and all(_is_tried_again(row, run, after) for run in own)
 
 
 def _unexplained(
@@ -236,9 +243,11 @@ def _check_posts(evidence: Evidence, violations: List[str]) -> None:
         task_id = seen.task_id
         if seen.kind == "given":
             given[task_id] += 1
-            if task_id in settled:
-                # The platform took a failure and tries again: what comes next is another run's result.
-                answered[task_id] = settled.pop(task_id)
+            accepted = settled.pop(task_id, None)
+            if accepted is not None and seen.at - accepted.at > SURELY_SETTLED:
+                # The platform took a failure and tries again: what comes next is another run's result. Where both come
+                # at once, a worker may see the next try first, and rightly take it for a repetition of this one.
+                answered[task_id] = accepted
             continue
         mine = (task_id, seen.worker_id)
         if seen.kind == "dropped":

@@ -82,7 +82,7 @@ class Rule(NamedTuple):
 class Seen(NamedTuple):
     """What passed, in this order: a task ``given``, a result ``posted``, its answer ``accepted`` or ``dropped``.
 
-    An answer is noted after all of it was sent, the others before.
+    An answer is noted after all of it was sent, the others before. ``at`` is the monotonic time of the first and third.
     """
 
     kind: str
@@ -91,6 +91,7 @@ class Seen(NamedTuple):
     worker_id: str = ""
     run: str = ""
     attempt: int = 0
+    at: float = 0.0
 
 
 class Beat(NamedTuple):
@@ -528,7 +529,7 @@ class _Connection:
             if status in (404, 410):
                 proxy.seen.append(posted._replace(kind="dropped"))
             elif 200 <= status < 300:
-                proxy.seen.append(posted._replace(kind="accepted"))
+                proxy.seen.append(posted._replace(kind="accepted", at=time.monotonic()))
 
     def _send_page(self, path: str, interim: bytes, worker_id: str = "") -> None:
         page = self._proxy.draw_page(self._dice, path, self._proxy.is_proven(path, worker_id))
@@ -683,7 +684,7 @@ class _Connection:
         """Note the tasks in ``text``; the end that may hold the beginning of another one."""
         end = 0
         for match in _GIVEN.finditer(text):
-            self._proxy.seen.append(Seen("given", match.group(1).decode()))
+            self._proxy.seen.append(Seen("given", match.group(1).decode(), at=time.monotonic()))
             end = match.end()
         return text[max(end, len(text) - _LONGEST_ID) :]
 

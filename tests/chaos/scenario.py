@@ -40,7 +40,7 @@ KINDS: Dict[str, Tuple[str, ...]] = {
 }
 
 #: Seconds for a process to begin, to answer, to stop.
-_PATIENCE = 60.0
+_PATIENCE = 240.0
 _SUBMIT_BATCH = 100
 #: Seconds without any trouble in which every task must come to its end.
 _STUCK = 30.0
@@ -527,7 +527,8 @@ class Scenario:
             "token_lifetime": 20.0,
             "keepalive_interval": 1.0,
             "redelivery_delay": 0.5,
-            "retry_delay": 0.05,
+            # Mostly after the answer to the failure was surely read.
+            "retry_delay": 0.6,
         }
         platform = Child(
             "platform_process", {"path": self._path("platform.db"), "options": options}, self._path("platform.log")

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -16,8 +15,8 @@ import pytest
 from sekuire.cli import main
 from sekuire.local import LocalPlatform
 
-#: Guards against a hang, in seconds; no test measures with it.
-GUARD = 90.0
+from ..support.waiting import GUARD
+
 AGENT = "cli-agent"
 POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
 
@@ -157,17 +156,6 @@ def silent_url() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen(16)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    """Wait until the condition is true and return its value."""
-    end = time.monotonic() + GUARD
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def variables(platform: LocalPlatform, **more: str) -> Dict[str, str]:

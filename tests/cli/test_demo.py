@@ -17,7 +17,8 @@ from sekuire.cli import demo
 from sekuire.cli.demo import Piece, summarize
 from sekuire.local import LocalPlatform
 
-from .conftest import GUARD, POSIX_ONLY, Call, Run, clean_environ
+from ..support.waiting import GUARD
+from .conftest import POSIX_ONLY, Call, Run, clean_environ
 
 TEXT = """# A title
 
@@ -39,6 +40,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file(run: Run, file: Path) -> None:
     """Its paragraphs are summarized; table, pause, resume, terminate and summary are shown; all in far under 20 s."""
     begun = time.monotonic()
@@ -64,6 +66,7 @@ def test_a_file(run: Run, file: Path) -> None:
     assert set(err.splitlines()) <= set(steps)
 
 
+@pytest.mark.slow
 def test_without_a_file(run: Run) -> None:
     """The standard library's docstrings, bounded; the table is bounded too."""
     code, out, err = run("demo", "--limit", "20").end()
@@ -74,6 +77,7 @@ def test_without_a_file(run: Run) -> None:
     assert "20 of 20 (100 %)" in err
 
 
+@pytest.mark.slow
 def test_no_module_is_imported_for_its_docstring() -> None:
     """The docstrings are read from the sources: `this` and `antigravity` have effects."""
     before = set(sys.modules)
@@ -246,6 +250,7 @@ def _ignore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 @pytest.mark.parametrize("background", [False, True])
 def test_ctrl_c(run: Run, tmp_path: Path, background: bool) -> None:
@@ -321,6 +326,7 @@ def _screen_lines(written: str) -> List[str]:
     return [state for line in text.split("\n") for state in line.split("\r")]
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_progress_bar_on_a_terminal(tmp_path: Path, file: Path) -> None:
     """A bar that grows in place, full at the end; colours; no line wider than the terminal."""
@@ -335,6 +341,7 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path, file: Path) -> None:
     assert max(cell_len(bar) for bar in bars) < 60
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_no_color(tmp_path: Path, file: Path) -> None:
     """NO_COLOR keeps the bar and leaves out the colours."""
@@ -344,6 +351,7 @@ def test_no_color(tmp_path: Path, file: Path) -> None:
     assert "█" in written
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_dumb_terminal(tmp_path: Path, file: Path) -> None:
     """No bar and no colours, but lines."""
@@ -354,6 +362,7 @@ def test_a_dumb_terminal(tmp_path: Path, file: Path) -> None:
     assert "summarizing: 4 of 4 (100 %)" in written
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_log_lines_go_above_the_bar(tmp_path: Path, file: Path) -> None:
     """A log line never stands behind the bar."""
@@ -363,6 +372,7 @@ def test_log_lines_go_above_the_bar(tmp_path: Path, file: Path) -> None:
     assert behind == []
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 @pytest.mark.parametrize("columns", [1, 8, 20, 40])
 def test_a_narrow_terminal(tmp_path: Path, file: Path, columns: int) -> None:
@@ -374,6 +384,7 @@ def test_a_narrow_terminal(tmp_path: Path, file: Path, columns: int) -> None:
     assert all(cell_len(bar) < columns for bar in bars)
 
 
+@pytest.mark.slow
 def test_the_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """At every width, with wide characters too; columns go before the text does."""
     monkeypatch.setenv("NO_COLOR", "1")

@@ -21,7 +21,8 @@ from sekuire.cli import dev
 from sekuire.policy.document import thaw
 
 from ..contract.client import Client
-from .conftest import POSIX_ONLY, Call, Process, Run, until
+from ..support.waiting import until
+from .conftest import POSIX_ONLY, Call, Process, Run
 
 
 def exported(process: Process) -> Dict[str, str]:
@@ -69,6 +70,7 @@ def test_it_prints_the_environment_and_stops(run: Run, number: int) -> None:
     assert "Warning" not in err
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_it_shows_audit_events(run: Run) -> None:
     """With --show-logs every audit event is a line on stderr, with nothing in it that could steer the terminal."""
@@ -104,6 +106,7 @@ def test_a_signal_while_a_worker_is_connected(run: Run) -> None:
         worker.stop(1.0)
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_database_keeps_the_state(run: Run, tmp_path: Path) -> None:
     """With --db a restarted platform has the same API key and tasks."""
@@ -177,6 +180,7 @@ def test_shells() -> None:
 POLICY = {"agent": {"capabilities": {"denied_capabilities": ["drop"]}}}
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_policy(run: Run, tmp_path: Path) -> None:
     """--policy makes a file's content the signed, active policy; saving the file makes it active again."""
@@ -238,6 +242,7 @@ def test_a_policy_that_cannot_be_used(call: Call, tmp_path: Path, text: Optional
     assert problem in err
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_faults(run: Run) -> None:
     """--fault injects; the faults are listed at the start and their counts at the end, on stderr."""
@@ -288,6 +293,7 @@ def test_faults(run: Run) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_no_fault_is_not_spoken_of(run: Run) -> None:
     """Without --fault nothing is said of faults."""

@@ -12,6 +12,7 @@ import pytest
 
 import sekuire
 
+from ..support.waiting import GUARD
 from .conftest import POSIX_ONLY, Call, Run, clean_environ
 
 COMMANDS = ("demo", "dev", "worker", "send", "doctor")
@@ -52,7 +53,7 @@ def test_wrong_usage_is_2(call: Call, args: tuple[str, ...]) -> None:
 def test_nothing_heavy_is_imported_for_nothing(run: Run) -> None:
     """The web server of the local platform is imported by the commands that run it only."""
     program = "import sys, sekuire.cli; print([n for n in ('flask', 'cheroot', 'sekuire.local') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=GUARD)
     assert done.stdout.strip() == b"[]"
 
 
@@ -69,7 +70,7 @@ def test_missing_extra(tmp_path: Path, command: str, missing: str) -> None:
         cwd=str(tmp_path),
         env=clean_environ(),
         capture_output=True,
-        timeout=60,
+        timeout=GUARD,
     )
     assert done.returncode == 2
     lines = done.stderr.decode().splitlines()
@@ -77,6 +78,7 @@ def test_missing_extra(tmp_path: Path, command: str, missing: str) -> None:
     assert "pip install 'sekuire[local]'" in lines[0]
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_pipe_is_quiet(run: Run) -> None:
     """`sekuire demo | head`: once stdout is closed the command ends and writes nothing to stderr."""
@@ -87,6 +89,7 @@ def test_a_closed_pipe_is_quiet(run: Run) -> None:
     assert process.end()[::2] == (1, "")
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_pipe_in_the_middle_stops_all(run: Run) -> None:
     """The platform and the worker of the demo are stopped in order when stdout's reader leaves."""
@@ -102,6 +105,7 @@ def test_a_closed_pipe_in_the_middle_stops_all(run: Run) -> None:
     assert "error" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_told(run: Run) -> None:
     """Output that cannot be written is a failure with its reason."""
@@ -111,6 +115,7 @@ def test_a_full_disk_is_told(run: Run) -> None:
     assert err == "sekuire demo: error: cannot write the output: No space left on device\n"
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_stderr_changes_nothing(run: Run, tmp_path: Path) -> None:
     """Progress and errors are dropped."""
@@ -124,6 +129,7 @@ def test_a_closed_stderr_changes_nothing(run: Run, tmp_path: Path) -> None:
     assert "failures   0" in out
 
 
+@pytest.mark.slow
 def test_an_encoding_without_the_character(run: Run, tmp_path: Path) -> None:
     """What the output's encoding lacks is replaced."""
     (tmp_path / "a.txt").write_text("日本語 é\n", encoding="utf-8")

@@ -17,10 +17,11 @@ import pytest
 from sekuire.local import LocalPlatform
 from sekuire.service.reloader import program
 
-from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, until, variables
+from ..support.waiting import GUARD, until
+from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, variables
 
 pytest.importorskip("watchfiles")
-pytestmark = POSIX_ONLY
+pytestmark = [POSIX_ONLY, pytest.mark.slow]
 
 #: A worker from the environment alone; the second part differs from save to save.
 MODULE = """
@@ -69,7 +70,7 @@ def begin(run: Run, environment: Dict[str, str], *args: str) -> Process:
 
 
 def answer(platform: LocalPlatform, input: Any = None) -> Any:
-    return platform.wait(platform.submit("answer", input, agent_id=AGENT), timeout=30)["output"]
+    return platform.wait(platform.submit("answer", input, agent_id=AGENT), timeout=GUARD)["output"]
 
 
 def children(process: Process) -> List[int]:
@@ -96,7 +97,7 @@ def test_a_save_drains_and_restarts(
     process.line("stderr", "signal 15: stopping")
     assert platform.task(running)["status"] == "assigned"
     (tmp_path / "go").touch()
-    assert platform.wait(running, timeout=30)["output"] == "one"
+    assert platform.wait(running, timeout=GUARD)["output"] == "one"
     # Until the old one has begun to drain, it may still take a task.
     until(lambda: answer(platform) == "two")
     (second,) = children(process)
@@ -163,7 +164,7 @@ def test_the_death_of_the_reloader(
     process.signal(signal.SIGKILL)
     process.line("stderr", "signal 15: stopping")
     (tmp_path / "go").touch()
-    assert platform.wait(running, timeout=30)["output"] == "one"
+    assert platform.wait(running, timeout=GUARD)["output"] == "one"
     process.end()
     until(lambda: is_gone(child))
     assert platform.heartbeats(platform.installations()[0]["installation_id"])[-1]["status"] == "stopped"

@@ -16,7 +16,8 @@ from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
 from sekuire.service import runner
 
-from .conftest import AGENT, GUARD, POSIX_ONLY, Call, Process, Run, until, variables
+from ..support.waiting import GUARD, until
+from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, variables
 
 #: A worker whose handler reports by its progress that it runs, and ends when a file exists.
 BASE = """
@@ -397,7 +398,7 @@ def test_a_started_worker_is_not_resized() -> None:
     worker = create_worker(agent_id=AGENT, install_token="skt_x")
     worker.stop()
     with pytest.raises(ConfigurationError, match="max_workers: cannot be changed once the worker was started"):
-        worker._reconfigure(max_workers=2)
+        worker.reconfigure(max_workers=2)
 
 
 def test_a_signal_after_the_worker_ran(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import secrets
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from urllib.parse import quote, urlencode, urlsplit
 
+from ..support.waiting import GUARD
+
 API = "/api/v1"
 
 
@@ -80,7 +82,7 @@ class Stream:
 class Client:
     """Requests to one platform, each on a connection of its own."""
 
-    def __init__(self, url: str, api_key: str, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, api_key: str, timeout: float = GUARD) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self.address: Tuple[str, int] = (parts.hostname, parts.port or 80)

@@ -26,7 +26,7 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Run
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 django = pytest.importorskip("django")
 
@@ -427,6 +427,7 @@ class TestCommand:
             "SEKUIRE_INSTALL_TOKEN": platform.create_install_token(AGENT),
         }
 
+    @pytest.mark.slow
     @POSIX_ONLY
     def test_drains_on_sigterm(
         self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
@@ -445,6 +446,7 @@ class TestCommand:
         assert platform.task(task_id)["output"] == "done"
         assert not (project / "alive").exists()
 
+    @pytest.mark.slow
     @POSIX_ONLY
     def test_ends_when_idle(self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]) -> None:
         """A drain that cron starts."""
@@ -454,6 +456,7 @@ class TestCommand:
         assert process.end()[0] == 0
         assert platform.task(task_id)["output"] == "done"
 
+    @pytest.mark.slow
     @POSIX_ONLY
     def test_refused_credentials(self, project: Path, run: Run, variables: Dict[str, str]) -> None:
         """A clear line, exit code 1, no traceback."""
@@ -472,6 +475,7 @@ class TestCommand:
             call_command("run_sekuire_worker")
         assert caught.value.returncode == 2
 
+    @pytest.mark.slow
     @POSIX_ONLY
     @pytest.mark.parametrize(
         "program", [("manage.py", "run_sekuire_worker", "--reload"), ("-m", "django", "run_sekuire_worker", "--reload"),
@@ -531,4 +535,4 @@ class TestCommand:
 def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Django does not pay for it."""
     code = "import sekuire, sys; sys.exit('django' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0

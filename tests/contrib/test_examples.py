@@ -18,11 +18,11 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Run, clean_environ
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
-pytestmark = POSIX_ONLY
+pytestmark = [POSIX_ONLY, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def command(directory: pathlib.Path, *args: str, env: Dict[str, str]) -> str:
         env=clean_environ(**env),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=GUARD,
         check=False,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -21,7 +21,7 @@ from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Process, Run
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 #: A public key as a policy's are; nobody has the private one.
 KEY = "3b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29"
@@ -46,7 +46,7 @@ def app(settings: Dict[str, Any]) -> flask.Flask:
 
 def outputs(platform: LocalPlatform, worker: Worker, *tasks: Any) -> List[Any]:
     """What a worker makes of the tasks (capability and input): an output, or an error's code."""
-    sdk: SekuireSDK = worker._sdk
+    sdk: SekuireSDK = worker.sdk
     sdk.start()
     try:
         with worker:
@@ -175,13 +175,13 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     sekuire = Sekuire(app)
     sekuire.task("x")(lambda ctx, input: None)
     worker = sekuire.create_worker(app, task_timeout=1.5)
-    config = worker._config
+    config = worker.config
     assert (config.agent_id, config.max_workers, config.task_timeout) == (AGENT, 3, 1.5)
     assert config.outbox == str(tmp_path / "outbox.db")
-    assert worker._sdk._config.workspace_id == "ws-1"
-    assert worker._sdk._config.credentials_store is not None
+    assert worker.sdk._config.workspace_id == "ws-1"
+    assert worker.sdk._config.credentials_store is not None
     worker.stop()
-    worker._sdk.shutdown()
+    worker.sdk.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -285,6 +285,7 @@ def name_of_app(ctx: Any, input: Any) -> str:
     return flask.current_app.name
 
 
+@pytest.mark.slow
 def test_handlers_in_other_processes(
     platform: LocalPlatform, app: flask.Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -341,6 +342,7 @@ def variables(settings: Dict[str, Any]) -> Dict[str, str]:
     return {name: str(value) for name, value in settings.items() if "INTERVAL" not in name}
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_drains_on_sigterm(
     platform: LocalPlatform,
@@ -367,6 +369,7 @@ def test_the_command_drains_on_sigterm(
     assert platform.heartbeats(installation["installation_id"])[-1]["status"] == "stopped"
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_with_wrong_settings(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """One line and exit code 2."""
@@ -377,6 +380,7 @@ def test_the_command_with_wrong_settings(tmp_path: Path, run: Run, variables: Di
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_reloads(platform: LocalPlatform, tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """--reload runs the new code after a save."""
@@ -396,6 +400,7 @@ def test_the_command_reloads(platform: LocalPlatform, tmp_path: Path, run: Run, 
     assert process.end()[0] == 0
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_reloads_once(platform: LocalPlatform, tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """Where a variable of Flask's asks for it, the child has that too, and is a worker all the same."""
@@ -407,6 +412,7 @@ def test_the_command_reloads_once(platform: LocalPlatform, tmp_path: Path, run: 
     assert process.end()[0] == 0
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_does_not_reload_when_idle(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """The two options contradict each other."""
@@ -414,6 +420,7 @@ def test_the_command_does_not_reload_when_idle(tmp_path: Path, run: Run, variabl
     assert (code, "--stop-when-idle does not go with --reload" in err) == (2, True)
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_the_command_reloads_without_the_extra(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """One line that names it, and no traceback."""
@@ -431,7 +438,7 @@ def test_the_command_reloads_without_the_extra(tmp_path: Path, run: Run, variabl
 def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
     """The import's error names what to install."""
     code = f"import sys; sys.modules[{package!r}] = None; import sekuire.contrib.{bridge}"
-    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD, capture_output=True, text=True)
     last = ran.stderr.splitlines()[-1]
     assert last.startswith("ModuleNotFoundError: ")
     assert last.endswith(f"pip install 'sekuire[{extra}]'")
@@ -440,4 +447,4 @@ def test_without_the_extra(package: str, bridge: str, extra: str) -> None:
 def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Flask does not pay for it."""
     code = "import sekuire, sys; sys.exit('flask' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0

@@ -116,6 +116,7 @@ def test_a_file_that_is_no_text(path: pathlib.Path) -> None:
         CredentialsFile(path).load()
 
 
+@pytest.mark.slow
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists))
 def test_any_content_is_decoded_or_refused(value: Any) -> None:
     """Whatever the fields of a file hold, they are read or refused."""
@@ -389,6 +390,7 @@ def test_a_failed_write_warns_anew_after_a_good_one(path: pathlib.Path, caplog: 
     assert len(caplog.records) == 2
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_half_a_file(path: pathlib.Path) -> None:
     """While one thread writes again and again, readers without a lock see whole files only."""
     file = CredentialsFile(path)

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from ..support.waiting import GUARD
 from .markdown import read
 
 #: Import paths that are promised beside those that docs/reference.md lists.
@@ -38,7 +39,7 @@ def test_a_package_loads_its_modules_late() -> None:
         "    assert set(package.__all__) <= set(dir(package))\n"
         "    assert not hasattr(package, 'Nothing')\n"
     )
-    shown = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=60).stdout
+    shown = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, timeout=GUARD).stdout
     assert json.loads(shown) == [
         "sekuire", "sekuire._internal", "sekuire._internal.lazy", "sekuire.audit", "sekuire.executors",
         "sekuire.handlers", "sekuire.policy", "sekuire.version", "sekuire.worker",

@@ -25,8 +25,8 @@ import pytest
 
 from sekuire.local import LocalPlatform
 
+from ..support.waiting import GUARD, until
 from .markdown import PAGES, ROOT, Block, blocks
-from .waiting import GUARD, until
 
 #: Blocks that do not run here, and why; the page says the same, in a comment before the block.
 NOT_RUN = {
@@ -64,6 +64,7 @@ BACKGROUND = {
 NO_CODE = ("text", "ini", "{toctree}", "{eval-rst}", "{include} ../CHANGELOG.md", "{include} ../SECURITY.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_snippets_of_a_page_run(page: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader who copies the page's snippets, from its top to its end, sees what the page says."""
@@ -189,7 +190,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=GUARD,
             check=False,
         )
         background = "".join(one.said() for one in self._background)

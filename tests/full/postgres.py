@@ -10,9 +10,7 @@ import signal
 import subprocess
 from typing import Any, Dict, Iterator, Optional
 
-from ..scripted import until
-
-PATIENCE = 60.0
+from ..support.waiting import GUARD, until
 
 
 def program(name: str) -> str:
@@ -36,14 +34,14 @@ def postgres(directory: pathlib.Path) -> Iterator[Dict[str, Any]]:
     data = str(directory / "data")
     subprocess.run(
         [program("initdb"), "--auth=trust", "--username=tester", "--no-sync", "--pgdata", data],
-        check=True, cwd=directory, stdout=subprocess.DEVNULL, timeout=PATIENCE, **options,
+        check=True, cwd=directory, stdout=subprocess.DEVNULL, timeout=GUARD, **options,
     )  # fmt: skip
     command = [program("postgres"), "-D", data, "-k", str(directory), "-h", "", "-F"]
     with open(directory / "postgres.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log, **options)
         try:
-            until((directory / ".s.PGSQL.5432").exists, PATIENCE)
+            until((directory / ".s.PGSQL.5432").exists, GUARD)
             yield {"HOST": str(directory), "NAME": "postgres", "USER": "tester"}
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(PATIENCE)
+            process.wait(GUARD)

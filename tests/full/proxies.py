@@ -13,8 +13,8 @@ import time
 from typing import Iterator, List
 
 from ..servers import free_port
+from ..support.waiting import GUARD
 
-GUARD = 45.0
 #: Where Debian has them, though not on every user's path.
 _ELSEWHERE = ("/usr/sbin", "/usr/local/sbin")
 

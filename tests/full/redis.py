@@ -9,8 +9,9 @@ import subprocess
 import time
 from typing import Iterator
 
+from ..support.waiting import GUARD
+
 PROGRAM = "redis-server"
-GUARD = 30.0
 
 
 def free_port() -> int:

@@ -17,7 +17,8 @@ from sekuire.local import LocalPlatform
 from ..cli.conftest import Run
 from ..cli.conftest import run as run
 from ..conftest import AGENT
-from .postgres import PATIENCE, postgres
+from ..support.waiting import GUARD
+from .postgres import postgres
 
 pytestmark = pytest.mark.full
 
@@ -82,7 +83,7 @@ def worker(server: Dict[str, Any], platform: LocalPlatform, tmp_path: pathlib.Pa
 
 
 def ask(platform: LocalPlatform, capability: str, input: Any = None) -> Any:
-    done = platform.wait(platform.submit(capability, input, agent_id=AGENT), timeout=PATIENCE)
+    done = platform.wait(platform.submit(capability, input, agent_id=AGENT), timeout=GUARD)
     assert done["status"] == "completed", done
     return done["output"]
 
@@ -93,7 +94,7 @@ def test_persistent_connections(worker: Any, platform: LocalPlatform) -> None:
     first = ask(platform, "backend")
     assert ask(platform, "backend") == first
     # Ended by itself, so that the connection is dead when the next task begins.
-    done = platform.wait(platform.submit("kill", first, agent_id=AGENT), timeout=PATIENCE)
+    done = platform.wait(platform.submit("kill", first, agent_id=AGENT), timeout=GUARD)
     assert done["status"] == "failed"
     second = ask(platform, "backend")
     assert second != first
@@ -104,7 +105,7 @@ def test_without_persistence(worker: Any, platform: LocalPlatform) -> None:
     """By default each task has a connection of its own, and none is left behind."""
     worker("--max-workers", "4")
     tasks = [platform.submit("backend", None, agent_id=AGENT) for _ in range(12)]
-    found = [platform.wait(task, timeout=PATIENCE)["output"] for task in tasks]
+    found = [platform.wait(task, timeout=GUARD)["output"] for task in tasks]
     assert len(set(found)) == 12
     # The one that asks.
     assert ask(platform, "backends") == 1
@@ -118,6 +119,6 @@ def test_a_pool(worker: Any, platform: LocalPlatform) -> None:
         pytest.skip("Django has pools since 5.1")
     worker("--max-workers", "8", OPTIONS={"pool": {"min_size": 1, "max_size": 2}})
     tasks = [platform.submit("backend", None, agent_id=AGENT) for _ in range(40)]
-    found = [platform.wait(task, timeout=PATIENCE)["output"] for task in tasks]
+    found = [platform.wait(task, timeout=GUARD)["output"] for task in tasks]
     assert len(set(found)) <= 2
     assert ask(platform, "backends") <= 2

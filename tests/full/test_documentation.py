@@ -12,12 +12,12 @@ from typing import Dict, List
 
 import pytest
 
+from ..support.waiting import GUARD
 from .browser import Answer, chromium, console, serve
 
 pytestmark = pytest.mark.full
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-PATIENCE = 60.0
 
 #: Put before a page's end: tells the server when everything is loaded, with what the page shows.
 PROBE = b"""<script>addEventListener("load", () => setTimeout(() => fetch("/loaded?" + new URLSearchParams({
@@ -39,7 +39,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         str(ROOT / "docs"),
         str(target),
     ]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=GUARD, check=False
+    )
     assert ran.returncode == 0, ran.stdout
     return target
 
@@ -79,7 +81,7 @@ def test_pages_open_without_errors(built: pathlib.Path, tmp_path: pathlib.Path) 
         # Names other than this machine's do not resolve, so that a page that needs the network shows it.
         offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
         with serve(site) as port, chromium(directory, f"http://127.0.0.1:{port}/{page}.html", offline) as log:
-            seen = site.loaded.get(timeout=PATIENCE)
+            seen = site.loaded.get(timeout=GUARD)
         assert seen["page"] == f"/{page}.html"
         assert "sekuire" in seen["title"]
         assert int(seen["links"]) > 5
@@ -92,5 +94,5 @@ def test_a_failing_script_is_seen(tmp_path: pathlib.Path) -> None:
     (tmp_path / "bad.html").write_text("<title>bad</title><body><script>noSuchName()</script></body>", encoding="utf-8")
     site = Site(tmp_path)
     with serve(site) as port, chromium(tmp_path, f"http://127.0.0.1:{port}/bad.html") as log:
-        site.loaded.get(timeout=PATIENCE)
+        site.loaded.get(timeout=GUARD)
     assert any("noSuchName is not defined" in line for line in console(log))

@@ -12,11 +12,11 @@ import pytest
 
 from sekuire.local import LocalPlatform
 
+from ..support.waiting import GUARD
 from .browser import Answer, chromium, serve
 
 pytestmark = pytest.mark.full
 
-PATIENCE = 60.0
 
 #: Tries everything that a page can; "X" stands for the platform's address, "K" for its API key, which a page would
 #: not even know. Its findings go to the server that it came from.
@@ -101,7 +101,7 @@ def test_a_page_of_another_origin_is_refused(platform: LocalPlatform, tmp_path: 
     """Nothing that a page sends is carried out or readable, not even with the API key: each try is answered 403."""
     attacker = Attacker(SCRIPT.replace("X/", platform.url + "/").replace('"K"', json.dumps(platform.api_key)))
     with serve(attacker) as port, chromium(tmp_path, f"http://127.0.0.1:{port}/"):
-        found = attacker.found.get(timeout=PATIENCE)
+        found = attacker.found.get(timeout=GUARD)
 
     assert set(found) == {
         "read", "read with the key", "simple post", "post with the key", "put", "form", "stream", "opaque origin",
@@ -149,7 +149,7 @@ def test_a_name_that_moves_to_this_machine_is_refused(platform: LocalPlatform, t
         if not path.startswith("/api/"):
             return attacker(method, path, headers, body)
         assert headers["Host"] == f"rebound.example:{port}"
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GUARD)
         try:
             connection.request(method, path, body or None, headers)
             answer = connection.getresponse()
@@ -159,7 +159,7 @@ def test_a_name_that_moves_to_this_machine_is_refused(platform: LocalPlatform, t
 
     rules = "--host-resolver-rules=MAP rebound.example 127.0.0.2"
     with serve(moved, "127.0.0.2", port), chromium(tmp_path, f"http://rebound.example:{port}/", rules):
-        found = attacker.found.get(timeout=PATIENCE)
+        found = attacker.found.get(timeout=GUARD)
 
     assert {name: one["status"] for name, one in found.items()} == {"read": 421, "post": 421}
     assert platform.api_key not in json.dumps(found)
@@ -170,7 +170,7 @@ def test_a_name_that_moves_to_this_machine_is_refused(platform: LocalPlatform, t
 
 def test_the_tries_would_succeed_from_outside_a_browser(platform: LocalPlatform) -> None:
     """The same request without an Origin and with the platform's own Host is taken: the tests above test something."""
-    connection = http.client.HTTPConnection(platform.url[len("http://") :], timeout=10)
+    connection = http.client.HTTPConnection(platform.url[len("http://") :], timeout=GUARD)
     body = json.dumps({"agent_id": "victim", "capability": "steal", "input": None})
     try:
         connection.request("POST", "/api/v1/tasks", body, {"X-API-Key": platform.api_key})
@@ -181,7 +181,7 @@ def test_the_tries_would_succeed_from_outside_a_browser(platform: LocalPlatform)
 
 
 def tasks_of(platform: LocalPlatform) -> Any:
-    connection = http.client.HTTPConnection(platform.url[len("http://") :], timeout=10)
+    connection = http.client.HTTPConnection(platform.url[len("http://") :], timeout=GUARD)
     try:
         connection.request("GET", "/api/v1/tasks", headers={"X-API-Key": platform.api_key})
         return json.load(connection.getresponse())["tasks"]

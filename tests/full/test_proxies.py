@@ -14,8 +14,8 @@ import pytest
 from sekuire.local import LocalPlatform
 
 from ..conftest import AGENT
-from ..scripted import client_threads, until
 from ..servers import Certificates
+from ..support.waiting import GUARD, client_threads, until
 from .proxies import Nginx, haproxy, squid
 
 pytestmark = pytest.mark.full
@@ -65,7 +65,7 @@ def submit(platform: LocalPlatform, first: int, count: int = TASKS) -> List[str]
 
 def check_delivered(platform: LocalPlatform, runs: Counter[int], tasks: List[str]) -> None:
     """Every task is completed with its own result, and each number ran once."""
-    outputs = [platform.wait(task_id, timeout=60.0).get("output") for task_id in tasks]
+    outputs = [platform.wait(task_id, timeout=GUARD).get("output") for task_id in tasks]
     assert outputs == [2 * number for number in range(len(tasks))]
     assert runs == collections.Counter(range(len(tasks)))
 

@@ -21,12 +21,11 @@ from sekuire.local import LocalPlatform
 from ..cli.conftest import clean_environ
 from ..conftest import AGENT
 from ..docs.markdown import blocks, read
-from ..scripted import until
+from ..support.waiting import GUARD, until
 
 pytestmark = pytest.mark.full
 
 PAGE = "docs/running.md"
-PATIENCE = 60.0
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def running(command: List[str], directory: pathlib.Path, environ: Dict[str, str]
     try:
         yield process
         process.send_signal(number)
-        assert process.wait(PATIENCE) == 0, pathlib.Path(log.name).read_text()
+        assert process.wait(GUARD) == 0, pathlib.Path(log.name).read_text()
     except BaseException:
         print(pathlib.Path(log.name).read_text())
         raise
@@ -74,7 +73,7 @@ def running(command: List[str], directory: pathlib.Path, environ: Dict[str, str]
 
 
 def double(platform: LocalPlatform, number: int) -> Any:
-    return platform.wait(platform.submit("double", number, agent_id=AGENT), timeout=PATIENCE)["output"]
+    return platform.wait(platform.submit("double", number, agent_id=AGENT), timeout=GUARD)["output"]
 
 
 def last_heartbeat(platform: LocalPlatform) -> Dict[str, Any]:
@@ -105,7 +104,7 @@ def test_supervisord(platform: LocalPlatform, directory: pathlib.Path, environ: 
         assert double(platform, 1) == 2
         (pid,) = spawned(directory)
         os.kill(pid, signal.SIGKILL)
-        until(lambda: len(spawned(directory)) == 2, PATIENCE)
+        until(lambda: len(spawned(directory)) == 2, GUARD)
         assert double(platform, 2) == 4
     assert last_heartbeat(platform)["status"] == "stopped"
 
@@ -119,9 +118,9 @@ def test_cron(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[st
     first = subprocess.Popen(arguments, cwd=directory, env=environ)
     try:
         until(platform.streams)
-        beside = subprocess.run(arguments, cwd=directory, env=environ, timeout=PATIENCE, check=False)
+        beside = subprocess.run(arguments, cwd=directory, env=environ, timeout=GUARD, check=False)
         assert beside.returncode == 1
-        assert first.wait(PATIENCE) == 0
+        assert first.wait(GUARD) == 0
     finally:
         first.kill()
         first.wait()
@@ -133,7 +132,7 @@ def test_gunicorn(platform: LocalPlatform, directory: pathlib.Path, environ: Dic
     bind = f"127.0.0.1:{free_port()}"
     command = ["gunicorn", "--config", "gunicorn.conf.py", "--bind", bind, "web:application"]
     with running(command, directory, environ, signal.SIGTERM):
-        until(lambda: len(platform.streams()) == 2, PATIENCE)
+        until(lambda: len(platform.streams()) == 2, GUARD)
         assert sorted(double(platform, number) for number in range(8)) == list(range(0, 16, 2))
     assert last_heartbeat(platform)["status"] == "stopped"
     assert platform.streams() == []
@@ -144,7 +143,7 @@ def test_uwsgi(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[s
     command = ["uwsgi", "--ini", "uwsgi.ini", "--http-socket", f"127.0.0.1:{free_port()}", "--die-on-term"]
     command += ["--virtualenv", sys.prefix]
     with running(command, directory, environ, signal.SIGTERM):
-        until(lambda: len(platform.streams()) == 2, PATIENCE)
+        until(lambda: len(platform.streams()) == 2, GUARD)
         assert sorted(double(platform, number) for number in range(8)) == list(range(0, 16, 2))
     assert last_heartbeat(platform)["status"] == "stopped"
     assert platform.streams() == []

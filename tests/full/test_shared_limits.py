@@ -16,7 +16,8 @@ from sekuire.policy.document import Rate
 from sekuire.policy.limits import RateLimiter
 
 from .. import elsewhere
-from .redis import GUARD, free_port, redis_server
+from ..support.waiting import GUARD
+from .redis import free_port, redis_server
 
 pytestmark = pytest.mark.full
 
@@ -91,7 +92,7 @@ def admitted_by_two(uri: str, *arguments: object) -> int:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
-        return sum(int(process.communicate(timeout=100)[0]) for process in processes)
+        return sum(int(process.communicate(timeout=GUARD)[0]) for process in processes)
     finally:
         for process in processes:
             process.kill()

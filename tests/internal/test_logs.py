@@ -27,7 +27,7 @@ METHODS = ("debug", "info", "warning", "error", "exception", "critical", "log")
 #: Where a standard logger is right, and why.
 STANDARD_LOGGERS = {
     "_internal/logs.py": "it is the helper",
-    "context.py": "ctx.logger belongs to the handler's author",
+    "handlers/context.py": "ctx.logger belongs to the handler's author",
     "cli/terminal.py": "the command line attaches its handler to the root logger",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any, Callable, Iterator
 
 import pytest
@@ -46,14 +45,3 @@ def client_of(platform: LocalPlatform) -> Client:
 
 def local_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("sekuire-local")]
-
-
-def until(condition: Callable[[], Any], timeout: float = 5.0) -> Any:
-    """Wait until the condition is true and return its value."""
-    end = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)

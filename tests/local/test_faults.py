@@ -20,13 +20,13 @@ from sekuire.local import Fault, Faults, LocalPlatform
 from sekuire.local.fault_terms import EXAMPLES
 
 from ..contract.client import Installation
-from .conftest import client_of, until
+from ..support.waiting import GUARD, until
+from .conftest import client_of
 
 Make = Callable[..., LocalPlatform]
 
 #: Seconds of a latency or a stall that no test waits for.
 LONG = 3600.0
-GUARD = 20.0
 
 
 def given(installation: Installation) -> str:

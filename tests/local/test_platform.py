@@ -15,7 +15,8 @@ from sekuire.errors import APIError, ConfigurationError
 from sekuire.local import LocalPlatform
 
 from ..contract.client import Installation, audit_event
-from .conftest import client_of, local_threads, until
+from ..support.waiting import until
+from .conftest import client_of, local_threads
 
 Make = Callable[..., LocalPlatform]
 
@@ -516,7 +517,8 @@ def test_a_vanished_client_is_noticed(platform: LocalPlatform, installation: Ins
     stream = installation.stream()
     assert platform.streams()
     stream.close()
-    until(lambda: not platform.streams(), timeout=1.0)
+    # Before the next keepalive, which would notice it too, after 15 s.
+    until(lambda: not platform.streams(), timeout=10.0)
 
 
 def test_a_late_answer_to_an_old_attempt_does_not_disturb(platform: LocalPlatform, installation: Installation) -> None:

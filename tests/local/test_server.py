@@ -17,14 +17,15 @@ from sekuire.local.app import Hosts
 from sekuire.wire.protocol import API_PREFIX, DEFAULT_ENDPOINTS
 
 from ..contract.client import Installation
-from .conftest import client_of, until
+from ..support.waiting import GUARD, until
+from .conftest import client_of
 
 Make = Callable[..., LocalPlatform]
 
 
 def _raw(platform: LocalPlatform, text: str) -> bytes:
     host, _, port = platform.url[7:].rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with socket.create_connection((host, int(port)), timeout=GUARD) as sock:
         sock.sendall(text.encode())
         sock.shutdown(socket.SHUT_WR)
         answer = b""
@@ -106,7 +107,7 @@ def test_a_body_that_ends_early(platform: LocalPlatform, caplog: pytest.LogCaptu
 def test_a_body_of_no_length(platform: LocalPlatform, length: str) -> None:
     """A negative length does not make the server wait for the end of the connection."""
     client = client_of(platform)
-    with socket.create_connection(client.address, timeout=5) as sock:
+    with socket.create_connection(client.address, timeout=GUARD) as sock:
         host = platform.url[7:]
         sock.sendall(
             f"POST /api/v1/logs HTTP/1.1\r\nHost: {host}\r\nX-API-Key: {client.api_key}\r\n"
@@ -144,7 +145,7 @@ def test_a_wrong_chunk_is_a_400(platform: LocalPlatform) -> None:
 def test_http_1_0_streams_until_close(platform: LocalPlatform, installation: Installation) -> None:
     """A client of HTTP/1.0 gets the stream without chunks."""
     host, _, port = platform.url[7:].rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock, sock.makefile("rb") as file:
+    with socket.create_connection((host, int(port)), timeout=GUARD) as sock, sock.makefile("rb") as file:
         sock.sendall(
             f"GET /api/v1/tasks/stream?worker_id=w HTTP/1.0\r\nHost: {host}:{port}\r\n"
             f"Authorization: Bearer {installation.token}\r\n\r\n".encode()
@@ -167,7 +168,8 @@ def test_a_reset_stream_is_noticed(platform: LocalPlatform, installation: Instal
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     response.close()
     connection.close()
-    until(lambda: not platform.streams(), timeout=1.0)
+    # Before the next keepalive, which would notice it too, after 15 s.
+    until(lambda: not platform.streams(), timeout=10.0)
 
 
 def test_a_pipelined_request_does_not_disturb(platform: LocalPlatform, installation: Installation) -> None:
@@ -255,7 +257,7 @@ def test_it_listens_on_this_machine_only(platform: LocalPlatform) -> None:
         probe.connect(("192.0.2.1", 9))
         others.add(probe.getsockname()[0])
     for other in others - {"127.0.0.1"}:
-        with pytest.raises(OSError), socket.create_connection((other, int(port)), timeout=10):
+        with pytest.raises(OSError), socket.create_connection((other, int(port)), timeout=GUARD):
             pass
 
 

@@ -250,6 +250,7 @@ def test_a_dripping_answer_is_bounded(head: bytes) -> None:
         one.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_read_is_given_up() -> None:
     """A body that nobody takes is no wait without an end."""
     with RawServer(after_one_call(lambda sock: server.ended.wait(PATIENCE))) as server:

@@ -320,6 +320,16 @@ def test_what_is_said_of_another_server() -> None:
     )
 
 
+def test_json_of_another_server_is_not_quoted_as_a_whole() -> None:
+    """It may hold tokens; of an error its message is quoted, of anything else nothing."""
+    body = b'{"runtime_token": "skr_1", "message": "a message"}'
+    for status, said in ((200, "its JSON is not in the platform's form"), (403, "it says 'a message'")):
+        text = str(verdict("task_stream", Answer(status, body)).error)  # type: ignore[union-attr]
+        assert text == f"another server answered ({status}, application/json): {said}"
+    for cut in (b' {"runtime_token": "skr_1', b'["skr_1"]'):
+        assert "skr_1" not in str(verdict("complete", Answer(404, cut, HTML)).error)  # type: ignore[union-attr]
+
+
 def test_support_is_switched_off_by_the_platform() -> None:
     """One answer in the platform's form is enough, and it is news once."""
     support = Support()

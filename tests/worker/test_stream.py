@@ -80,7 +80,8 @@ def test_an_idle_stream_is_opened_anew(scripted: Scripted, worker_of: Make) -> N
 def test_an_id_counts_only_when_its_event_was_handled(scripted: Scripted, worker_of: Make) -> None:
     """The id of a task that could not be taken because the worker had no room is not confirmed by a reconnect."""
     go = threading.Event()
-    worker = worker_of(scripted, max_workers=1, max_queued=0)
+    scripted.on["release"] = lambda request: (501, {})
+    worker = worker_of(scripted, max_workers=1, max_queued=0, max_waiting_bytes=1)
     worker.on_task("echo", lambda ctx, input: go.wait(GUARD))
     with worker:
         scripted.send("task", {"task_id": "t1", "capability": "echo"}, event_id="1")

@@ -1,0 +1,1 @@
+"""What tests share: waiting, scripted servers, builders of values, and a policy gateway that a test directs."""
