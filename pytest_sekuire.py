@@ -1,4 +1,4 @@
-"""The pytest plugin: fixtures over sekuire.testing. It imports nothing of sekuire before a fixture is asked for."""
+"""Provide fixtures over sekuire.testing to pytest. The plugin imports sekuire only when a fixture is used."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def sekuire_platform_options() -> Dict[str, Any]:
-    """Options of the ``LocalPlatform``; override it in a module, a class or a conftest."""
+    """Return options of the ``LocalPlatform``. Override it in a module, a class or a conftest."""
     return {}
 
 
 @pytest.fixture
 def sekuire_workbench(sekuire_platform_options: Dict[str, Any]) -> Iterator[Workbench]:
-    """A ``sekuire.testing.Workbench``, closed at the end of the test."""
+    """Provide a ``sekuire.testing.Workbench``, closed at the end of the test."""
     from sekuire.testing import Workbench
 
     with Workbench(**sekuire_platform_options) as bench:
@@ -28,19 +28,19 @@ def sekuire_workbench(sekuire_platform_options: Dict[str, Any]) -> Iterator[Work
 
 @pytest.fixture
 def sekuire_platform(sekuire_workbench: Workbench) -> LocalPlatform:
-    """A started ``LocalPlatform``, for this test alone."""
+    """Return a started ``LocalPlatform`` for this test alone."""
     return sekuire_workbench.platform
 
 
 @pytest.fixture
 def sekuire_worker(sekuire_workbench: Workbench) -> Any:
-    """Makes workers of ``sekuire_platform``: ``sekuire_worker(tasks)``, stopped at the end of the test."""
+    """Return a function that makes workers, stopped at the end of the test: ``sekuire_worker(tasks)``."""
     return sekuire_workbench.worker
 
 
 @pytest.fixture
 def sekuire_environment(sekuire_workbench: Workbench, monkeypatch: pytest.MonkeyPatch) -> Dict[str, str]:
-    """The variables with which ``SekuireSDK.from_env()`` finds ``sekuire_platform``, set for this test."""
+    """Set and return the variables with which ``SekuireSDK.from_env()`` finds ``sekuire_platform``."""
     variables = sekuire_workbench.environment()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -31,19 +31,22 @@ def _throughput(platform: Child, port: int, threads: int, seconds: float, *more:
 
 def _gateway() -> Any:
     """A gateway under the benchmarks' policy, with nothing to fetch it from but memory."""
-    from sekuire.policy.client import PolicyClient
+    from sekuire.policy.client import PolicyFetcher
     from sekuire.policy.gateway import PolicyGateway
     from sekuire.transport.http import Reply
     from sekuire.wire.protocol import Endpoints
 
     body = json.dumps(payloads.policy()).encode()
 
-    def answer(path: str, deadline: object) -> Reply:
-        headers = {"Content-Length": str(len(body))}
-        return Reply(200, headers, body, time.monotonic(), time.time())
+    class Memory:
+        def get(self, path: str, deadline: object) -> Reply:
+            headers = {"Content-Length": str(len(body))}
+            return Reply(200, headers, body, time.monotonic(), time.time())
 
-    client = PolicyClient._with(answer, Endpoints(), (), None)
-    gateway = PolicyGateway(client, payloads.WORKSPACE_ID)
+        def close(self) -> None:
+            pass
+
+    gateway = PolicyGateway(PolicyFetcher(Memory(), Endpoints()), payloads.WORKSPACE_ID)
     gateway.refresh()
     return gateway
 

@@ -81,8 +81,8 @@ def alone(part: str, seconds: float, repeats: int = 7) -> List[float]:
     """CPU µs of one run of the handler and the encoding of its result, with nothing else of a task; of each repeat."""
     worker = sekuire.create_worker(agent_id=payloads.AGENT_ID, runtime_token=payloads.RUNTIME_TOKEN)
     PARTS[part][1](worker)
-    worker._registry.freeze()
-    entry = worker._registry.find(payloads.CAPABILITY)
+    worker.handlers.freeze()
+    entry = worker.handlers.find(payloads.CAPABILITY)
     assert entry is not None
     task = Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, input=payloads.task_input())
     context = TaskContext(task)

@@ -172,15 +172,14 @@ def _audit_note(port: int) -> Stage:
     models = importlib.import_module("sekuire.wire.models")
     task = models.Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, trace_id="trace-1")
     completion = models.Completion(task_id=task.task_id, attempt=1, output=payloads.result(), execution_time_ms=1)
-    report = importlib.import_module("sekuire.worker.report").Report(task.task_id, 1, b"", True)
+    report = importlib.import_module("sekuire.worker.results").Report(task.task_id, 1, b"", True)
     audit = _audit_log()
     worker_id = payloads.completion()["worker_id"]
 
     def run() -> None:
         for _ in range(_MANY):
             audit.task(worker_id, task, completion, report)
-        with audit._lock:
-            audit._clear()
+        audit.buffer.clear()
 
     return Stage("audit, with an SDK: noting a task (handler's thread)", run, _MANY, in_task=False)
 
@@ -192,8 +191,7 @@ def _audit_log_call(port: int) -> Stage:
     def run() -> None:
         for _ in range(_MANY):
             audit.log("model_call", data)
-        with audit._lock:
-            audit._clear()
+        audit.buffer.clear()
 
     return Stage("audit: one sdk.log(...) (caller's thread)", run, _MANY, in_task=False)
 
@@ -203,8 +201,9 @@ def _audit_batch(port: int) -> Stage:
     for number in range(50):
         data = {"task_id": payloads.task_id(number), "capability": payloads.CAPABILITY, "status": "completed"}
         audit._note("tool_execution", "info", {**data, "execution_time_ms": 1, "attempt": 1, "worker_id": "w"}, 600)
-    batch = audit._take()
-    return Stage("audit: encoding one event, in a batch (its thread)", lambda: audit._body_of(batch), 50, in_task=False)
+    batch = audit.buffer.batch()
+    encode = audit.sender.body_of
+    return Stage("audit: encoding one event, in a batch (its thread)", lambda: encode(batch), 50, in_task=False)
 
 
 def _executor_reference(port: int) -> Stage:

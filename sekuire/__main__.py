@@ -1,4 +1,4 @@
-"""``python -m sekuire``: the command line where its script is not on the PATH."""
+"""Run the command line where its script is not on the PATH: ``python -m sekuire``."""
 
 from __future__ import annotations
 

@@ -1,26 +1,25 @@
-"""The Beacon: keeps one installation's lease alive and says where it stands."""
+"""Keep one installation's lease alive, and report its status."""
 
 from __future__ import annotations
 
 import os
 import threading
 from types import TracebackType
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Optional, Type, TypeVar
 
 import attrs
 
 from ._internal.logs import get_logger
 from ._internal.threads import CallbackThread, Deadline, at_exit, check_process, check_starter, forget_exit, is_owned_by
-from .config import BeaconConfig, from_options
-from .credentials import RuntimeCredentialsStore
+from .config import BeaconConfig, from_options, method_of_options
 from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
-from .secret import Secret
 from .session.installation import Installation
 from .transport.retry import Backoff
-from .wire import protocol
 from .wire.models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
 
 log = get_logger("sekuire.beacon")
+
+_Self = TypeVar("_Self", bound="LeaseKeeper")
 
 #: Seconds :meth:`Beacon.start` waits for the first verdict, and :meth:`Beacon.stop` for the end.
 START_TIMEOUT = 10.0
@@ -29,67 +28,22 @@ STOP_TIMEOUT = 5.0
 LAST_BEAT = 2.0
 
 
-class Beacon:
-    """Logs an installation in and beats for it until it is stopped.
+# Threads: any thread may call the public methods. `sekuire-heartbeat` logs in, beats and changes the status;
+# `sekuire-callback` runs `on_status_change`. `_lock` guards the status and `_is_started`, `_is_stopped`; it is not held
+# over I/O or a callback.
 
-    It tries, in this order: the runtime token and ``installation_id`` at hand, which the first heartbeat proves;
-    ``refresh_token``; ``install_token``; recovery with ``api_key``. While the platform cannot be reached it is
-    *degraded*: the agent runs on, and the Beacon comes back by itself.
 
-    Any thread may call its methods. ``sekuire-heartbeat`` logs in, beats and changes the status; ``sekuire-callback``
-    runs ``on_status_change``. ``_lock`` guards the status and the life's state and is not held over either.
+class LeaseKeeper:
+    """Log an installation in and beat for it until it is stopped.
 
-    :param agent_id: who the agent is.
-    :param heartbeat_interval: seconds between beats, at most; the platform may ask for less.
-    :param on_status_change: called with the new :class:`BeaconStatus` after each change of state.
-    :param credentials_store: shared with a :class:`~sekuire.Worker` to keep both in step.
-    :raises ConfigurationError: a wrong option, or nothing to authenticate with.
+    :class:`Beacon` is one that a user makes from options. A :class:`~sekuire.SekuireSDK` makes one for itself and its
+    Workers.
+
+    :param pool_size: how many connections may be kept open.
+    :param on_change: called with each new state by the thread that changes it. It must not block.
     """
 
     def __init__(
-        self,
-        agent_id: str,
-        *,
-        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
-        install_token: Union[str, Secret, None] = None,
-        runtime_token: Union[str, Secret, None] = None,
-        installation_id: Optional[str] = None,
-        refresh_token: Union[str, Secret, None] = None,
-        api_key: Union[str, Secret, None] = None,
-        workspace_id: Optional[str] = None,
-        credentials_store: Optional[RuntimeCredentialsStore] = None,
-        heartbeat_interval: float = 60.0,
-        capabilities: Sequence[str] = (),
-        on_status_change: Optional[Callable[[BeaconStatus], object]] = None,
-        policy_gateway: Any = None,
-        connect_timeout: float = 3.0,
-        read_timeout: float = 10.0,
-        verify: Union[bool, str] = True,
-        client_cert: Union[str, Tuple[str, str], None] = None,
-        proxies: Optional[Mapping[str, str]] = None,
-        allow_insecure_http: bool = False,
-        endpoints: Optional[Mapping[str, str]] = None,
-    ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        # An error's frames must not hold plain tokens.
-        del install_token, runtime_token, refresh_token, api_key
-        try:
-            config = from_options(BeaconConfig, options)
-        finally:
-            options.clear()
-        self._set_up(config)
-
-    @classmethod
-    def _from_config(cls, config: BeaconConfig, pool_size: int, on_change: Callable[[BeaconStatus], None]) -> Beacon:
-        """A Beacon with a room for the Workers of an SDK in its connection pool.
-
-        :param on_change: called with each new state by whoever brings it about; it must not block.
-        """
-        beacon = cls.__new__(cls)
-        beacon._set_up(config, pool_size, on_change)
-        return beacon
-
-    def _set_up(
         self, config: BeaconConfig, pool_size: int = 2, on_change: Optional[Callable[[BeaconStatus], None]] = None
     ) -> None:
         self.pid = os.getpid()
@@ -117,11 +71,14 @@ class Beacon:
     # -- life --
 
     def start(self) -> None:
-        """Log in and begin to beat. Waits up to 10 s for the platform's first verdict; without one it goes on alone.
+        """Log in and begin to beat.
 
-        :raises AuthenticationError: the platform refused every way of authenticating.
+        It waits up to 10 s for the platform's first verdict. Without a verdict it returns, and the login goes on in
+        the background.
+
+        :raises AuthenticationError: the platform refused every login method.
         :raises RevokedError: the installation is revoked.
-        :raises ConfigurationError: it was started or stopped before.
+        :raises ConfigurationError: the Beacon was started or stopped before.
         """
         check_starter("Beacon")
         check_process(self.pid, "Beacon")
@@ -146,7 +103,7 @@ class Beacon:
     def stop(self, timeout: Optional[float] = None) -> None:
         """Send the last heartbeat (``stopped``) and end the threads, within ``timeout`` seconds (default 5).
 
-        Idempotent; from a callback of this Beacon it does not wait for that callback.
+        Calling it again is harmless. A callback of this Beacon may call it: it does not wait for that callback.
         """
         check_process(self.pid, "Beacon")
         deadline = Deadline(STOP_TIMEOUT if timeout is None else timeout)
@@ -159,7 +116,7 @@ class Beacon:
                 self._shut_down(deadline)
         except BaseException:
             if is_first:
-                # An interrupt: the next stop() goes on with it.
+                # An interrupt: the next stop() continues.
                 self._is_stopped = False
             raise
         finally:
@@ -188,14 +145,14 @@ class Beacon:
         forget_exit(self)
 
     def leave(self) -> None:
-        """The interpreter ends while this runs: one last heartbeat, on the calling thread."""
+        """Send one last heartbeat from the calling thread, because the interpreter ends."""
         if self._is_started and not self._is_stopped and self._status.last_heartbeat_at is not None:
             self._is_stopped = True
             self._installation.stop.set()
             self._installation.heartbeat.end()
             self._installation.heartbeat.beat_now("stopped", LAST_BEAT)
 
-    def __enter__(self) -> Beacon:
+    def __enter__(self: _Self) -> _Self:
         self.start()
         return self
 
@@ -211,20 +168,19 @@ class Beacon:
 
     @property
     def status(self) -> BeaconStatus:
+        """Return the state, the last heartbeat, the end of the lease and the last problem."""
         return self._status
 
     @property
     def installation_credentials(self) -> RuntimeCredentials:
-        """The credentials now; ``to_env()`` gives them as environment variables."""
+        """Return the current credentials. Their ``to_env()`` gives them as environment variables."""
         return self._installation.store.current
 
     def is_connected(self) -> bool:
-        """Whether the last heartbeat was taken."""
+        """Return True if the platform accepted the last heartbeat."""
         return self._status.state == "connected"
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_status"):
-            return "<Beacon (not set up)>"
         return f"<Beacon {self._config.agent_id} {self._status.state}>"
 
     # -- the heartbeat's thread --
@@ -236,13 +192,13 @@ class Beacon:
         return None
 
     def heartbeat_interval(self) -> float:
-        """The wanted interval; while there is no connection, a backoff that ends at it."""
+        """Return the seconds to the next beat: the interval, or a backoff up to it while not connected."""
         if self._status.state == "connected":
             return self._config.heartbeat_interval
         return min(self._pause, self._config.heartbeat_interval)
 
     def on_lease(self) -> None:
-        """Its end is told with the next change of status."""
+        """Do nothing: the next change of status reports the lease's end."""
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         if reply.revoked:
@@ -266,7 +222,7 @@ class Beacon:
             self._refusal = error
             self._verdict.set()
         if self._status.state not in ("degraded", "revoked", "stopped"):
-            log.warning("the platform does not take heartbeats, the agent runs on: %s", error)
+            log.warning("cannot send heartbeats (%s); the agent goes on, retrying", error)
         self._change("degraded", str(error))
 
     def _change(self, state: str, error: Optional[str]) -> None:
@@ -290,3 +246,27 @@ class Beacon:
             self._on_change(status)
         if is_news and callback is not None:
             self._callbacks.post(callback, status)
+
+
+class Beacon(LeaseKeeper):
+    """Log an installation in and beat for it until it is stopped. ::
+
+        with Beacon("support-agent", install_token="skt_install_...") as beacon:
+            print(beacon.status.state)  # connected
+
+    It tries these login methods, in this order: the runtime token with its ``installation_id``, which the first
+    heartbeat proves; ``refresh_token``; ``install_token``; recovery with ``api_key``. While the platform cannot be
+    reached the state is *degraded*: the agent goes on, and the Beacon reconnects by itself.
+
+    Any thread may call its methods.
+
+    :param agent_id: who the agent is.
+    :param heartbeat_interval: seconds between beats, at most. The platform may ask for less.
+    :param on_status_change: called with the new :class:`BeaconStatus` after each change of state.
+    :param credentials_store: shared with a :class:`~sekuire.Worker` to keep both in step.
+    :raises ConfigurationError: an option is unknown or wrong, or there is nothing to authenticate with.
+    """
+
+    @method_of_options(BeaconConfig)
+    def __init__(self, options: Dict[str, Any]) -> None:
+        super().__init__(from_options(BeaconConfig, options))

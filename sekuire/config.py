@@ -1,24 +1,83 @@
-"""Every setting: frozen, keyword-only, checked when it is given. Nothing is read from the environment at import."""
+"""Declare and check every option. Nothing is read from the environment at import."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import inspect
 import ipaddress
 import os
 import re
 import unicodedata
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Type,
+    TypeVar,
+    Union,
+)
 from urllib.parse import urlsplit
 
 import attrs
 
 from .errors import ConfigurationError
-from .secret import Secret, as_secret
+from .secret import Secret, check_secret, to_secret
 from .wire import protocol
 
-__all__ = ["AgentConfig", "BeaconConfig", "ConnectionConfig", "SDKConfig", "WorkerConfig", "from_options"]
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from typing_extensions import Concatenate, ParamSpec
+
+    from .wire.models import BeaconStatus, RuntimeCredentials
+
+    _Options = ParamSpec("_Options")
+
+    class CredentialsStore(Protocol):
+        """What a :class:`~sekuire.RuntimeCredentialsStore` offers."""
+
+        @property
+        def current(self) -> RuntimeCredentials: ...
+
+        @property
+        def generation(self) -> int: ...
+
+        def update(self, credentials: RuntimeCredentials, /) -> object: ...
+
+    class PolicyChecks(Protocol):
+        """What a :class:`~sekuire.PolicyGateway` offers."""
+
+        def check_request(self) -> object: ...
+
+        def check_capability(self, name: str, /) -> object: ...
+
+        def on_heartbeat_response(self, response: Any, /) -> object: ...
+
+
+__all__ = [
+    "AgentConfig",
+    "BeaconConfig",
+    "ConnectionConfig",
+    "SDKConfig",
+    "WorkerConfig",
+    "from_options",
+    "function_of_options",
+    "method_of_options",
+]
 
 _Config = TypeVar("_Config")
+_Self = TypeVar("_Self")
+_Result = TypeVar("_Result")
+
+#: Returns a runtime token.
+TokenSource = Callable[[], Union[str, Secret]]
 
 MIB = 1024 * 1024
 _LONGEST = 366 * 24 * 3600.0
@@ -27,19 +86,19 @@ _LONGEST = 366 * 24 * 3600.0
 def from_options(
     cls: Type[_Config], options: Mapping[str, Any], sources: Optional[Mapping[str, str]] = None
 ) -> _Config:
-    """``cls(**options)``, with an error that names a misspelt option or the environment variable a value came from.
+    """Return ``cls(**options)``. An error suggests the option that was meant, and says where a wrong value came from.
 
-    :param sources: option name → where its value came from, for the error's text.
-    :raises ConfigurationError: an unknown option or a wrong value.
+    :param sources: where each value came from, by option, for the error's text.
+    :raises ConfigurationError: an option is unknown, or a value is wrong.
     """
-    known = [field.alias for field in attrs.fields(cls)]  # type: ignore[arg-type]
+    known = [field.alias for field in attrs.fields(cls) if field.init]  # type: ignore[arg-type]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         import difflib  # Only an error needs it.
 
         close = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
-        found = ConfigurationError(f"is no option of {cls.__name__}; {hint}", unknown)
+        found = ConfigurationError(f"unknown option of {cls.__name__}; {hint}", unknown)
     elif "agent_id" in known and "agent_id" not in options:
         found = ConfigurationError("is required", "agent_id")
     else:
@@ -49,8 +108,90 @@ def from_options(
             # Without its traceback, whose frames hold the options, tokens included.
             found = error.with_traceback(None)
     del options
-    source = (sources or {}).get(found.option or "")
-    raise ConfigurationError(found.problem, found.option, found.source or source)
+    raise with_source(found, sources or {})
+
+
+def with_source(error: ConfigurationError, sources: Mapping[str, str]) -> ConfigurationError:
+    """Return a copy of ``error`` that says where the value came from, without a traceback."""
+    return ConfigurationError(error.problem, error.option, error.source or sources.get(error.option or ""))
+
+
+def method_of_options(
+    config: Callable[_Options, object], *, first: str = "", left_out: Sequence[str] = ()
+) -> Callable[[Callable[[_Self, Dict[str, Any]], _Result]], Callable[Concatenate[_Self, _Options], _Result]]:
+    """Return a decorator that gives a method the parameters of ``config``, which declares them.
+
+    Editors, type checkers and :func:`inspect.signature` see each option with its type. The method itself receives the
+    options that were given as one dictionary, which is cleared when it ends: an error's frames must not hold tokens.
+
+    :param first: the one option that may be positional, and that may be left out.
+    :param left_out: options of ``config`` that the method refuses.
+    """
+
+    def decorate(
+        method: Callable[[_Self, Dict[str, Any]], _Result],
+    ) -> Callable[Concatenate[_Self, _Options], _Result]:
+        typed: Callable[Concatenate[_Self, _Options], _Result] = _accept_options(method, config, 1, first, left_out)
+        return typed
+
+    return decorate
+
+
+def function_of_options(
+    config: Callable[_Options, object],
+) -> Callable[[Callable[[Dict[str, Any]], _Result]], Callable[_Options, _Result]]:
+    """Return a decorator that gives a function the parameters of ``config``; as :func:`method_of_options`."""
+
+    def decorate(function: Callable[[Dict[str, Any]], _Result]) -> Callable[_Options, _Result]:
+        typed: Callable[_Options, _Result] = _accept_options(function, config, 0)
+        return typed
+
+    return decorate
+
+
+def _accept_options(
+    function: Callable[..., Any],
+    config: Callable[..., object],
+    owners: int,
+    first: str = "",
+    left_out: Sequence[str] = (),
+) -> Any:
+    parameters = [one for one in inspect.signature(config).parameters.values() if one.name not in left_out]
+    if first:
+        at = [one.name for one in parameters].index(first)
+        one = parameters.pop(at)
+        default = None if one.default is one.empty else one.default
+        rest = [other.replace(kind=one.KEYWORD_ONLY) for other in parameters]
+        parameters = [one.replace(kind=one.POSITIONAL_OR_KEYWORD, default=default), *rest]
+    positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        owner, given = args[:owners], args[owners:]
+        twice = [name for name, _ in zip(positional, given) if name in options]
+        found: Exception
+        if len(given) > len(positional) or twice:
+            problem = f"got several values for {twice[0]!r}" if twice else "takes its options by keyword"
+            found = TypeError(f"{function.__qualname__}() {problem}")
+        else:
+            options.update(zip(positional, given))
+            try:
+                return function(*owner, options)
+            except ConfigurationError as error:
+                # Without its traceback, whose frames hold an object that is not whole.
+                found = error.with_traceback(None)
+            finally:
+                options.clear()
+        # An error's frames must not hold plain tokens.
+        del args, owner, given
+        options.clear()
+        raise found
+
+    before = list(inspect.signature(function).parameters.values())[:owners]
+    returned = function.__annotations__["return"]
+    call.__signature__ = inspect.Signature([*before, *parameters], return_annotation=returned)  # type: ignore[attr-defined]
+    call.__annotations__ = {"return": returned}
+    return call
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -58,6 +199,10 @@ def from_options(
 
 def _fail(attribute: Any, problem: str) -> None:
     raise ConfigurationError(problem, attribute.name)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _is_number(value: object) -> bool:
@@ -153,17 +298,18 @@ def _executor(instance: object, attribute: Any, value: Any) -> None:
         )
 
 
-def _secret(option: str) -> Any:
-    def convert(value: Union[str, Secret, None]) -> Optional[Secret]:
-        return None if value is None else as_secret(value, option)
+def _credentials_store(value: Optional[CredentialsStore]) -> Any:
+    return value
 
-    return attrs.field(default=None, converter=convert)
+
+def _policy_gateway(value: Optional[PolicyChecks]) -> Any:
+    return value
 
 
 def check_capability(name: object, option: str) -> str:
-    """``name`` if it can name a capability.
+    """Return ``name`` if it can name a capability.
 
-    :raises ConfigurationError: it is no str, is empty, or holds a comma or a control character.
+    :raises ConfigurationError: it is not a str, is empty, or holds a comma or a control character.
     """
     if not isinstance(name, str):
         raise ConfigurationError(f"a capability's name must be a str, got {type(name).__name__}", option)
@@ -174,7 +320,8 @@ def check_capability(name: object, option: str) -> str:
     return name
 
 
-def _capabilities(value: Any) -> Tuple[str, ...]:
+def _capabilities(value: Iterable[str]) -> Tuple[str, ...]:
+    names: Any
     if isinstance(value, (str, bytes)):
         raise ConfigurationError(f"must be a list of names, such as [{value!r}], not a single str", "capabilities")
     try:
@@ -187,7 +334,7 @@ def _capabilities(value: Any) -> Tuple[str, ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine: ``localhost`` or an address of the loopback range."""
+    """Return True if ``host`` is this machine: ``localhost``, or an address of the loopback range."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -196,9 +343,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _base_url(value: object) -> str:
+def _base_url(value: str) -> str:
     option = "api_base_url"
-    if not isinstance(value, str):
+    if not _is_text(value):
         raise ConfigurationError(f"must be a str such as 'https://api.sekuire.ai', got {type(value).__name__}", option)
     problem = _url_problem(value)
     if problem:
@@ -229,9 +376,10 @@ def _url_problem(value: str) -> str:
     return ""
 
 
-def _keys(value: Any) -> Tuple[str, ...]:
+def _keys(value: Iterable[str]) -> Tuple[str, ...]:
     if isinstance(value, (str, bytes)):
         raise ConfigurationError("must be a list of keys, not a single one", "trusted_policy_keys")
+    keys: Tuple[Any, ...]
     try:
         keys = tuple(value)
     except TypeError:
@@ -247,13 +395,23 @@ def _endpoints(value: Union[protocol.Endpoints, Mapping[str, str], None]) -> pro
     return value if isinstance(value, protocol.Endpoints) else protocol.Endpoints(value)
 
 
-def _path(value: Any) -> Any:
-    # requests takes paths as str only: a Path counts as a pair, or is not looked at.
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, (tuple, list)):
-        return tuple(_path(one) for one in value)
-    return value
+def _ca_path(value: Union[bool, str, os.PathLike[str]]) -> Union[bool, str]:
+    return _as_str(value)  # type: ignore[no-any-return]
+
+
+def _cert_paths(
+    value: Union[str, os.PathLike[str], Tuple[Union[str, os.PathLike[str]], Union[str, os.PathLike[str]]], None],
+) -> Union[str, Tuple[str, str], None]:
+    return _as_str(value)  # type: ignore[no-any-return]
+
+
+def _as_str(path: Any) -> Any:
+    # requests accepts paths as str only: it counts a Path as a pair, or ignores it.
+    if isinstance(path, os.PathLike):
+        return os.fspath(path)
+    if isinstance(path, (tuple, list)):
+        return tuple(_as_str(one) for one in path)
+    return path
 
 
 def _file(option: str, value: object) -> None:
@@ -264,24 +422,34 @@ def _file(option: str, value: object) -> None:
 # -- the settings -----------------------------------------------------------------------------------------------------
 
 
-@attrs.frozen(kw_only=True)
-class ConnectionConfig:
-    """How to reach the platform. Times in seconds.
+# Each option is declared here, once: name, type, default and check. The callables that take it are typed by
+# `takes_options`; where one leaves an option out, its class declares it again with `init=False`.
+# `kw_only` is given for each field, because `agent_id` may be positional, and releases of attrs differ in what it
+# means for a class.
 
-    ``verify`` is True, False or the path of a CA bundle; ``client_cert`` a path or a pair (certificate, key);
-    ``proxies`` a mapping scheme → URL (None: from the environment, ``{}``: none); ``allow_insecure_http`` permits
-    ``http://`` to a host that is not this machine; ``endpoints`` overrides paths
-    (:class:`sekuire.wire.protocol.Endpoints`).
+
+@attrs.frozen(slots=False, eq=False)
+class ConnectionConfig:
+    """Say how to reach the platform. Times are in seconds.
+
+    :param api_base_url: where the platform is, without ``/api/v1``.
+    :param connect_timeout: longest wait for a connection, TLS included.
+    :param read_timeout: longest wait for an answer, body included.
+    :param verify: True, False, or the path of a CA bundle.
+    :param client_cert: the path of a certificate with its key, or a pair (certificate, key).
+    :param proxies: a mapping from scheme to URL. None: from the environment; ``{}``: no proxy.
+    :param allow_insecure_http: permit ``http://`` to a host that is not this machine.
+    :param endpoints: paths that differ from the contract's (:class:`sekuire.wire.protocol.Endpoints`).
     """
 
-    api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url)
-    connect_timeout: float = attrs.field(default=3.0, validator=_seconds)
-    read_timeout: float = attrs.field(default=10.0, validator=_seconds)
-    verify: Union[bool, str] = attrs.field(default=True, converter=_path)
-    client_cert: Union[str, Tuple[str, str], None] = attrs.field(default=None, converter=_path)
-    proxies: Optional[Mapping[str, str]] = attrs.field(default=None, repr=False)
-    allow_insecure_http: bool = attrs.field(default=False, validator=_flag)
-    endpoints: protocol.Endpoints = attrs.field(default=None, converter=_endpoints, repr=False)
+    api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url, kw_only=True)
+    connect_timeout: float = attrs.field(default=3.0, validator=_seconds, kw_only=True)
+    read_timeout: float = attrs.field(default=10.0, validator=_seconds, kw_only=True)
+    verify: Union[bool, str] = attrs.field(default=True, converter=_ca_path, kw_only=True)
+    client_cert: Union[str, Tuple[str, str], None] = attrs.field(default=None, converter=_cert_paths, kw_only=True)
+    proxies: Optional[Mapping[str, str]] = attrs.field(default=None, repr=False, kw_only=True)
+    allow_insecure_http: bool = attrs.field(default=False, validator=_flag, kw_only=True)
+    endpoints: protocol.Endpoints = attrs.field(default=None, converter=_endpoints, repr=False, kw_only=True)
 
     @verify.validator
     def _check_verify(self, attribute: Any, value: Any) -> None:
@@ -317,19 +485,35 @@ class ConnectionConfig:
             )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(slots=False, eq=False)
 class AgentConfig(ConnectionConfig):
-    """What a Beacon and a Worker have in common: who the agent is and how it authenticates."""
+    """Say who the agent is and how it authenticates. A Beacon, an SDK and a Worker share these options."""
 
     agent_id: str = attrs.field(validator=_identifier)
-    install_token: Optional[Secret] = _secret("install_token")
-    runtime_token: Optional[Secret] = _secret("runtime_token")
-    installation_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier)
-    refresh_token: Optional[Secret] = _secret("refresh_token")
-    credentials_store: Any = attrs.field(default=None, validator=_offers("current", "generation", "update"), repr=False)
-    capabilities: Tuple[str, ...] = attrs.field(default=(), converter=_capabilities)
+    install_token: Optional[Secret] = attrs.field(
+        default=None, converter=to_secret, validator=check_secret, kw_only=True
+    )
+    runtime_token: Optional[Secret] = attrs.field(
+        default=None, converter=to_secret, validator=check_secret, kw_only=True
+    )
+    installation_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier, kw_only=True)
+    refresh_token: Optional[Secret] = attrs.field(
+        default=None, converter=to_secret, validator=check_secret, kw_only=True
+    )
+    credentials_store: Any = attrs.field(
+        default=None,
+        converter=_credentials_store,
+        validator=_offers("current", "generation", "update"),
+        repr=False,
+        kw_only=True,
+    )
+    capabilities: Tuple[str, ...] = attrs.field(default=(), converter=_capabilities, kw_only=True)
     policy_gateway: Any = attrs.field(
-        default=None, validator=_offers("check_request", "check_capability", "on_heartbeat_response"), repr=False
+        default=None,
+        converter=_policy_gateway,
+        validator=_offers("check_request", "check_capability", "on_heartbeat_response"),
+        repr=False,
+        kw_only=True,
     )
 
     def __attrs_post_init__(self) -> None:
@@ -337,15 +521,15 @@ class AgentConfig(ConnectionConfig):
             raise ConfigurationError("is needed with refresh_token: it says whose token it is", "installation_id")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(slots=False, eq=False)
 class BeaconConfig(AgentConfig):
-    """The settings of a :class:`sekuire.Beacon`. Times in seconds."""
+    """Hold the settings of a :class:`sekuire.Beacon`. Times are in seconds."""
 
-    api_key: Optional[Secret] = _secret("api_key")
-    workspace_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier)
-    heartbeat_interval: float = attrs.field(default=60.0, validator=_seconds)
-    on_status_change: Optional[Callable[[Any], object]] = attrs.field(
-        default=None, validator=_optional_callable, repr=False
+    api_key: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret, kw_only=True)
+    workspace_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier, kw_only=True)
+    heartbeat_interval: float = attrs.field(default=60.0, validator=_seconds, kw_only=True)
+    on_status_change: Optional[Callable[[BeaconStatus], object]] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
     )
 
     def __attrs_post_init__(self) -> None:
@@ -356,29 +540,43 @@ class BeaconConfig(AgentConfig):
             )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(slots=False, eq=False)
 class SDKConfig(BeaconConfig):
-    """The settings of a :class:`sekuire.SekuireSDK`. Times in seconds."""
+    """Hold the settings of a :class:`sekuire.SekuireSDK`. Times are in seconds."""
 
-    agent_name: Optional[str] = attrs.field(default=None, validator=_optional_text)
-    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys)
-    policy_path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
-    policy_options: Optional[Mapping[str, Any]] = attrs.field(default=None, validator=_optional_mapping, repr=False)
-    auto_heartbeat: bool = attrs.field(default=True, validator=_flag)
-    environment: str = attrs.field(default="production", validator=_text)
-    logging_enabled: bool = attrs.field(default=True, validator=_flag)
+    # The SDK itself listens to its Beacon.
+    on_status_change: Optional[Callable[[BeaconStatus], object]] = attrs.field(default=None, init=False, repr=False)
+    agent_name: Optional[str] = attrs.field(default=None, validator=_optional_text, kw_only=True)
+    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys, kw_only=True)
+    policy_path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path, kw_only=True)
+    policy_options: Optional[Mapping[str, Any]] = attrs.field(
+        default=None, validator=_optional_mapping, repr=False, kw_only=True
+    )
+    auto_heartbeat: bool = attrs.field(default=True, validator=_flag, kw_only=True)
+    environment: str = attrs.field(default="production", validator=_text, kw_only=True)
+    logging_enabled: bool = attrs.field(default=True, validator=_flag, kw_only=True)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(slots=False, eq=False)
 class PolicyClientConfig(ConnectionConfig):
-    """The settings of a :class:`sekuire.PolicyClient`. Times in seconds."""
+    """Hold the settings of a :class:`sekuire.PolicyClient`. Times are in seconds."""
 
-    api_key: Optional[Secret] = _secret("api_key")
-    credentials_store: Any = attrs.field(default=None, validator=_offers("snapshot", "reload"), repr=False)
-    token_provider: Optional[Callable[[], str]] = attrs.field(default=None, validator=_optional_callable, repr=False)
-    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys)
-    cache_ttl: float = attrs.field(default=300.0, validator=_seconds_or_zero)
-    path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
+    # Declared again, because it may be positional here.
+    api_base_url: str = attrs.field(default=protocol.DEFAULT_API_BASE_URL, converter=_base_url)
+    api_key: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret, kw_only=True)
+    credentials_store: Any = attrs.field(
+        default=None,
+        converter=_credentials_store,
+        validator=_offers("snapshot", "reload"),
+        repr=False,
+        kw_only=True,
+    )
+    token_provider: Optional[TokenSource] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
+    )
+    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys, kw_only=True)
+    cache_ttl: float = attrs.field(default=300.0, validator=_seconds_or_zero, kw_only=True)
+    path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         if self.api_key is None and self.credentials_store is None and self.token_provider is None:
@@ -387,42 +585,52 @@ class PolicyClientConfig(ConnectionConfig):
             )
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(slots=False)
 class WorkerConfig(AgentConfig):
-    """The settings of a :class:`sekuire.Worker`. Times in seconds, sizes in bytes.
+    """Hold the settings of a :class:`~sekuire.Worker`. Times are in seconds, sizes in bytes. ::
 
-    :param max_workers: handlers that run at once.
-    :param max_queued: tasks that the platform may send beyond those that run (None: as many as ``max_workers``).
-    :param task_timeout: longest run of a handler, or None for no limit.
+        config = WorkerConfig(agent_id="support-agent", install_token="skt_install_...", max_workers=4)
+        worker = Worker(config)
+
+    :func:`~sekuire.create_worker` makes both from the same keywords.
+
+    :param max_workers: how many handlers run at once.
+    :param max_queued: how many tasks the platform may send beyond those that run. None: as many as ``max_workers``.
+    :param task_timeout: longest run of a handler. None: no limit.
     :param start_timeout: how long :meth:`~sekuire.Worker.start` waits for the login's first verdict.
     :param shutdown_timeout: how long a stop lets running handlers go on, reports included.
-    :param stop_when_idle: stop by itself after this long without a task, or with an error after as long without the
-        platform; None: never.
-    :param stream_idle_timeout: a stream on which nothing came for this long is opened anew.
-    :param max_waiting_bytes: most bytes of the tasks that wait; further ones are released.
-    :param outbox: a file that keeps results until the platform has them, also through a crash; one process at a time.
-    :param expose_errors: whether the message of an unexpected exception goes to the platform, or only its type.
-    :raises ConfigurationError: a wrong value, naming its option.
+    :param stop_when_idle: stop after this long without a task, or with an error after as long without the platform.
+        None: never.
+    :param stream_idle_timeout: reopen a stream on which nothing has come for this long.
+    :param max_waiting_bytes: most bytes of the tasks that wait; further tasks are released.
+    :param outbox: a file that keeps results until the platform has them, also through a crash. One process may use it
+        at a time.
+    :param expose_errors: send the message of an unexpected exception to the platform; False: only its type.
+    :raises ConfigurationError: a value is wrong; the error names its option.
     """
 
-    token_provider: Optional[Callable[[], str]] = attrs.field(default=None, validator=_optional_callable, repr=False)
-    policy_required: bool = attrs.field(default=False, validator=_flag)
-    heartbeat_interval: float = attrs.field(default=10.0, validator=_seconds)
-    max_workers: int = attrs.field(default=8, validator=_count)
-    max_queued: Optional[int] = attrs.field(default=None, validator=_optional_count)
-    executor: Optional[concurrent.futures.Executor] = attrs.field(default=None, validator=_executor, repr=False)
-    task_timeout: Optional[float] = attrs.field(default=None, validator=_optional_seconds)
-    start_timeout: float = attrs.field(default=10.0, validator=_seconds_or_zero)
-    shutdown_timeout: float = attrs.field(default=30.0, validator=_seconds_or_zero)
-    stop_when_idle: Optional[float] = attrs.field(default=None, validator=_optional_seconds)
-    stream_idle_timeout: float = attrs.field(default=45.0, validator=_seconds)
-    reconnect_min: float = attrs.field(default=0.5, validator=_seconds)
-    reconnect_max: float = attrs.field(default=30.0, validator=_seconds)
-    max_event_bytes: int = attrs.field(default=16 * MIB, validator=_count)
-    max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count)
-    max_waiting_bytes: int = attrs.field(default=64 * MIB, validator=_count)
-    outbox: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path)
-    expose_errors: bool = attrs.field(default=True, validator=_flag)
+    token_provider: Optional[TokenSource] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
+    )
+    policy_required: bool = attrs.field(default=False, validator=_flag, kw_only=True)
+    heartbeat_interval: float = attrs.field(default=10.0, validator=_seconds, kw_only=True)
+    max_workers: int = attrs.field(default=8, validator=_count, kw_only=True)
+    max_queued: Optional[int] = attrs.field(default=None, validator=_optional_count, kw_only=True)
+    executor: Optional[concurrent.futures.Executor] = attrs.field(
+        default=None, validator=_executor, repr=False, kw_only=True
+    )
+    task_timeout: Optional[float] = attrs.field(default=None, validator=_optional_seconds, kw_only=True)
+    start_timeout: float = attrs.field(default=10.0, validator=_seconds_or_zero, kw_only=True)
+    shutdown_timeout: float = attrs.field(default=30.0, validator=_seconds_or_zero, kw_only=True)
+    stop_when_idle: Optional[float] = attrs.field(default=None, validator=_optional_seconds, kw_only=True)
+    stream_idle_timeout: float = attrs.field(default=45.0, validator=_seconds, kw_only=True)
+    reconnect_min: float = attrs.field(default=0.5, validator=_seconds, kw_only=True)
+    reconnect_max: float = attrs.field(default=30.0, validator=_seconds, kw_only=True)
+    max_event_bytes: int = attrs.field(default=16 * MIB, validator=_count, kw_only=True)
+    max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count, kw_only=True)
+    max_waiting_bytes: int = attrs.field(default=64 * MIB, validator=_count, kw_only=True)
+    outbox: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path, kw_only=True)
+    expose_errors: bool = attrs.field(default=True, validator=_flag, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         AgentConfig.__attrs_post_init__(self)
@@ -433,8 +641,50 @@ class WorkerConfig(AgentConfig):
 
     @property
     def queue_size(self) -> int:
-        """Tasks that the platform may send beyond those that run."""
+        """Return how many tasks the platform may send beyond those that run."""
         return self.max_workers if self.max_queued is None else self.max_queued
+
+
+#: The options of a Worker that a SekuireSDK decides: its ``create_task_worker`` refuses them.
+DECIDED_BY_SDK = (
+    "agent_id",
+    "api_base_url",
+    "install_token",
+    "runtime_token",
+    "installation_id",
+    "refresh_token",
+    "credentials_store",
+    "token_provider",
+    "policy_gateway",
+)
+
+# For type checkers only, because attrs takes a millisecond to make a class.
+if TYPE_CHECKING:
+
+    @attrs.frozen
+    class EnvironmentConfig(SDKConfig):
+        """The options of ``SekuireSDK.from_env``, which finds the agent's id in the environment."""
+
+        agent_id: str = attrs.field(default="")
+
+    @attrs.frozen
+    class TaskWorkerConfig(WorkerConfig):
+        """The options of ``SekuireSDK.create_task_worker``: a Worker's, without those in DECIDED_BY_SDK."""
+
+        # Declared again, because it may be positional here.
+        capabilities: Tuple[str, ...] = attrs.field(default=(), converter=_capabilities)
+        agent_id: str = attrs.field(default="", init=False)
+        api_base_url: str = attrs.field(default="", init=False)
+        install_token: None = attrs.field(default=None, init=False)
+        runtime_token: None = attrs.field(default=None, init=False)
+        installation_id: None = attrs.field(default=None, init=False)
+        refresh_token: None = attrs.field(default=None, init=False)
+        credentials_store: None = attrs.field(default=None, init=False)
+        token_provider: None = attrs.field(default=None, init=False)
+        policy_gateway: None = attrs.field(default=None, init=False)
+
+else:
+    EnvironmentConfig, TaskWorkerConfig = SDKConfig, WorkerConfig
 
 
 # -- the environment --------------------------------------------------------------------------------------------------
@@ -458,7 +708,7 @@ POLICY_KEYS_VARIABLE = "SEKUIRE_POLICY_PUBLIC_KEYS"
 POLICY_OVERRIDE_VARIABLE = "SEKUIRE_POLICY_DEV_OVERRIDE"
 
 
-#: Characters that a file, a shell or a YAML document leaves around a value, and that belong to none.
+#: Characters that a file, a shell or a YAML document leaves around a value. No value begins or ends with them.
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 _UNSEEN = "\ufeff\u200b\u2060"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -473,8 +723,8 @@ def variable(name: str, option: Optional[str] = None) -> Optional[str]:
     """Return the value of an environment variable, or None if it is not set or empty.
 
     :param option: the option that it gives, for the error.
-    :raises ConfigurationError: quotes, a byte order mark, a space or a line end are part of the value. The error does
-        not show the value, which may be a token.
+    :raises ConfigurationError: the value begins or ends with a quote, a byte order mark, a space or a line end. The
+        error does not show the value, which may be a token.
     """
     value = os.environ.get(name)
     if not value:
@@ -494,9 +744,9 @@ def variable(name: str, option: Optional[str] = None) -> Optional[str]:
 
 
 def boolean_variable(name: str) -> bool:
-    """Return what a boolean environment variable says; False if it is not set or empty.
+    """Return the value of a boolean environment variable. Return False if it is not set or empty.
 
-    :raises ConfigurationError: it is neither 1, true, yes, on nor 0, false, no, off, in any case; and as
+    :raises ConfigurationError: the value is neither 1, true, yes, on nor 0, false, no, off, in any case. Also as
         :func:`variable`.
     """
     value = variable(name)
@@ -520,9 +770,9 @@ def is_production(environment: str) -> bool:
 
 
 def policy_keys_from_environment() -> Tuple[str, ...]:
-    """Return the public keys that ``SEKUIRE_POLICY_PUBLIC_KEYS`` names, separated by commas; none if it is not set.
+    """Return the public keys in ``SEKUIRE_POLICY_PUBLIC_KEYS``, which separates them by commas.
 
-    :raises ConfigurationError: it is set, and names no key; and as :func:`variable`.
+    :raises ConfigurationError: the variable is set and holds no key. Also as :func:`variable`.
     """
     text = variable(POLICY_KEYS_VARIABLE)
     keys = split_policy_keys(text or "")
@@ -531,7 +781,7 @@ def policy_keys_from_environment() -> Tuple[str, ...]:
     return keys
 
 
-#: What is wrong with a list of keys that was given and holds none: its author means to have pinned one.
+#: The problem of a list of keys that was given and is empty. Its author meant to pin a key.
 PINS_NOTHING = "names no key, so that nothing would be pinned; name one, or unset it"
 
 
@@ -541,7 +791,7 @@ def split_policy_keys(text: str) -> Tuple[str, ...]:
 
 
 def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tuple[Dict[str, Any], Dict[str, str]]:
-    """Options from the environment, ``overrides`` before it, and for each taken from there its source.
+    """Return ``overrides`` completed from the environment, and the source of each option taken from there.
 
     A variable that is set but empty counts as not set.
 

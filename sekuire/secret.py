@@ -1,25 +1,29 @@
-"""A value that must not be seen: tokens and keys on their way from the user to a header."""
+"""Hide tokens and keys on their way from the user to a request's header."""
 
 from __future__ import annotations
 
 import hmac
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn, Optional, Union
 
 from .errors import ConfigurationError
 
-__all__ = ["Secret", "as_secret"]
+__all__ = ["Secret", "as_secret", "check_secret", "to_secret"]
 
 _MASK = "Secret('***')"
 
 
 class Secret:
-    """A token or key whose text is given only by :meth:`reveal`.
+    """Hide a token or key. Only :meth:`reveal` returns its text. ::
 
-    It is not a str: ``repr``, ``str`` and ``format`` show a mask, pickling and JSON refuse it, and ``==`` takes the
-    same time whatever differs. The text is checked on entry (visible ASCII, no whitespace), because HTTP libraries
-    quote a header they refuse in the error they raise.
+        token = Secret("skt_runtime_example")
+        print(token)  # Secret('***')
+        headers = {"Authorization": f"Bearer {token.reveal()}"}
 
-    :raises ConfigurationError: the text is empty or holds anything but visible ASCII.
+    A Secret is not a str. ``repr``, ``str`` and ``format`` show a mask, and it cannot be pickled or written as JSON.
+    ``==`` takes the same time whatever differs. The text must be visible ASCII without whitespace, because HTTP
+    libraries quote a header that they refuse.
+
+    :raises ConfigurationError: the text is empty, or holds anything but visible ASCII.
     """
 
     __slots__ = ("__text",)
@@ -31,7 +35,7 @@ class Secret:
         object.__setattr__(self, "_Secret__text", text)
 
     def reveal(self) -> str:
-        """The text itself. Call it only where a header or a body is built."""
+        """Return the text. Call it only where a header or a body is built."""
         return self.__text  # type: ignore[attr-defined, no-any-return]
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -70,9 +74,9 @@ class Secret:
 
 
 def as_secret(value: Union[str, Secret], option: str) -> Secret:
-    """``value`` as a :class:`Secret`.
+    """Return ``value`` as a :class:`Secret`.
 
-    :raises ConfigurationError: naming ``option``, never quoting the value.
+    :raises ConfigurationError: the value cannot be one. The error names ``option`` and does not quote the value.
     """
     if isinstance(value, Secret):
         return value
@@ -80,6 +84,18 @@ def as_secret(value: Union[str, Secret], option: str) -> Secret:
     if problem:
         raise ConfigurationError(problem, option)
     return Secret(value)
+
+
+def to_secret(value: Union[str, Secret, None]) -> Optional[Secret]:
+    """Convert the value of an attrs field. Leave what cannot be a Secret to :func:`check_secret`."""
+    is_token = isinstance(value, str) and not _problem(value)
+    return Secret(value) if is_token else value  # type: ignore[arg-type, return-value]
+
+
+def check_secret(instance: object, attribute: Any, value: Any) -> None:
+    """Raise ConfigurationError, naming the attrs field, if its value is neither a Secret nor None."""
+    if value is not None:
+        as_secret(value, attribute.name)
 
 
 def _problem(text: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import weakref
 from concurrent.futures import Executor, Future
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
@@ -19,8 +20,9 @@ from .handlers.invoke import Handler, call
 from .handlers.registry import TaskRegistry
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
-from .worker.dispatch import Accepted, Dispatcher
-from .worker.report import encode
+from .worker.answers import Accepted
+from .worker.dispatch import Dispatcher
+from .worker.results import encode
 from .worker.worker import Worker, create_worker
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ _LOOK = 0.005
 _FIELDS = tuple(field.name for field in attrs.fields(Task) if field.name not in ("capability", "input"))
 _numbers = itertools.count(1)
 _OWN: Any = object()
+#: The platform of each worker that a Workbench has made.
+_platforms: weakref.WeakKeyDictionary[Worker, LocalPlatform] = weakref.WeakKeyDictionary()
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -81,7 +85,7 @@ def run_task(
     """
     scrub: Callable[[str], str] = str
     if isinstance(worker, Worker):
-        config, handlers, scrub = worker._config, worker._registry, worker._installation.scrub
+        config, handlers, scrub = worker.config, worker.handlers, worker.installation.scrub
     elif isinstance(worker, TaskRegistry):
         config, handlers = WorkerConfig(agent_id=AGENT), worker
     else:
@@ -98,7 +102,7 @@ def run_task(
     for entry in registry:
         entry.call = sink.watch(entry.call)
     timer = Timer()
-    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease_held=lambda: True, scrub=scrub)
+    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrub=scrub)
     try:
         dispatcher.submit(task)
         sink.done.wait()
@@ -123,7 +127,7 @@ def wait_idle(
     :raises TimeoutError: it is not so after ``timeout`` seconds; the text says what is left.
     """
     deadline = Deadline(timeout)
-    platform = platform or getattr(worker, "_platform", None)
+    platform = platform or _platforms.get(worker)
     pause = threading.Event()
     while True:
         left = _left(worker, platform)
@@ -132,8 +136,8 @@ def wait_idle(
         if deadline.is_expired():
             raise TimeoutError(f"after {timeout:g} s there are still {', '.join(left)}")
         pause.wait(min(_LOOK, deadline.remaining()))
-    if audit and worker._audit is not None and not worker._audit.flush(deadline.remaining()):
-        raise TimeoutError(f"after {timeout:g} s there are still {worker._audit.stats().waiting} audit events to send")
+    if audit and worker.audit is not None and not worker.audit.flush(deadline.remaining()):
+        raise TimeoutError(f"after {timeout:g} s there are still {worker.audit.stats().waiting} audit events to send")
 
 
 class Workbench:
@@ -183,7 +187,7 @@ class Workbench:
                 **options,
             }
         )
-        worker._platform = self.platform
+        _platforms[worker] = self.platform
         self._workers.append(worker)
         for source in handlers:
             if isinstance(source, TaskRegistry):
@@ -208,7 +212,7 @@ class Workbench:
         """Stop the workers, then the platform. Idempotent."""
         workers, self._workers = self._workers, []
         for worker in workers:
-            worker._request_stop(None)
+            worker.request_stop()
         for worker in workers:
             worker.stop()
         self.platform.stop()
@@ -282,7 +286,7 @@ def _left(worker: Worker, platform: Optional[LocalPlatform]) -> List[str]:
     left = []
     if platform is not None:
         # Before the worker is looked at: a task is in one of the two.
-        agent_id = worker._config.agent_id
+        agent_id = worker.config.agent_id
         for status in ("queued", "assigned"):
             tasks, _ = platform._store.tasks(status, None, 1000, None)
             left += [
@@ -303,6 +307,13 @@ class _Inline(Executor):
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
+
+
+class _Lease:
+    """The lease of a test: it never ends."""
+
+    def is_held(self) -> bool:
+        return True
 
 
 class _Sink:
@@ -354,7 +365,7 @@ class _Sink:
     def enqueue(self, report: Any) -> None:
         self.done.set()
 
-    def recall(self, task_id: str, attempt: int) -> bool:
+    def redelivered(self, task_id: str, attempt: int) -> bool:
         return False
 
     def release(self, order: Any, delay: float = 0.0) -> None:

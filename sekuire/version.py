@@ -1,3 +1,3 @@
-"""The version of this package, readable without importing anything else."""
+"""Hold the version of this package. Reading it imports nothing else."""
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ import time
 from typing import Any, Dict, List
 
 from sekuire import TaskContext, TaskError, TaskRegistry
-from sekuire.executors.process import tell
+from sekuire.executors.process import send_message
 
 GUARD = 240.0
 
@@ -18,7 +18,7 @@ tasks = TaskRegistry()
 
 
 def until_gone(path: str) -> str:
-    """Wait until the file is gone; without a name for ever."""
+    """Wait until the file is gone; without a name forever."""
     end = time.monotonic() + GUARD
     while not path or os.path.exists(path):
         assert time.monotonic() < end
@@ -143,7 +143,7 @@ def note(path: str) -> None:
 
 
 def write_pid_and_wait(path: str, let_go: str) -> str:
-    """Writes its process's number, then waits for the file ``let_go`` to go; without a name for ever."""
+    """Write the process's number, then wait for the file ``let_go`` to go; without a name forever."""
     note(path)
     return until_gone(let_go)
 
@@ -168,8 +168,8 @@ def only_there(pid: int) -> OnlyThere:
     return OnlyThere(pid)
 
 
-def tell_twice() -> bool:
-    return tell(1) and tell(2)
+def send_twice() -> bool:
+    return send_message(1) and send_message(2)
 
 
 def count(enforcer: Any, amount: int) -> bool:

@@ -173,9 +173,7 @@ def test_a_whole_life(canary: Canary, tmp_path: Any) -> None:
         until(lambda: platform.count("refresh", 200) >= 1)
         current = store.current
         canary.look_at(sdk, worker, store, store.snapshot, current, worker.stats(), sdk.beacon_status, contexts)
-        canary.look_at(
-            worker._config, sdk._config, worker._installation, worker._auth, worker._stream, worker._reporter
-        )
+        canary.look_at(worker.config, sdk._config, *vars(worker).values())
         canary.look_at(platform.task(leaked["task_id"]), platform.completions(leaked["task_id"]))
         assert current.installation_id is not None
         platform.revoke(current.installation_id, "the canary is done", shutdown_timeout=1.0)
@@ -261,7 +259,7 @@ def live_and_fail(canary: Canary, url: str, given: Dict[str, str], **options: An
         )  # fmt: skip
         worker.on_task("*", lambda ctx, input: None)
         see_life(canary, worker)
-        canary.look_at(worker.stats(), worker._auth, worker._installation)
+        canary.look_at(worker.stats(), worker.installation.auth, worker.installation)
         if "token_provider" in extra:
             break
     seen: List[Any] = []

@@ -6,14 +6,14 @@ import concurrent.futures
 import logging
 import multiprocessing
 import pathlib
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sekuire import SekuireSDK
+from sekuire import Beacon, PolicyClient, SekuireSDK, create_worker
 from sekuire.config import (
     ENVIRONMENT,
     AgentConfig,
@@ -160,6 +160,36 @@ def test_any_value_is_taken_or_refused(option: str, value: Any) -> None:
     else:
         return
     assert problem.option
+
+
+SHARED: Dict[str, Any] = {"runtime_token": TOKEN, "api_key": TOKEN, "installation_id": "i"}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "text"),
+    [
+        (lambda: Beacon("a", install_token=TOKEN, heartbeat_intervall=5), ConfigurationError, "unknown option"),
+        (lambda: Beacon("a", "b", install_token=TOKEN), TypeError, "takes its options by keyword"),
+        (lambda: Beacon("a", TOKEN), TypeError, "takes its options by keyword"),
+        (lambda: Beacon("a", agent_id="b", install_token=TOKEN), TypeError, "several values for 'agent_id'"),
+        (lambda: Beacon(install_token=TOKEN), ConfigurationError, "agent_id: is required"),
+        (lambda: Beacon("a", runtime_token=TOKEN), ConfigurationError, "installation_id: is needed"),
+        (lambda: SekuireSDK("a", on_status_change=print, **SHARED), ConfigurationError, "unknown option"),
+        (lambda: SekuireSDK("a", auto_heartbeat=5, **SHARED), ConfigurationError, "auto_heartbeat: must be True"),
+        (lambda: SekuireSDK.from_env("a", api_url=URL, **SHARED), ConfigurationError, "did you mean 'api_base_url'"),
+        (lambda: SekuireSDK.from_env(**SHARED), ConfigurationError, "agent_id: is required; set SEKUIRE_AGENT_ID"),
+        (lambda: SekuireSDK("a", **SHARED).create_task_worker(install_token=TOKEN), ConfigurationError, "belongs to"),
+        (lambda: PolicyClient(URL, api_key=TOKEN, cache_ttl=-1), ConfigurationError, "cache_ttl: must be"),
+        (lambda: create_worker(agent_id="a", install_token=TOKEN, max_workers=0), ConfigurationError, "max_workers: "),
+    ],
+)  # fmt: skip
+def test_no_token_in_the_frames_of_a_wrong_call(make: Callable[[], object], kind: Any, text: str) -> None:
+    """Where an object cannot be made, the error's frames hold neither its tokens nor the object."""
+    with pytest.raises(kind) as caught:
+        make()
+    assert text in str(caught.value)
+    assert caught.value.__context__ is None
+    assert TOKEN not in traces_of(caught.value)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

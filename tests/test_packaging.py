@@ -69,7 +69,8 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 
 
 EXTRAS = {
-    "local": {"flask", "cheroot", "blake3", "cryptography", "rfc8785"},
+    "cli": {"rich"},
+    "local": {"sekuire[cli]", "flask", "cheroot", "blake3", "cryptography", "rfc8785"},
     "testing": {"sekuire[local]", "pytest"},
     "reload": {"watchfiles"},
     "flask": {"flask"},

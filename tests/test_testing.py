@@ -341,11 +341,11 @@ def test_audit_events_are_waited_for(bench: Workbench, monkeypatch: pytest.Monke
         wait_idle(worker, platform=bench.platform)
         assert bench.platform.logs("tool_execution")[0]["event_data"]["task_id"] == task_id
         assert bench.platform.task(task_id)["agent_id"] == AGENT
-        monkeypatch.setattr(worker._audit, "flush", lambda timeout: False)
+        monkeypatch.setattr(worker.audit, "flush", lambda timeout: False)
         with pytest.raises(TimeoutError, match="audit events"):
             wait_idle(worker)
-    assert worker._sdk is not None
-    worker._sdk.shutdown()
+    assert worker.sdk is not None
+    worker.sdk.shutdown()
 
 
 # -- the plugin -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Measure elapsed time so that a suspend of the machine counts.
 
 ``time.monotonic()`` stands still on Linux and macOS while the machine sleeps, and the platform's clock does not. What
-the platform limits (a lease above all) is therefore measured here; what only this process waits for is not.
+the platform limits, above all a lease, is therefore measured here. What only this process waits for is not.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import functools
 import sys
 import threading
 import time
-from typing import Callable
+from typing import Callable, Protocol
 
 #: Seconds by which the wall clock must run ahead of the monotonic one, between two looks, to be a suspend or a step.
 LEAST_GAP = 1.0
 
 
 class Clock:
-    """Two clocks of one machine: ``elapsed()`` counts a suspend, ``monotonic()`` is what waits are measured with.
+    """Two clocks of one machine: ``elapsed()`` counts a suspend, and waits are measured with ``monotonic()``.
 
     A test gives its own::
 
@@ -37,25 +37,32 @@ class Clock:
         return self.elapsed() - self.monotonic()
 
 
+class Times(Protocol):
+    """Two clocks, such as those of the module :mod:`time`."""
+
+    def monotonic(self) -> float: ...
+
+    def time(self) -> float: ...
+
+
 class WallElapsed:
     """Count the monotonic clock and add each gap by which the wall clock ran ahead of it.
 
     For systems without a clock that counts a suspend. A step of the wall clock forwards looks the same as a suspend, so
-    time may seem to have passed that has not. One backwards is ignored.
-
-    Threads: any thread may call it; ``_lock`` guards the last readings.
+    time may seem to have passed that has not. A step backwards is ignored.
     """
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
-        self._monotonic = monotonic
-        self._wall = wall
+    # Threads: any thread may call it. `_lock` guards the last readings.
+
+    def __init__(self, source: Times = time) -> None:
+        self._source = source
         self._lock = threading.Lock()
         self._added = 0.0
-        self._last = (monotonic(), wall())
+        self._last = (source.monotonic(), source.time())
 
     def __call__(self) -> float:
         with self._lock:
-            now, wall = self._monotonic(), self._wall()
+            now, wall = self._source.monotonic(), self._source.time()
             gap = (wall - self._last[1]) - (now - self._last[0])
             if gap >= LEAST_GAP:
                 self._added += gap

@@ -1,7 +1,8 @@
-"""How threads live here: shared deadlines, periodic and timer threads, ordered callbacks, exit and fork."""
+"""Share deadlines, run periodic work, timed calls and callbacks on threads, and act when the process ends or forks."""
 
 from __future__ import annotations
 
+import abc
 import atexit
 import concurrent.futures.thread
 import contextlib
@@ -13,9 +14,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Protocol, Tuple
 
 from ..errors import SekuireError
+from . import fork
+from .clock import Clock
 from .logs import get_logger
 
 log = get_logger("sekuire.lifecycle")
@@ -25,12 +28,20 @@ LONG_WAIT = 3600.0
 #: Longest wait between two looks at a clock that counts a suspend. The wait itself stands still during one.
 LOOK_AGAIN = 1.0
 
+_Call = Tuple[Callable[..., object], Tuple[Any, ...]]
+
 
 class Deadline:
-    """A moment on the monotonic clock, shared by all steps of one stop; it may be brought forward, never put off.
+    """A moment on the monotonic clock, shared by all steps of one stop. It may be brought forward, never put off.
 
-    Any thread may call anything; the one field is replaced whole, so no lock is needed.
+    ::
+
+        deadline = Deadline(30.0)
+        join_all(threads, deadline)
+        flush(deadline.remaining())
     """
+
+    # Threads: any thread may call anything. The one field is replaced whole, so there is no lock.
 
     __slots__ = ("_end",)
 
@@ -38,10 +49,11 @@ class Deadline:
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
-        """Seconds left, 0 when it has passed."""
+        """Return the seconds left, 0 after the deadline."""
         return max(0.0, self._end - time.monotonic())
 
     def is_expired(self) -> bool:
+        """Return True if the deadline has passed."""
         return time.monotonic() >= self._end
 
     def shorten(self, seconds: float) -> None:
@@ -49,7 +61,7 @@ class Deadline:
         self._end = min(self._end, time.monotonic() + seconds)
 
     def earlier(self, seconds: float) -> Deadline:
-        """A view of this deadline that lies ``seconds`` before it, and moves with it."""
+        """Return a deadline that lies ``seconds`` before this one, and moves with it."""
         return _Earlier(self, seconds)
 
 
@@ -69,7 +81,7 @@ class _Earlier(Deadline):
 
 
 def join_all(threads: Iterable[threading.Thread], deadline: Deadline) -> List[str]:
-    """Join every thread by one deadline; the names of those that still run."""
+    """Join every thread by one deadline. Return the names of those that still run."""
     for thread in threads:
         if thread is not threading.current_thread() and thread.ident is not None:
             thread.join(deadline.remaining())
@@ -93,69 +105,99 @@ def owned_by(owner: object) -> Iterator[None]:
 
 
 def is_owned_by(owner: object) -> bool:
-    """Whether the current thread works for ``owner``."""
+    """Return True if the current thread works for ``owner``."""
     return any(one is owner for one in _current.__dict__.get("owners", ()))
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
+def spawn(run: Callable[..., object], name: str, *args: Any) -> Optional[threading.Thread]:
+    """Start a daemon thread that calls ``run(*args)``, and return it.
+
+    Return None if no thread can be started: there are too many, or the interpreter is ending.
+    """
+    thread = threading.Thread(target=run, name=name, args=args, daemon=True)
+    return thread if try_start(thread) else None
+
+
+def try_start(thread: threading.Thread) -> bool:
+    """Start ``thread``. Return False if no thread can be started now."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Periodic(Protocol):
+    """What a :class:`PeriodicThread` runs."""
+
+    def beat(self) -> None:
+        """Do one round of the work."""
+
+    def interval(self) -> float:
+        """Return the seconds from the begin of one round to that of the next."""
+
+
 class PeriodicThread:
-    """Call ``beat`` at once and then at every interval, on a daemon thread of its own.
+    """Call ``work.beat()`` at once and then at every interval, on a daemon thread of its own.
 
-    ``start``, ``nudge``, ``reconsider``, ``stop`` and ``join`` may be called from any thread; ``beat`` and ``interval``
-    run on this one. The wake event is the timer: :meth:`nudge` brings the next beat forward, :meth:`stop` ends the
-    thread after the current beat. An exception of ``beat`` is logged and does not end it.
+    ::
 
-    :param clock: what the interval is measured with. A clock that counts a suspend is looked at every second.
+        thread = PeriodicThread("sekuire-heartbeat", heartbeat)
+        thread.start()
+        thread.nudge()
+        thread.stop()
+
+    :param clock: measures the interval. It may count a suspend, so it is read every second.
     """
 
-    def __init__(
-        self,
-        name: str,
-        beat: Callable[[], None],
-        interval: Callable[[], float],
-        owner: object = None,
-        clock: Optional[Callable[[], float]] = None,
-    ) -> None:
-        self._beat = beat
-        self._interval = interval
+    # Threads: any thread may call the methods; `beat` and `interval` run on this one. The wake event is the timer.
+    # `_is_nudged` and `_is_stopping` are written before it is set, and read after it is cleared.
+
+    def __init__(self, name: str, work: Periodic, owner: object = None, clock: Optional[Clock] = None) -> None:
+        self._work = work
         self._owner = owner
-        self._clock = time.monotonic if clock is None else clock
+        self._now = time.monotonic if clock is None else clock.elapsed
         self._longest_wait = LONG_WAIT if clock is None else LOOK_AGAIN
         self._wake = threading.Event()
-        # Written before the event is set, and read after it is cleared.
-        self._nudged = False
-        self._stopping = False
+        self._is_nudged = False
+        self._is_stopping = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
+        """Start the thread.
+
+        :raises RuntimeError: no thread can be started.
+        """
         self.thread.start()
 
     def nudge(self) -> None:
         """Beat now, or again after the beat in progress."""
-        self._nudged = True
+        self._is_nudged = True
         self._wake.set()
 
     def reconsider(self) -> None:
-        """Ask for the interval again: it has become shorter."""
+        """Ask for the interval again, because it has become shorter."""
         self._wake.set()
 
     def stop(self) -> None:
-        self._stopping = True
+        """Have the thread end after the beat in progress."""
+        self._is_stopping = True
         self._wake.set()
 
     def join(self, deadline: Deadline) -> bool:
-        """Wait for the thread's end; whether it came."""
+        """Wait for the thread's end. Return True if it has ended."""
         return not join_all([self.thread], deadline)
 
     def _run(self) -> None:
         with owned_by(self._owner):
-            while not self._stopping:
-                self._nudged = False
-                started = self._clock()
+            while not self._is_stopping:
+                self._is_nudged = False
+                started = self._now()
                 try:
-                    self._beat()
+                    self._work.beat()
                 except Exception:
                     log.exception("%s: one round failed; the next comes at its time", self.thread.name)
                 except BaseException as error:  # noqa: BLE001  # sys.exit() in a user's callback must not end it.
@@ -166,55 +208,113 @@ class PeriodicThread:
         """Wait until the next beat is due."""
         while True:
             self._wake.clear()
-            if self._stopping or self._nudged:
+            if self._is_stopping or self._is_nudged:
                 return
-            delay = started + self._interval() - self._clock()
+            delay = started + self._work.interval() - self._now()
             if delay <= 0:
                 return
             self._wake.wait(min(delay, self._longest_wait))
 
 
-class Timer:
-    """Calls functions at moments of the monotonic clock, on one daemon thread made with the first of them.
+class _CallThread(abc.ABC):
+    """Make calls one after the other on one daemon thread, which is started with the first of them.
 
-    Any thread may call :meth:`call_at`, :meth:`cancel` and :meth:`close`. ``_condition`` guards the heap and which
-    thread it is; the functions are called outside it. They must be quick and must not block: they share the thread.
-    While no thread can be started the calls are kept, and each further :meth:`call_at` tries again.
+    If no thread can be started the calls are kept, with one warning, and the next one tries again.
     """
 
-    def __init__(self, name: str = "sekuire-timer", owner: object = None) -> None:
+    # Threads: any thread may call the public methods. `_condition` guards what is to be called and which thread it is.
+    # The calls are made without it.
+
+    #: What is called, for log lines.
+    _calls = "calls"
+
+    def __init__(self, name: str, owner: object) -> None:
         self._name = name
         self._owner = owner
         self._condition = threading.Condition()
+        self._thread: Optional[threading.Thread] = None
+        self._is_closed = False
+        self._has_warned = False
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the thread's end. Return True if it has ended, or was never started."""
+        thread = self._thread
+        return thread is None or not join_all([thread], deadline)
+
+    @abc.abstractmethod
+    def _take(self) -> Optional[_Call]:
+        """Wait for the next call and take it out. Return None to end the thread. Needs the lock, which a wait frees."""
+
+    def _need_thread(self) -> bool:
+        """Start the thread if there is none. Return True if that fails for the first time. Needs the lock."""
+        if self._thread is None:
+            self._thread = spawn(self._run, self._name)
+        is_missing = self._thread is None
+        is_new = is_missing and not self._has_warned
+        self._has_warned = is_missing
+        return is_new
+
+    def _warn(self) -> None:
+        log.warning("%s: no new thread can be started, so %s come late; the next one tries again",
+                    self._name, self._calls)  # fmt: skip
+
+    def _run(self) -> None:
+        with self._condition:
+            # A Ctrl-C can end spawn() while the thread starts all the same. Of two threads, the first one serves.
+            if self._thread is not None and self._thread is not threading.current_thread():
+                return
+            self._thread = threading.current_thread()
+        with owned_by(self._owner):
+            while True:
+                with self._condition:
+                    call = self._take()
+                if call is None:
+                    return
+                function, args = call
+                try:
+                    function(*args)
+                except Exception:
+                    log.exception("%s: a %s failed: %r", self._name, self._calls[:-1], function)
+                except BaseException as error:  # noqa: BLE001  # sys.exit() must not end the thread of all calls.
+                    log.error("%s: a %s raised %s; ignored", self._name, self._calls[:-1], type(error).__name__)
+
+
+class Timer(_CallThread):
+    """Call functions at moments of the monotonic clock, on one daemon thread.
+
+    The functions must be quick and must not block, because they share the thread. ::
+
+        timer = Timer()
+        number = timer.call_at(time.monotonic() + 5.0, cancel_the_task)
+        timer.cancel(number)
+        timer.close()
+    """
+
+    _calls = "timed calls"
+
+    def __init__(self, name: str = "sekuire-timer", owner: object = None) -> None:
+        super().__init__(name, owner)
         self._heap: List[Tuple[float, int]] = []
         self._functions: Dict[int, Callable[[], None]] = {}
         self._numbers = itertools.count()
-        self._thread: Optional[threading.Thread] = None
-        self._closed = False
-        self._warned = False
 
     def call_at(self, when: float, function: Callable[[], None]) -> int:
-        """Call ``function`` at ``when`` (``time.monotonic()``); the number is for :meth:`cancel`."""
+        """Call ``function`` at ``when`` (``time.monotonic()``). Return a number for :meth:`cancel`."""
         with self._condition:
             number = next(self._numbers)
-            if self._closed:
+            if self._is_closed:
                 return number
             self._functions[number] = function
             heapq.heappush(self._heap, (when, number))
-            if self._thread is None:
-                self._thread = _started(self._run, self._name)
-            elif self._heap[0][1] == number:
+            if self._thread is not None and self._heap[0][1] == number:
                 self._condition.notify()
-            missing = self._thread is None
-            warn = missing and not self._warned
-            self._warned = missing
-        if warn:
-            log.warning("%s: no new thread can be started, so timed calls come late; the next one tries again",
-                        self._name)  # fmt: skip
+            must_warn = self._need_thread()
+        if must_warn:
+            self._warn()
         return number
 
     def cancel(self, number: int) -> None:
-        """Forget a call that has not been made; harmless afterwards."""
+        """Forget a call that has not been made. After the call it does nothing."""
         with self._condition:
             self._functions.pop(number, None)
             # Without this, tasks that end long before their deadline would pile up here.
@@ -225,145 +325,79 @@ class Timer:
     def close(self) -> None:
         """Forget all calls and let the thread end."""
         with self._condition:
-            self._closed = True
+            self._is_closed = True
             self._functions.clear()
             self._heap.clear()
             self._condition.notify()
 
-    def join(self, deadline: Deadline) -> bool:
-        thread = self._thread
-        return thread is None or not join_all([thread], deadline)
-
-    def _run(self) -> None:
-        with self._condition:
-            if not _serves(self._thread):
-                return
-            self._thread = threading.current_thread()
-        with owned_by(self._owner):
-            while True:
-                function = self._next()
-                if function is None:
-                    return
-                try:
-                    function()
-                except Exception:
-                    log.exception("%s: a timed call failed", self._name)
-
-    def _next(self) -> Optional[Callable[[], None]]:
-        with self._condition:
-            while not self._closed:
-                if not self._heap:
-                    self._condition.wait(LONG_WAIT)
-                    continue
-                when, number = self._heap[0]
-                delay = when - time.monotonic()
-                if number in self._functions and delay > 0:
-                    self._condition.wait(min(delay, LONG_WAIT))
-                    continue
-                heapq.heappop(self._heap)
-                function = self._functions.pop(number, None)
-                if function is not None:
-                    return function
-            return None
+    def _take(self) -> Optional[_Call]:
+        while not self._is_closed:
+            if not self._heap:
+                self._condition.wait(LONG_WAIT)
+                continue
+            when, number = self._heap[0]
+            delay = when - time.monotonic()
+            if number in self._functions and delay > 0:
+                self._condition.wait(min(delay, LONG_WAIT))
+                continue
+            heapq.heappop(self._heap)
+            function = self._functions.pop(number, None)
+            if function is not None:
+                return function, ()
+        return None
 
 
-class CallbackThread:
-    """Runs users' callbacks one after the other, in order, on one daemon thread made with the first of them.
+class CallbackThread(_CallThread):
+    """Run users' callbacks one after the other, in order, on one daemon thread.
 
-    Any thread may call :meth:`post` and :meth:`close`. ``_condition`` guards the queue and which thread it is;
-    callbacks run outside it. One that raises is logged; one that hangs delays only callbacks, of which at most
-    ``limit`` wait. While no thread can be started they wait too: each further :meth:`post`, and :meth:`close`, tries
-    again.
+    One that hangs delays only callbacks, of which at most ``limit`` wait. ::
+
+        callbacks = CallbackThread()
+        callbacks.post(print, "paused")
+        callbacks.close()
     """
 
+    _calls = "callbacks"
+
     def __init__(self, name: str = "sekuire-callback", owner: object = None, limit: int = 1000) -> None:
-        self._name = name
-        self._owner = owner
+        super().__init__(name, owner)
         self._limit = limit
-        self._condition = threading.Condition()
-        self._queue: Deque[Tuple[Callable[..., object], Tuple[Any, ...]]] = deque()
-        self._thread: Optional[threading.Thread] = None
-        self._closed = False
-        self._full = False
-        self._warned = False
+        self._queue: Deque[_Call] = deque()
+        self._is_full = False
 
     def post(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call ``callback(*args)`` soon. After :meth:`close`, or with ``limit`` waiting, it is left out."""
+        """Call ``callback(*args)`` soon. Drop it after :meth:`close`, or while ``limit`` callbacks wait."""
         with self._condition:
-            if self._closed:
+            if self._is_closed:
                 return
-            full = len(self._queue) >= self._limit
-            warn = full and not self._full
-            self._full = full
-            if not full:
+            is_full = len(self._queue) >= self._limit
+            must_warn_full = is_full and not self._is_full
+            self._is_full = is_full
+            if not is_full:
                 self._queue.append((callback, args))
-            self._need_thread()
-            missing = self._thread is None
-            warn_missing = missing and not self._warned
-            self._warned = missing
-        if warn_missing:
-            log.warning("%s: no new thread can be started, so callbacks come late; the next one tries again",
-                        self._name)  # fmt: skip
-        if warn:
+            must_warn = self._need_thread()
+            self._condition.notify()
+        if must_warn:
+            self._warn()
+        if must_warn_full:
             log.warning("%s: %d callbacks wait behind one that does not return; further ones are left out",
                         self._name, self._limit)  # fmt: skip
 
     def close(self) -> None:
-        """Take no more; those waiting still run, then the thread ends."""
+        """Accept no more callbacks. Those that wait still run, then the thread ends."""
         with self._condition:
-            self._closed = True
-            self._need_thread()
+            self._is_closed = True
+            if self._queue:
+                self._need_thread()
+            self._condition.notify()
             left_out = len(self._queue) if self._thread is None else 0
         if left_out:
             log.warning("%s: no new thread can be started; %d callbacks are left out", self._name, left_out)
 
-    def join(self, deadline: Deadline) -> bool:
-        thread = self._thread
-        return thread is None or not join_all([thread], deadline)
-
-    def _need_thread(self) -> None:
-        """Have the thread, where there is something to do for it, and wake it. Needs the lock."""
-        if self._thread is None and self._queue:
-            self._thread = _started(self._run, self._name)
-        self._condition.notify()
-
-    def _run(self) -> None:
-        with self._condition:
-            if not _serves(self._thread):
-                return
-            self._thread = threading.current_thread()
-        with owned_by(self._owner):
-            while True:
-                with self._condition:
-                    while not self._queue and not self._closed:
-                        self._condition.wait(LONG_WAIT)
-                    if not self._queue:
-                        return
-                    callback, args = self._queue.popleft()
-                try:
-                    callback(*args)
-                except Exception:
-                    log.exception("a callback failed: %r", callback)
-                except BaseException as error:  # noqa: BLE001  # sys.exit() must not end the thread of all callbacks.
-                    log.error("a callback raised %s; ignored", type(error).__name__)
-
-
-def _started(run: Callable[[], None], name: str) -> Optional[threading.Thread]:
-    """A new daemon thread that runs; None where none can be started: too many, or the interpreter is ending."""
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
-
-
-def _serves(known: Optional[threading.Thread]) -> bool:
-    """Whether the current thread is the one to serve, where ``known`` is the one that counts as started.
-
-    A Ctrl-C can end :func:`_started` while the thread starts all the same; of two, the first to ask serves.
-    """
-    return known is None or known is threading.current_thread()
+    def _take(self) -> Optional[_Call]:
+        while not self._queue and not self._is_closed:
+            self._condition.wait(LONG_WAIT)
+        return self._queue.popleft() if self._queue else None
 
 
 # -- the process: exit and fork ---------------------------------------------------------------------------------------
@@ -374,7 +408,7 @@ _hooked = False
 
 
 def _after_fork() -> None:
-    # A thread of the parent may have held it; in the child nobody would ever let it go.
+    # A thread of the parent may have held the lock. In the child it would never be released.
     global _leave_lock
     _leave_lock = threading.Lock()
     # A handler's thread that forks is the child's main thread. At the child's end concurrent.futures would have it join
@@ -384,14 +418,13 @@ def _after_fork() -> None:
         getattr(concurrent.futures.thread, "_threads_queues", {}).pop(thread, None)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+fork.call_in_child(_after_fork)
 
 
 def at_exit(leaver: Any) -> None:
-    """Have ``leaver.leave()`` called when the interpreter ends, before it joins executors' threads.
+    """Call ``leaver.leave()`` when the interpreter ends, before it joins executors' threads.
 
-    It is called in the process that registered it only, and must start no thread.
+    It is called only in the process that registered it, and must start no thread.
     """
     global _hooked
     with _leave_lock:
@@ -439,14 +472,14 @@ _in_executor = False
 
 
 def enter_executor() -> None:
-    """This process runs handlers for the worker of another one: nothing that it imports may start a worker."""
+    """Note that this process runs handlers for the worker of another one, so nothing in it may start a worker."""
     global _in_executor
     _in_executor = True
 
 
 def is_in_executor() -> bool:
-    """Whether this process runs handlers for the worker of another one."""
-    # The second: a spawned process that imports its parent's main module has told nobody yet what it is for.
+    """Return True if this process runs handlers for the worker of another one."""
+    # The second: a spawned process that imports its parent's main module has not called enter_executor() yet.
     spawned = sys.modules.get("multiprocessing.process")
     return _in_executor or (spawned is not None and getattr(spawned.current_process(), "_inheriting", False))
 
@@ -454,7 +487,7 @@ def is_in_executor() -> bool:
 def check_starter(what: str) -> None:
     """Refuse to start in a process that runs handlers for another one, which has imported the module that starts it.
 
-    :raises SekuireError: it is such a process.
+    :raises SekuireError: this is such a process.
     """
     if is_in_executor():
         raise SekuireError(

@@ -1,7 +1,7 @@
-"""The ``sekuire`` command: parses the command line, runs one command, and turns what happened into an exit code.
+"""Run the ``sekuire`` command: parse the command line, run one command and return an exit code.
 
-0 fine, 1 failed, 2 wrong usage or configuration, 130 interrupted. Results go to stdout; progress, logs and errors to
-stderr. A user's mistake is told in a line or two, without a traceback.
+Exit codes: 0 fine, 1 failed, 2 wrong usage or configuration, 130 interrupted. Results go to stdout. Progress, logs and
+errors go to stderr. A user's mistake is reported in a line or two, without a traceback.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["main"]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command line ``argv`` (None: this process's own); the exit code.
+    """Run the command line ``argv`` (None: this process's own) and return the exit code.
 
-    :raises SystemExit: by argparse, for ``--help``, ``--version`` and wrong usage.
+    :raises SystemExit: raised by argparse for ``--help``, ``--version`` and wrong usage.
     """
     terminal.prepare()
     try:

@@ -1,4 +1,4 @@
-"""``sekuire demo``: the whole path of a task, shown on the user's own text in a few seconds."""
+"""Show the whole path of a task on the user's own text: ``sekuire demo``."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ DESCRIPTION = """\
 Start a local platform in this process, connect an agent to it, and have a worker summarize the paragraphs of the
 given files (without a file: the docstrings of the standard library's modules). Then pause the worker, resume it and
 terminate it. Nothing leaves this machine, and nothing is left behind."""
-EPILOG = "Exit codes: 0 fine, 1 something did not go as it must, 2 a file cannot be used, 130 interrupted."
+EPILOG = "Exit codes: 0 fine, 1 something failed, 2 a file cannot be used, 130 interrupted."
 LOG_LEVEL = "warning"
 
 AGENT = "demo-agent"
 CAPABILITY = "summarize"
 
 _MOST_FILE = 32 * 1024 * 1024
-#: A paragraph of more characters becomes several.
+#: Characters after which a paragraph is split.
 _LONGEST = 100_000
 _SUMMARY = 140
-#: Rows of the table.
+#: Rows of the table, the longest text of a source in it, and the least width at which it has each column.
 _ROWS = 12
+_LONGEST_SOURCE = 24
+_LEAST_COLUMNS = (0, 56, 20, 0)
 #: Seconds without any result after which the demo gives up.
 _PATIENCE = 30.0
 _SLICE = 0.1
@@ -55,7 +57,7 @@ _SLICE = 0.1
 
 @attrs.frozen(slots=True)
 class Piece:
-    """One text to summarize, and where it is from."""
+    """A text to summarize, and where it comes from."""
 
     source: str
     text: str = attrs.field(repr=False)
@@ -63,7 +65,7 @@ class Piece:
 
 @attrs.frozen(slots=True)
 class Result:
-    """What became of a piece: its summary, or why there is none. Instants as the platform tells them."""
+    """The summary of a piece, or why it has none. The times are the platform's."""
 
     source: str
     text: str
@@ -111,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Interrupts:
-    """SIGINT as a flag that is looked at between two steps, so that no step is torn apart; the second one ends the
-    process. Main thread; in another it does nothing. A context manager."""
+    """Turn SIGINT into a flag that is checked between two steps, so that each step ends. The second SIGINT ends the
+    process. Use it as a context manager on the main thread; on another thread it does nothing."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -128,7 +130,7 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._previous)
 
     def check(self) -> None:
-        """:raises KeyboardInterrupt: one came."""
+        """Raise KeyboardInterrupt if SIGINT has come."""
         if self._is_set:
             raise KeyboardInterrupt
 
@@ -156,9 +158,9 @@ def _paragraphs(paths: Sequence[str]) -> List[Piece]:
 
 
 def _read(path: str) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
-    :raises CommandError: it cannot be used; without the path.
+    :raises CommandError: the file cannot be used; the text does not name the path.
     """
     if os.path.isdir(path):
         raise CommandError("is a directory; name the files in it")
@@ -189,7 +191,7 @@ def _decode(data: bytes) -> str:
 
 
 def _split(name: str, text: str) -> List[Piece]:
-    """The paragraphs of a text: runs of lines between blank ones, with the line they begin at."""
+    """Return the paragraphs of a text, which blank lines separate, each with the number of its first line."""
     pieces: List[Piece] = []
     lines: List[str] = []
     begun = 1
@@ -207,7 +209,7 @@ def _split(name: str, text: str) -> List[Piece]:
 
 
 def _docstrings() -> List[Piece]:
-    """The docstrings of the standard library's modules, read from their sources: importing some has effects."""
+    """Return the docstrings of the standard library's modules, read from their sources: some imports have effects."""
     folder = sysconfig.get_paths()["stdlib"]
     pieces = []
     try:
@@ -233,7 +235,7 @@ def _docstrings() -> List[Piece]:
 
 
 def summarize(ctx: TaskContext, input: Any) -> Dict[str, Any]:
-    """The handler: the first sentence, cut, and how many words there are."""
+    """Return the first sentence, cut to 140 characters, and the number of words. This is the demo's handler."""
     text = terminal.clean(input["text"]).lstrip("#*->= ")
     sentence = text
     for mark in (". ", "! ", "? "):
@@ -245,7 +247,7 @@ def summarize(ctx: TaskContext, input: Any) -> Dict[str, Any]:
 
 
 class _Show:
-    """The demo's acts, in order, by the main thread alone."""
+    """Run the demo's steps in order, on the main thread."""
 
     def __init__(self, platform: Any, sdk: SekuireSDK, interrupts: Interrupts) -> None:
         self._platform = platform
@@ -256,11 +258,11 @@ class _Show:
         self.close = self._http.close
 
     def play(self, pieces: Sequence[Piece]) -> List[str]:
-        """All acts; what went wrong, as sentences."""
+        """Run all steps and return the problems, as sentences."""
         worker, installation_id = self._connect()
         results = self._summarize_all(worker, pieces)
         terminal.say()
-        for line in _table(results, terminal.columns()):
+        for line in _table(results, terminal.columns() if terminal.draws_tables() else None):
             terminal.say(line)
         terminal.say()
         self._pause_and_resume(worker, installation_id)
@@ -281,12 +283,12 @@ class _Show:
         assert installation_id is not None
         terminal.say(f"a local platform runs on {self._platform.url}")
         terminal.say(
-            f"{AGENT} is {self._sdk.beacon_status.state} as {installation_id}, its worker takes {CAPABILITY!r}"
+            f"{AGENT} is {self._sdk.beacon_status.state} as {installation_id}, its worker accepts {CAPABILITY!r}"
         )
         return worker, installation_id
 
     def _submit(self, piece: Piece) -> str:
-        """Submit a task over HTTP, as any program would; its id."""
+        """Submit a task over HTTP, as any program would, and return its id."""
         self._interrupts.check()
         fields = {"text": piece.text, "source": piece.source}
         reply = self._http.request(
@@ -315,9 +317,9 @@ class _Show:
         return results
 
     def _wait(self, task_id: str, look: Callable[[], None] = lambda: None) -> Dict[str, Any]:
-        """The task once it has ended.
+        """Return the task once it has ended.
 
-        :raises CommandError: nothing came of it for too long.
+        :raises CommandError: it has not ended within the limit.
         """
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
@@ -337,7 +339,7 @@ class _Show:
         error = task.get("error") or {}
         if task["status"] != "failed" or error.get("code") != "worker_paused":
             raise CommandError(f"a paused worker did not reject a task: it is {task['status']}", code=FAILED)
-        terminal.say(terminal.fit(f"pause: the next task is rejected, {error['code']} ({error['message']})", 500))
+        terminal.say(f"pause: the next task is rejected, {error['code']} ({error['message']})")
         self._platform.command(installation_id, "resume")
         self._until(lambda: not worker.is_paused(), "the worker did not obey the resume command")
         task = self._wait(self._submit(Piece("resume", "This task comes after the pause.")))
@@ -375,32 +377,21 @@ def _result(piece: Piece, task: Dict[str, Any]) -> Result:
     return Result(piece.source, text, is_good, begun, ended)
 
 
-def _table(results: Sequence[Result], columns: int) -> List[str]:
-    """The first rows as a table of at most ``columns``; on a narrow terminal with fewer columns, the text last."""
-    rows = [
-        (str(number), terminal.clean(one.source), f"{one.milliseconds:.1f}", terminal.clean(one.text), one.is_good)
-        for number, one in enumerate(results[:_ROWS], start=1)
-    ]
-    number = max(len(row[0]) for row in rows)
-    source = min(max(6, *(terminal.width(row[1]) for row in rows)), 24)
-    time_ = max(2, *(len(row[2]) for row in rows))
-    if columns < number + source + time_ + 6 + 20:
-        source = 0
-    if columns < number + time_ + 4 + 10:
-        time_ = 0
-    rest = max(1, columns - number - (source + 2 if source else 0) - (time_ + 2 if time_ else 0) - 2)
+def _table(results: Sequence[Result], columns: Optional[int]) -> List[str]:
+    """Return the first rows as a table, drawn at most ``columns`` wide or (None) plain.
 
-    def line(cells: Sequence[str], colour: Optional[str] = None) -> str:
-        text = terminal.fit(cells[3], rest)
-        parts = [terminal.pad(cells[0], number, right=True)]
-        parts += [terminal.pad(cells[1], source)] if source else []
-        parts += [terminal.pad(cells[2], time_, right=True)] if time_ else []
-        return terminal.fit("  ".join(parts), columns) + "  " + (terminal.paint(text, colour) if colour else text)
-
-    lines = [line(("#", "SOURCE", "MS", "SUMMARY"), "bold")]
-    lines += [line(row[:4], None if row[4] else "red") for row in rows]
-    more = len(results) - len(rows)
-    return [*lines, terminal.fit(f"{terminal.ellipsis()} and {more} more", columns)] if more else lines
+    A narrow table has fewer columns, with the summary last.
+    """
+    shown = [index for index, least in enumerate(_LEAST_COLUMNS) if columns is None or columns >= least]
+    rows = [["#", "SOURCE", "MS", "SUMMARY"]]
+    for number, one in enumerate(results[:_ROWS], start=1):
+        source = terminal.clean(one.source)[:_LONGEST_SOURCE]
+        rows.append([str(number), source, f"{one.milliseconds:.1f}", terminal.clean(one.text)])
+    rows = [[row[index] for index in shown] for row in rows]
+    colours = ["bold", *("" if one.is_good else "red" for one in results)]
+    lines = terminal.plain_table(rows) if columns is None else terminal.drawn_table(rows, colours, columns)
+    more = len(results) - _ROWS
+    return [*lines, f"\N{HORIZONTAL ELLIPSIS} and {more} more"[:columns]] if more > 0 else lines
 
 
 def _summary(results: Sequence[Result]) -> List[str]:
@@ -417,5 +408,5 @@ def _summary(results: Sequence[Result]) -> List[str]:
 
 
 def _percentile(ordered: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile of sorted values."""
+    """Return the nearest-rank percentile of sorted values."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]

@@ -1,4 +1,4 @@
-"""``sekuire dev``: the local platform as a server to develop against."""
+"""Run the local platform as a server to develop against: ``sekuire dev``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         metavar="FILE",
         help="a policy's content as JSON (or a whole policy, as sekuire policy pull gives it), signed and made active; "
-        "made active anew whenever the file is saved",
+        "made active again whenever the file is saved",
     )
     parser.add_argument(
         "--allow-host",
@@ -64,23 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a further name to be called by, such as host.docker.internal; may be repeated",
     )
-    parser.add_argument(
-        "--show-logs", action="store_true", help="print every audit event that comes as a line on stderr"
-    )
+    parser.add_argument("--show-logs", action="store_true", help="print every audit event as a line on stderr")
     group = parser.add_argument_group("faults", FAULTS)
     group.add_argument(
         "--fault",
         action="append",
         default=[],
         metavar="KIND[:ARGUMENT,...]",
-        help="something that goes wrong on purpose; may be repeated",
+        help="inject a fault; may be repeated",
     )
     group.add_argument(
         "--fault-seed",
         type=int,
         default=0,
         metavar="N",
-        help="what chance comes from (default 0); the same seed gives the same faults",
+        help="seed of the random numbers (default 0); the same seed gives the same faults",
     )
 
 
@@ -140,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _faults(args: argparse.Namespace) -> Faults:
-    # After the look for the extra, whose lack is told there.
+    # local_platform() has reported a missing extra before.
     from ..local import Faults
 
     faults = Faults(args.fault_seed)
@@ -156,28 +154,28 @@ def _faults(args: argparse.Namespace) -> Faults:
 
 
 def shell_lines(variables: Dict[str, str], windows: bool = os.name == "nt") -> List[str]:
-    """Lines that set ``variables``, for the shell of this system."""
+    """Return lines that set ``variables`` in this system's shell."""
     if windows:
         return [f'set "{name}={value}"' for name, value in variables.items()]
     return [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 
 class _Tail:
-    """Shows the audit events that came since it last looked. Main thread only."""
+    """Print the audit events that have come since the last call. Main thread only."""
 
-    def __init__(self, platform: Any) -> None:
-        self._store = platform._store
-        known = self._store.logs(None, None)
+    def __init__(self, platform: LocalPlatform) -> None:
+        self._platform = platform
+        known = platform.logs_after(0)
         self._last = known[-1][0] if known else 0
 
     def show(self) -> None:
-        for number, event in self._store.logs(None, None, after=self._last):
+        for number, event in self._platform.logs_after(self._last):
             self._last = number
             terminal.note(line_of(event))
 
 
 def line_of(event: Dict[str, Any]) -> str:
-    """An audit event as one line; what could steer a terminal is escaped."""
+    """Return an audit event as one line. Escape what could steer a terminal."""
     data = json.dumps(event["event_data"], ensure_ascii=False)
     text = " ".join((event["event_timestamp"], event["severity"], event["event_type"], event["sekuire_id"], data))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -189,7 +187,7 @@ def _by_flag(error: ConfigurationError) -> CommandError:
 
 
 class _PolicyFile:
-    """The file of ``--policy``: its content is the active policy of the platform's workspace. Main thread only.
+    """Keep the content of the file of ``--policy`` the active policy of the platform's workspace. Main thread only.
 
     :raises CommandError: the file cannot be used.
     """
@@ -202,7 +200,7 @@ class _PolicyFile:
         self._activate()
 
     def look(self) -> None:
-        """Take the content anew where the file was saved; where it cannot be used, the policy stays."""
+        """Read the file again if it was saved. Leave the policy as it is if the file cannot be used."""
         state = self._stat()
         if state is None or state == self._state:
             return
@@ -240,14 +238,14 @@ class _PolicyFile:
 
 
 class _Signals(SignalQueue):
-    """The signals while the platform runs; the second one ends the process."""
+    """Receive signals while the platform runs. The second one ends the process."""
 
     def __init__(self) -> None:
         super().__init__()
         self._count = 0
 
     def wait(self, looks: Sequence[Callable[[], None]] = ()) -> None:
-        """Until a signal has come; ``looks`` are called a few times a second."""
+        """Wait for a signal. Call each of ``looks`` a few times a second."""
         while True:
             for look in looks:
                 look()

@@ -1,4 +1,4 @@
-"""``sekuire doctor``: what stands between this machine's configuration and a working agent, step by step."""
+"""Check step by step whether an agent can work with this machine's configuration: ``sekuire doctor``."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from .exits import FAILED, OK, USAGE, CommandError
 from .options import add_connection, api_key, connection, key_header
 from .policy import ORIGINS, client_for
 
-HELP = "check the configuration, and say how to mend it"
+HELP = "check the configuration, and say how to fix it"
 DESCRIPTION = """\
-Check, step by step, what an agent on this machine would find: the environment variables, the credentials file, the way
-to the platform, and whether the platform takes the credentials. Nothing is used up: install and refresh tokens are
-not sent. With a runtime token and an installation id one heartbeat is sent, as the agent itself would."""
+Check, step by step, what an agent on this machine would find: the environment variables, the credentials file, the
+network up to the platform, and whether the platform accepts the credentials. Nothing is used up: install and refresh
+tokens are not sent. With a runtime token and an installation id one heartbeat is sent, as the agent itself would."""
 EPILOG = "Exit codes: 0 all is well (there may be warnings), 1 the platform cannot be used, 2 a setting is wrong."
 LOG_LEVEL = "error"
 
@@ -54,7 +54,7 @@ _SECRETS = ("install_token", "runtime_token", "refresh_token", "api_key")
 _PREFIXES = {"install_token": "skt_", "api_key": "sk_live_"}
 _NAMES = {"skt_": "an install token", "sk_live_": "an API key"}
 _RESOLVE_TIME = 5.0
-#: Seconds by which this machine's clock may differ.
+#: Seconds by which this machine's clock may differ from the platform's.
 _SKEW = 60.0
 
 _OK, _WARNING, _WRONG, _SKIPPED = "ok", "warning", "WRONG", "skipped"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         with findings.catching("API key"):
             secrets["api_key"] = api_key(args.api_key_file)[0]
     stored = _credentials_file(findings)
-    _ways(findings, secrets, stored)
+    _login_methods(findings, secrets, stored)
     can_verify = _policy_settings(findings)
     config: Optional[ConnectionConfig] = None
     with findings.catching("address"):
@@ -94,22 +94,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Findings:
-    """What was found, printed as it is found."""
+    """Print and count what the checks find."""
 
     def __init__(self) -> None:
         self._counts: Dict[str, int] = {}
 
-    def add(self, state: str, what: str, text: str, mend: str = "") -> None:
+    def add(self, state: str, what: str, text: str, fix: str = "") -> None:
         self._counts[state] = self._counts.get(state, 0) + 1
-        label = terminal.pad(state, 8)
+        label = state.ljust(8)
         colour = _COLOURS.get(state)
         shown = terminal.paint(label, colour) if colour else label
         terminal.say(f"{shown} {terminal.clean(what)}: {terminal.clean(text)}")
-        if mend:
-            terminal.say(f"         -> {terminal.clean(mend)}")
+        if fix:
+            terminal.say(f"         -> {terminal.clean(fix)}")
 
     def catching(self, what: str) -> _Catching:
-        """A context in which a configuration error becomes a finding."""
+        """Return a context that reports a configuration error as a finding."""
         return _Catching(self, what)
 
     @property
@@ -145,12 +145,12 @@ class _Catching:
 
 
 def _environment(findings: _Findings) -> Dict[str, Secret]:
-    """Check each variable; the secrets that are well-formed."""
+    """Check each variable, and return the secrets that are well-formed."""
     for name in sorted(os.environ):
         if name.startswith("SEKUIRE_") and name not in _KNOWN:
             close = difflib.get_close_matches(name, _KNOWN, n=1, cutoff=0.8)
-            mend = f"did you mean {close[0]}?" if close else "unset it, unless another program reads it"
-            findings.add(_WARNING, name, "is not a variable of this library", mend)
+            fix = f"did you mean {close[0]}?" if close else "unset it, unless another program reads it"
+            findings.add(_WARNING, name, "is not a variable of this library", fix)
         elif name in _KNOWN and not os.environ[name]:
             findings.add(_WARNING, name, "is set but empty, which counts as not set", "set it, or unset it")
         elif name in _KNOWN:
@@ -185,8 +185,8 @@ def _identifiers(findings: _Findings) -> None:
         value = _value(name)
         if value is None:
             if option == "agent_id" and not os.environ.get(name):
-                mend = f"export {name}=... with the agent's id, or pass agent_id=... in code"
-                findings.add(_WRONG, name, "is not set", mend)
+                fix = f"export {name}=... with the agent's id, or pass agent_id=... in code"
+                findings.add(_WRONG, name, "is not set", fix)
         elif not protocol.is_id(value):
             findings.add(_WRONG, name, "is longer than 256 bytes or holds control characters", "copy it again, whole")
         else:
@@ -217,7 +217,7 @@ def _secret(findings: _Findings, option: str, name: str) -> Optional[Secret]:
 
 
 def _credentials_file(findings: _Findings) -> Optional[RuntimeCredentials]:
-    """What the credentials file holds; it is only read."""
+    """Return the credentials in the file, or None. The file is only read."""
     path = _value(CREDENTIALS_FILE_VARIABLE)
     if path is None:
         if _value(ENVIRONMENT["install_token"]) is not None and not os.environ.get(CREDENTIALS_FILE_VARIABLE):
@@ -240,7 +240,7 @@ def _credentials_file(findings: _Findings) -> Optional[RuntimeCredentials]:
                 "make it and its directory writable",
             )  # fmt: skip
         if stored is None:
-            findings.add(_OK, CREDENTIALS_FILE_VARIABLE, f"{path!r} is empty as yet; the first login fills it")
+            findings.add(_OK, CREDENTIALS_FILE_VARIABLE, f"{path!r} is still empty; the first login fills it")
             return None
         findings.add(_OK, CREDENTIALS_FILE_VARIABLE, f"{path!r} is private and holds credentials")
         return stored.credentials
@@ -248,37 +248,37 @@ def _credentials_file(findings: _Findings) -> Optional[RuntimeCredentials]:
     return None
 
 
-def _ways(findings: _Findings, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]) -> None:
-    """Which ways of authenticating there are."""
+def _login_methods(findings: _Findings, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]) -> None:
+    """Report the login methods that the configuration allows."""
     installation = _value(ENVIRONMENT["installation_id"])
     what = "credentials"
     if "refresh_token" in secrets and not installation and stored is None:
         findings.add(_WRONG, what, "SEKUIRE_REFRESH_TOKEN without SEKUIRE_INSTALLATION_ID", "set both")
     if "runtime_token" in secrets and not installation and stored is None:
-        mend = "set SEKUIRE_INSTALLATION_ID; SekuireSDK and Beacon need it"
-        findings.add(_WARNING, what, "SEKUIRE_RUNTIME_TOKEN without SEKUIRE_INSTALLATION_ID", mend)
-    ways = []
+        fix = "set SEKUIRE_INSTALLATION_ID; SekuireSDK and Beacon need it"
+        findings.add(_WARNING, what, "SEKUIRE_RUNTIME_TOKEN without SEKUIRE_INSTALLATION_ID", fix)
+    methods = []
     if stored is not None and (stored.runtime_token or stored.refresh_token):
-        ways.append("the credentials file")
+        methods.append("the credentials file")
     if "runtime_token" in secrets:
-        ways.append("a runtime token")
+        methods.append("a runtime token")
     if "refresh_token" in secrets and installation:
-        ways.append("a refresh token")
+        methods.append("a refresh token")
     if "install_token" in secrets:
-        ways.append("an install token (not tried: trying uses it up)")
+        methods.append("an install token (not tried: trying uses it up)")
     if "api_key" in secrets:
-        ways.append("recovery with the API key")
-    if ways:
-        findings.add(_OK, what, "will be tried in this order: " + ", ".join(ways))
+        methods.append("recovery with the API key")
+    if methods:
+        findings.add(_OK, what, "will be tried in this order: " + ", ".join(methods))
     else:
-        mend = (
+        fix = (
             "set SEKUIRE_INSTALL_TOKEN, or SEKUIRE_RUNTIME_TOKEN, or SEKUIRE_INSTALLATION_ID and SEKUIRE_REFRESH_TOKEN"
         )
-        findings.add(_WRONG, what, "there is nothing to authenticate with", mend)
+        findings.add(_WRONG, what, "there is nothing to authenticate with", fix)
 
 
 def _policy_settings(findings: _Findings) -> bool:
-    """What the policy needs on this machine; whether a policy can be verified."""
+    """Check what a policy needs on this machine. Return True if a policy can be verified."""
     from ..policy.client import missing_packages
     from ..policy.document import parse_key
     from ..policy.gateway import may_only_warn
@@ -333,7 +333,9 @@ def _platform(
     http = HttpClient(config, pool_size=1)
     try:
         if http.route.proxies:
-            findings.add(_OK, "network", "goes through a proxy (HTTP_PROXY, HTTPS_PROXY); name and port are its matter")
+            findings.add(
+                _OK, "network", "goes through a proxy (HTTP_PROXY, HTTPS_PROXY), which resolves the name and connects"
+            )
         elif not _network(findings, config):
             return
         if not _answer(findings, http):
@@ -348,7 +350,7 @@ def _platform(
 
 
 def _network(findings: _Findings, config: ConnectionConfig) -> bool:
-    """Name and port; whether they can be reached."""
+    """Resolve the platform's name and connect to its port. Return True if both succeed."""
     parts = urlsplit(config.api_base_url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     addresses: List[Any] = []
@@ -373,15 +375,15 @@ def _network(findings: _Findings, config: ConnectionConfig) -> bool:
     try:
         socket.create_connection((host, port), timeout=config.connect_timeout).close()
     except OSError as error:
-        mend = "is the platform running (sekuire dev)? does a firewall or a proxy stand in between?"
-        findings.add(_WRONG, "port", f"{host} port {port}: {error.strerror or 'no answer in time'}", mend)
+        fix = "is the platform running (sekuire dev)? does a firewall or a proxy stand in between?"
+        findings.add(_WRONG, "port", f"{host} port {port}: {error.strerror or 'no answer in time'}", fix)
         return False
     findings.add(_OK, "port", f"{host} port {port} was reached in {1000 * (time.monotonic() - begun):.0f} ms")
     return True
 
 
 def _answer(findings: _Findings, http: HttpClient) -> bool:
-    """TLS, and whether it is a Sekuire platform: a question without credentials. Whether to go on."""
+    """Check TLS, and that a Sekuire platform answers, without credentials. Return True if the checks can go on."""
     reply = _ask(findings, "platform", lambda: http.request("GET", http.endpoints.path("tasks")))
     if reply is None:
         return False
@@ -395,19 +397,19 @@ def _answer(findings: _Findings, http: HttpClient) -> bool:
         return False
     error = None if reply.is_success else protocol.decode_error(reply.status, reply.body)
     if error is not None and error.details is None:
-        mend = "check the address: is it a Sekuire platform's, without a path behind the host?"
-        findings.add(_WRONG, "platform", f"HTTP {reply.status} and no JSON: this is another server", mend)
+        fix = "check the address: is it a Sekuire platform's, without a path behind the host?"
+        findings.add(_WRONG, "platform", f"HTTP {reply.status} and no JSON: this is another server", fix)
         return False
     findings.add(_OK, "platform", f"it answers (HTTP {reply.status})")
     date = protocol.parse_http_date(reply.date)
     if date is None:
-        findings.add(_WARNING, "clock", "the platform told no time to compare with")
+        findings.add(_WARNING, "clock", "the platform sent no time to compare with")
         return True
     skew = (reply.now - date).total_seconds()
     if abs(skew) > _SKEW:
         which = "ahead of" if skew > 0 else "behind"
-        mend = "set it, best by NTP: the ends of tokens and leases are compared with it"
-        findings.add(_WARNING, "clock", f"this machine's is {abs(skew):.0f} s {which} the platform's", mend)
+        fix = "set it, best by NTP: the ends of tokens and leases are compared with it"
+        findings.add(_WARNING, "clock", f"this machine's is {abs(skew):.0f} s {which} the platform's", fix)
     else:
         findings.add(_OK, "clock", "agrees with the platform's")
     return True
@@ -418,19 +420,21 @@ def _ask(findings: _Findings, what: str, call: Callable[[], Reply]) -> Optional[
         return call()
     except TransportError as error:
         problem = str(error)
-    mend = "try again; if it stays so, look at the platform and at what lies in between"
+    fix = "try again; if it fails again, check the platform and the network"
     if problem.startswith("TLS "):
         what = "TLS"
-        mend = "check the host's name and its certificate; for a CA of your own set REQUESTS_CA_BUNDLE"
-    findings.add(_WRONG, what, problem, mend)
+        fix = "check the host's name and its certificate; for a CA of your own set REQUESTS_CA_BUNDLE"
+    findings.add(_WRONG, what, problem, fix)
     return None
 
 
 def _runtime_token(
     findings: _Findings, http: HttpClient, secrets: Dict[str, Secret], stored: Optional[RuntimeCredentials]
 ) -> None:
-    """One heartbeat with the runtime token, as the agent would send it. A fresh token that comes back is left alone:
-    the one at hand stays good until its end."""
+    """Send one heartbeat with the runtime token, as the agent would.
+
+    A new token in the answer is ignored: the present one stays valid until it expires.
+    """
     what = "runtime token"
     token, installation_id = secrets.get("runtime_token"), _value(ENVIRONMENT["installation_id"])
     has_refresh = "refresh_token" in secrets
@@ -458,10 +462,10 @@ def _runtime_token(
             "ask who revoked it; a new one needs an install token",
         )
     elif error.status == 401 and has_refresh:
-        findings.add(_WARNING, what, f"was not taken ({error}); the agent will get another with its refresh token")
+        findings.add(_WARNING, what, f"was rejected ({error}); the agent will get another with its refresh token")
     else:
-        mend = "get a new one, or set SEKUIRE_INSTALLATION_ID and SEKUIRE_REFRESH_TOKEN, or an install token"
-        findings.add(_WRONG, what, f"was not taken: {error}", mend)
+        fix = "get a new one, or set SEKUIRE_INSTALLATION_ID and SEKUIRE_REFRESH_TOKEN, or an install token"
+        findings.add(_WRONG, what, f"was rejected: {error}", fix)
 
 
 def _accepted(findings: _Findings, what: str, reply: Reply) -> None:
@@ -471,12 +475,12 @@ def _accepted(findings: _Findings, what: str, reply: Reply) -> None:
         payload = None
     answer = protocol.decode_heartbeat(payload, reply.date, reply.now)
     if answer.revoked:
-        mend = "ask who revoked it; a new one needs an install token"
-        findings.add(_WRONG, what, f"the installation is revoked: {answer.reason or 'no reason given'}", mend)
+        fix = "ask who revoked it; a new one needs an install token"
+        findings.add(_WRONG, what, f"the installation is revoked: {answer.reason or 'no reason given'}", fix)
     elif answer.desired_state not in (None, "running"):
-        findings.add(_WARNING, what, f"was taken, but the platform wants this agent {answer.desired_state}")
+        findings.add(_WARNING, what, f"was accepted, but the platform wants this agent {answer.desired_state}")
     else:
-        findings.add(_OK, what, "was taken by a heartbeat")
+        findings.add(_OK, what, "was accepted by a heartbeat")
 
 
 def _api_key(findings: _Findings, http: HttpClient, key: Secret) -> None:
@@ -487,9 +491,9 @@ def _api_key(findings: _Findings, http: HttpClient, key: Secret) -> None:
         return
     error: Optional[APIError] = None if reply.is_success else protocol.decode_error(reply.status, reply.body)
     if error is None:
-        findings.add(_OK, what, "was taken")
+        findings.add(_OK, what, "was accepted")
     elif error.status in (401, 403):
-        findings.add(_WRONG, what, f"was not taken: {error}", "copy it again, and check that it is this platform's")
+        findings.add(_WRONG, what, f"was rejected: {error}", "copy it again, and check that it is this platform's")
     else:
         findings.add(_WARNING, what, f"cannot be checked here: {error}")
 
@@ -504,23 +508,23 @@ def _policy(
     token = stored.runtime_token if stored is not None and stored.runtime_token else secrets.get("runtime_token")
     if workspace_id is None:
         name = ENVIRONMENT["workspace_id"]
-        findings.add(_OK, what, f"the login says whose policy counts; set {name} to have it checked here")
+        findings.add(_OK, what, f"the login names the workspace; set {name} to check its policy here")
         return
     if key is None and token is None:
         findings.add(_SKIPPED, what, "not asked for: there is no runtime token before the login, and no API key")
         return
     problem: Optional[SekuireError] = None
-    # The token is what the agent itself would use; the key is for where there is none yet.
+    # Prefer the token, which the agent itself would use. Before its first login it has none.
     with client_for(config, policy_keys_from_environment(), None if token is not None else key, token) as client:
         try:
             policy = client.fetch_active_policy(workspace_id)
         except SekuireError as error:
             problem = error
     if isinstance(problem, PolicyIntegrityError):
-        mend = "compare SEKUIRE_POLICY_PUBLIC_KEYS with the key that the workspace's owner gives"
-        findings.add(_WRONG, what, f"is refused: {problem}", mend)
+        fix = "compare SEKUIRE_POLICY_PUBLIC_KEYS with the key that the workspace's owner gives"
+        findings.add(_WRONG, what, f"is refused: {problem}", fix)
     elif problem is not None:
-        findings.add(_WARNING, what, f"cannot be had: {problem}", "without a policy every task is denied")
+        findings.add(_WARNING, what, f"is not available: {problem}", "without a policy every task is denied")
     elif policy is None:
         findings.add(_OK, what, f"{workspace_id} has none: everything is allowed")
     else:

@@ -1,4 +1,4 @@
-"""The error that carries an exit code, and how any error is told to the user."""
+"""Report errors to the user, and turn them into exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..wire.protocol import one_line
 
 
 class CommandError(Exception):
-    """What a command tells its user before it ends with ``code``: a line or two, each a sentence."""
+    """Raised to end a command with ``code``. Each of ``lines`` is a sentence for the user."""
 
     def __init__(self, *lines: str, code: int = USAGE) -> None:
         super().__init__(*lines)
@@ -23,18 +23,18 @@ class CommandError(Exception):
 
 
 def complain(command: str, *lines: str) -> None:
-    """Write an error to stderr, whatever state stderr is in; control characters in it are shown as spaces."""
+    """Write an error to stderr, with control characters as spaces. Ignore a stderr that cannot be written."""
     text = "".join(f"sekuire {command}: error: {one_line(line)}\n" for line in lines)
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
-        # Nobody is left to hear it; the exit code still tells.
+        # The exit code still reports the failure.
         pass
 
 
 def report(command: str, error: Exception) -> int:
-    """Tell the user of ``error``; the exit code it means."""
+    """Report ``error`` to the user and return its exit code."""
     if isinstance(error, CommandError):
         complain(command, *error.lines)
         return error.code

@@ -1,9 +1,10 @@
-"""Options and look-ups that several commands share: the platform's address, API keys, the local platform itself."""
+"""Declare and read the options that several commands share: logging, the platform's address, API keys."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from typing import TYPE_CHECKING, Any, Dict, Optional, Tuple, Type
 
 from ..config import ENVIRONMENT, ConnectionConfig, from_options, source_of, variable
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def local_platform() -> Type[LocalPlatform]:
-    """The class of the local platform, imported when it is needed: it brings a web server.
+    """Return the class of the local platform. Import it only here, because it brings a web server.
 
     :raises ConfigurationError: the extra is not installed.
     """
@@ -35,7 +36,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def logging_options() -> argparse.ArgumentParser:
-    """The options that say what is logged, as a parent parser; they are not set where they are not given."""
+    """Return a parent parser with the logging options. Options that are not given are not set."""
     parent = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     group = parent.add_argument_group("logging")
     group.add_argument("-v", "--verbose", action="store_true", help="log everything to stderr; the same as debug")
@@ -44,7 +45,7 @@ def logging_options() -> argparse.ArgumentParser:
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    """The options that say where the platform is."""
+    """Add the options that say where the platform is."""
     parser.add_argument("--url", help="the platform's address (default: SEKUIRE_API_URL, or the public platform's)")
     parser.add_argument(
         "--allow-insecure-http",
@@ -54,9 +55,9 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 
 
 def connection(args: argparse.Namespace) -> ConnectionConfig:
-    """Where the platform is, from options and environment.
+    """Return the connection's configuration from the options and the environment.
 
-    :raises ConfigurationError: a wrong address, naming the option or variable it came from.
+    :raises ConfigurationError: the address is wrong; the text names the option or variable it came from.
     """
     options: Dict[str, Any] = {"allow_insecure_http": args.allow_insecure_http}
     source = "--url"
@@ -76,12 +77,28 @@ def connection(args: argparse.Namespace) -> ConnectionConfig:
     raise ConfigurationError(problem, found.option, found.source)
 
 
-def api_key(path: Optional[str]) -> Tuple[Secret, str]:
-    """The API key and where it came from: the file at ``path``, or ``SEKUIRE_API_KEY``. Never the command line, which
-    other users of the machine can read.
+def read_input(path: Optional[str], most: int) -> Tuple[bytes, str]:
+    """Return the bytes of a file (None: stdin), and why they cannot be used: unreadable, or above ``most`` MiB."""
+    data, problem = b"", ""
+    limit = most * 1024 * 1024
+    try:
+        if path is not None:
+            with open(path, "rb") as file:
+                data = file.read(limit + 1)
+        elif sys.stdin is not None:
+            data = sys.stdin.buffer.read(limit + 1)
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    return data, problem or (f"it is larger than {most} MiB" if len(data) > limit else "")
 
-    :raises CommandError: there is none, or the file cannot be read.
-    :raises ConfigurationError: it is malformed.
+
+def api_key(path: Optional[str]) -> Tuple[Secret, str]:
+    """Return the API key, and the file (``path``) or variable (``SEKUIRE_API_KEY``) it came from.
+
+    It never comes from the command line, which other users of the machine can read.
+
+    :raises CommandError: there is no key, or the file cannot be read.
+    :raises ConfigurationError: the key is malformed.
     """
     if path is None:
         name = ENVIRONMENT["api_key"]
@@ -102,5 +119,5 @@ def api_key(path: Optional[str]) -> Tuple[Secret, str]:
 
 
 def key_header(key: Secret) -> Credential:
-    """Gives the header with ``key`` when a request is built."""
+    """Return a credential that puts ``key`` into a request's header when the request is built."""
     return functools.partial(protocol.api_key_header, key)

@@ -1,11 +1,10 @@
-"""``sekuire policy``: see the policy in force, verify it, and ask whether it would allow something."""
+"""Show the policy in force, verify it, and ask what it would allow: ``sekuire policy``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import json
-import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 from .._internal import files
@@ -26,7 +25,7 @@ from ..wire import protocol
 from ..wire.models import RuntimeCredentials
 from . import terminal
 from .exits import FAILED, OK, CommandError
-from .options import add_connection, api_key, connection, logging_options
+from .options import add_connection, api_key, connection, logging_options, read_input
 
 if TYPE_CHECKING:
     from ..policy.client import PolicyClient
@@ -43,21 +42,22 @@ examples:
   sekuire policy check network api.example.com --protocol https
   sekuire policy check tool search --file policy.json
 
-Exit codes: 0 fine, or allowed; 1 denied, refused, or not to be had; 2 wrong usage or configuration."""
+Exit codes: 0 fine, or allowed; 1 denied, refused, or not available; 2 wrong usage or configuration."""
 LOG_LEVEL = "warning"
 
-_LONGEST_FILE = 1024 * 1024
+#: MiB.
+_LONGEST_FILE = 1
 ORIGINS = {
     "pinned": "signed by a pinned key",
-    "integrity": "whole, as its signature shows; no key is pinned, so whose it is is not proved",
-    "unsigned": "unsigned: its hash fits, no more is proved",
+    "integrity": "whole, as its signature shows; no key is pinned, so its origin is not proved",
+    "unsigned": "unsigned: only its hash is proved",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
     source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("--workspace", metavar="ID", help="whose policy (default: SEKUIRE_WORKSPACE_ID)")
+    source.add_argument("--workspace", metavar="ID", help="the policy's workspace (default: SEKUIRE_WORKSPACE_ID)")
     source.add_argument(
         "--trusted-key",
         action="append",
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_connection(source)
     file = argparse.ArgumentParser(add_help=False)
     file.add_argument(
-        "--file", metavar="PATH", help="a policy, as pull gives it, or a policy's content alone; - for stdin"
+        "--file", metavar="PATH", help="a policy as pull writes it, or a policy's content alone; - for stdin"
     )
 
     def add(name: str, act: Callable[[argparse.Namespace], int], text: str, *parents: Any) -> argparse.ArgumentParser:
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.set_defaults(act=act)
         return one
 
-    pull = add("pull", _pull, "fetch the policy, verify it, and write it as it came")
+    pull = add("pull", _pull, "fetch the policy, verify it, and write it unchanged")
     pull.add_argument("--output", metavar="PATH", help="the file to write (default: stdout)")
     add("verify", _verify, "verify hash, signature, key and workspace", file)
     add("show", _show, "show what the policy says", file)
@@ -241,40 +241,32 @@ def _keys_source(args: argparse.Namespace) -> str:
 
 
 def read_file(path: str, option: str) -> Tuple[bytes, Dict[str, Any]]:
-    """A policy file's bytes, and the JSON object in it.
+    """Return a policy file's bytes, and the JSON object in it.
 
-    :raises CommandError: it cannot be read, or is no JSON object.
+    :raises CommandError: the file cannot be read, or is not a JSON object.
     """
     from ..policy.document import read_document
 
     payload: Any = None
-    problem = ""
-    data = b""
+    data, problem = read_input(None if path == "-" else path, _LONGEST_FILE)
     try:
-        if path == "-":
-            data = sys.stdin.buffer.read(_LONGEST_FILE + 1)
-        else:
-            with open(path, "rb") as file:
-                data = file.read(_LONGEST_FILE + 1)
-        if len(data) > _LONGEST_FILE:
-            problem = "it is larger than 1 MiB"
-        else:
+        if not problem:
             payload = protocol.decode_body(data)
-            # What a policy is refused for, such as a key that is there twice, is refused here too.
+            # Refuse what is refused in every policy, such as a key that occurs twice.
             read_document(data)
     except PolicyIntegrityError as error:
         problem = str(error)
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or f"it {error}"
+    except ValueError as error:
+        problem = f"it {error}"
     if not problem and not isinstance(payload, dict):
-        problem = "it is no JSON object"
+        problem = "it is not a JSON object"
     if problem:
         raise CommandError(f"{option}: cannot use {path!r}: {problem}")
     return data, payload
 
 
 def content_of(payload: Dict[str, Any]) -> Dict[str, Any]:
-    """The content, where ``payload`` is a whole policy; else ``payload`` itself."""
+    """Return the content if ``payload`` is a whole policy, else ``payload`` itself."""
     content = payload.get("content")
     return (
         content if isinstance(content, dict) and not set(payload) & {"permissions", "agent", "rate_limits"} else payload
@@ -302,7 +294,7 @@ def _read(args: argparse.Namespace, whole: bool = False) -> Policy:
 
 @contextlib.contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Tell of a wrong key by where it came from."""
+    """Name the origin of a wrong key in its error."""
     try:
         yield
         return
@@ -316,9 +308,9 @@ def _naming(source: str) -> Iterator[None]:
 def client_for(
     config: ConnectionConfig, keys: Sequence[str], key: Optional[Secret], token: Optional[Secret]
 ) -> PolicyClient:
-    """A client with an API key or a runtime token.
+    """Return a client that uses an API key or a runtime token.
 
-    :raises ConfigurationError: a key that is none, or the extra is not installed.
+    :raises ConfigurationError: a key is malformed, or the extra is not installed.
     """
     from ..policy.client import PolicyClient
 

@@ -1,11 +1,10 @@
-"""``sekuire send``: give an agent a task, and wait for its result if asked to."""
+"""Submit a task to an agent, and wait for its result if asked to: ``sekuire send``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 import time
 from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
 
@@ -17,7 +16,7 @@ from ..transport.retry import is_retryable
 from ..wire import protocol
 from . import terminal
 from .exits import FAILED, OK, CommandError, complain
-from .options import add_connection, api_key, connection
+from .options import add_connection, api_key, connection, read_input
 
 _T = TypeVar("_T")
 
@@ -33,9 +32,10 @@ configuration; 130 interrupted (the task goes on)."""
 LOG_LEVEL = "warning"
 
 _FIRST_POLL, _LONGEST_POLL = 0.05, 1.0
-#: Seconds of a platform that cannot be reached after which waiting for a result ends.
+#: Seconds for which the platform may be unreachable before the wait for a result ends.
 _PATIENCE = 60.0
-_LONGEST_INPUT = 32 * 1024 * 1024
+#: MiB.
+_LONGEST_INPUT = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_wait,
         const=math.inf,
         metavar="SECONDS",
-        help="wait for the result, for ever or so many seconds; write it last, or --wait=SECONDS",
+        help="wait for the result, without limit or so many seconds; write it last, or --wait=SECONDS",
     )
-    parser.add_argument("--agent-id", metavar="ID", help="whose task it is (default: SEKUIRE_AGENT_ID)")
+    parser.add_argument("--agent-id", metavar="ID", help="the agent that gets the task (default: SEKUIRE_AGENT_ID)")
     parser.add_argument("--api-key-file", metavar="PATH", help="a file with the API key (default: SEKUIRE_API_KEY)")
     add_connection(parser)
     parser.add_argument("--timeout-ms", type=_count, metavar="MS", help="how long the task's handler may run")
     parser.add_argument("--max-attempts", type=_count, metavar="N", help="how often to try when it fails retryably")
-    parser.add_argument("--trace-id", metavar="ID", help="goes with the task, to find it again in traces")
+    parser.add_argument("--trace-id", metavar="ID", help="an id that travels with the task, to find it in traces")
 
 
 def _wait(text: str) -> float:
@@ -64,7 +64,7 @@ def _wait(text: str) -> float:
         seconds = math.nan
     if not seconds >= 0:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number of seconds; write --wait after CAPABILITY and JSON, or --wait=SECONDS"
+            f"{text!r} is not a number of seconds; write --wait after CAPABILITY and JSON, or --wait=SECONDS"
         )
     return seconds
 
@@ -106,24 +106,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _input(argument: str) -> tuple[str, str]:
-    """The JSON text and what to call its origin."""
+    """Return the JSON text and a name for its origin."""
     if argument != "-" and not argument.startswith("@"):
         return argument, "JSON"
     where = "stdin" if argument == "-" else argument[1:]
+    data, problem = read_input(None if argument == "-" else where, _LONGEST_INPUT)
     try:
-        if argument == "-":
-            data = sys.stdin.buffer.read(_LONGEST_INPUT + 1) if sys.stdin is not None else b""
-        else:
-            with open(where, "rb") as file:
-                data = file.read(_LONGEST_INPUT + 1)
-        if len(data) > _LONGEST_INPUT:
-            problem = "it is larger than 32 MiB"
-        else:
+        if not problem:
             return data.decode("utf-8-sig"), where
     except UnicodeDecodeError:
         problem = "it is not UTF-8 text"
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
     raise CommandError(f"cannot read the input from {where!r}: {problem}")
 
 
@@ -148,7 +140,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 class _Client:
-    """The two calls, with an API key."""
+    """Submit a task and ask for its result, with an API key."""
 
     def __init__(self, submitter: TaskSubmitter, key_source: str) -> None:
         self._submitter = submitter
@@ -156,9 +148,9 @@ class _Client:
         self._key_source = key_source
 
     def submit(self, capability: str, value: Any, agent_id: str, fields: Dict[str, Any]) -> str:
-        """The task's id."""
+        """Submit a task and return its id."""
         try:
-            return self._told(lambda: self._submitter.submit(capability, value, agent_id, **fields))
+            return self._naming_the_key(lambda: self._submitter.submit(capability, value, agent_id, **fields))
         except APIError as error:
             problem = error
         if problem.status < 500:
@@ -167,9 +159,10 @@ class _Client:
         raise CommandError(f"{problem}; whether the task was submitted is not known", code=FAILED)
 
     def wait(self, task_id: str, seconds: float, whose: str) -> Dict[str, Any]:
-        """The task once it has ended, asked for again and again.
+        """Ask for the task until it has ended, and return it.
 
-        :raises CommandError: it has not ended in time, or the platform cannot be reached for long.
+        :raises CommandError: the task has not ended in time.
+        :raises SekuireError: the platform has been unreachable for a minute, or refuses to answer.
         """
         end = time.monotonic() + seconds
         lost_since: Optional[float] = None
@@ -198,10 +191,12 @@ class _Client:
         raise CommandError(f"task {task_id} is still {status} after {seconds:g} s{hint}", code=FAILED)
 
     def _ask(self, path: str) -> Reply:
-        return self._told(lambda: self._http.request("GET", path, credential=self._submitter.credential).check())
+        return self._naming_the_key(
+            lambda: self._http.request("GET", path, credential=self._submitter.credential).check()
+        )
 
-    def _told(self, call: Callable[[], _T]) -> _T:
-        """What ``call`` gives; a refused key is told with its origin."""
+    def _naming_the_key(self, call: Callable[[], _T]) -> _T:
+        """Return the result of ``call``. Name the origin of an API key that is refused."""
         try:
             return call()
         except APIError as error:

@@ -1,4 +1,4 @@
-"""What a person sees: text cut to the terminal, colours, a progress bar, and log lines that do not break it."""
+"""Write what a person sees: results, tables, colours, a progress bar, and log lines above the bar."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import shutil
 import sys
 import threading
 import time
-import unicodedata
-from typing import Any, Iterator, Optional, TextIO
+from typing import Any, Iterator, List, Optional, Sequence, TextIO
 
 from .exits import FAILED, CommandError
 
-#: Columns assumed where the output is no terminal.
-_PIPE_WIDTH = 100
 _REDRAW = 0.05
+#: What the bar is made of.
+_FULL, _EMPTY = "\u2588", "\u2591"
 _LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 #: Held while anything is written to stderr; log lines come from any thread.
@@ -26,14 +25,14 @@ _bar: Optional[Progress] = None
 
 
 class OutputClosed(Exception):
-    """Nobody reads stdout any more (``| head``)."""
+    """Raised when nobody reads stdout any more (``| head``)."""
 
 
 # -- stdout: results --------------------------------------------------------------------------------------------------
 
 
 def prepare() -> None:
-    """Have characters that the terminal's encoding lacks replaced, not refused."""
+    """Replace characters that the terminal's encoding lacks, instead of failing on them."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -42,10 +41,10 @@ def prepare() -> None:
 
 
 def say(text: str = "") -> None:
-    """Write a line to stdout at once.
+    """Write a line to stdout and flush it.
 
-    :raises OutputClosed: its reader is gone.
-    :raises CommandError: it cannot be written (disk full).
+    :raises OutputClosed: nobody reads stdout any more.
+    :raises CommandError: the line cannot be written, for example because the disk is full.
     """
     out = sys.stdout
     if out is None:
@@ -57,14 +56,14 @@ def say(text: str = "") -> None:
         problem = error
     else:
         return
-    # Windows says EINVAL for a pipe without a reader.
+    # Windows reports EINVAL for a pipe without a reader.
     if isinstance(problem, BrokenPipeError) or (os.name == "nt" and problem.errno == errno.EINVAL):
         raise OutputClosed
     raise CommandError(f"cannot write the output: {problem.strerror}", code=FAILED)
 
 
 def flush_output() -> None:
-    """Flush stdout and stderr; one that cannot be is given up quietly, or the interpreter's own flush would fail."""
+    """Flush stdout and stderr. Discard one that cannot be flushed, or the interpreter's own flush would fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -86,48 +85,87 @@ def _discard(stream: Optional[TextIO]) -> None:
 
 
 def clean(text: str) -> str:
-    """``text`` as one line without control characters: a file's content must not steer the terminal."""
+    """Return ``text`` as one line without control characters: a file's content must not steer the terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def width(text: str) -> int:
-    """Columns that ``text`` takes."""
-    return sum(_columns(character) for character in text)
+def columns() -> int:
+    """Return the width for a table: ``COLUMNS``, or that of the terminal on stdout."""
+    return max(1, shutil.get_terminal_size().columns)
 
 
-def _columns(character: str) -> int:
-    if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+def draws_tables() -> bool:
+    """Return True if stdout is a terminal and ``rich`` (extra ``cli``) is installed to draw on it."""
+    if not is_terminal(sys.stdout):
+        return False
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
-def fit(text: str, columns: int) -> str:
-    """``text``, cut with an ellipsis where it takes more than ``columns``."""
-    if width(text) <= columns:
-        return text
-    end = ellipsis()
-    room = columns - len(end)
-    if room < 0:
-        return end[:columns]
-    kept = []
-    for character in text:
-        room -= _columns(character)
-        if room < 0:
-            break
-        kept.append(character)
-    return "".join(kept).rstrip() + end
+def plain_table(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Return the rows as lines, their columns aligned with spaces and no text cut."""
+    sizes = [max(map(len, cells)) for cells in zip(*rows)]
+    return ["  ".join(map(str.ljust, row, sizes)).rstrip() for row in rows]
 
 
-def pad(text: str, columns: int, right: bool = False) -> str:
-    """``text`` cut or filled to exactly ``columns``; ``right`` aligns it there."""
-    text = fit(text, columns)
-    space = " " * (columns - width(text))
-    return space + text if right else text + space
+def drawn_table(rows: Sequence[Sequence[str]], colours: Sequence[str], columns: int) -> List[str]:
+    """Return the rows as lines of at most ``columns``. The last column is cut to fit; ``colours`` has one for each row.
+
+    Imports ``rich``, which knows how wide each character is.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for _ in rows[0][:-1]:
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+    for row, colour in zip(rows, colours):
+        # The last column alone may shrink, so it is not declared as one that must not wrap.
+        grid.add_row(*map(Text, row[:-1]), Text(row[-1], colour, no_wrap=True, overflow="ellipsis"))
+    console = Console(
+        width=columns, color_system="standard" if _shows_colours() else None, force_terminal=True, legacy_windows=False
+    )
+    with console.capture() as drawn:
+        console.print(grid)
+    return drawn.get().splitlines()
 
 
-def ellipsis() -> str:
-    """Three dots, as one character where stdout can show it."""
-    return "\N{HORIZONTAL ELLIPSIS}" if _can_show(sys.stdout, "\N{HORIZONTAL ELLIPSIS}") else "..."
+def is_terminal(stream: Optional[TextIO]) -> bool:
+    """Return True if ``stream`` is a terminal that can do more than append."""
+    if stream is None or os.environ.get("TERM") == "dumb" or (os.name == "posix" and not os.environ.get("TERM")):
+        return False
+    try:
+        return stream.isatty()
+    except ValueError:
+        return False
+
+
+_COLOURS = {"red": "31", "green": "32", "yellow": "33"}
+
+
+def paint(text: str, colour: str) -> str:
+    """Return ``text`` in a colour if stdout shows colours and ``NO_COLOR`` is not set."""
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if _shows_colours() else text
+
+
+def _shows_colours() -> bool:
+    is_wanted = not os.environ.get("NO_COLOR") and (os.name == "posix" or "WT_SESSION" in os.environ)
+    return is_wanted and is_terminal(sys.stdout)
+
+
+# -- stderr: progress and logs ----------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    """Write a line to stderr. Ignore a stderr that cannot be written."""
+    with _lock:
+        _clear()
+        _to_stderr(text + "\n")
+        _draw()
 
 
 def _can_show(stream: Optional[TextIO], text: str) -> bool:
@@ -138,54 +176,18 @@ def _can_show(stream: Optional[TextIO], text: str) -> bool:
     return True
 
 
-def columns() -> int:
-    """The width for tables on stdout: ``COLUMNS``, the terminal's, or that of a wide page."""
-    return max(1, shutil.get_terminal_size((_PIPE_WIDTH, 24)).columns)
-
-
-def is_terminal(stream: Optional[TextIO]) -> bool:
-    """Whether ``stream`` is a terminal that can do more than append."""
-    if stream is None or os.environ.get("TERM") == "dumb" or (os.name == "posix" and not os.environ.get("TERM")):
-        return False
-    try:
-        return stream.isatty()
-    except ValueError:
-        return False
-
-
-_COLOURS = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
-
-
-def paint(text: str, colour: str) -> str:
-    """``text`` in a colour, where stdout shows colours and ``NO_COLOR`` is not set."""
-    is_wanted = not os.environ.get("NO_COLOR") and (os.name == "posix" or "WT_SESSION" in os.environ)
-    if not is_wanted or not is_terminal(sys.stdout):
-        return text
-    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
-
-
-# -- stderr: progress and logs ----------------------------------------------------------------------------------------
-
-
-def note(text: str) -> None:
-    """Write a line to stderr; where that fails, do without."""
-    with _lock:
-        _clear()
-        _to_stderr(text + "\n")
-        _draw()
-
-
 class Progress:
-    """How far ``total`` things are, on stderr: a bar on a terminal, else a line at each quarter. A context manager.
+    """Show on stderr how many of ``total`` things are done: a bar on a terminal, else a line at each quarter.
 
-    One thread updates it; lines from others (logs) go above it.
+    Use it as a context manager. One thread updates it; log lines of other threads appear above the bar. ``rich``'s bar
+    does not replace it: that one moves the cursor with escape sequences where ``NO_COLOR`` is set, too.
     """
 
     def __init__(self, label: str, total: int) -> None:
         self._label = label
         self._total = total
         self._done = 0
-        self._is_bar = is_terminal(sys.stderr)
+        self._is_bar = is_terminal(sys.stderr) and _can_show(sys.stderr, _FULL + _EMPTY)
         self._drawn = 0
         self._drawn_at = 0.0
         self._quarter = -1
@@ -208,7 +210,7 @@ class Progress:
                 _bar = None
 
     def update(self, done: int) -> None:
-        """``done`` of them are ready; it never goes back."""
+        """Show that ``done`` things are done. A smaller number than before is ignored."""
         done = min(done, self._total)
         if done <= self._done:
             return
@@ -227,7 +229,7 @@ class Progress:
             _to_stderr(f"{self._label}: {self._done} of {self._total} ({100 * self._done // self._total} %)\n")
 
     def draw(self) -> None:
-        """Write the bar anew. Needs the lock."""
+        """Redraw the bar. Needs the lock."""
         line = self._line(_stderr_width() - 1)
         self.clear()
         _to_stderr(line)
@@ -235,20 +237,19 @@ class Progress:
         self._drawn_at = time.monotonic()
 
     def clear(self) -> None:
-        """Take the bar off the line. Needs the lock."""
+        """Erase the bar. Needs the lock."""
         if self._drawn:
-            room = min(self._drawn, _stderr_width() - 1)
-            _to_stderr("\r" + " " * room + "\r")
+            _to_stderr("\r" + " " * min(self._drawn, _stderr_width() - 1) + "\r")
             self._drawn = 0
 
-    def _line(self, room: int) -> str:
+    def _line(self, width: int) -> str:
         count = f"{self._done}/{self._total}"
-        length = min(40, room - len(self._label) - len(count) - 4)
+        length = min(40, width - len(self._label) - len(count) - 4)
         if length < 5:
-            return count if len(count) <= room else ""
+            return count if len(count) <= width else ""
         filled = length * self._done // self._total
-        full, empty = ("\u2588", "\u2591") if _can_show(sys.stderr, "\u2588\u2591") else ("#", ".")
-        return f"{self._label} {full * filled}{empty * (length - filled)} {count}"
+        bar = _FULL * filled + _EMPTY * (length - filled)
+        return f"{self._label} {bar} {count}"
 
 
 def _stderr_width() -> int:
@@ -275,7 +276,7 @@ def _to_stderr(text: str) -> None:
 
 
 class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # It is generic in the stubs only.
-    """Log lines on stderr, above the bar."""
+    """Write log lines to stderr, above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with _lock:
@@ -284,14 +285,14 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # It is gen
             _draw()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A closed stderr is no reason for a traceback on it; a log call with wrong arguments is."""
+        """Ignore a closed stderr. Print the traceback of a log call with wrong arguments, as usual."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
 @contextlib.contextmanager
 def logs(level: str) -> Iterator[None]:
-    """Send the log of this process to stderr from ``level`` on; undone at the end."""
+    """Send this process's log to stderr from ``level`` up, until the context ends."""
     root = logging.getLogger()
     handler: Any = _LogHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))

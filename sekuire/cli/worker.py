@@ -1,4 +1,4 @@
-"""``sekuire worker``: a Worker from the user's own module as a process that stops in order."""
+"""Run a Worker from the user's own module as a process that stops in order: ``sekuire worker``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Optional, Tuple
 from ..errors import SekuireError
 from ..sdk import SekuireSDK
 from ..service import runner
-from ..service.arguments import add_worker_arguments
+from ..service.arguments import IDLE_WITH_RELOAD, add_worker_arguments
 from ..service.reloader import Reloader
 from ..worker.worker import Worker
 from . import terminal
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.reload:
         if args.stop_when_idle is not None:
-            raise CommandError("--stop-when-idle does not go with --reload, which waits for the next save")
+            raise CommandError(IDLE_WITH_RELOAD)
         return _reload(args)
     if args.reload_dir:
         raise CommandError("--reload-dir goes with --reload")
@@ -57,14 +57,14 @@ def run(args: argparse.Namespace) -> int:
     def make() -> Worker:
         worker = find(args.target, args.max_workers)
         if args.stop_when_idle is not None:
-            worker._reconfigure(stop_when_idle=args.stop_when_idle)
+            worker.reconfigure(stop_when_idle=args.stop_when_idle)
         return worker
 
     return runner.run(make, lambda error: report("worker", error), args.liveness_file)
 
 
 def _reload(args: argparse.Namespace) -> int:
-    # Only the form: what the module holds is the child's to say, and to say again after each save.
+    # Checks the form only: the child reports what the module holds, after each save.
     _split(args.target)
     command = [sys.executable, "-m", "sekuire", "worker", args.target]
     if args.max_workers is not None:
@@ -83,10 +83,10 @@ def _reload(args: argparse.Namespace) -> int:
 
 
 def find(target: str, max_workers: Optional[int] = None) -> Worker:
-    """The worker that ``target`` names, not yet started.
+    """Return the worker that ``target`` names, not yet started.
 
-    :raises CommandError: there is none; it says why.
-    :raises SekuireError: raised by the user's module.
+    :raises CommandError: there is no such worker; the text says why.
+    :raises SekuireError: the user's module raised it.
     """
     name, attribute = _split(target)
     module = _import(name)
@@ -102,7 +102,7 @@ def find(target: str, max_workers: Optional[int] = None) -> Worker:
 
 
 def _split(target: str) -> Tuple[str, str]:
-    """The module's name and the attribute.
+    """Return the module's name and the attribute.
 
     :raises CommandError: ``target`` is not of this form.
     """
@@ -147,11 +147,11 @@ def _missing(name: str, missing: str, folder: str) -> str:
 
 
 def _trace(error: BaseException, what: str) -> Tuple[str, ...]:
-    """Print the user's own part of the traceback; what to say below it."""
+    """Print the user's own part of the traceback, and return the line to write below it."""
     tb = error.__traceback__
     while tb is not None and _is_ours(tb):
         tb = tb.tb_next
-    # Not through the log: it must be seen at every level.
+    # Not through the log, which may hide it: the traceback must be seen at every level.
     try:
         sys.stderr.write("".join(traceback.format_exception(type(error), error, tb)))
     except (OSError, ValueError, AttributeError):
@@ -165,7 +165,7 @@ def _is_ours(tb: TracebackType) -> bool:
 
 
 def _made(target: str, found: Any, max_workers: Optional[int]) -> Any:
-    """What ``found`` is or returns."""
+    """Return ``found``, or what it returns if it is a function."""
     if isinstance(found, Worker):
         return found
     if isinstance(found, SekuireSDK):
@@ -211,12 +211,12 @@ def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
             f"{target} was already started by its module; put worker.start(...) under: if __name__ == '__main__':"
         )
     if max_workers is not None:
-        worker._reconfigure(max_workers=max_workers)
+        worker.reconfigure(max_workers=max_workers)
     return worker
 
 
 def _candidates(module: ModuleType, attribute: str) -> str:
-    """Names in ``module`` that could be meant: those that look alike, or all."""
+    """Name the workers and functions in ``module`` that could be meant: similar names, or all."""
     workers = [name for name, value in vars(module).items() if isinstance(value, Worker)]
     factories = [name for name, value in vars(module).items() if _is_factory(module, value)]
     names = difflib.get_close_matches(attribute, workers + factories) or workers + factories

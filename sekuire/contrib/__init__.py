@@ -1,1 +1,1 @@
-"""Thin bridges to other projects; each needs an extra of its own and is imported by name."""
+"""Connect the library to other projects. Each module needs an extra of its own and is imported by name."""

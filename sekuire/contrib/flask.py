@@ -1,7 +1,7 @@
-"""Flask: handlers with an application context, settings from the application's config, and ``flask sekuire worker``.
+"""Run handlers with a Flask application's context and settings, by ``flask sekuire worker`` (extra ``flask``).
 
-The extra is ``flask``. The extension keeps no state of an application in itself, so that one object serves factories
-and tests with many applications: what belongs to an application is in ``app.extensions["sekuire"]``.
+The state of an application is in ``app.extensions["sekuire"]`` and not in the extension object. Therefore one object
+serves factories and tests with many applications.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from ..handlers.invoke import CallNext, Handler, Middleware
 from ..handlers.registry import TaskRegistry, shown
 from ..sdk import SekuireSDK
 from ..service import runner
+from ..service.arguments import IDLE_WITH_RELOAD
 from ..service.exit_codes import code_of
 from ..service.reloader import Reloader, is_reloaded, program
 from ..worker.worker import Worker
-from .settings import PREFIX, Settings, is_unprepared
+from .settings import PREFIX, Settings
 
 __all__ = ["Sekuire", "tasks_of"]
 
@@ -42,7 +43,7 @@ _NAME = "sekuire"
 
 
 class _State:
-    """What one application has: its extension, and what its blueprints declare."""
+    """Hold the extension of one application, and the handlers of its blueprints."""
 
     def __init__(self) -> None:
         self.extension: Optional[Sekuire] = None
@@ -65,14 +66,22 @@ def _settings(app: flask.Flask) -> Settings:
 
 
 class Sekuire:
-    """The extension: ``Sekuire(app)``, or ``Sekuire()`` and later ``init_app(app)``.
+    """Connect a Flask application to the platform: ``Sekuire(app)``, or ``Sekuire()`` and later ``init_app(app)``. ::
 
-    Handlers declared with :meth:`task` belong to every application that the extension is initialised with; those of a
-    blueprint (:func:`tasks_of`) to the applications that register the blueprint. Around each handler there is an
-    application context: ``current_app`` and ``g`` work, and what is torn down with it (a session of Flask-SQLAlchemy,
-    for example) is gone after the task, with the handler's exception if there was one.
+        app = flask.Flask(__name__)
+        sekuire = Sekuire(app)
 
-    Declared by one thread, before a worker is made; a worker takes what is there then.
+        @sekuire.task("greet")
+        def greet(ctx, input):
+            return f"Hello from {flask.current_app.name}"
+
+    Handlers declared with :meth:`task` belong to every application that the extension is initialised with. Those of a
+    blueprint (:func:`tasks_of`) belong to the applications that register the blueprint.
+
+    Each handler runs in an application context of its own, so ``current_app`` and ``g`` work. The context is torn down
+    after the task, with the handler's exception if there is one. A session of Flask-SQLAlchemy, for example, ends then.
+
+    Declare handlers from one thread, before a worker is made. A worker has the handlers that are declared then.
     """
 
     def __init__(self, app: Optional[flask.Flask] = None) -> None:
@@ -83,7 +92,7 @@ class Sekuire:
     def init_app(self, app: flask.Flask) -> None:
         """Attach the extension to ``app``, with the command ``flask sekuire worker``.
 
-        :raises ConfigurationError: another extension object is attached already, or it is no application.
+        :raises ConfigurationError: another extension object is attached already, or ``app`` is not an application.
         """
         _check_app(app, "init_app")
         state = _state(app)
@@ -97,13 +106,13 @@ class Sekuire:
     def task(
         self, name: str, *, timeout: Optional[float] = None, max_concurrency: Optional[int] = None
     ) -> Callable[[_H], _H]:
-        """``@sekuire.task("summarize")``: as :meth:`TaskRegistry.task() <sekuire.TaskRegistry.task>`."""
+        """Declare a handler, as :meth:`TaskRegistry.task() <sekuire.TaskRegistry.task>` does."""
 
         def register(function: _H) -> _H:
             def declare(registry: TaskRegistry) -> object:
                 return registry.task(name, function, timeout=timeout, max_concurrency=max_concurrency)
 
-            # On a registry of its own first: a wrong argument is told where it stands.
+            # On a registry of its own first, so that a wrong argument is reported at this declaration.
             declare(TaskRegistry())
             self._declared.append(declare)
             return function
@@ -129,7 +138,7 @@ class Sekuire:
     # -- running --
 
     def sdk(self, app: flask.Flask) -> SekuireSDK:
-        """An SDK with the application's settings, not yet started.
+        """Return an SDK with the application's settings, not yet started.
 
         ``SEKUIRE_…`` keys of ``app.config`` win over environment variables of the same name.
 
@@ -139,11 +148,12 @@ class Sekuire:
         return _settings(app).sdk()
 
     def create_worker(self, app: flask.Flask, sdk: Optional[SekuireSDK] = None, **options: Any) -> Worker:
-        """A worker for ``app``'s handlers, not yet started; ``sdk`` is made from the settings where it is not given.
+        """Return a worker for ``app``'s handlers, not yet started.
 
+        :param sdk: the worker's SDK; None makes one from the settings.
         :param options: options of :meth:`SekuireSDK.create_task_worker() <sekuire.SekuireSDK.create_task_worker>`,
             which win over the settings.
-        :raises ConfigurationError: a wrong setting, a name declared twice, or no handler at all.
+        :raises ConfigurationError: a setting is wrong, a name is declared twice, or no handler is declared.
         """
         _check_app(app, "app")
         state = _state(app)
@@ -151,7 +161,7 @@ class Sekuire:
             raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
         settings = _settings(app)
         worker = settings.worker(settings.sdk() if sdk is None else sdk, **options)
-        if is_unprepared(worker._config.executor):
+        if settings.runs_elsewhere(**options):
             log.warning(
                 "handlers run in other processes, where they have no application context; give the executor an "
                 "initializer that pushes one, or let each handler make its own"
@@ -172,9 +182,9 @@ class Sekuire:
 
 
 def tasks_of(blueprint: flask.Blueprint) -> TaskRegistry:
-    """A registry whose handlers belong to every application that registers ``blueprint``, once or more often.
+    """Return a registry whose handlers belong to every application that registers ``blueprint``, once or more often.
 
-    :raises ConfigurationError: it is no blueprint.
+    :raises ConfigurationError: ``blueprint`` is not a blueprint.
     """
     if not isinstance(blueprint, flask.Blueprint):
         raise ConfigurationError(
@@ -185,7 +195,7 @@ def tasks_of(blueprint: flask.Blueprint) -> TaskRegistry:
     registry = TaskRegistry()
 
     def add(setup: Any) -> None:
-        # To the state that init_app finds or makes: blueprints may be registered before it or after.
+        # Blueprints may be registered before or after init_app(), which uses the same state.
         registries = _state(setup.app).registries
         # One application may register the blueprint under several names.
         if not any(one is registry for one in registries):
@@ -209,7 +219,7 @@ _commands = AppGroup(_NAME, help="Work for a Sekuire platform.")
     help="End after so many seconds without a task.",
 )
 @click.option("--liveness-file", metavar="PATH", help="Touch this file every 5 s while the worker is alive.")
-@click.option("--reload", is_flag=True, help="For development: run it anew whenever a Python file is saved.")
+@click.option("--reload", is_flag=True, help="For development: restart it whenever a Python file is saved.")
 @click.pass_obj
 def _worker(
     info: ScriptInfo,
@@ -220,8 +230,8 @@ def _worker(
 ) -> None:
     """Run the application's handlers until SIGTERM or Ctrl-C, which drain it; a second one stops at once."""
     if reload and stop_when_idle is not None:
-        raise click.UsageError("--stop-when-idle does not go with --reload, which waits for the next save")
-    # A variable of Flask's, FLASK_SEKUIRE_WORKER_RELOAD, says it to the child as well.
+        raise click.UsageError(IDLE_WITH_RELOAD)
+    # The child inherits FLASK_SEKUIRE_WORKER_RELOAD, which sets the option too.
     if reload and not is_reloaded():
         sys.exit(_reload())
     changed = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
@@ -230,7 +240,7 @@ def _worker(
     def make() -> Worker:
         app = info.load_app()
         extension = _state(app).extension
-        assert extension is not None  # Else this command would not be there.
+        assert extension is not None  # init_app() has added this command.
         sdk = extension.sdk(app)
         worker = extension.create_worker(app, sdk, **options)
         sdk.start()
@@ -244,7 +254,7 @@ def _worker(
 
 
 def _reload() -> int:
-    # click takes no abbreviations: the option stands there as it is.
+    # click accepts no abbreviations, so the option is spelled like this.
     command = [*program(), *(one for one in sys.argv[1:] if one != "--reload")]
     try:
         return Reloader(command, [os.getcwd()], say=lambda line: click.echo(f"reload: {line}", err=True)).run()

@@ -1,6 +1,6 @@
-"""OpenTelemetry: a span around each task, as a middleware. The extra is ``opentelemetry``.
+"""Open an OpenTelemetry span around each task, by a middleware (extra ``opentelemetry``).
 
-Only OpenTelemetry's API is used: without an SDK that the program sets up, spans go nowhere and cost next to nothing.
+Only OpenTelemetry's API is used. Unless the program sets up an SDK, spans are dropped and cost next to nothing.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ _FACTS = ("workspace_id", "requester_id", "parent_task_id", "workflow_id", "trac
 
 
 def tracing(tracer_provider: Optional[TracerProvider] = None) -> Middleware:
-    """A middleware that opens a span for each task: ``worker.middleware(tracing())``.
+    """Return a middleware that opens a span for each task: ``worker.middleware(tracing())``.
 
-    The span is of the kind *consumer* and named after the capability. It is current in the handler, also in an async
-    one (not in another process), so that spans made there are its children. Its attributes are the task's facts:
-    ``messaging.message.id`` is the task's id, ``sekuire.trace_id`` the task's ``trace_id``. Where that is a W3C
-    ``traceparent``, the span is also linked to the span of whoever submitted the task. Neither the input nor the
-    result is in it; the text of an exception is. A failure is the span's error, with its code as ``error.type``.
+    The span is of the kind *consumer* and named after the capability. It is the current span in the handler, also in an
+    async one but not in another process. Spans that the handler makes are its children.
 
-    :param tracer_provider: None: the program's own.
+    Its attributes describe the task: ``messaging.message.id`` is the task's id, ``sekuire.trace_id`` the task's
+    ``trace_id``. If the ``trace_id`` is a W3C ``traceparent``, the span is also linked to the submitter's span.
+
+    The span does not contain the input or the result. It contains the text of an exception. A failed task sets the
+    span's error, with the task's code as ``error.type``.
+
+    :param tracer_provider: None takes the program's own.
     """
     tracer = trace.get_tracer("sekuire", __version__, tracer_provider)
 

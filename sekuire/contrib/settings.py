@@ -1,4 +1,4 @@
-"""A framework's settings as options of the SDK and of its workers, with the environment behind them."""
+"""Turn a framework's settings and the environment into options of the SDK and of its workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..worker.worker import Worker
 PREFIX = "SEKUIRE_"
 
 _SDK = frozenset(str(field.alias) for field in attrs.fields(SDKConfig)) - {"on_status_change"}
-#: What a worker has from its SDK is the SDK's; the interval is both's.
+#: A worker gets the other options from its SDK. Both have the interval.
 _WORKER = (frozenset(str(field.alias) for field in attrs.fields(WorkerConfig)) - _SDK - {"token_provider"}) | {
     "heartbeat_interval"
 }
@@ -49,14 +49,13 @@ _OPTIONS[_POLICY_KEYS] = "trusted_policy_keys"
 
 
 class Settings:
-    """Options read from a framework's settings.
+    """Hold the options that a framework's settings contain.
 
-    :param values: key without the prefix ``SEKUIRE_`` → value; None counts as not set. Keys are named as the
-        environment variables (``API_URL``, ``INSTALL_TOKEN``, ``CREDENTIALS_FILE``) or as the options
-        (``MAX_WORKERS``, ``TASK_TIMEOUT``). The keys of policies, ``POLICY_PUBLIC_KEYS``, may be a list, or a text as
-        in the variable.
-    :param label: the name under which the user knows a key, for errors.
-    :raises ConfigurationError: an unknown key, or two that say the same.
+    :param values: key without the prefix ``SEKUIRE_`` → value; None counts as not set. Keys have the names of the
+        environment variables (``API_URL``, ``INSTALL_TOKEN``, ``CREDENTIALS_FILE``) or of the options
+        (``MAX_WORKERS``, ``TASK_TIMEOUT``). ``POLICY_PUBLIC_KEYS`` may be a list, or a text as in the variable.
+    :param label: returns the user's name for a key, for errors.
+    :raises ConfigurationError: a key is unknown, or two keys set the same option.
     """
 
     def __init__(self, values: Mapping[str, Any], label: Callable[[str], str]) -> None:
@@ -72,9 +71,9 @@ class Settings:
             if option is None:
                 close = difflib.get_close_matches(key, [*_OPTIONS, _CREDENTIALS_FILE], n=1)
                 hint = f"did you mean {label(close[0])}?" if close else "the configuration page lists all settings"
-                raise ConfigurationError(f"is no setting of sekuire; {hint}", label(key))
+                raise ConfigurationError(f"unknown setting; {hint}", label(key))
             if key == _POLICY_KEYS and isinstance(value, str):
-                # Empty, it counts as not set, as the variable does.
+                # An empty text counts as not set, as for the variable.
                 if value and not split_policy_keys(value):
                     raise ConfigurationError(PINS_NOTHING, label(key))
                 value = list(split_policy_keys(value)) or None
@@ -86,7 +85,7 @@ class Settings:
             self._options[option] = value
 
     def sdk(self) -> SekuireSDK:
-        """An SDK from these settings and, behind them, the environment; not yet started.
+        """Return an SDK from these settings and the environment, not yet started. The settings win.
 
         :raises ConfigurationError: a setting or variable is wrong or missing; the text names it.
         """
@@ -104,9 +103,9 @@ class Settings:
         raise self._named(found)
 
     def worker(self, sdk: SekuireSDK, **options: Any) -> Worker:
-        """A worker of ``sdk`` from these settings; ``options`` win over them.
+        """Return a worker of ``sdk`` with these settings. ``options`` win over them.
 
-        :raises ConfigurationError: as :meth:`sdk`.
+        :raises ConfigurationError: a setting is wrong; the text names it.
         """
         own = {name: value for name, value in self._options.items() if name in _WORKER and name not in options}
         try:
@@ -116,11 +115,11 @@ class Settings:
         raise self._named(found) if found.option in own else found
 
     def check(self) -> None:
-        """Check every value that is set, here or in the environment, without needing those that are not.
+        """Check every value that is set, here or in the environment. Options that are not set are not missed.
 
-        Nothing is opened, made or asked; a look at whether a directory is there is the most that is done.
+        It opens, creates and requests nothing; it only checks that directories exist.
 
-        :raises ConfigurationError: a wrong value; the text names it.
+        :raises ConfigurationError: a value is wrong; the text names it.
         """
         options, sources = self._resolved()
         keys = policy_keys_from_environment()
@@ -148,21 +147,21 @@ class Settings:
         raise self._named(found)
 
     def options(self) -> Dict[str, Any]:
-        """All options that are set, here or in the environment; tokens among them as plain text."""
+        """Return all options that are set, here or in the environment. Tokens are plain text."""
         return self._resolved()[0]
 
     def has_credentials_file(self) -> bool:
-        """Whether the credentials last."""
+        """Return True if a credentials file is set, here or in the environment."""
         return self._file is not None or variable(CREDENTIALS_FILE_VARIABLE) is not None
 
-    def runs_elsewhere(self) -> bool:
-        """Whether handlers run in other processes that nothing was told to prepare."""
-        return is_unprepared(self._options.get("executor"))
+    def runs_elsewhere(self, **options: Any) -> bool:
+        """Return True if handlers run in other processes that no initializer prepares. ``options`` win."""
+        return is_unprepared(options.get("executor", self._options.get("executor")))
 
     def agent_id(self) -> str:
-        """Whose settings these are.
+        """Return the agent's id.
 
-        :raises ConfigurationError: nobody's.
+        :raises ConfigurationError: it is not set.
         """
         agent_id: Optional[str] = self._resolved()[0].get("agent_id")
         if agent_id is None:
@@ -170,9 +169,9 @@ class Settings:
         return agent_id
 
     def submitter(self) -> TaskSubmitter:
-        """What submits tasks with the API key.
+        """Return a submitter that uses the API key.
 
-        :raises ConfigurationError: there is none, or another setting is wrong.
+        :raises ConfigurationError: there is no API key, or another setting is wrong.
         """
         options, sources = self._resolved()
         connection = frozenset(str(field.alias) for field in attrs.fields(ConnectionConfig))
@@ -191,7 +190,7 @@ class Settings:
         return read_environment(self._options, tuple(ENVIRONMENT))
 
     def _named(self, error: ConfigurationError) -> ConfigurationError:
-        """``error``, new and without its frames, with the name that the user knows its option by."""
+        """Return a copy of ``error`` that has no frames and names the option as the user does."""
         key = self._keys.get(error.option or "")
         if error.option == "path" and self._file is not None:
             key = _CREDENTIALS_FILE
@@ -203,21 +202,14 @@ class Settings:
 
 
 def is_unprepared(executor: Any) -> bool:
-    """Whether ``executor`` runs calls in other processes, and has no function that each of them begins with."""
+    """Return True if ``executor`` runs calls in processes that do not begin with a function of the user's."""
     if executor is None:
         return False
-    # A web process, which has none, need not pay for these.
-    from ..executors.process import ProcessExecutor
-    from ..executors.remote import RemoteExecutor, is_remote
+    # A web process, which has none, need not pay for it.
+    from ..executors.backends import backend_of
 
-    if not is_remote(executor):
-        return False
-    while isinstance(executor, RemoteExecutor):
-        executor = executor._executor
-    if isinstance(executor, ProcessExecutor):
-        return executor.initializer is None
-    # As the standard library's pool has it; of others nothing is known.
-    return getattr(executor, "_initializer", None) is None
+    backend = backend_of(executor)
+    return backend is not None and not backend.is_prepared()
 
 
 def _check_outbox(path: Any, source: Optional[str] = None) -> None:
@@ -232,26 +224,21 @@ def _check_outbox(path: Any, source: Optional[str] = None) -> None:
 
 
 def _check_policy(config: SDKConfig, sources: Mapping[str, str]) -> None:
-    """What the SDK will say of the policy's options, short of whether a shared store can be reached."""
-    from ..policy.client import PolicyClient, missing_packages
-    from ..policy.gateway import PolicyGateway
+    """Check the policy's options as the SDK will, without connecting to a shared store."""
+    from ..policy.client import missing_packages
+    from ..policy.gateway import InstallationGateway
 
-    # A web process can do without the extra; the worker says that it is missing.
+    # A web process does not need the extra. The worker reports that it is missing.
     if config.policy_gateway is not None or missing_packages():
         return
     options = {name: value for name, value in (config.policy_options or {}).items() if name != "storage_uri"}
     try:
-        client = PolicyClient._with(_ask_nothing, config.endpoints, config.trusted_policy_keys, config.policy_path)
-        PolicyGateway._owning(client, lambda: None, options, config.environment)
+        InstallationGateway(config, options)
         return
     except ConfigurationError as error:
         found = error
     option = "policy_path" if found.option == "path" else found.option
     raise ConfigurationError(found.problem, option, found.source or sources.get(option or ""))
-
-
-def _ask_nothing(path: str, deadline: Any) -> Any:
-    raise NotImplementedError
 
 
 def _only(options: Mapping[str, Any], names: FrozenSet[str]) -> Dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Credentials: the store that keeps several objects in step, its file, and the ways of getting them."""
+"""Store credentials for several objects and processes, and renew them by the login methods."""
 
-from .login import Authenticator
+from .authenticator import Authenticator
 from .store import RuntimeCredentialsStore, Snapshot
 
 __all__ = ["Authenticator", "RuntimeCredentialsStore", "Snapshot"]

@@ -1,4 +1,4 @@
-"""Credentials on disk: one JSON file, private, replaced whole, under a lock that other processes honour."""
+"""Keep credentials on disk: one private JSON file, replaced whole, under a lock that other processes honour."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import json
 import math
 import os
-import stat
-import time
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import attrs
@@ -26,15 +24,16 @@ _FORMAT = 1
 _HOLDER_LENGTH = 32
 _POLL = 0.02
 _POSIX = os.name == "posix"
+_GUARD = files.Guard("path")
 
 
 @attrs.frozen(kw_only=True, slots=True)
 class Stored:
-    """What the file holds.
+    """The content of the file.
 
-    ``revision`` counts writes; ``ends_at`` is the runtime token's end by this machine's clock (``time.time()``), which
-    is what a skewed clock needs; ``lifetime`` what it had when it was obtained, in seconds; ``seeds`` are the hashes of
-    the settings that the credentials grew from.
+    ``revision`` counts writes. ``ends_at`` is the end of the runtime token by this machine's clock (``time.time()``),
+    so that a skewed clock does not matter. ``lifetime`` is what the token had when it was obtained, in seconds.
+    ``seeds`` are the hashes of the settings that the credentials grew from.
     """
 
     credentials: RuntimeCredentials
@@ -45,13 +44,21 @@ class Stored:
 
 
 class CredentialsFile:
-    """Reads and writes one file. Any thread; every write happens between :meth:`lock`'s enter and exit.
+    """Read and write one file of credentials.
+
+    ::
+
+        file = CredentialsFile("/var/lib/agent/credentials.json")
+        with file.lock(Deadline(10.0)):
+            file.save(Stored(credentials=credentials, revision=1))
 
     Beside it are ``PATH.lock`` and ``PATH.holder``, the random value that makes the logins of all who share the file
     those of one installation.
 
     :raises ConfigurationError: the directory is missing, or the file is not private to this user.
     """
+
+    # Threads: any thread may call anything. Every write happens inside lock().
 
     def __init__(self, path: Union[str, os.PathLike[str]]) -> None:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
@@ -72,17 +79,18 @@ class CredentialsFile:
             log.warning(
                 "credentials file %s cannot be written: it is read once, and rotated tokens cannot be kept", self.path
             )
-        self._check_private(self.path)
+        else:
+            _GUARD.check(self.path)
 
     def load(self) -> Optional[Stored]:
-        """What is in the file; None where there is none, or an empty one.
+        """Return what is in the file. Return None if there is no file, or an empty one.
 
-        :raises ConfigurationError: it cannot be read, or is not a credentials file.
+        :raises ConfigurationError: it cannot be read or trusted, or is not a credentials file.
         """
-        self._check_private(self.path)
         try:
-            with open(self.path, encoding="utf-8") as file:
-                text = file.read()
+            # A read-only file is a mounted secret, whose owner and mode the cluster chooses.
+            with open(self.path, "rb") if self.read_only else _GUARD.open(self.path) as file:
+                text = file.read().decode("utf-8")
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
@@ -99,8 +107,8 @@ class CredentialsFile:
     def save(self, stored: Stored) -> bool:
         """Replace the file's content so that it is either the old or the new one, also after a crash.
 
-        :returns: whether it is on disk. Where it is not (disk full, read-only), one warning is logged and the
-            credentials live on in memory.
+        :returns: True if it is on disk. If not, because the disk is full or read-only, one warning is logged and the
+            credentials stay in memory.
         """
         if self.read_only:
             return False
@@ -115,7 +123,7 @@ class CredentialsFile:
             self._warned_write = True
             log.warning(
                 "cannot write the credentials file %s (%s): rotated tokens are kept in memory only, and a restart "
-                "will need an install token; the next change is tried again",
+                "will need an install token; the next change is written again",
                 self.path,
                 problem,
             )
@@ -128,17 +136,16 @@ class CredentialsFile:
         :raises OSError: it cannot be written.
         :raises ConfigurationError: it is not private to this user.
         """
-        self._check_private(self._holder_path)
-        kept = _read_holder(self._holder_path)
+        kept = _read_holder(self._holder_path, _GUARD)
         if kept is None or rewrite:
             files.replace(self._holder_path, f"{kept or proposed}\n".encode())
         return kept or proposed
 
     @contextlib.contextmanager
     def lock(self, deadline: Deadline) -> Iterator[None]:
-        """Keep other processes (and other stores of this one) from writing.
+        """Lock the file against other processes, and against other stores of this one.
 
-        :raises TransportError: another holds it for longer than ``deadline``.
+        :raises TransportError: another holds the lock until ``deadline``.
         """
         if self.read_only:
             yield
@@ -163,16 +170,12 @@ class CredentialsFile:
             return None
 
     def _acquire(self, descriptor: int, deadline: Deadline) -> bool:
-        while True:
-            try:
-                if filelock.try_lock(descriptor):
-                    return True
-            except OSError as error:
-                self._warn_unlocked(error)
-                return False
-            if deadline.is_expired():
-                break
-            time.sleep(min(_POLL, deadline.remaining()))
+        try:
+            if filelock.lock(descriptor, deadline, _POLL):
+                return True
+        except OSError as error:
+            self._warn_unlocked(error)
+            return False
         raise TransportError(f"another process holds the lock of the credentials file ({self._lock_path})")
 
     def _warn_unlocked(self, error: OSError) -> None:
@@ -191,25 +194,14 @@ class CredentialsFile:
         # A mounted Kubernetes secret: a symlink owned by root, which the kubelet swaps; never write through it.
         return _POSIX and os.path.islink(self.path) and os.lstat(self.path).st_uid != os.geteuid()
 
-    def _check_private(self, path: str) -> None:
-        if not _POSIX or self.read_only:
-            return
-        try:
-            status = os.stat(path)
-        except OSError:
-            return
-        if status.st_uid != os.geteuid():
-            raise ConfigurationError(f"{path!r} belongs to another user; chown it to the one that runs this", "path")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            raise ConfigurationError(f"{path!r} can be read by others; run: chmod 600 {path}", "path")
 
+def _read_holder(path: str, guard: files.Guard) -> Optional[str]:
+    """Return the holder in the file at ``path``. Return None if there is none, or it is damaged.
 
-def _read_holder(path: str) -> Optional[str]:
-    """Return the holder in the file at ``path``, or None if there is none or it is damaged."""
+    :raises ConfigurationError: the file cannot be trusted.
+    """
     try:
-        # Not blocking: a FIFO in its place must not hold the login up.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-        with open(descriptor, "rb") as file:
+        with guard.open(path) as file:
             text = file.read(_HOLDER_LENGTH + 2).decode("ascii").rstrip("\r\n")
     except (OSError, UnicodeDecodeError):
         return None

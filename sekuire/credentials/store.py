@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import random
 import secrets
 import threading
 import time
-import weakref
 from typing import Callable, List, Optional, Tuple, Union
 
 import attrs
 
+from .._internal import fork
 from .._internal.logs import get_logger
+from .._internal.single_flight import Flight, SingleFlight
 from .._internal.threads import Deadline
-from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, TransportError
+from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, TransportError
 from ..secret import Secret
 from ..transport.retry import Interrupted, full_jitter
 from ..wire.models import Grant, RuntimeCredentials
@@ -69,21 +69,6 @@ class Renewed:
     sent_wall: float
 
 
-class _Flight:
-    """A renewal in progress by the ways of ``who``: the others wait for ``done``, and may share ``error``.
-
-    ``error`` is written before ``done`` is set, and read after it, so no lock is needed.
-    """
-
-    __slots__ = ("done", "error", "thread", "who")
-
-    def __init__(self, who: object) -> None:
-        self.who = who
-        self.done = threading.Event()
-        self.error: Optional[BaseException] = None
-        self.thread = threading.get_ident()
-
-
 class RuntimeCredentialsStore:
     """Runtime credentials shared by all objects it is given to, such as a Beacon and a Worker.
 
@@ -109,7 +94,10 @@ class RuntimeCredentialsStore:
             raise ConfigurationError(f"must be RuntimeCredentials, got {type(credentials).__name__}", "credentials")
         self._lock = threading.Lock()
         self._write_lock = threading.Lock()
-        self._flight: Optional[_Flight] = None
+        #: The renewal in progress, which all objects that share this store wait for.
+        self.renewals = SingleFlight[Snapshot](
+            "renewal of the credentials", misuse="a token_provider must not use the credentials that it provides"
+        )
         self._seeds: Tuple[str, ...] = ()
         self._offered: Tuple[str, ...] = ()
         self._revision = 0
@@ -130,7 +118,7 @@ class RuntimeCredentialsStore:
             self._adopt(stored)
         if credentials is not None:
             self.seed(credentials, None)
-        _forkable(self)
+        fork.reset_in_child(self, RuntimeCredentialsStore._reset)
 
     # -- what a user sees --
 
@@ -226,30 +214,16 @@ class RuntimeCredentialsStore:
         :raises SekuireError: what ``action`` raised; each waiter gets a copy of its own.
         :raises TransportError: ``deadline`` passed first.
         """
-        mine = _Flight(who)
-        try:
-            while True:
-                with self._lock:
-                    if self._snapshot.generation != used:
-                        return self._snapshot
-                    flight = self._flight
-                    if flight is None:
-                        self._flight = mine
-                if flight is None:
-                    return self._lead(used, action, deadline)
-                self._wait(flight, who, deadline)
-        except Exception as error:
-            mine.error = error
-            raise
-        except BaseException as error:
-            # Ctrl-C, for example: it is meant for this thread only.
-            mine.error = TransportError(f"renewing the credentials was interrupted ({type(error).__name__})")
-            raise
-        finally:
-            with self._lock:
-                if self._flight is mine:
-                    self._flight = None
-            mine.done.set()
+        snapshot = self._snapshot
+        if snapshot.generation != used:
+            return snapshot
+
+        def may_share(flight: Flight[Snapshot]) -> bool:
+            if flight.error is None:
+                return flight.result().generation != used
+            return flight.tag == who or not isinstance(flight.error, _OF_THE_LEADER)
+
+        return self.renewals.run(lambda: self._lead(used, action, deadline), deadline, tag=who, may_share=may_share)
 
     def prove(self, generation: int) -> None:
         """Note that the platform accepted the runtime token of ``generation``."""
@@ -339,23 +313,12 @@ class RuntimeCredentialsStore:
 
     # -- inside --
 
-    def _wait(self, flight: _Flight, who: object, deadline: Deadline) -> None:
-        """Wait for the end of another thread's renewal.
-
-        :raises SekuireError: it failed in a way that counts for ``who`` too, or the deadline passed.
-        """
-        if flight.thread == threading.get_ident():
-            raise SekuireError("a token_provider must not use the credentials that it provides")
-        if flight.done.wait(deadline.remaining()):
-            error = flight.error
-            if error is None:
-                return
-            if flight.who == who or not isinstance(error, _OF_THE_LEADER):
-                raise own_copy(error)
-            if not deadline.is_expired():
-                return
-            # Without this, others whose ways are closed could come before this thread again and again.
-        raise TransportError("waiting for another thread's renewal of the credentials took too long")
+    def _reset(self) -> None:
+        """Make this the store of a forked child."""
+        self._lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        # Parent and child are two: what the child logs in for is an installation of its own.
+        self._holder = None
 
     def _lead(self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline) -> Snapshot:
         with self._writing(deadline):
@@ -526,34 +489,3 @@ def _tokens_of(credentials: RuntimeCredentials) -> List[Secret]:
 
 def _has_tokens(credentials: RuntimeCredentials) -> bool:
     return credentials.runtime_token is not None or credentials.refresh_token is not None
-
-
-def own_copy(error: BaseException) -> BaseException:
-    """One exception raised in many threads would collect all their tracebacks; each gets its own."""
-    try:
-        twin = copy.copy(error)
-    except Exception:  # noqa: BLE001
-        return error
-    twin.__traceback__ = twin.__cause__ = twin.__context__ = None
-    return twin
-
-
-_stores: weakref.WeakSet[RuntimeCredentialsStore] = weakref.WeakSet()
-
-
-def _forkable(store: RuntimeCredentialsStore) -> None:
-    _stores.add(store)
-
-
-def _after_fork() -> None:
-    # A lock held by a thread of the parent at the moment of the fork would never be released in the child.
-    for store in list(_stores):
-        store._lock = threading.Lock()
-        store._write_lock = threading.Lock()
-        store._flight = None
-        # Parent and child are two: what the child logs in for is an installation of its own.
-        store._holder = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

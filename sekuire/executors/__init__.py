@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from .._internal import lazy
 
 if TYPE_CHECKING:
+    from .backends import RemoteExecutor as RemoteExecutor
     from .process import ProcessDied as ProcessDied
     from .process import ProcessExecutor as ProcessExecutor
-    from .remote import RemoteExecutor as RemoteExecutor
     from .remote import RemoteTaskContext as RemoteTaskContext
 
 __all__ = ["ProcessDied", "ProcessExecutor", "RemoteExecutor", "RemoteTaskContext"]
@@ -18,7 +18,7 @@ __all__ = ["ProcessDied", "ProcessExecutor", "RemoteExecutor", "RemoteTaskContex
 _HOMES = {
     "ProcessDied": "process",
     "ProcessExecutor": "process",
-    "RemoteExecutor": "remote",
+    "RemoteExecutor": "backends",
     "RemoteTaskContext": "remote",
 }
 

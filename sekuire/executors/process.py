@@ -1,4 +1,7 @@
-"""A pool of processes in which one that dies, or is killed, costs only the call that it held."""
+"""Run calls in a pool of processes. A process that exits, or is killed, costs only the call that it ran."""
+
+# Threads: any thread may call ProcessExecutor's methods. `sekuire-process-N`, one thread for each process, gives it its
+# calls and receives the results. `_condition` guards the queue and the lists, and is never held over I/O.
 
 from __future__ import annotations
 
@@ -22,18 +25,18 @@ __all__ = ["ProcessDied", "ProcessExecutor"]
 
 log = get_logger("sekuire.executors")
 
-#: Seconds between two looks at whether a process that says nothing still lives.
-_LOOK_AGAIN = 1.0
-#: Seconds an idle process gets to end, and a killed one to be gone.
+#: Seconds between two checks that a silent process still runs.
+_CHECK_INTERVAL = 1.0
+#: Seconds that an idle process has to end, and a killed one to disappear.
 _END_TIME = 2.0
 
-# The first byte of what a process sends: ready for calls; a call has begun; a message before its end; a result; an
+# The first byte of what a process sends: ready for calls, a call has begun, a message of the call, its result, its
 # exception.
 _READY, _BEGUN, _MESSAGE, _RESULT, _ERROR = b"!", b"b", b"m", b"r", b"e"
 
 
 def unpicklable(value: Any) -> str:
-    """Why ``value`` cannot be pickled; nothing where it can."""
+    """Return why ``value`` cannot be pickled, an empty text if it can."""
     try:
         pickle.dumps(value)
     except Exception as error:  # noqa: BLE001
@@ -42,30 +45,35 @@ def unpicklable(value: Any) -> str:
 
 
 class ProcessDied(BrokenExecutor):
-    """The process that ran a call ended before the call did; the call may have begun. The pool goes on."""
+    """Report that the process of a call ended before the call did. The call may have begun. The pool goes on."""
 
 
 class _DiedIdle(Exception):
-    """The process had died when it was given a call: nothing of it has run."""
+    """Report that a process had ended before it received a call. Nothing of the call has run."""
 
 
 class ProcessExecutor(Executor):
-    """Runs calls in processes of its own, made by spawn on first need; for handlers that compute.
+    """Run calls in processes of its own, for handlers that compute.
 
-    It differs from ``concurrent.futures.ProcessPoolExecutor`` in what a lost process means. A process that dies costs
-    the one call it held, which ends with :class:`ProcessDied`; the others run on, and a new process takes its place. A
-    call can be killed with its process, which is what becomes of a task that ignores the end of its time. No process
-    outlives this one, however it ends.
+    >>> from sekuire import ProcessExecutor
+    >>> with ProcessExecutor(max_workers=2) as executor:
+    ...     executor.submit(pow, 2, 10).result()
+    1024
 
-    Any thread may call its methods. ``sekuire-process-N``, one thread for each process, gives it its calls and takes
-    the results; ``_condition`` guards the queue and the lists, and is never held over I/O. :meth:`shutdown`, or
-    leaving a ``with`` block, ends processes and threads.
+    A worker runs its handlers there with ``create_worker(executor=executor, ...)``.
 
-    :param max_workers: processes at most; None: as many as this machine has processors.
-    :param initializer: called with ``initargs`` in each new process, before its first call; to set up logging, say.
-    :param max_tasks_per_child: calls after which a process is replaced by a new one; None: never.
-    :param kill_after: seconds from when a running task was answered without its handler (its time was over, or the
-        worker stopped) until its process is killed; None: never.
+    It differs from ``concurrent.futures.ProcessPoolExecutor`` when a process is lost. The one call of that process ends
+    with :class:`ProcessDied`. The other calls run on, and a new process replaces it. A call can be killed with its
+    process, as happens to a handler that ignores the end of its time. No process outlives this one.
+
+    Processes are made by spawn on first need. Any thread may call the methods. :meth:`shutdown`, or the end of a
+    ``with`` block, ends processes and threads.
+
+    :param max_workers: the most processes. None: as many as this machine has processors.
+    :param initializer: called with ``initargs`` in each new process before its first call.
+    :param max_tasks_per_child: calls after which a new process replaces a process. None: never.
+    :param kill_after: seconds from the answer of a task whose handler still runs (its time has passed, or the worker
+        stopped) until its process is killed. None: never.
     :raises ConfigurationError: a wrong value.
     """
 
@@ -114,7 +122,7 @@ class ProcessExecutor(Executor):
     # -- the interface of an executor --
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Have ``fn(*args, **kwargs)`` run in a process; all of it must be picklable, and so must the result.
+        """Run ``fn(*args, **kwargs)`` in a process. Function, arguments and result must be picklable.
 
         :raises RuntimeError: after :meth:`shutdown`.
         """
@@ -127,12 +135,15 @@ class ProcessExecutor(Executor):
         kwargs: Optional[Dict[str, Any]] = None,
         on_message: Optional[Callable[[Any], object]] = None,
     ) -> Future[Any]:
-        """As :meth:`submit`; ``on_message`` gets, in one of the pool's threads, what the call gives to :func:`tell`."""
+        """Submit a call, as :meth:`submit` does, and receive what it passes to :func:`send_message`.
+
+        :param on_message: called with each message in one of the pool's threads.
+        """
         thread_tools.check_process(self.pid, "ProcessExecutor")
         call = _Call(on_message)
         try:
             call.data = pickle.dumps((fn, args, kwargs or {}))
-        except Exception as error:  # noqa: BLE001  # It tells by the future, as other executors do.
+        except Exception as error:  # noqa: BLE001  # Other executors report it by the future, too.
             call.future.set_exception(error)
             return call.future
         with self._condition:
@@ -149,7 +160,7 @@ class ProcessExecutor(Executor):
                 try:
                     thread.start()
                 except RuntimeError:
-                    # No further one can be started now. What there is serves the call, if there is one.
+                    # The system starts no more threads now. Those that run serve the call, if there are any.
                     self._threads.remove(thread)
                     if not self._threads:
                         self._queue.remove(call)
@@ -158,10 +169,10 @@ class ProcessExecutor(Executor):
         return call.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls, and end the processes when those that were taken are done.
+        """Accept no more calls, and end the processes when the accepted calls are done.
 
-        :param wait: return only then.
-        :param cancel_futures: cancel those that have not begun.
+        :param wait: return only when they have ended.
+        :param cancel_futures: cancel the calls that have not begun.
         """
         with self._condition:
             self._closed = True
@@ -181,7 +192,10 @@ class ProcessExecutor(Executor):
     # -- beyond it --
 
     def kill(self, future: Future[Any]) -> bool:
-        """Kill the process that runs the call of ``future``, which ends with :class:`ProcessDied`; whether one did."""
+        """Kill the process that runs the call of ``future``. Return True if there is one.
+
+        The call ends with :class:`ProcessDied`.
+        """
         with self._condition:
             child = self._running.get(future)
         if child is None:
@@ -190,7 +204,7 @@ class ProcessExecutor(Executor):
         return True
 
     def kill_workers(self) -> None:
-        """Kill every process and take no more calls; calls that run or wait end with an error."""
+        """Kill every process and accept no more calls. Calls that run or wait end with an error."""
         with self._condition:
             self._closed = self._killed = True
             calls = list(self._queue)
@@ -203,7 +217,7 @@ class ProcessExecutor(Executor):
             child.kill()
 
     def leave(self) -> None:
-        """The interpreter ends: so do the processes."""
+        """End the processes, because the interpreter ends."""
         self.kill_workers()
 
     def __repr__(self) -> str:
@@ -236,7 +250,7 @@ class ProcessExecutor(Executor):
                 except ProcessDied as died:
                     outcome = died
                 except Exception as error:
-                    log.exception("%s: a process could not be started, or spoken to", name)
+                    log.exception("%s: cannot start a process, or cannot reach it", name)
                     outcome = ProcessDied(f"its process could not be used ({type(error).__name__})")
                 else:
                     continue
@@ -268,7 +282,7 @@ class ProcessExecutor(Executor):
         return child
 
     def _give(self, call: _Call, child: _Child) -> None:
-        """Run one call.
+        """Run one call in ``child`` and settle its future.
 
         :raises ProcessDied: the process ended first.
         """
@@ -282,7 +296,7 @@ class ProcessExecutor(Executor):
         if kind == _RESULT:
             try:
                 result = pickle.loads(data)
-            except Exception as error:  # noqa: BLE001  # What was pickled there need not load here.
+            except Exception as error:  # noqa: BLE001  # The other process's modules may be missing here.
                 call.future.set_exception(error)
             else:
                 call.future.set_result(result)
@@ -305,7 +319,7 @@ class _Call:
 
 
 class _Child:
-    """One process and the pipe to it. Used by its own thread; :meth:`kill` by any."""
+    """Run calls in one process, through a pipe. Its own thread uses it; any thread may call :meth:`kill`."""
 
     def __init__(self, name: str, initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
         self.calls = 0
@@ -325,7 +339,7 @@ class _Child:
         return self._process.is_alive()
 
     def run(self, call: _Call) -> Tuple[bytes, bytes]:
-        """The kind and the data of what the call came to.
+        """Run a call. Return the kind and the data of its result.
 
         :raises ProcessDied: the process ended first.
         """
@@ -356,7 +370,7 @@ class _Child:
             self._process.kill()
 
     def end(self) -> None:
-        """Let the process end, or make it."""
+        """Close the pipe, so that the process ends. Kill it if it does not."""
         with contextlib.suppress(OSError):
             self._pipe.close()
         self._process.join(_END_TIME)
@@ -368,19 +382,20 @@ class _Child:
 
     def _receive(self) -> Tuple[bytes, bytes]:
         try:
-            # A process of the handler's own may keep the pipe open when the child has died: the pipe's end alone is
-            # no sure sign.
-            while not self._pipe.poll(_LOOK_AGAIN):
+            # A process that the handler has started may keep the pipe open after the child has ended. An open pipe
+            # alone does not prove that the child runs.
+            while not self._pipe.poll(_CHECK_INTERVAL):
                 if not self._process.is_alive() and not self._pipe.poll(0):
                     raise EOFError
             message = self._pipe.recv_bytes()
         except (EOFError, OSError):
             message = b""
         if not message:
-            raise ProcessDied(self._epitaph())
+            raise ProcessDied(self._describe_end())
         return message[:1], message[1:]
 
-    def _epitaph(self) -> str:
+    def _describe_end(self) -> str:
+        """Say how the process ended, for an error."""
         self._process.join(_END_TIME)
         code = self._process.exitcode
         if code is None:
@@ -399,7 +414,7 @@ class _Child:
 
 
 class RemoteTraceback(Exception):
-    """The traceback of another process, as text; the cause of an exception that came from there."""
+    """Carry the traceback of another process, as text. It is the cause of an exception that came from there."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -410,11 +425,11 @@ class RemoteTraceback(Exception):
 
 
 class RemoteError(Exception):
-    """An exception of another process that cannot be brought here; its class has the name of the original's."""
+    """Replace an exception of another process that pickle cannot load. Its class has the original's name."""
 
 
 def dump_error(error: BaseException) -> bytes:
-    """``error`` with its traceback, for :func:`load_error`; nothing that it raises gets out."""
+    """Pickle ``error`` with its traceback, for :func:`load_error`. Raise nothing."""
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         shown = str(error)
@@ -422,7 +437,7 @@ def dump_error(error: BaseException) -> bytes:
         text, shown = "", "(its text cannot be made)"
     try:
         data = pickle.dumps(error)
-        # An exception with a constructor of its own may be picklable and yet not come back.
+        # An exception with a constructor of its own may be pickled, and yet fail to load.
         if type(pickle.loads(data)) is not type(error):
             data = b""
     except Exception:  # noqa: BLE001
@@ -431,13 +446,13 @@ def dump_error(error: BaseException) -> bytes:
 
 
 def load_error(dumped: bytes) -> BaseException:
-    """The exception that :func:`dump_error` was given, or one that says the same."""
+    """Return the exception that :func:`dump_error` has pickled, or one with the same name and text."""
     data, name, shown, text = pickle.loads(dumped)
     error: Optional[BaseException] = None
     if data:
         try:
             error = pickle.loads(data)
-        except Exception:  # noqa: BLE001  # Its module may be there only.
+        except Exception:  # noqa: BLE001  # Its module may exist only there.
             error = None
     if not isinstance(error, BaseException):
         error = type(name, (RemoteError,), {})(shown)
@@ -450,8 +465,11 @@ def load_error(dumped: bytes) -> BaseException:
 _pipe: Optional[Connection[Any, Any]] = None
 
 
-def tell(message: Any) -> bool:
-    """In a process of a :class:`ProcessExecutor`: give ``message`` to who submitted the call; whether there is one."""
+def send_message(message: Any) -> bool:
+    """Send ``message`` from a process of a :class:`ProcessExecutor` to the submitter of its call.
+
+    Return False in any other process.
+    """
     if _pipe is None:
         return False
     _pipe.send_bytes(_MESSAGE + pickle.dumps(message))
@@ -459,9 +477,9 @@ def tell(message: Any) -> bool:
 
 
 def _main(pipe: Connection[Any, Any], initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
-    """What a process does: calls, one after the other, until the pipe or its parent ends."""
+    """Run calls in a new process, one after the other, until the pipe or the parent ends."""
     global _pipe
-    # Ctrl-C, and a supervisor's SIGTERM to the whole group, are for the worker, which lets running tasks end first.
+    # Ctrl-C, and a supervisor's SIGTERM to the whole group, are for the worker. It lets running tasks end first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="sekuire-parent", daemon=True).start()
@@ -492,7 +510,7 @@ def _run(data: bytes) -> bytes:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has died: nobody could take the result any more."""
+    """End this process when its parent has ended: nobody could receive a result."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

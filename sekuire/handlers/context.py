@@ -1,4 +1,12 @@
-"""What a handler knows of its task: identity, time left, cancellation, progress, a logger."""
+"""Show a handler its task: identity, time left, cancellation, progress, a logger.
+
+A handler sees a :class:`TaskContext`, which only reads. What changes while the handler runs is in its
+:class:`TaskControl`, which the worker holds.
+"""
+
+# Threads: the handler's thread, and any thread that it starts, read. The library's threads write through TaskControl.
+# The reason of a cancellation is written once, before anyone is notified, so that reading it needs no lock.
+# `_event_lock` guards the event that wait() makes, and the watcher.
 
 from __future__ import annotations
 
@@ -17,134 +25,46 @@ from .._internal.logs import make_record
 from ..errors import TaskCancelled
 from ..wire.models import Task
 
-__all__ = ["TaskContext"]
+__all__ = ["TaskContext", "TaskControl", "control_of"]
 
 _log = logging.getLogger("sekuire.task")
-# Events are made only for handlers that wait; one lock for all of them is never contended enough to matter.
+# One lock for all tasks: it is held for a few instructions, and only by handlers that wait and by cancellations.
 _event_lock = threading.Lock()
 
 ProgressSink = Callable[["TaskContext", float, Optional[str]], None]
 
 
-class TaskContext:
-    """Given to a handler with its task's input.
+class TaskControl:
+    """Hold the part of a task's context that changes, for the code that runs the task.
 
-    The handler's thread (and any it starts) reads it; the library's threads call ``_cancel``. The reason is written
-    once, before the flag that readers look at, so no lock is needed to read; ``_event_lock`` guards the making of the
-    event that :meth:`wait_cancelled` waits on.
+    ``attempt``, ``end`` (on the clock of ``time.monotonic()``, None without a limit) and ``policy`` may be assigned.
+    The reason of a cancellation is set by :meth:`cancel` alone.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_attempt",
-        "_deadline",
-        "_event",
-        "_logger",
-        "_policy",
-        "_progress",
-        "_reason",
-        "_task",
-        "_watcher",
-    )
+    __slots__ = ("_event", "_progress", "_reason", "_watcher", "attempt", "end", "policy", "task")
 
-    def __init__(
-        self, task: Task, *, deadline: Optional[float] = None, progress: Optional[ProgressSink] = None
-    ) -> None:
-        self._task = task
-        self._attempt = task.attempt
-        self._deadline = deadline
+    def __init__(self, task: Task, end: Optional[float] = None, progress: Optional[ProgressSink] = None) -> None:
+        self.task = task
+        self.attempt = task.attempt
+        self.end = end
+        self.policy: Any = None
         self._progress = progress
-        self._policy: Any = None
         self._reason: Optional[str] = None
         self._event: Optional[threading.Event] = None
-        self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
         self._watcher: Optional[Callable[[bool], None]] = None
 
-    # -- identity --
-
-    @property
-    def task_id(self) -> str:
-        return self._task.task_id
-
-    @property
-    def capability(self) -> str:
-        return self._task.capability
-
-    @property
-    def tool(self) -> Optional[str]:
-        return self._task.tool
-
-    @property
-    def workspace_id(self) -> Optional[str]:
-        return self._task.workspace_id
-
-    @property
-    def requester_id(self) -> Optional[str]:
-        return self._task.requester_id
-
-    @property
-    def parent_task_id(self) -> Optional[str]:
-        return self._task.parent_task_id
-
-    @property
-    def workflow_id(self) -> Optional[str]:
-        return self._task.workflow_id
-
-    @property
-    def trace_id(self) -> Optional[str]:
-        return self._task.trace_id
-
-    @property
-    def attempt(self) -> int:
-        """Which attempt this is, from 1. It can rise while the handler runs (protocol.md, "Tasks")."""
-        return self._attempt
-
-    # -- time --
-
-    @property
-    def deadline(self) -> Optional[dt.datetime]:
-        """When the task's time ends, as an aware UTC datetime; None without a limit."""
-        left = self.remaining()
-        if left is None:
-            return None
-        return dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=left)
-
-    def remaining(self) -> Optional[float]:
-        """Seconds left, 0.0 when the time has passed, None without a limit."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
-    # -- cancellation --
-
-    def is_cancelled(self) -> bool:
-        return self._reason is not None
-
-    @property
-    def cancel_reason(self) -> Optional[str]:
-        """Why: ``"timeout"``, ``"terminated"``, ``"shutdown"``, ``"lease lost"``, ``"superseded"`` (the platform told
-        that it has the task's result already) or ``"the program ends"``; None while it is not."""
+    def reason(self) -> Optional[str]:
+        """Return why the task was cancelled, None if it was not."""
         return self._reason
 
-    def raise_if_cancelled(self) -> None:
-        """:raises TaskCancelled: the task was cancelled. A handler that lets it pass ends its task ``cancelled``."""
-        if self._reason is not None:
-            raise TaskCancelled(self._reason)
+    def ask_policy(self) -> Any:
+        """Return the enforcer that the handler may ask, None without one."""
+        return self.policy
 
-    def wait_cancelled(self, timeout: Optional[float] = None) -> bool:
-        """Wait up to ``timeout`` seconds for a cancellation: a sleep that ends when the task should."""
-        event = self._event
-        if event is None:
-            with _event_lock:
-                event = self._event
-                if event is None:
-                    event = self._event = threading.Event()
-                    if self._reason is not None:
-                        event.set()
-        return event.wait(timeout)
+    def cancel(self, reason: str, answered: bool = False) -> bool:
+        """Cancel the task with ``reason``. Return True if it was not cancelled before.
 
-    def _cancel(self, reason: str, answered: bool = False) -> bool:
-        """Cancel with ``reason``; whether this call was the first.
-
-        :param answered: the task has its answer already; what its handler still does is of no use.
+        :param answered: the task has its answer already, so that the handler's result is of no use.
         """
         with _event_lock:
             is_first = self._reason is None
@@ -157,32 +77,167 @@ class TaskContext:
             watcher(answered)
         return is_first
 
-    def _watch(self, watcher: Callable[[bool], None]) -> None:
-        """Have ``watcher(answered)`` called, quick as it is, with every cancellation, one that came before included."""
+    def watch(self, watcher: Callable[[bool], None]) -> None:
+        """Call ``watcher(answered)`` at every cancellation, and at once if the task is cancelled already.
+
+        The watcher must be quick: it runs in the thread that cancels.
+        """
         with _event_lock:
             self._watcher = watcher
             is_late = self._reason is not None
         if is_late:
             watcher(False)
 
+    def wait(self, timeout: Optional[float]) -> bool:
+        """Wait up to ``timeout`` seconds for a cancellation. Return True if the task is cancelled."""
+        event = self._event
+        if event is None:
+            with _event_lock:
+                event = self._event
+                if event is None:
+                    event = self._event = threading.Event()
+                    if self._reason is not None:
+                        event.set()
+        return event.wait(timeout)
+
+    def report(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
+        """Pass a report of progress on, if somebody listens."""
+        if self._progress is not None:
+            self._progress(context, fraction, message)
+
+
+class TaskContext:
+    """Show a handler its task. The worker passes one to the handler, before the input.
+
+    >>> from sekuire import TaskContext, TaskRegistry
+    >>> tasks = TaskRegistry()
+    >>> @tasks.task("count")
+    ... def count(ctx: TaskContext, input: dict) -> int:
+    ...     ctx.raise_if_cancelled()
+    ...     ctx.logger.info("%s seconds left", ctx.remaining())
+    ...     return len(input["text"].split())
+
+    Any thread of the handler may use it.
+    """
+
+    __slots__ = ("__weakref__", "_control", "_logger")
+
+    def __init__(
+        self, task: Task, *, deadline: Optional[float] = None, progress: Optional[ProgressSink] = None
+    ) -> None:
+        self._control = TaskControl(task, deadline, progress)
+        self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
+
+    # -- identity --
+
+    @property
+    def task_id(self) -> str:
+        """Return the task's id."""
+        return self._control.task.task_id
+
+    @property
+    def capability(self) -> str:
+        """Return the capability that was asked for."""
+        return self._control.task.capability
+
+    @property
+    def tool(self) -> Optional[str]:
+        """Return the tool that the task names, None without one."""
+        return self._control.task.tool
+
+    @property
+    def workspace_id(self) -> Optional[str]:
+        """Return the workspace that the task belongs to."""
+        return self._control.task.workspace_id
+
+    @property
+    def requester_id(self) -> Optional[str]:
+        """Return the agent that submitted the task."""
+        return self._control.task.requester_id
+
+    @property
+    def parent_task_id(self) -> Optional[str]:
+        """Return the task that this one was submitted by."""
+        return self._control.task.parent_task_id
+
+    @property
+    def workflow_id(self) -> Optional[str]:
+        """Return the workflow that the task is a step of."""
+        return self._control.task.workflow_id
+
+    @property
+    def trace_id(self) -> Optional[str]:
+        """Return the trace that the requester continues here."""
+        return self._control.task.trace_id
+
+    @property
+    def attempt(self) -> int:
+        """Return the number of this attempt, from 1. It can rise while the handler runs (protocol.md, "Tasks")."""
+        return self._control.attempt
+
+    # -- time --
+
+    @property
+    def deadline(self) -> Optional[dt.datetime]:
+        """Return when the task's time ends, as an aware UTC datetime; None without a limit."""
+        left = self.remaining()
+        if left is None:
+            return None
+        return dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=left)
+
+    def remaining(self) -> Optional[float]:
+        """Return the seconds left, 0.0 when the time has passed, None without a limit."""
+        end = self._control.end
+        return None if end is None else max(0.0, end - time.monotonic())
+
+    # -- cancellation --
+
+    def is_cancelled(self) -> bool:
+        """Return True if the task was cancelled: the handler should end."""
+        return self._control.reason() is not None
+
+    @property
+    def cancel_reason(self) -> Optional[str]:
+        """Return why the task was cancelled, None while it is not.
+
+        The reason is ``"timeout"``, ``"terminated"``, ``"shutdown"``, ``"lease lost"``, ``"superseded"`` (the platform
+        has the task's result already) or ``"the program ends"``.
+        """
+        return self._control.reason()
+
+    def raise_if_cancelled(self) -> None:
+        """Raise an error if the task was cancelled.
+
+        :raises TaskCancelled: the task was cancelled. A handler that does not catch it ends its task ``cancelled``.
+        """
+        reason = self._control.reason()
+        if reason is not None:
+            raise TaskCancelled(reason)
+
+    def wait_cancelled(self, timeout: Optional[float] = None) -> bool:
+        """Sleep up to ``timeout`` seconds, less if the task is cancelled. Return True if it is."""
+        return self._control.wait(timeout)
+
     # -- what is allowed --
 
     @property
     def policy(self) -> Any:
-        """The :class:`~sekuire.PolicyEnforcer` that let this task begin, for questions such as
-        ``ctx.policy.enforce_tool("search")``; None where no policy gateway was asked.
+        """Return the :class:`~sekuire.PolicyEnforcer` that let this task begin; None without a policy gateway.
 
-        It stays the same while the handler runs, also when the workspace's policy changes meanwhile.
+        Ask it questions such as ``ctx.policy.enforce_tool("search")``. It stays the same while the handler runs, also
+        when the workspace's policy changes.
         """
-        return self._policy
+        return self._control.ask_policy()
 
-    # -- telling --
+    # -- reports --
 
     def report_progress(self, fraction: float, message: Optional[str] = None) -> None:
-        """Tell the platform how far the task is, best effort: the newest value, at most once a second. Never blocks.
+        """Report to the platform how far the task is. It never blocks.
+
+        The newest value is sent, at most once a second. A report may be lost.
 
         :param fraction: 0 to 1.
-        :raises ValueError: ``fraction`` is no number from 0 to 1, or ``message`` no str.
+        :raises ValueError: ``fraction`` is not a number from 0 to 1, or ``message`` is not a str.
         """
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not math.isfinite(fraction):
             raise ValueError(f"fraction must be a number from 0 to 1, got {fraction!r}")
@@ -190,12 +245,11 @@ class TaskContext:
             raise ValueError(f"fraction must be a number from 0 to 1, got {fraction!r}")
         if message is not None and not isinstance(message, str):
             raise ValueError(f"message must be a str, got {type(message).__name__}")
-        if self._progress is not None:
-            self._progress(self, float(fraction), message)
+        self._control.report(self, float(fraction), message)
 
     @property
     def logger(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger (``sekuire.task``) whose records begin with the task's id and carry it as ``task_id``.
+        """Return a logger (``sekuire.task``) whose records begin with the task's id and carry it as ``task_id``.
 
         It belongs to the handler: what a filter or handler of the program raises in a call of it reaches the handler,
         as with any other logger.
@@ -205,7 +259,21 @@ class TaskContext:
         return self._logger
 
     def __repr__(self) -> str:
-        return f"<TaskContext {self.task_id} {self.capability} attempt {self._attempt}>"
+        return f"<{type(self).__name__} {self.task_id} {self.capability} attempt {self.attempt}>"
+
+    # -- names that sekuire.worker used before TaskControl; they go when it uses control_of() --
+
+    def _cancel(self, reason: str, answered: bool = False) -> bool:
+        return self._control.cancel(reason, answered)
+
+    _attempt = property(lambda self: self._control.attempt, lambda self, to: setattr(self._control, "attempt", to))
+    _deadline = property(lambda self: self._control.end, lambda self, to: setattr(self._control, "end", to))
+    _policy = property(lambda self: self._control.policy, lambda self, to: setattr(self._control, "policy", to))
+
+
+def control_of(context: TaskContext) -> TaskControl:
+    """Return the control of ``context``, for the code that runs its task."""
+    return context._control
 
 
 class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subscriptable at run time before 3.11.
@@ -231,7 +299,7 @@ class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subsc
         own = self.extra or {}
         prefix = f"[{own.get('task_id', '?')}] "
         if args:
-            # They are formatted into the whole text, and an id may hold any character.
+            # The arguments are formatted into the whole text, and an id may hold any character.
             prefix = prefix.replace("%", "%%")
         frame = _caller(stacklevel)
         record = make_record(
@@ -248,7 +316,7 @@ _LOGGING_FILE = logging.info.__code__.co_filename
 
 
 def _caller(stacklevel: int) -> FrameType:
-    """Return the frame that called the logger; with a ``stacklevel`` above 1 as many frames further out."""
+    """Return the frame that called the logger, or one further out for a ``stacklevel`` above 1."""
     frame = sys._getframe(2)
     while frame.f_back is not None and (frame.f_code.co_filename == _LOGGING_FILE or stacklevel > 1):
         stacklevel -= frame.f_code.co_filename != _LOGGING_FILE
@@ -260,5 +328,5 @@ def _stack_of(frame: FrameType) -> str:
     return "Stack (most recent call last):\n" + "".join(traceback.format_stack(frame)).rstrip("\n")
 
 
-#: The task that this thread is with: from before its policy is asked until its handler has ended.
+#: The task of the current thread, from before its policy is asked until its handler has ended.
 current_task: contextvars.ContextVar[Optional[TaskContext]] = contextvars.ContextVar("sekuire_task", default=None)

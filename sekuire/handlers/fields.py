@@ -1,4 +1,4 @@
-"""The fields of the classes that inputs are built of: their types resolved, whichever way a class is written."""
+"""Find the fields of the classes that inputs are built of, with their types resolved."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import attrs
 
 from ..errors import ConfigurationError
 
+_FINAL: Any = typing.Final
+
 
 def resolved(owner: Any, name: str, hint: Any) -> Any:
-    """The annotation of a field, its names looked up in the module of the class, and the class itself."""
+    """Resolve the annotation of a field: look its names up in the module of the class, and in the class itself."""
     names = {owner.__name__: owner, **vars(owner)}
     names.update((one.__name__, one) for one in getattr(owner, "__type_params__", ()))
     module = getattr(sys.modules.get(owner.__module__), "__dict__", {})
     found = hint
     try:
-        # The module first, as typing does: a field may be called as its class is.
+        # The module comes first, as with typing: a field may have the name of its class.
         while True:
             holder = type(owner.__name__, (), {"__annotations__": {name: found}})
             found = typing.get_type_hints(holder, names, module, include_extras=True)[name]
@@ -37,7 +39,7 @@ def resolved(owner: Any, name: str, hint: Any) -> Any:
 
 
 def _with_references(hint: Any) -> Any:
-    """``hint`` with strings in it, as in ``list["Item"]``, made references: Python does that itself from 3.11 on."""
+    """Make references of the strings in ``hint``, as in ``list["Item"]``. Python does it itself from 3.11 on."""
     arguments = getattr(hint, "__args__", ())
     is_builtin = isinstance(hint, types.GenericAlias)
     made = [
@@ -50,17 +52,21 @@ def _with_references(hint: Any) -> Any:
 
 
 def owner_of(cl: Any, name: str) -> Any:
-    """The class among the bases of ``cl`` that annotates ``name``."""
+    """Return the class among the bases of ``cl`` that annotates ``name``."""
     return next((base for base in cl.__mro__ if name in vars(base).get("__annotations__", {})), cl)
 
 
 def hints_of(cl: Any, names: Sequence[str]) -> Dict[str, Any]:
+    """Return the resolved annotations of the fields ``names``."""
     owners = {name: owner_of(cl, name) for name in names}
     return {name: resolved(owner, name, vars(owner)["__annotations__"][name]) for name, owner in owners.items()}
 
 
 def bound_of(cl: Any, outer: Optional[Dict[Any, Any]] = None) -> Dict[Any, Dict[Any, Any]]:
-    """What stands for the type variables of a class and of each of its bases."""
+    """Return what replaces the type variables of a class, and of each of its bases.
+
+    By class, as a class and its base may both use ``T`` and mean different types. cattrs goes by the name.
+    """
     origin = origin_of(cl)
     arguments = [filled(one, outer or {}) for one in typing.get_args(cl)]
     own = dict(zip(getattr(origin, "__parameters__", ()), arguments))
@@ -71,7 +77,7 @@ def bound_of(cl: Any, outer: Optional[Dict[Any, Any]] = None) -> Dict[Any, Dict[
 
 
 def filled(hint: Any, bound: Dict[Any, Any]) -> Any:
-    """``hint`` with what stands for its type variables."""
+    """Replace the type variables of ``hint``."""
     if isinstance(hint, typing.TypeVar):
         return bound.get(hint, hint)
     parameters = getattr(hint, "__parameters__", ()) if typing.get_origin(hint) else ()
@@ -79,31 +85,41 @@ def filled(hint: Any, bound: Dict[Any, Any]) -> Any:
 
 
 def fields_of(cl: Any) -> List[attrs.Attribute[Any]]:
-    """The fields of an attrs class or a dataclass, as attrs describes them, their types resolved."""
+    """Return the fields of an attrs class or a dataclass as attrs describes them, their types resolved."""
     origin, bound = origin_of(cl), bound_of(cl)
     fields = []
-    for field in attrs.fields(origin if attrs.has(origin) else _as_attrs(origin)):
+    for field in attrs.fields(origin) if attrs.has(origin) else map(_as_attrs, dataclasses.fields(origin)):
         owner = owner_of(origin, field.name)
-        # None may be the annotation, or stand for none.
+        # A type of None is an annotation, or the lack of one.
         is_annotated = field.type is not None or field.name in vars(owner).get("__annotations__", {})
         hint = resolved(owner, field.name, field.type) if is_annotated else Any
         fields.append(field.evolve(type=filled(hint, bound.get(owner, {}))))
     return fields
 
 
-def _as_attrs(cl: Any) -> Any:
-    """An attrs class with the fields of a dataclass: nothing of the dataclass itself is touched."""
-    fields = {}
-    for field in dataclasses.fields(cl):
-        default: Any = attrs.NOTHING
-        if field.default is not dataclasses.MISSING:
-            default = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            default = attrs.Factory(field.default_factory)
-        hint: Any = field.type
-        fields[field.name] = attrs.field(default=default, init=field.init, kw_only=True, type=hint, alias=field.name)
-    return attrs.make_class(cl.__name__, fields, init=False, repr=False, eq=False)
+#: A field of attrs to copy: attrs gives its class no constructor for others.
+_FIELD: attrs.Attribute[Any] = attrs.fields(attrs.make_class("_Template", ["name"])).name
+
+
+def _as_attrs(field: dataclasses.Field[Any]) -> attrs.Attribute[Any]:
+    """Describe a field of a dataclass as attrs does."""
+    default: Any = attrs.NOTHING if field.default is dataclasses.MISSING else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = attrs.Factory(field.default_factory)
+    return _FIELD.evolve(name=field.name, alias=field.name, default=default, init=field.init, type=field.type)
+
+
+def bare(annotation: Any) -> Any:
+    """Return ``annotation`` without ``Annotated``, ``Final`` and ``NewType``."""
+    while True:
+        if hasattr(annotation, "__supertype__"):
+            annotation = annotation.__supertype__
+        elif hasattr(annotation, "__metadata__") or typing.get_origin(annotation) is _FINAL:
+            annotation = typing.get_args(annotation)[0]
+        else:
+            return annotation
 
 
 def origin_of(annotation: Any) -> Any:
+    """Return the class of an annotation with arguments, any other annotation itself."""
     return typing.get_origin(annotation) or annotation

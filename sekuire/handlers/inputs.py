@@ -1,7 +1,7 @@
-"""The input that a handler's annotation asks for, built from JSON: cattrs for classes, pydantic for its own models.
+"""Build a handler's input from JSON for its annotation: cattrs builds classes, pydantic builds its own models.
 
-Both, and this module, are imported when the first handler needs them. What is built how is settled when a handler is
-registered.
+Both, and this module, are imported when the first handler needs them. How an annotation is built is decided when a
+handler is registered.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ import threading
 import types
 import typing
 import uuid
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import attrs
 
 from ..errors import ConfigurationError
 from ..wire import protocol
-from .fields import bound_of, fields_of, hints_of, origin_of, owner_of
+from .constraints import ConstraintError, constrained, is_field_of_pydantic
+from .fields import bare, bound_of, fields_of, hints_of, origin_of, owner_of
 from .mismatch import MAX_PROBLEMS, MAX_TEXT, Mismatch, Path, expected, kind_of, problems_of
 
 __all__ = ["structure_of"]
 
-#: Builds a handler's input from JSON; raises :class:`Mismatch`.
+#: Build a value from JSON, or raise :class:`Mismatch`.
 Structure = Callable[[Any], Any]
 
-#: Ways in which the place of one of pydantic's errors is read.
-_MAX_WAYS = 20
+#: Readings of the path of one of pydantic's errors that are followed at once.
+_MAX_READINGS = 20
 
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _LISTS = (
@@ -44,19 +45,28 @@ _LISTS = (
 )  # fmt: skip
 _SETS = (set, frozenset, collections.abc.Set, collections.abc.MutableSet)
 _LITERAL: Any = typing.Literal
-_FINAL: Any = typing.Final
 _UNIONS = (Union, getattr(types, "UnionType", Union))
+#: Stand for a field that an object does not have.
+_MISSING: Any = object()
 
 
 def structure_of(annotation: Any) -> Structure:
-    """What builds an input of this (resolved) annotation.
+    """Return what builds an input of this (resolved) annotation.
 
     :raises ConfigurationError: it cannot be built, or needs an extra that is not installed.
     """
-    if _is_pydantic(annotation):
-        return functools.partial(_call, _guarded(_pydantic_hook, annotation))
-    hook = _guarded(_converter().get_structure_hook, annotation)
-    return functools.partial(_call, lambda value: hook(value, annotation))
+    problem = ""
+    try:
+        if _is_pydantic(annotation):
+            return functools.partial(_call, _pydantic(annotation))
+        return functools.partial(_call, _hook_of(_converter(), annotation))
+    except ConfigurationError as error:
+        problem = error.problem
+    except Exception as error:  # noqa: BLE001
+        problem = f"{type(error).__name__}: {error}"
+    # The converter may hold hooks that refer to the one that was not made.
+    _converter.cache_clear()
+    raise ConfigurationError(f"{_name(annotation)} cannot be built from JSON: {problem}")
 
 
 def _call(hook: Structure, value: Any) -> Any:
@@ -65,20 +75,8 @@ def _call(hook: Structure, value: Any) -> Any:
         return hook(value)
     except Exception as error:  # noqa: BLE001  # Of cattrs, or of the class's own code.
         problems = list(problems_of(error))
-    # Raised out here: as its context, the library's error would keep the input in its frames.
+    # Raised after `except`: the library's error, as its context, would keep the input in its frames.
     raise Mismatch(problems)
-
-
-def _guarded(make: Callable[[Any], Any], annotation: Any) -> Any:
-    try:
-        return make(annotation)
-    except ConfigurationError as error:
-        problem = error.problem
-    except Exception as error:  # noqa: BLE001
-        problem = f"{type(error).__name__}: {error}"
-    # It may hold hooks that refer to the one that was not made.
-    _converter.cache_clear()
-    raise ConfigurationError(f"{_name(annotation)} cannot be built from JSON: {problem}")
 
 
 def _is_pydantic(annotation: Any) -> bool:
@@ -92,8 +90,8 @@ def _name(annotation: Any) -> str:
 # -- pydantic ---------------------------------------------------------------------------------------------------------
 
 
-#: What is said instead of the texts that hold parts of the input.
-_QUOTING = {
+#: Type of pydantic's error → a text that quotes nothing, for those whose own text quotes the input.
+SAFE_TEXTS = {
     "byte_size_unit": "could not interpret byte unit",
     "bytes_invalid_encoding": "Data should be in a valid encoding",
     "datetime_object_invalid": "Invalid datetime object",
@@ -109,12 +107,13 @@ _QUOTING = {
 }
 
 
-def _pydantic_hook(cls: Any) -> Structure:
+def _pydantic(cls: Any) -> Structure:
+    """Return what has pydantic build one of its models or dataclasses."""
     from pydantic import TypeAdapter, ValidationError
 
     adapter = TypeAdapter(cls)
     config = getattr(cls, "model_config", None) or getattr(cls, "__pydantic_config__", None) or {}
-    # A strict model takes a date from JSON, but not from a str of Python.
+    # A strict model accepts a date in JSON, but not as a str of Python.
     is_strict = bool(config.get("strict"))
 
     def structure(value: Any) -> Any:
@@ -123,48 +122,48 @@ def _pydantic_hook(cls: Any) -> Structure:
                 return adapter.validate_json(json.dumps(value))
             return adapter.validate_python(value)
         except ValidationError as error:
-            problems = [(_path_in(value, one), _text_by_pydantic(one)[:MAX_TEXT]) for one in error.errors()]
+            problems = [(_path_in(value, one), _text_of(one)[:MAX_TEXT]) for one in error.errors()]
         raise Mismatch(list(dict.fromkeys(problems)))
 
     return structure
 
 
-def _text_by_pydantic(error: Any) -> str:
+def _text_of(error: Any) -> str:
     context = error.get("ctx", {})
-    if error["type"] in _QUOTING:
-        return _QUOTING[error["type"]].format_map(context)
+    if error["type"] in SAFE_TEXTS:
+        return SAFE_TEXTS[error["type"]].format_map(context)
     text: str = error["msg"]
     if error["type"] == "value_error":
         raised = context.get("error")
         if "reason" in context:
-            # Of an email address; the reason quotes it.
+            # The error of an email address, which the reason quotes.
             return text.partition(":")[0]
         if isinstance(raised, Exception) and raised.__traceback__ is None:
-            # Of a builtin that is used as a check, such as int; its text quotes the value.
+            # The error of a builtin that is used as a check, such as int. Its text quotes the value.
             return f"is refused ({type(raised).__name__})"
     return text
 
 
 def _path_in(value: Any, error: Any) -> Path:
-    """The path of pydantic's error in ``value``: without the names of a union's members, which are not in there."""
+    """Return the path of pydantic's error in ``value``, without the names of a union's members."""
     location, target = error["loc"], error["input"]
     missing: Path = ()
     if error["type"].startswith("missing"):
         location, missing = location[:-1], location[-1:]
-    # Each way of reading it so far: a name may be a key in one place, and a member of a union in another.
-    ways: List[Tuple[Any, Path]] = [(value, ())]
+    # Follow each reading: a name may be a key in one place, and a member of a union in another.
+    readings: List[Tuple[Any, Path]] = [(value, ())]
     for one in location:
         following: List[Tuple[Any, Path]] = []
-        for inner, path in ways:
+        for inner, path in readings:
             if one in inner if isinstance(inner, dict) else _is_index(one, inner):
                 following.append((inner[one], (*path, one)))
             following.append((inner, path))
-        ways = following[:_MAX_WAYS]
+        readings = following[:_MAX_READINGS]
     fitting = (
-        [path for inner, path in ways if inner is target]
-        # A strict model's input was read from text: other objects, of the same value.
-        or [path for inner, path in ways if type(inner) is type(target) and inner == target]
-        or [max((path for _, path in ways), key=len)]
+        [path for inner, path in readings if inner is target]
+        # The input of a strict model was read from text: its objects are equal, not the same.
+        or [path for inner, path in readings if type(inner) is type(target) and inner == target]
+        or [max((path for _, path in readings), key=len)]
     )
     return fitting[0] + missing
 
@@ -189,18 +188,18 @@ def _make_converter() -> Any:
     being_made = threading.local()
 
     class StrictConverter(Converter):
-        """cattrs, but for values: a mismatch is never converted away."""
+        """Build classes as cattrs does, and values without any conversion."""
 
         def gen_structure_attrs_fromdict(self, cl: Any) -> Any:
-            return _of_object(cl, _object(self, cl))
+            return _object(self, cl)
 
         def get_structure_hook(self, type: Any, cache_result: bool = True) -> Any:
             if type is bytes:
-                # cattrs has a hook for it, which would make bytes of anything.
+                # The hook of cattrs would make bytes of anything.
                 return _unsupported(type)
             made = being_made.__dict__.setdefault("types", set())
             if type in made:
-                # It holds itself: looked up when there is a value to build.
+                # The type holds itself. Its hook is looked up when there is a value to build.
                 return lambda value, cl: self.get_structure_hook(type)(value, type)
             made.add(type)
             try:
@@ -211,27 +210,20 @@ def _make_converter() -> Any:
     converter = StrictConverter(structure_fallback_factory=_unsupported)
     for kind, structure in _SCALARS.items():
         converter.register_structure_hook(kind, structure)
-    converter.register_structure_hook(enum.Enum, lambda value, cl: _enum(cl)(value, cl))
-    for predicate, factory in (
-        (lambda cl: _is_typed_dict(origin_of(cl)), functools.partial(_typed_dict, converter)),
-        # That of cattrs takes a TypedDict in it for one of its own.
-        (lambda cl: hasattr(cl, "__metadata__"), lambda cl: _without_type(_hook_of(converter, cl.__origin__))),
-        (lambda cl: cl in (None, type(None)), _null),
-        (lambda cl: origin_of(cl) is _LITERAL, _literal),
-        (lambda cl: origin_of(cl) in _LISTS, functools.partial(_array, converter)),
-        (lambda cl: origin_of(cl) in _SETS, functools.partial(_set, converter)),
-        (lambda cl: origin_of(cl) is tuple, functools.partial(_tuple, converter)),
-        (_is_named_tuple, functools.partial(_named_tuple, converter)),
-        (lambda cl: origin_of(cl) in _MAPPINGS, functools.partial(_mapping, converter)),
-        (lambda cl: typing.get_origin(cl) in _UNIONS, functools.partial(_union, converter)),
-        (_is_pydantic, lambda cl: _without_type(_pydantic_hook(cl))),
-    ):
-        converter.register_structure_hook_factory(predicate, factory)
+    converter.register_structure_hook(enum.Enum, lambda value, cl: _enum(cl)(value))
+    for predicate, make in _KINDS:
+        converter.register_structure_hook_factory(predicate, functools.partial(_without_type, converter, make))
     return converter
 
 
-def _without_type(structure: Structure) -> Any:
+def _without_type(converter: Any, make: Callable[[Any, Any], Structure], cl: Any) -> Any:
+    structure = make(converter, cl)
     return lambda value, cl: structure(value)
+
+
+def _hook_of(converter: Any, annotation: Any) -> Structure:
+    hook = converter.get_structure_hook(annotation)
+    return lambda value: hook(value, annotation)
 
 
 def _unsupported(cl: Any) -> Any:
@@ -243,6 +235,7 @@ def _unsupported(cl: Any) -> Any:
 
 
 def _object(converter: Any, cl: Any) -> Any:
+    """Return cattrs' hook for an attrs class or a dataclass."""
     from cattrs.gen import make_dict_structure_fn_from_attrs
 
     origin = origin_of(cl)
@@ -254,12 +247,37 @@ def _object(converter: Any, cl: Any) -> Any:
                 f"{_name(origin)} cannot be made without {name!r}, which no field of the JSON gives (an InitVar?); "
                 "give it a default"
             )
+    for field in fields:
+        if is_field_of_pydantic(field.default):
+            raise ConfigurationError(
+                f"Field(...) of {_name(origin)}.{field.name} has no effect as a default outside of a pydantic model; "
+                "write Annotated[..., Field(...)], or use a pydantic dataclass"
+            )
     variables = {one.__name__: value for one, value in bound_of(cl)[origin].items()}
-    return make_dict_structure_fn_from_attrs(fields, origin, converter, variables)
+    _check_constraints(converter, origin, {field.name: field.type for field in fields if field.init})
+    hook: Any = make_dict_structure_fn_from_attrs(fields, origin, converter, variables)
+
+    def structure(value: Any, cl: Any = cl) -> Any:
+        return hook(_checked(value, dict, "an object"), cl)
+
+    return structure
+
+
+def _check_constraints(converter: Any, owner: Any, hints: Dict[str, Any]) -> None:
+    """Name the field in the error about a constraint that cannot be checked."""
+    for name, hint in hints.items():
+        try:
+            converter.get_structure_hook(hint)
+            continue
+        except ConstraintError as error:
+            problem = error.problem
+        except Exception:  # noqa: BLE001  # It is raised again when the class is built.
+            continue
+        raise ConfigurationError(f"{_name(owner)}.{name}: {problem}")
 
 
 def _demanded(cl: Any) -> List[str]:
-    """What a call of ``cl`` must name, as far as its signature says."""
+    """Return the names of the arguments that a call of ``cl`` needs, as far as its signature says."""
     try:
         parameters = inspect.signature(cl).parameters.values()
     except (TypeError, ValueError):
@@ -268,22 +286,19 @@ def _demanded(cl: Any) -> List[str]:
     return [one.name for one in parameters if one.default is one.empty and one.kind in kinds]
 
 
-def _of_object(cl: Any, hook: Any) -> Any:
-    def structure(value: Any, cl: Any = cl) -> Any:
-        if not isinstance(value, dict):
-            raise expected("an object", value)
-        return hook(value, cl)
-
-    return structure
-
-
 # -- the kinds of annotations -----------------------------------------------------------------------------------------
+
+
+def _checked(value: Any, kind: type, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise expected(what, value)
+    return value
 
 
 def _scalar(what: str, kinds: Tuple[type, ...], build: Optional[Callable[[Any], Any]] = None) -> Any:
     def structure(value: Any, cl: Any) -> Any:
-        if _is_enum(cl):
-            return _enum(cl)(value, cl)
+        if isinstance(cl, type) and issubclass(cl, enum.Enum):
+            return _enum(cl)(value)
         if not isinstance(value, kinds) or isinstance(value, bool) is not (bool in kinds):
             raise expected(what, value)
         try:
@@ -291,7 +306,7 @@ def _scalar(what: str, kinds: Tuple[type, ...], build: Optional[Callable[[Any], 
         except (ValueError, ArithmeticError):
             built = None
         if built is None:
-            raise Mismatch([((), f"expected {what}, got {_other(value)}")])
+            raise Mismatch([((), f"expected {what}, got {_another(value)}")])
         return built if not isinstance(cl, type) or isinstance(built, cl) else cl(built)
 
     return structure
@@ -318,71 +333,49 @@ _SCALARS: Dict[Any, Any] = {
 }
 
 
-def _null(cl: Any) -> Any:
-    def structure(value: Any, cl: Any) -> None:
-        if value is not None:
-            raise expected("null", value)
-
-    return structure
-
-
-def _one_of(values: Sequence[Any]) -> str:
-    return f"one of {', '.join(json.dumps(value, default=str) for value in values)}"
-
-
-def _is_enum(cl: Any) -> bool:
-    return isinstance(cl, type) and issubclass(cl, enum.Enum)
-
-
-@functools.cache
-def _enum(cl: Type[enum.Enum]) -> Any:
-    members = {(type(member.value), member.value): member for member in cl}
-
-    def structure(value: Any, cl: Any) -> Any:
-        try:
-            return members[type(value), value]
-        except (KeyError, TypeError):
-            pass
-        raise Mismatch([((), f"expected {_one_of([member.value for member in cl])}, got {_other(value)}")])
-
-    return structure
-
-
-def _literal(cl: Any) -> Any:
-    values = typing.get_args(cl)
-    plain = _literal_values(cl)
-
-    def structure(value: Any, cl: Any) -> Any:
-        try:
-            return plain[type(value), value]
-        except (KeyError, TypeError):
-            pass
-        shown = [one.value if isinstance(one, enum.Enum) else one for one in values]
-        raise Mismatch([((), f"expected {_one_of(shown)}, got {_other(value)}")])
-
-    return structure
-
-
-def _literal_values(cl: Any) -> Dict[Tuple[type, Any], Any]:
-    """The values of a ``Literal`` by what JSON has for them."""
-    values = typing.get_args(cl)
-    plain = {(type(one), one): one for one in values}
-    plain.update({(type(one.value), one.value): one for one in values if isinstance(one, enum.Enum)})
-    return plain
-
-
-def _other(value: Any) -> str:
+def _another(value: Any) -> str:
     kind = kind_of(value)
     return f"another {kind.split(' ', 1)[1]}" if kind.startswith("a") else kind
 
 
-def _hook_of(converter: Any, annotation: Any) -> Structure:
-    hook = converter.get_structure_hook(annotation)
-    return lambda value: hook(value, annotation)
+def _null(converter: Any, cl: Any) -> Structure:
+    return lambda value: _checked(value, type(None), "null")
+
+
+@functools.cache
+def _enum(cl: Any) -> Structure:
+    return _choice([(member.value, member) for member in cl])
+
+
+def _literal(converter: Any, cl: Any) -> Structure:
+    return _choice([(_json_of(one), one) for one in typing.get_args(cl)])
+
+
+def _json_of(one: Any) -> Any:
+    return one.value if isinstance(one, enum.Enum) else one
+
+
+def _choice(choices: List[Tuple[Any, Any]]) -> Structure:
+    """Return what finds the value for one of the JSON values of an enum or a ``Literal``."""
+    # By type and value: True equals 1.
+    found = {(type(plain), plain): one for plain, one in choices}
+    wanted = f"one of {', '.join(json.dumps(plain, default=str) for plain, _ in choices)}"
+
+    def structure(value: Any) -> Any:
+        try:
+            return found[type(value), value]
+        except (KeyError, TypeError):
+            pass
+        raise Mismatch([((), f"expected {wanted}, got {_another(value)}")])
+
+    return structure
 
 
 def _each(pairs: Iterator[Tuple[Union[str, int], Any]], hook: Structure) -> List[Any]:
-    """What ``hook`` makes of each value; the keys are their places in the path."""
+    """Return what ``hook`` builds of each value. The keys of ``pairs`` are the values' places in the path.
+
+    It ends at the tenth problem, where cattrs would keep an error for each of a million wrong elements.
+    """
     built, problems = [], []
     for key, value in pairs:
         try:
@@ -400,33 +393,23 @@ def _arguments(cl: Any, count: int) -> Tuple[Any, ...]:
     return tuple(typing.get_args(cl)) or (Any,) * count
 
 
-def _array(converter: Any, cl: Any) -> Any:
+def _array(converter: Any, cl: Any) -> Structure:
     hook = _hook_of(converter, _arguments(cl, 1)[0])
-
-    def structure(value: Any, cl: Any) -> Any:
-        if not isinstance(value, list):
-            raise expected("an array", value)
-        return _each(enumerate(value), hook)
-
-    return structure
+    return lambda value: _each(enumerate(_checked(value, list, "an array")), hook)
 
 
-def _set(converter: Any, cl: Any) -> Any:
+def _set(converter: Any, cl: Any) -> Structure:
     array = _array(converter, cl)
     element = _unhashable(_arguments(cl, 1)[0])
     if element is not None:
         raise ConfigurationError(f"a set cannot hold {_name(element)}, which is not hashable")
-    make = frozenset if origin_of(cl) in (frozenset, collections.abc.Set) else set
-
-    def structure(value: Any, cl: Any) -> Any:
-        return make(array(value, cl))
-
-    return structure
+    make: Any = frozenset if origin_of(cl) in (frozenset, collections.abc.Set) else set
+    return lambda value: make(array(value))
 
 
 def _unhashable(annotation: Any) -> Any:
-    """What in ``annotation`` no set can hold; None if there is nothing."""
-    annotation = _bare(annotation)
+    """Return the part of ``annotation`` that a set cannot hold, None if it can hold all."""
+    annotation = bare(annotation)
     origin = origin_of(annotation)
     if origin is tuple or origin in _UNIONS:
         return next((one for one in map(_unhashable, typing.get_args(annotation)) if one is not None), None)
@@ -435,28 +418,15 @@ def _unhashable(annotation: Any) -> Any:
     return annotation if origin in _LISTS or (has_no_hash and origin is not collections.abc.Set) else None
 
 
-def _bare(annotation: Any) -> Any:
-    """``annotation`` without ``Annotated``, ``Final`` and ``NewType``."""
-    while True:
-        if hasattr(annotation, "__supertype__"):
-            annotation = annotation.__supertype__
-        elif hasattr(annotation, "__metadata__") or typing.get_origin(annotation) is _FINAL:
-            annotation = typing.get_args(annotation)[0]
-        else:
-            return annotation
-
-
-def _tuple(converter: Any, cl: Any) -> Any:
+def _tuple(converter: Any, cl: Any) -> Structure:
     arguments = _arguments(cl, 1)
     if not typing.get_args(cl) or arguments[-1] is Ellipsis:
         array = _array(converter, List[arguments[0]])  # type: ignore[valid-type]
-        return lambda value, cl: tuple(array(value, cl))
+        return lambda value: tuple(array(value))
     hooks = [_hook_of(converter, one) for one in arguments]
 
-    def structure(value: Any, cl: Any) -> Any:
-        if not isinstance(value, list):
-            raise expected("an array", value)
-        if len(value) != len(hooks):
+    def structure(value: Any) -> Any:
+        if len(_checked(value, list, "an array")) != len(hooks):
             raise Mismatch([((), f"expected an array of {len(hooks)}, got one of {len(value)}")])
         return tuple(_each(enumerate(zip(hooks, value)), lambda pair: pair[0](pair[1])))
 
@@ -468,21 +438,21 @@ def _is_named_tuple(cl: Any) -> bool:
     return bool(names) and all(name in vars(owner_of(cl, name)).get("__annotations__", {}) for name in names)
 
 
-def _named_tuple(converter: Any, cl: Any) -> Any:
-    array = _tuple(converter, Tuple[tuple(hints_of(cl, cl._fields).values())])
-    return lambda value, _: cl(*array(value, cl))
+def _named_tuple(converter: Any, cl: Any) -> Structure:
+    hints = hints_of(cl, cl._fields)
+    _check_constraints(converter, cl, hints)
+    array = _tuple(converter, Tuple[tuple(hints.values())])
+    return lambda value: cl(*array(value))
 
 
-def _mapping(converter: Any, cl: Any) -> Any:
+def _mapping(converter: Any, cl: Any) -> Structure:
     key_type, value_type = _arguments(cl, 2)
     key_of, value_of = _hook_of(converter, key_type), _hook_of(converter, value_type)
-    if key_type in (int, float, bool):
-        raise ConfigurationError(f"the keys of an object are strings in JSON, never {_name(key_type)}")
+    if bare(key_type) in (int, float, bool):
+        raise ConfigurationError(f"the keys of an object are strings in JSON, never {_name(bare(key_type))}")
 
-    def structure(value: Any, cl: Any) -> Any:
-        if not isinstance(value, dict):
-            raise expected("an object", value)
-        keys = _each(((key, key) for key in value), key_of)
+    def structure(value: Any) -> Any:
+        keys = _each(((key, key) for key in _checked(value, dict, "an object")), key_of)
         return dict(zip(keys, _each(iter(value.items()), value_of)))
 
     return structure
@@ -492,53 +462,41 @@ def _is_typed_dict(cl: Any) -> bool:
     return isinstance(cl, type) and issubclass(cl, dict) and hasattr(cl, "__required_keys__")
 
 
-def _typed_dict(converter: Any, cl: Any) -> Any:
+def _typed_dict(converter: Any, cl: Any) -> Structure:
     cl = origin_of(cl)
-    hooks, required = {}, set()
-    for name, hint in hints_of(cl, list(cl.__annotations__)).items():
-        # Looked at here: where annotations are strings, Python itself takes every key for what __total__ says.
-        is_required = name in cl.__required_keys__
+    hints, required = hints_of(cl, list(cl.__annotations__)), set(cl.__required_keys__)
+    for name, hint in hints.items():
+        # Read here: where annotations are strings, Python itself decides for every key by __total__.
         while getattr(origin_of(hint), "_name", None) in ("Required", "NotRequired", "ReadOnly"):
-            is_required = {"Required": True, "NotRequired": False}.get(origin_of(hint)._name, is_required)
-            hint = typing.get_args(hint)[0]
-        hooks[name] = _hook_of(converter, hint)
-        if is_required:
-            required.add(name)
+            {"Required": required.add, "NotRequired": required.discard}.get(origin_of(hint)._name, len)(name)
+            hint = hints[name] = typing.get_args(hint)[0]
+    _check_constraints(converter, cl, hints)
+    hooks = {name: _hook_of(converter, hint) for name, hint in hints.items()}
 
-    def structure(value: Any, cl: Any) -> Any:
-        if not isinstance(value, dict):
-            raise expected("an object", value)
-        found: Dict[str, Any] = {}
-        problems: List[Tuple[Path, str]] = []
-        for name, hook in hooks.items():
-            if name not in value:
-                if name in required:
-                    problems.append(((name,), "is missing"))
-                continue
-            try:
-                found[name] = hook(value[name])
-            except Exception as error:  # noqa: BLE001
-                problems += [((name, *path), problem) for path, problem in problems_of(error)]
-        if problems:
-            raise Mismatch(problems)
-        return found
+    def field(pair: Tuple[Structure, Any]) -> Any:
+        if pair[1] is _MISSING:
+            raise Mismatch([((), "is missing")])
+        return pair[0](pair[1])
+
+    def structure(value: Any) -> Any:
+        _checked(value, dict, "an object")
+        names = [name for name in hooks if name in value or name in required]
+        return dict(zip(names, _each(((one, (hooks[one], value.get(one, _MISSING))) for one in names), field)))
 
     return structure
 
 
-def _union(converter: Any, cl: Any) -> Any:
+def _union(converter: Any, cl: Any) -> Structure:
     members = typing.get_args(cl)
     others = [one for one in members if one is not type(None)]
     classes = [one for one in others if _is_class(one)]
     hooks: List[Structure] = []
     if len(classes) > 1:
-        tell = _teller(classes)
-        by_class = {one: _hook_of(converter, one) for one in classes}
-        hooks.append(lambda value: _told(tell, by_class, value))
+        hooks.append(_one_class_of(_chooser(classes), {one: _hook_of(converter, one) for one in classes}))
         others = [one for one in others if one not in classes]
     hooks += [_hook_of(converter, one) for one in others]
 
-    def structure(value: Any, cl: Any) -> Any:
+    def structure(value: Any) -> Any:
         if value is None and type(None) in members:
             return None
         problems: List[Tuple[Path, str]] = []
@@ -553,7 +511,7 @@ def _union(converter: Any, cl: Any) -> Any:
 
 
 def _joined(problems: List[Tuple[Path, str]]) -> List[Tuple[Path, str]]:
-    """One problem for all members of a union, where none of them got further than the value's kind."""
+    """Join the problems of a union's members into one, if none of them got beyond the value's kind."""
     wanted, got = [], set()
     for path, problem in problems:
         expected, comma, rest = problem.partition(", got ")
@@ -569,27 +527,28 @@ def _is_class(annotation: Any) -> bool:
     return (attrs.has(origin) or dataclasses.is_dataclass(origin)) and not _is_pydantic(annotation)
 
 
-def _teller(classes: Sequence[Any]) -> Callable[[Any], Any]:
-    """What says which of ``classes`` an object is for.
+def _chooser(classes: Sequence[Any]) -> Callable[[Any], Any]:
+    """Return what chooses one of ``classes`` for an object.
 
-    A field of all of them whose ``Literal`` differs tells them apart; else required fields that the others lack.
+    A field that all of them have, with different ``Literal`` values, decides. Without one, required fields decide that
+    the other classes lack. cattrs can do it as well, but decides some unions only when there is a value to build.
     """
     fields = {cl: {field.name: field for field in fields_of(cl)} for cl in classes}
-    tags = [_by_tag(name, fields) for name in fields[classes[0]] if all(name in fields[cl] for cl in classes)]
-    tellers = [(name, groups) for name, groups in tags if groups]
-    if tellers:
-        tag, groups = min(tellers, key=lambda one: max(map(len, one[1].values())))
-        by_value = {value: _teller(group) if len(group) > 1 else group[0] for value, group in groups.items()}
+    tags = [(name, _by_tag(name, fields)) for name in fields[classes[0]] if all(name in fields[cl] for cl in classes)]
+    usable = [(name, groups) for name, groups in tags if groups]
+    if usable:
+        tag, groups = min(usable, key=lambda one: max(map(len, one[1].values())))
+        by_value = {value: _chooser(group) if len(group) > 1 else group[0] for value, group in groups.items()}
 
-        def by_tag(value: Any) -> Any:
+        def choose(value: Any) -> Any:
             found = by_value[type(value[tag]), value[tag]]
             return found if found in fields else found(value)
 
-        return by_tag
+        return choose
 
     by_field: Dict[str, Any] = {}
     fallback: Any = None
-    # Those with most fields first: the later ones have less to be told from.
+    # Classes with most fields first: the later ones have fewer others to differ from.
     for cl in sorted(classes, key=lambda cl: -len(fields[cl])):
         rest: Set[str] = set()
         rest.update(*(fields[one] for one in classes if one is not cl and one not in by_field.values()))
@@ -607,26 +566,44 @@ def _teller(classes: Sequence[Any]) -> Callable[[Any], Any]:
     return lambda value: next((cl for name, cl in by_field.items() if name in value), fallback)
 
 
-def _by_tag(name: str, fields: Dict[Any, Dict[str, attrs.Attribute[Any]]]) -> Tuple[str, Dict[Any, List[Any]]]:
-    """The classes for each value of a field; none where it is no ``Literal`` or does not tell them apart."""
+def _by_tag(name: str, fields: Dict[Any, Dict[str, attrs.Attribute[Any]]]) -> Dict[Any, List[Any]]:
+    """Return the classes for each ``Literal`` value of a field. Return none if the field does not decide."""
     groups: Dict[Any, List[Any]] = {}
     for cl, own in fields.items():
-        hint = _bare(own[name].type)
+        hint = bare(own[name].type)
         if origin_of(hint) is not _LITERAL:
-            return name, {}
-        for value in _literal_values(hint):
-            groups.setdefault(value, []).append(cl)
-    return name, groups if all(len(group) < len(fields) for group in groups.values()) else {}
+            return {}
+        for plain in map(_json_of, typing.get_args(hint)):
+            groups.setdefault((type(plain), plain), []).append(cl)
+    return groups if all(len(group) < len(fields) for group in groups.values()) else {}
 
 
-def _told(tell: Any, by_class: Dict[Any, Structure], value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise expected("an object", value)
-    try:
-        found = tell(value)
-    except Exception:  # noqa: BLE001  # Of several kinds, by the way in which the classes are told apart.
-        found = None
-    if found is None:
-        names = " or ".join(_name(one) for one in by_class)
-        raise Mismatch([((), f"expected an object with the fields of {names}, got another one")])
-    return by_class[found](value)
+def _one_class_of(choose: Callable[[Any], Any], by_class: Dict[Any, Structure]) -> Structure:
+    def structure(value: Any) -> Any:
+        _checked(value, dict, "an object")
+        try:
+            found = choose(value)
+        except Exception:  # noqa: BLE001  # The field that decides is missing, or has another value.
+            found = None
+        if found is None:
+            names = " or ".join(_name(one) for one in by_class)
+            raise Mismatch([((), f"expected an object with the fields of {names}, got another one")])
+        return by_class[found](value)
+
+    return structure
+
+
+#: Which annotations are of a kind, and what makes their structure. The last one that fits counts.
+_KINDS: Tuple[Tuple[Callable[[Any], bool], Callable[[Any, Any], Structure]], ...] = (
+    (lambda cl: _is_typed_dict(origin_of(cl)), _typed_dict),
+    (lambda cl: hasattr(cl, "__metadata__"), lambda converter, cl: constrained(cl, _hook_of(converter, cl.__origin__))),
+    (lambda cl: cl in (None, type(None)), _null),
+    (lambda cl: origin_of(cl) is _LITERAL, _literal),
+    (lambda cl: origin_of(cl) in _LISTS, _array),
+    (lambda cl: origin_of(cl) in _SETS, _set),
+    (lambda cl: origin_of(cl) is tuple, _tuple),
+    (_is_named_tuple, _named_tuple),
+    (lambda cl: origin_of(cl) in _MAPPINGS, _mapping),
+    (lambda cl: typing.get_origin(cl) in _UNIONS, _union),
+    (_is_pydantic, lambda converter, cl: _pydantic(cl)),
+)

@@ -1,4 +1,4 @@
-"""How a handler is called: its middleware, the input it asks for, and an async one awaited."""
+"""Call a handler: within its middleware, with the input that it asks for, and in a loop if it is async."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .context import TaskContext
 
 log = get_logger("sekuire.task")
 
-#: What a capability is given: ``handler(ctx, input)``; its return, awaited where it is async, is the task's output.
+#: A capability's ``handler(ctx, input)``. It returns the task's output. If it is async, the output is awaited.
 Handler = Callable[[TaskContext, Any], Any]
-#: What a middleware calls to go on, once: the next middleware or the handler, with an input of its choice.
+#: A middleware calls it once, with an input of its choice, to run the next middleware or the handler.
 CallNext = Callable[[Any], Any]
-#: What is put around handlers: ``middleware(ctx, input, call_next)``; its return is the output.
+#: A function around handlers, ``middleware(ctx, input, call_next)``. It returns the output.
 Middleware = Callable[[TaskContext, Any, CallNext], Any]
 
 
 def call(function: Handler, context: TaskContext, input: Any) -> Any:
-    """The handler's result; that of an async one is awaited, in a loop of its own."""
+    """Return the handler's result. Await that of an async handler in a loop of its own."""
     result = function(context, input)
     if inspect.iscoroutine(result):
         return _await(result)
@@ -33,12 +33,12 @@ def call(function: Handler, context: TaskContext, input: Any) -> Any:
 
 
 def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run ``coroutine`` in a loop of its own; the context variables that it has set are set here too.
+    """Run ``coroutine`` in a loop of its own, and set here the context variables that it has set.
 
-    Middleware around an async handler, and a log filter when the handler fails, see the same context as with a plain
-    one. asyncio runs a coroutine in a copy of the context, and can be given another one only since Python 3.11.
+    So middleware, and a log filter when the handler fails, see the same context as with a plain handler. asyncio runs a
+    coroutine in a copy of the context. It accepts another context only from Python 3.11 on.
     """
-    import asyncio  # A quarter of what importing this library would cost, for those who need it.
+    import asyncio  # Only for async handlers: it would add a quarter to the time that importing this library takes.
 
     inner = contextvars.copy_context()
 
@@ -57,7 +57,7 @@ def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def compose(layers: Sequence[Middleware], function: Handler) -> Handler:
-    """``function`` with ``layers`` around it, the first of them outermost."""
+    """Return ``function`` with ``layers`` around it, the first of them outermost."""
     if not layers:
         return function
 
@@ -94,7 +94,7 @@ _PLAIN = (Any, object, Dict, Mapping, MutableMapping, *_MAPPINGS)
 
 
 def asked_for(function: Handler) -> Any:
-    """What the annotation of ``function`` asks its input to be; None where it takes JSON as it comes.
+    """Return the annotation of the input of ``function``, None if the function accepts JSON as it comes.
 
     :raises ConfigurationError: the annotation cannot be resolved.
     """
@@ -109,7 +109,7 @@ def asked_for(function: Handler) -> Any:
 
 
 def structure_of(annotation: Any) -> Optional[Callable[[Any], Any]]:
-    """What builds an input that is :func:`asked_for`; None where there is nothing to build.
+    """Return what builds an input that is :func:`asked_for`, None if nothing is asked for.
 
     :raises ConfigurationError: it cannot be built, or needs an extra that is not installed.
     """
@@ -121,7 +121,7 @@ def structure_of(annotation: Any) -> Optional[Callable[[Any], Any]]:
 
 
 def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]]) -> Handler:
-    """``function`` given what ``structure`` builds of its input; a mismatch is the failure ``invalid_task``."""
+    """Return ``function`` with its input built by ``structure``. A mismatch fails the task as ``invalid_task``."""
     if structure is None:
         return function
     from .mismatch import Mismatch
@@ -142,18 +142,30 @@ def with_structure(function: Handler, structure: Optional[Callable[[Any], Any]])
     return run
 
 
-def _annotation(function: Any) -> Any:
-    """The resolved annotation of the second positional parameter."""
+def input_name(function: Any) -> str:
+    """Return the name of the parameter that receives the input, an empty text if there is none."""
+    parameter = _parameter(function)
+    return "" if parameter is None else parameter.name
+
+
+def _parameter(function: Any) -> Optional[inspect.Parameter]:
+    """Return the second positional parameter of ``function``."""
     try:
         signature = inspect.signature(function)
         names = list(signature.bind(None, None).arguments)
     except (TypeError, ValueError):
-        return Any
+        return None
     parameter = signature.parameters[names[-1]]
-    annotation = parameter.annotation
-    if annotation is parameter.empty or len(names) < 2 or parameter.kind is parameter.VAR_POSITIONAL:
+    return None if len(names) < 2 or parameter.kind is parameter.VAR_POSITIONAL else parameter
+
+
+def _annotation(function: Any) -> Any:
+    """Return the resolved annotation of the input, ``Any`` without one."""
+    parameter = _parameter(function)
+    if parameter is None or parameter.annotation is parameter.empty:
         return Any
-    # This one alone: a context that is imported for type checkers only must not matter.
+    annotation = parameter.annotation
+    # Only this annotation is resolved: the class of the context may be imported for type checkers alone.
     holder = types.SimpleNamespace(__annotations__={"input": annotation})
     try:
         return typing.get_type_hints(holder, globalns=_globals(function), include_extras=True)["input"]
@@ -178,23 +190,23 @@ def _globals(function: Any) -> Dict[str, Any]:
 
 
 def where(function: Any) -> str:
-    """Where ``function`` was written, for an error's text."""
+    """Return the name and the place of ``function``, for an error's text."""
     name = getattr(function, "__qualname__", None) or repr(function)
     code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
 
 
 def accepts(function: Any, count: int) -> bool:
-    """Whether ``function`` can be called with ``count`` positional arguments, as far as its signature says."""
+    """Return True if ``function`` accepts ``count`` positional arguments, as far as its signature says."""
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:
         return False
     except ValueError:
-        return True  # A builtin without a signature: nothing to check.
+        return True  # A builtin without a signature cannot be checked.
     return True
 
 
 def is_async(function: Any) -> bool:
-    """Whether a call of ``function`` gives a coroutine."""
+    """Return True if a call of ``function`` returns a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

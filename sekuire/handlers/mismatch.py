@@ -1,4 +1,4 @@
-"""An input that is not what its annotation says: what is wrong and where, never the value itself."""
+"""Say what is wrong in an input that does not fit its annotation, and where, without the value itself."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ __all__ = ["Mismatch"]
 
 Path = Tuple[Union[str, int], ...]
 
-#: Mismatches that are told of one input, and characters of a name or a validator's text.
+#: Problems that are reported of one input, and characters of a name or a validator's text.
 MAX_PROBLEMS = 10
 MAX_NAME, MAX_TEXT = 60, 200
 
 
 class Mismatch(Exception):
-    """An input is not what the annotation says; ``problems`` are pairs of a path in it and what is wrong there."""
+    """Report that an input does not fit its annotation.
+
+    ``problems`` are pairs of a path in the input and what is wrong there.
+    """
 
     def __init__(self, problems: Sequence[Tuple[Path, str]]) -> None:
         super().__init__(problems)
         self.problems = problems
 
     def details(self) -> Dict[str, Any]:
-        """For a failure's ``details``."""
+        """Return the ``details`` of the task's failure."""
         shown = self.problems[:MAX_PROBLEMS]
         return {"problems": [{"path": _text_of(path), "problem": problem} for path, problem in shown]}
 
@@ -36,11 +39,12 @@ class Mismatch(Exception):
 
 
 def expected(what: str, value: Any) -> Mismatch:
+    """Return the mismatch of a value of another kind."""
     return Mismatch([((), f"expected {what}, got {kind_of(value)}")])
 
 
 def kind_of(value: Any) -> str:
-    """What ``value`` is, never what it says: it may be a secret in the wrong place."""
+    """Name the kind of ``value``, never the value: it may be a secret in the wrong place."""
     if value is None:
         return "null"
     for kind, name in (
@@ -53,13 +57,16 @@ def kind_of(value: Any) -> str:
 
 
 def problems_of(error: BaseException) -> Iterator[Tuple[Path, str]]:
-    """The mismatches that an error of a hook, of cattrs or of a class's own code stands for."""
+    """Yield the problems in an error of a hook, of cattrs or of a class's own code.
+
+    ``cattrs.transform_error`` writes a path as text and does not cut names, so it cannot be used.
+    """
     if isinstance(error, Mismatch):
         yield from error.problems
         return
     inner = getattr(error, "exceptions", None)
     if not isinstance(inner, (tuple, list)):
-        yield _said(error)
+        yield _problem_of(error)
         return
     for one in inner:
         names = [note.name for note in getattr(one, "__notes__", ()) if hasattr(note, "name")]
@@ -72,13 +79,13 @@ def problems_of(error: BaseException) -> Iterator[Tuple[Path, str]]:
                 yield (names[-1], *path), problem
 
 
-def _said(error: BaseException) -> Tuple[Path, str]:
-    """The field and the text of an error that a class's own check raised."""
+def _problem_of(error: BaseException) -> Tuple[Path, str]:
+    """Return the field and the text of an error that a class's own check raised."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     path: Path = next(((field.name,) for frame in frames for field in _fields_given_to(frame)), ())
     text = str(error.args[0]) if error.args else ""
     if frames and _is_of_library(frames[-1]):
-        # The validators and converters of attrs quote the value, and so do builtins that are used as such.
+        # The validators and converters of attrs quote the value, as do builtins that are used as such.
         if path:
             return path, "is refused by its validator"
         text = ""
@@ -86,7 +93,7 @@ def _said(error: BaseException) -> Tuple[Path, str]:
 
 
 def _fields_given_to(frame: types.FrameType) -> Iterator[attrs.Attribute[Any]]:
-    """The fields among the arguments of a function that was called: attrs gives validators theirs."""
+    """Yield the fields among the arguments of a function that was called. attrs passes a validator its field."""
     code = frame.f_code
     for name in code.co_varnames[: code.co_argcount]:
         value = frame.f_locals.get(name)

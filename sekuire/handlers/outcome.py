@@ -1,4 +1,4 @@
-"""A handler's run, and what its return or exception means as a task's result."""
+"""Run a handler, and translate what it returns or raises into the task's result."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def run(
     expose_errors: bool,
     scrub: Callable[[str], str],
 ) -> Completion:
-    """Call the handler and say what came of it; nothing that it raises gets out, not even ``SystemExit``.
+    """Call the handler and return the task's completion. Raise nothing, not even ``SystemExit``.
 
     :param began: when the task's time began (``time.monotonic()``).
-    :param scrub: takes secrets out of a text that goes to the platform.
+    :param scrub: removes secrets from a text that goes to the platform.
     """
     output: Any = None
     failure: Optional[Failure] = None
-    # A context of its own: a variable set by one task must not be there for the next one of this thread.
+    # Each task has a context of its own: the thread's next task must not see a variable that this one sets.
     space = contextvars.copy_context()
     try:
         output = space.run(call, entry.call, context, input)
     except BaseException as error:  # noqa: BLE001
-        # The failure is logged there too: filters and error trackers read the variables that the handler has set.
+        # The failure is logged in the same context: filters and error trackers read the handler's variables.
         failure = space.run(failure_of, error, context, expose_errors, scrub)
     return Completion(
         task_id=context.task_id,
@@ -53,7 +53,7 @@ def run(
 
 
 def failure_of(error: BaseException, context: TaskContext, expose_errors: bool, scrub: Callable[[str], str]) -> Failure:
-    """What an exception of a handler, or of the policy gate before it, means to the requester."""
+    """Return the failure for an exception of a handler, or of the policy check before it."""
     if isinstance(error, TaskError) and isinstance(error.code, str) and error.code:
         return Failure(
             code=error.code,
@@ -87,5 +87,5 @@ def _text(value: object, scrub: Callable[[str], str] = str) -> str:
         text = str(value)
     except BaseException:  # noqa: BLE001
         return "(its text cannot be made)"
-    # The message must not spoil its own JSON. Scrubbed before it is cut: half a token would not be recognised.
+    # Lone surrogates have no JSON. The text is scrubbed before it is cut: half a token would not be recognised.
     return scrub(text.encode("utf-8", "replace").decode())[: 10 * MAX_MESSAGE]

@@ -1,4 +1,4 @@
-"""Handlers by capability, declared by any module and merged by a worker, and the middleware around them."""
+"""Keep handlers by capability, with the middleware around them. A module declares them, a worker includes them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, 
 
 from ..config import check_capability
 from ..errors import ConfigurationError
-from .invoke import Handler, Middleware, accepts, asked_for, compose, is_async, structure_of, where, with_structure
+from .invoke import (
+    Handler,
+    Middleware,
+    accepts,
+    asked_for,
+    compose,
+    input_name,
+    is_async,
+    structure_of,
+    where,
+    with_structure,
+)
 
 __all__ = ["HandlerEntry", "TaskRegistry"]
 
 _H = TypeVar("_H", bound=Handler)
 _M = TypeVar("_M", bound=Middleware)
 
-#: Takes an option's name, for errors, and a handler; gives what runs that handler elsewhere.
+#: Return what runs a handler elsewhere, from an option's name (for errors) and the handler.
 Carrier = Callable[[str, Handler], Handler]
 
 CATCH_ALL = "*"
 
 
 class HandlerEntry:
-    """One registered handler. ``running`` and ``parked`` are the dispatcher's, under its lock.
+    """Keep one registered handler. The dispatcher assigns ``running`` and ``parked``, under its lock.
 
-    ``function`` is the handler as it was registered; ``call`` is what runs it, with everything around it.
-    ``structure`` builds the input that it asks for, where that is not just JSON.
+    ``function`` is the handler as it was registered. ``call`` runs it with everything around it. ``structure`` builds
+    its input from JSON; it is None for a handler that accepts JSON as it comes.
     """
 
     __slots__ = (
@@ -63,27 +74,35 @@ class HandlerEntry:
         self.parked: Deque[Any] = deque()
 
     def has_room(self) -> bool:
+        """Return True if one more run may begin."""
         return self.max_concurrency is None or self.running < self.max_concurrency
 
     def within(self, layers: Tuple[Middleware, ...]) -> HandlerEntry:
-        """The same handler for another registry, with ``layers`` around those that it has."""
+        """Return the same handler for another registry, with ``layers`` around the layers that it has."""
         return HandlerEntry(
             self.name, self.function, self.timeout, self.max_concurrency, layers + self.layers, self.structure
         )
 
 
 class TaskRegistry:
-    """Handlers that a module declares without having a worker: ``@tasks.task("summarize")``.
+    """Declare the handlers of a module, which needs no worker for it.
 
-    A worker takes them with :meth:`Worker.include() <sekuire.Worker.include>`; any number of workers may. A registry
-    may include others. Once it is included it is frozen: a later declaration is an error, because the worker would
-    never see it.
+    >>> from sekuire import TaskContext, TaskRegistry
+    >>> tasks = TaskRegistry()
+    >>> @tasks.task("summarize", timeout=30.0)
+    ... def summarize(ctx: TaskContext, input: dict) -> dict:
+    ...     return {"summary": input["text"][:20]}
+    >>> tasks
+    <TaskRegistry summarize>
 
-    Filled by one thread, before a worker starts; only read from then on.
+    Any number of workers may include a registry with :meth:`Worker.include() <sekuire.Worker.include>`, and a registry
+    may include others. An included registry is frozen. A later declaration is an error, because no worker would see it.
+
+    One thread fills a registry, before a worker starts. From then on it is only read.
     """
 
     def __init__(self, *, _option: str = "task") -> None:
-        #: What an error calls the way by which handlers come in: the worker's own are given to ``on_task``.
+        # The name of the method that declares a handler, for errors. A worker's own registry has "on_task".
         self._option = _option
         self._entries: Dict[str, HandlerEntry] = {}
         self._catch_all: Optional[HandlerEntry] = None
@@ -110,14 +129,14 @@ class TaskRegistry:
         timeout: Optional[float] = None,
         max_concurrency: Optional[int] = None,
     ) -> Union[_H, Callable[[_H], _H]]:
-        """Declare ``handler(ctx, input)`` for a capability; as ``@tasks.task("x")`` or ``tasks.task("x", f)``.
+        """Declare ``handler(ctx, input)`` for a capability: ``@tasks.task("x")`` or ``tasks.task("x", handler)``.
 
-        The handler itself is returned, unchanged.
+        It returns the handler, unchanged.
 
         :param name: the capability, or ``"*"`` for every one without a handler of its own.
-        :param timeout: seconds its run may take.
-        :param max_concurrency: how many of its runs may go on at once, in each worker.
-        :raises ConfigurationError: a wrong argument, a name taken, or a registry that was included already.
+        :param timeout: the most seconds that a run may last.
+        :param max_concurrency: the most runs at the same time, in each worker.
+        :raises ConfigurationError: a wrong argument, a name that is taken, or a registry that was included already.
         """
         if not isinstance(name, str):
             raise ConfigurationError(
@@ -138,7 +157,7 @@ class TaskRegistry:
         timeout: Optional[float] = None,
         max_concurrency: Optional[int] = None,
     ) -> None:
-        """As :meth:`task`, without the decorator."""
+        """Declare a handler, as :meth:`task` does, but not as a decorator."""
         option = f"{self._option}({name!r})"
         self._check_open("register every handler", option)
         if name != CATCH_ALL:
@@ -152,11 +171,12 @@ class TaskRegistry:
         """Put ``function(ctx, input, call_next)`` around every handler of this registry; also ``@tasks.middleware``.
 
         It runs in the handler's thread, within the task's time, after lease and policy have allowed the task. The
-        first one registered is outermost. ``call_next(input)`` runs what is inside it, once, and returns the output
-        (of an async handler: awaited) or raises; what the middleware returns or raises takes its place. Without a call
-        of ``call_next`` the handler does not run.
+        first one registered is outermost. ``call_next(input)`` runs what is inside, once. It returns the handler's
+        output, awaited for an async handler, or raises the handler's error. What the middleware returns or raises
+        replaces it. Without a call of ``call_next`` the handler does not run.
 
-        :raises ConfigurationError: it cannot be called so, is async, or the registry was included already.
+        :raises ConfigurationError: it cannot be called with three arguments, is async, or the registry was included
+            already.
         """
         option = "middleware"
         self._check_open("register every middleware", option)
@@ -174,12 +194,12 @@ class TaskRegistry:
         return function
 
     def include(self, registry: TaskRegistry) -> None:
-        """Take over every handler of ``registry``, its middleware around them, and freeze it.
+        """Add every handler of ``registry``, with its middleware around them, and freeze that registry.
 
-        The middleware of this registry is put around that of ``registry``, whichever was registered first.
+        The middleware of this registry goes around that of ``registry``, whichever was registered first.
 
-        :raises ConfigurationError: a name that is taken (both places are named; nothing is taken over then), or a
-            registry that was included or started already.
+        :raises ConfigurationError: a name that is taken (the error names both places, and nothing is added), or this
+            registry was included or started already.
         """
         option = "include"
         self._check_open("include every registry", option)
@@ -187,58 +207,68 @@ class TaskRegistry:
             raise ConfigurationError(f"must be a TaskRegistry, got {type(registry).__name__}", option)
         if registry is self:
             raise ConfigurationError("a registry cannot include itself", option)
-        layers = tuple(registry._layers)
-        entries = [entry.within(layers) for entry in registry]
+        entries = [entry.within(registry.layers) for entry in registry]
         for entry in entries:
             self._check_free(entry, f"{option}(), {entry.name!r}")
         for entry in entries:
             self._put(entry)
-        if registry._frozen is None:
-            registry._frozen = "the registry is included already; {} before include()"
+        registry.close("the registry is included already; {} before include()")
 
     # -- used --
 
     def copy(self) -> TaskRegistry:
-        """One with the same handlers and middleware, not frozen; what becomes of it does not show in this one."""
+        """Return a registry with the same handlers and middleware that is not frozen. It shares nothing with this."""
         copy = TaskRegistry(_option=self._option)
-        copy._layers = list(self._layers)
+        for layer in self.layers:
+            copy.middleware(layer)
         for entry in self:
             copy._put(entry.within(()))
         return copy
 
-    def freeze(self, carrier: Optional[Carrier] = None) -> None:
-        """Take nothing more, and put the middleware around the handlers, once for all tasks.
+    def close(self, reason: str) -> None:
+        """Refuse later declarations with ``reason``, in which ``{}`` stands for what to do. The first reason counts."""
+        if self._frozen is None:
+            self._frozen = reason
 
-        :param carrier: what makes of a handler one that runs elsewhere; None: handlers run where they are called.
-        :raises ConfigurationError: a handler that cannot be carried.
+    def freeze(self, carrier: Optional[Carrier] = None) -> None:
+        """Refuse later declarations, and compose handlers and middleware, once for all tasks.
+
+        :param carrier: returns what runs a handler elsewhere. None: handlers run where they are called.
+        :raises ConfigurationError: a handler that cannot run elsewhere.
         """
-        layers = tuple(self._layers)
         calls = []
         for entry in self:
             if carrier is None:
                 inner = with_structure(entry.function, entry.structure)
             else:
                 inner = carrier(f"{self._option}({entry.name!r})", entry.function)
-            calls.append((entry, compose(layers + entry.layers, inner)))
-        # Only now: with a handler that cannot be carried nothing has started, and the handlers may still be changed.
-        if self._frozen is None:
-            self._frozen = "the worker has started; {} before start()"
+            calls.append((entry, compose(self.layers + entry.layers, inner)))
+        # Only now: after an error of the carrier nothing has started, and the handlers may still be changed.
+        self.close("the worker has started; {} before start()")
         for entry, composed in calls:
             entry.call = composed
 
     def find(self, capability: str) -> Optional[HandlerEntry]:
+        """Return the handler of a capability, else the one for ``"*"``, else None."""
         return self._entries.get(capability, self._catch_all)
 
     @property
     def names(self) -> List[str]:
-        """The capabilities that have a handler of their own."""
+        """Return the capabilities that have a handler of their own."""
         return list(self._entries)
 
     @property
+    def layers(self) -> Tuple[Middleware, ...]:
+        """Return the middleware of this registry, the outermost first."""
+        return tuple(self._layers)
+
+    @property
     def has_catch_all(self) -> bool:
+        """Return True if ``"*"`` has a handler."""
         return self._catch_all is not None
 
     def is_empty(self) -> bool:
+        """Return True if no handler is declared."""
         return not self._entries and self._catch_all is None
 
     def __iter__(self) -> Iterator[HandlerEntry]:
@@ -269,16 +299,19 @@ class TaskRegistry:
 
 
 def shown(name: Any) -> str:
-    """What stands in the place of a capability's name: of a function where it is, which finds a bare decorator."""
+    """Describe what was given instead of a capability's name: the place of a function, or a type."""
     return where(name) if inspect.isroutine(name) else type(name).__name__
 
 
 def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], Any]]:
+    place = where(function)
     try:
-        return structure_of(asked_for(function))
+        annotation = asked_for(function)
+        place += f", parameter {input_name(function)!r}" if annotation is not None else ""
+        return structure_of(annotation)
     except ConfigurationError as error:
         problem = error.problem
-    raise ConfigurationError(f"{where(function)}: {problem}", option)
+    raise ConfigurationError(f"{place}: {problem}", option)
 
 
 def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> None:

@@ -1,4 +1,4 @@
-"""A Sekuire platform on this machine, for development and tests: ``pip install sekuire[local]``."""
+"""Run a Sekuire platform on this machine, for development and tests: ``pip install sekuire[local]``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""HTTP: the contract's endpoints as Flask routes, and the server that runs them (cheroot).
+"""Serve the contract's endpoints over HTTP: Flask routes, and the server that runs them (cheroot).
 
-Every path comes from :mod:`sekuire.wire.protocol`. Requests run on the pool's threads; nothing here keeps state of its
-own.
+Every path comes from :mod:`sekuire.wire.protocol`. Requests run on the pool's threads. This module keeps no
+state of its own.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ __all__ = ["Application", "Server", "check_submission"]
 
 logger = get_logger("sekuire.local")
 
-#: Largest body that is read, and how much of a larger one is thrown away so that its sender gets to see the 413.
+#: Largest body that is read, and how much of a larger one is discarded so that its sender can read the 413.
 MAX_BODY = 32 * 1024 * 1024
 MAX_DRAIN = 256 * 1024 * 1024
 
-#: A half answer of a stream ends in the middle of one of so many events.
+#: A half answer of a stream ends in the middle of one of its first events, of this many.
 HALF_STREAM_EVENTS = 8
 #: l_onoff and l_linger of SO_LINGER.
 _RESET_ON_CLOSE = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
@@ -84,7 +84,7 @@ _HTTPRequest: Any = cheroot_server.HTTPRequest
 _HTTPConnection: Any = cheroot_server.HTTPConnection
 _WSGIGateway: Any = cheroot_wsgi.Gateway_10
 _WSGIServer: Any = cheroot_wsgi.Server
-#: cheroot adds every server it makes to `logging.statistics`, and never takes one out.
+#: cheroot adds every server it makes to `logging.statistics`, and never removes one.
 _STATISTICS: Dict[str, Any] = logging.statistics  # type: ignore[attr-defined]
 
 Environ = Dict[str, Any]
@@ -92,7 +92,7 @@ StartResponse = Callable[..., Any]
 
 
 class _IdConverter(BaseConverter):
-    """An id as one percent-encoded segment: the server leaves PATH_INFO encoded, so that an id may hold a slash."""
+    """Convert an id that is one percent-encoded segment. PATH_INFO stays encoded, so that an id may hold a slash."""
 
     regex = "[^/]+"
 
@@ -104,11 +104,10 @@ class _IdConverter(BaseConverter):
 
 
 class Application:
-    """The WSGI application: who may speak (Host, Origin, credentials), what is asked, and the answer as JSON.
+    """Answer requests, as a WSGI application: check the host, the origin and the credentials, act, and answer JSON."""
 
-    Called by every HTTP thread at once; it has no lock, because what it changes is in the store, the hub and the
-    record, each with its own.
-    """
+    # Threads: every HTTP thread calls it at once. It has no lock, because the store, the hub and the record, which it
+    # changes, have their own.
 
     def __init__(self, store: Store, hub: Hub, record: Record, settings: Settings, faults: Faults) -> None:
         self._store = store
@@ -116,7 +115,7 @@ class Application:
         self._record = record
         self._settings = settings
         self._faults = faults
-        #: The hosts this server answers to; set once its port is known.
+        #: The hosts that this server answers to; set once its port is known.
         self.hosts: Hosts = Hosts("127.0.0.1", 0, ())
         self._flask = self._build()
 
@@ -127,7 +126,7 @@ class Application:
             return _refuse(refusal)(environ, start_response)
         answer = self._flask.wsgi_app(environ, start_response)
         connection = environ["sekuire.connection"]
-        # Either by a fault of this request, or because the network has gone while it was worked on.
+        # A fault of this request resets it, or the network has gone while it was handled.
         if connection.resetting or connection.server.resetting:
             _close(answer)
             break_off()
@@ -172,60 +171,60 @@ class Application:
 
     def _before(self) -> Optional[flask.Response]:
         _read_ahead()
-        return self._befall() if self._faults.active else None
+        return self._apply_faults_before() if self._faults.active else None
 
     def _after(self, response: flask.Response) -> flask.Response:
         plan: Optional[Plan] = flask.request.environ.get("sekuire.plan")
         if plan is not None:
-            response = self._spoil(response, plan)
+            response = self._apply_faults_after(response, plan)
         is_reset = flask.request.environ["sekuire.connection"].resetting
         self._record.request(_endpoint(), NO_ANSWER if is_reset else response.status_code)
         return response
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
-    def _befall(self) -> Optional[flask.Response]:
-        """What faults do before the request is looked at; an answer where it never is."""
+    def _apply_faults_before(self) -> Optional[flask.Response]:
+        """Apply the faults that strike before a request is handled. Return a response if one ends the request."""
         plan = self._faults.plan(_endpoint())
         if plan is None:
             return None
         environ = flask.request.environ
-        fate = plan.ends("before")
+        fault = plan.ends("before")
         if plan.delays and not self._faults.delay(plan, "before"):
             return _reset(environ)
-        if fate is not None and fate.kind == "reset":
+        if fault is not None and fault.kind == "reset":
             return _reset(environ)
         if plan.interim and environ["SERVER_PROTOCOL"] != "HTTP/1.0":
-            # Past the server, which would take it for the answer; nothing else has been written to this request.
+            # Written past the server, which would treat it as the answer. Nothing else has been written yet.
             environ["sekuire.connection"].wfile.write(b"".join(_interim(fault) for fault in plan.interim))
-        if fate is not None:
-            return _injected(fate)
+        if fault is not None:
+            return _injected(fault)
         environ["sekuire.plan"] = plan
         return None
 
-    def _spoil(self, response: flask.Response, plan: Plan) -> flask.Response:
-        """What faults do to the answer: the platform has acted."""
+    def _apply_faults_after(self, response: flask.Response, plan: Plan) -> flask.Response:
+        """Apply the faults that strike after the platform has acted, and return what is sent as the answer."""
         environ = flask.request.environ
-        fate = plan.fate
+        fault = plan.ending
         if plan.delays and not self._faults.delay(plan, "after"):
             response.close()
             return _reset(environ)
-        if fate is None:
+        if fault is None:
             return response
-        if fate.kind == "half_answer":
+        if fault.kind == "half_answer":
             body: Iterable[bytes] = response.response  # type: ignore[assignment]
             is_stream = response.mimetype == STREAM_TYPE
             response.response = _HalfStream(body, plan.where) if is_stream else _half(body, plan.where)
             return response
         response.close()
-        return _reset(environ) if fate.kind == "reset" else _injected(fate)
+        return _reset(environ) if fault.kind == "reset" else _injected(fault)
 
     # -- who is asking ------------------------------------------------------------------------------------------------
 
     def _runtime(self, draining: bool = False) -> Identity:
-        """The installation whose runtime token came with the request.
+        """Return the installation whose runtime token came with the request.
 
-        :param draining: a revoked installation may do this until its time to shut down ends.
+        :param draining: accept a revoked installation until its time to shut down ends.
         """
         scheme, _, token = flask.request.headers.get("Authorization", "").partition(" ")
         token = token.strip()
@@ -336,7 +335,7 @@ class Application:
         agent_id = check_id(body.get("agent_id"), "agent_id")
         capability, fields, max_attempts = check_submission(body)
         task_id = self._store.submit(agent_id, capability, fields, max_attempts)
-        # Read before it is given out, so that the answer is the task as it was queued.
+        # Read before a worker gets it, so that the answer is the task as it was queued.
         answer = _answer(self._store.task(task_id), 201)
         self._hub.submitted(agent_id, capability)
         return answer
@@ -488,8 +487,8 @@ def _body(empty: bool = False) -> Dict[str, Any]:
 
 
 def _read_ahead() -> None:
-    # An answer may come before the body was asked for. The server reads one of known length away by itself; of a
-    # chunked one it would leave the rest, and closing on that can cost the client the answer.
+    # An answer may come before the body was read. The server itself reads the rest of a body of known length. It would
+    # leave the rest of a chunked one, and closing then can cost the client the answer.
     environ = flask.request.environ
     if environ.get("wsgi.input_terminated"):
         environ["wsgi.input"] = io.BytesIO(_read())
@@ -528,7 +527,7 @@ def _read_chunks(stream: Any) -> bytes:
 
 
 def _drain(stream: Any, length: int) -> NoReturn:
-    # A client that is still sending sees a reset instead of the answer; so read on for a while.
+    # A client that is still sending sees a reset instead of the answer, so read on for a while.
     left = min(length, MAX_DRAIN)
     while left > 0:
         part = stream.read(min(left, 65536))
@@ -544,7 +543,7 @@ def _query() -> Dict[str, str]:
 
 
 def _capabilities(query: str) -> Optional[FrozenSet[str]]:
-    """The names in the query, each percent-encoded on its own; absent or empty means any."""
+    """Return the names in the query, each percent-encoded on its own. Absent or empty means any."""
     for pair in query.split("&"):
         name, _, value = pair.partition("=")
         if name == "capabilities" and value:
@@ -659,7 +658,7 @@ def _check_event(event: Any) -> None:
 
 
 def check_submission(body: Mapping[str, Any]) -> Tuple[str, Dict[str, Any], int]:
-    """A new task's capability, the fields its worker gets, and how often it may be tried.
+    """Return a new task's capability, the fields its worker gets, and how often it may be tried.
 
     :raises Refusal: 400, naming the field.
     """
@@ -708,7 +707,7 @@ def _interim(fault: Fault) -> bytes:
 
 
 def _page(fault: Fault) -> flask.Response:
-    """What something between a client and the platform answers: HTML, which names the fault."""
+    """Return an HTML page that names the fault, as something between a client and the platform answers."""
     status = fault.terms.status or 502
     title = f"{status} {_phrase(status)}"
     text = (
@@ -750,20 +749,20 @@ def _error(fault: Fault) -> flask.Response:
 
 
 def _reset(environ: Environ) -> flask.Response:
-    """No answer at all: the connection is reset in its place."""
+    """Reset the connection instead of answering."""
     environ["sekuire.connection"].resetting = True
     return flask.Response(status=500)
 
 
 def _half(body: Iterable[bytes], where: float) -> Iterator[bytes]:
-    """A beginning of ``body``, perhaps none; never all of it."""
+    """Yield the first part of ``body``, perhaps none but never all of it."""
     whole = b"".join(body)
     yield whole[: int(len(whole) * where)]
     break_off()
 
 
 class _HalfStream:
-    """Events up to the middle of one of the first."""
+    """Yield events up to the middle of one of the first."""
 
     def __init__(self, body: Iterable[bytes], where: float) -> None:
         self._body = body
@@ -821,7 +820,7 @@ def _http_error(error: HTTPException) -> flask.Response:
 
 def _crash(error: Exception) -> flask.Response:
     if isinstance(error, UnicodeEncodeError):
-        # JSON can spell half of a surrogate pair; no text can hold it.
+        # JSON can spell half of a surrogate pair, which no text can contain.
         return _refuse(Refusal(400, "INVALID_JSON", "the body holds a lone surrogate"))
     if isinstance(error, ConfigurationError):
         return _refuse(Refusal(503, "STOPPED", "the local platform is stopping"))
@@ -830,10 +829,10 @@ def _crash(error: Exception) -> flask.Response:
 
 
 class Hosts:
-    """Which ``Host`` and ``Origin`` headers are ours.
+    """Refuse requests whose ``Host`` or ``Origin`` header is not this server's.
 
-    A page in a browser can make its own host name resolve to 127.0.0.1 (DNS rebinding) and then read from here as from
-    itself; it cannot choose the Host header. An address in that header is harmless where the server is open to the
+    A page in a browser can make its own host name resolve to 127.0.0.1 (DNS rebinding) and then read from this server
+    as from itself. It cannot choose the Host header. An address in that header is harmless if the server is open to the
     network anyway: rebinding needs a name.
     """
 
@@ -853,10 +852,10 @@ class Hosts:
         if host is None:
             return Refusal(400, "INVALID_REQUEST", "the Host header is missing")
         if not self._is_own(host):
-            return Refusal(421, "WRONG_HOST", "this platform does not answer to that Host; see allowed_hosts")
+            return Refusal(421, "WRONG_HOST", "this platform does not accept that Host; see allowed_hosts")
         origin = environ.get("HTTP_ORIGIN")
         if origin is not None and not (origin.startswith("http://") and self._is_own(origin[7:])):
-            return Refusal(403, "WRONG_ORIGIN", "this platform does not answer pages from elsewhere")
+            return Refusal(403, "WRONG_ORIGIN", "this platform does not answer pages of other origins")
         return None
 
     def _is_own(self, host: str) -> bool:
@@ -891,7 +890,7 @@ def is_loopback(host: str) -> bool:
 
 class _Request(_HTTPRequest):  # type: ignore[misc]
     def simple_response(self, status: Any, msg: str = "") -> None:
-        """What the server answers by itself (malformed HTTP): in our shape, with a Date, and the last word."""
+        """Answer malformed HTTP: in the shape of the other answers, with a Date, and close the connection."""
         code = int(str(status)[:3])
         name = _NAMES.get(code, "bad_request")
         body = encode_json({"error": name, "message": msg or str(status), "code": "INVALID_REQUEST"})
@@ -912,9 +911,9 @@ class _Connection(_HTTPConnection):  # type: ignore[misc]
 
     def __init__(self, server: Any, sock: socket.socket, *args: Any) -> None:
         super().__init__(server, sock, *args)
-        # Not every system inherits it from the listening socket; without it an event may wait for an ACK.
+        # Not every system inherits it from the listening socket. Without it an event may wait for an ACK.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        #: Whether it ends with a reset: its client hears nothing any more.
+        #: True if the connection ends with a reset, without an answer.
         self.resetting = False
 
     def close(self) -> None:
@@ -924,7 +923,7 @@ class _Connection(_HTTPConnection):  # type: ignore[misc]
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             self.linger = True
         super().close()
-        # cheroot leaves it to the collector, which then complains of what a client that has gone did not take.
+        # cheroot leaves it to the garbage collector, which warns if the client has gone before reading everything.
         with contextlib.suppress(OSError, ValueError):
             self.wfile.close()
         if self.linger:
@@ -938,18 +937,19 @@ class _Gateway(_WSGIGateway):  # type: ignore[misc]
         environ["PATH_INFO"] = urlsplit(environ["REQUEST_URI"]).path
         environ["sekuire.connection"] = self.req.conn
         if self.req.chunked_read:
-            # cheroot does not look for where such a body really ends.
+            # cheroot does not find the real end of such a body.
             self.req.close_connection = True
         return environ
 
 
 class _Pool:
-    """The threads that answer requests, made on demand and kept until the end.
+    """Run the threads that answer requests. They are made on demand and kept until the end.
 
-    cheroot's own pool has a fixed size or asks somebody else to grow it, its threads have no names of ours, and its
-    stop() waits for a blocked thread for ever. An open stream keeps its thread. ``_lock`` guards the counters; the
-    queue is its own.
+    cheroot's own pool has a fixed size or needs a caller to grow it. Its threads have no names of ours, and its stop()
+    waits for a blocked thread without limit.
     """
+
+    # Threads: an open stream occupies its thread. `_lock` guards the counters; the queue needs no lock.
 
     def __init__(self, server: Server, smallest: int, limit: int) -> None:
         self.min = smallest
@@ -983,7 +983,7 @@ class _Pool:
         conn.close()
 
     def stop(self, timeout: float = 1.0) -> None:
-        """End all threads: idle ones at once, then those that answer, then, by force, those that wait for a client."""
+        """End all threads: first the idle ones, then those that answer, then by force those that wait for a client."""
         with self._lock:
             self._stopping = True
             threads = list(self._threads)
@@ -1004,7 +1004,7 @@ class _Pool:
                 conn = self._queue.get_nowait()
                 if conn is not None:
                     conn.close()
-        # Whoever still works finds its end later.
+        # Threads that still work find it later.
         for _ in threads:
             self._queue.put(None)
 
@@ -1012,7 +1012,7 @@ class _Pool:
         name = f"sekuire-local-http-{len(self._threads) + 1}"
         thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._threads.append(thread)
-        # Counted as idle from now on, so that two requests in a row make two threads and not three.
+        # Counted as idle from here on, so that two requests in a row make two threads and not three.
         self._idle += 1
         thread.start()
 
@@ -1046,11 +1046,11 @@ def _join(threads: Sequence[threading.Thread], deadline: float) -> None:
 
 
 class Server(_WSGIServer):  # type: ignore[misc]
-    """cheroot with our pool, our names, our log, and a stop() that returns."""
+    """Run cheroot with this module's pool, thread names and log, and with a stop() that returns."""
 
     ConnectionClass = _Connection
     keep_alive_conn_limit = None
-    #: How often idle connections are looked at, and how long stop() may wait for the thread that does it.
+    #: Seconds between two checks of idle connections, and how long stop() may wait for the thread that checks.
     expiration_interval = 0.1
     max_request_header_size = 64 * 1024
 
@@ -1060,12 +1060,12 @@ class Server(_WSGIServer):  # type: ignore[misc]
         self.shutdown_timeout = 0.7
         self.requests = _Pool(self, min(8, max_threads), max_threads)
         self.bind_error: Optional[OSError] = None
-        #: Whether every connection ends with a reset.
+        #: True if every connection ends with a reset.
         self.resetting = False
         self._thread: Optional[threading.Thread] = None
 
     def listen(self) -> int:
-        """Bind; connections wait until :meth:`run`. The port.
+        """Bind the socket and return the port. Connections wait until :meth:`run`.
 
         :raises OSError: the address cannot be bound.
         """
@@ -1077,12 +1077,12 @@ class Server(_WSGIServer):  # type: ignore[misc]
         return int(self.bind_addr[1])
 
     def run(self) -> None:
-        """Serve, on a thread of its own."""
+        """Start to serve, on a thread of its own."""
         self._thread = threading.Thread(target=self.serve, name="sekuire-local-http", daemon=True)
         self._thread.start()
 
     def serve(self) -> None:
-        # As cheroot's, without a second thread: the queue is unbounded, so no connection is ever turned away.
+        # Like cheroot's, but without a second thread: the queue is unbounded, so no connection is ever refused.
         while self.ready:
             try:
                 self._connections.run(self.expiration_interval)
@@ -1098,10 +1098,10 @@ class Server(_WSGIServer):  # type: ignore[misc]
         _STATISTICS.pop(f"Cheroot HTTPServer {id(self)}", None)
 
     def vanish(self) -> Optional[socket.socket]:
-        """Stop at once, as if the network had gone: every connection is reset, requests at work get no answer.
+        """Stop at once, as if the network had gone: reset every connection, and answer no running request.
 
-        The socket that is returned keeps the port, without listening there, so that connections are refused and nobody
-        else gets it; None where that cannot be had.
+        Return a socket that keeps the port without listening, so that connections are refused and no other program gets
+        the port. Return None if the system does not allow that.
         """
         self.resetting = True
         self.shutdown_timeout = 0.05
@@ -1120,7 +1120,7 @@ class Server(_WSGIServer):  # type: ignore[misc]
         try:
             super().put_conn(conn)
         except (KeyError, ValueError, OSError):
-            # Closed by the other side, or by stop(), in this very moment.
+            # The other side or stop() has just closed it.
             conn.close()
 
     def bind_socket(self, sock: socket.socket, address: Tuple[str, int]) -> socket.socket:
@@ -1132,7 +1132,7 @@ class Server(_WSGIServer):  # type: ignore[misc]
             self.bind_error = error
             raise
         if os.name == "posix":
-            # cheroot does it only for a port that was named; without it a restart on the same port must wait.
+            # cheroot does it only for a port that was given. Without it a restart on the same port must wait.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         return sock
 
@@ -1141,7 +1141,7 @@ class Server(_WSGIServer):  # type: ignore[misc]
 
 
 def explain_bind(error: OSError, host: str, port: int) -> ConfigurationError:
-    """Why the address cannot be had, and what to do."""
+    """Return why the address cannot be bound, and what to do."""
     if isinstance(error, socket.gaierror):
         return ConfigurationError(f"the host {host!r} cannot be resolved; give an address of this machine", "host")
     if error.errno == errno.EADDRINUSE:

@@ -1,4 +1,4 @@
-"""The arguments of a fault: checked, read from text, and written as text."""
+"""Check the arguments of a fault, read them from text, and write them as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 from ..errors import ConfigurationError
 from ..wire.protocol import DEFAULT_ENDPOINTS
 
-#: A number of seconds, or two between which each is drawn.
+#: A number of seconds, or two numbers between which each is drawn.
 Span = Union[float, Tuple[float, float]]
 
 #: Every kind of fault, with an example of it as text.
@@ -27,7 +27,7 @@ EXAMPLES: Mapping[str, str] = {
     "expire_tokens": "expire-tokens:every=30",
     "outage": "outage:3,every=20-40",
 }
-#: What each takes as text. The value of the first one may stand without its name.
+#: The arguments of each kind in text. The first one may be written without its name.
 _ARGUMENTS: Mapping[str, Tuple[str, ...]] = {
     "latency": ("seconds", "rate", "times", "on", "when"),
     "error": ("status", "rate", "times", "on", "when", "retry_after", "code"),
@@ -40,7 +40,7 @@ _ARGUMENTS: Mapping[str, Tuple[str, ...]] = {
     "expire_tokens": ("every", "times"),
     "outage": ("seconds", "every", "times", "status", "retry_after"),
 }
-#: Arguments that may stand without their name, as the first.
+#: Arguments that may be written without their name, as the first.
 _BARE = ("seconds", "status")
 _DAY = 86_400.0
 
@@ -49,7 +49,7 @@ _CODE = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 _SPAN_TEXT = re.compile(rf"({_NUMBER})(?:-({_NUMBER}))?\Z", re.ASCII)
 
 
-# -- checks: each returns the argument, made plain ---------------------------------------------------------------------
+# -- checks: each returns the converted argument ---------------------------------------------------------------------
 
 
 def is_int(value: object) -> bool:
@@ -79,7 +79,7 @@ def _span(value: Any, option: str) -> Tuple[float, float]:
         value = (value, value)
     if len(value) != 2:
         raise ConfigurationError("must be a number of seconds, or two: the least and the most", option)
-    # What happens again and again without a pause would leave the platform no time for anything else.
+    # A fault that repeats without a pause would leave the platform no time for anything else.
     high = check_seconds(value[1], option, 0.001)
     low = check_seconds(value[0], option)
     if high < low:
@@ -160,13 +160,13 @@ def _installation_id(value: Any) -> Optional[str]:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Terms:
-    """The arguments of a fault; what its kind does not take has the default.
+    """Hold the checked arguments of a fault. Those that its kind does not have keep the default.
 
-    :raises ConfigurationError: one is wrong; it says which.
+    :raises ConfigurationError: an argument is wrong; the text names it.
     """
 
     seconds: Optional[Tuple[float, float]] = attrs.field(default=None, converter=_seconds)
-    #: Checked by the method that takes it; each kind has its own range.
+    #: Checked by the methods that have it; each kind has its own range.
     status: Optional[int] = None
     rate: float = attrs.field(default=1.0, converter=_rate)
     #: None: any.
@@ -186,7 +186,7 @@ _DEFAULTS = Terms()
 
 
 def write(kind: str, terms: Terms) -> str:
-    """A fault as text, as :func:`read` takes it, but for an ``installation_id``."""
+    """Return a fault as the text that :func:`read` accepts. An ``installation_id`` is left out."""
     parts: List[str] = []
     for name in _ARGUMENTS[kind]:
         value = getattr(terms, name)
@@ -197,15 +197,15 @@ def write(kind: str, terms: Terms) -> str:
 
 
 def read(text: str) -> Tuple[str, Dict[str, Any]]:
-    """The kind of a fault and the arguments for its method.
+    """Return the kind of a fault and the arguments for its method.
 
-    :raises ConfigurationError: it cannot be understood; the text says why.
+    :raises ConfigurationError: the text is wrong; the message says why.
     """
     kind, _, rest = text.strip().partition(":")
     kind = kind.strip().replace("-", "_")
     known = _ARGUMENTS.get(kind)
     if known is None:
-        raise ConfigurationError(f"known are {', '.join(EXAMPLES).replace('_', '-')}")
+        raise ConfigurationError(f"unknown kind; known are {', '.join(EXAMPLES).replace('_', '-')}")
     found: Dict[str, Any] = {}
     for number, part in enumerate(rest.split(",") if rest.strip() else ()):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -215,7 +215,7 @@ def read(text: str) -> Tuple[str, Dict[str, Any]]:
             name, value = known[0], name
         name = name.replace("-", "_")
         if name not in known:
-            raise ConfigurationError(f"not known here; {', '.join(known)} are", name)
+            raise ConfigurationError(f"unknown argument; known are {', '.join(known)}", name)
         if name in found:
             raise ConfigurationError("given twice", name)
         found[name] = _READERS[name](value, name)

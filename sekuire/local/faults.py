@@ -1,4 +1,4 @@
-"""Faults on demand: what goes wrong between clients and the local platform, how often, and for how long."""
+"""Inject faults between clients and the local platform: which, how often, and for how long."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = ["Fault", "Faults"]
 
 logger = get_logger("sekuire.local")
 
-#: What goes on for a while once it has happened.
+#: The kinds that last for a while.
 _LASTING = ("stall_streams", "outage")
-#: Seconds after which an outage that could not be ended, because somebody took the port, is ended again.
+#: Seconds between two tries to end an outage while another program has the port.
 _RETRY = 0.5
 
 
 class Network(Protocol):
-    """What a running platform does for its faults; the first four return how many were struck, or nothing."""
+    """Let faults act on a running platform. Methods that return a number return how many things they hit."""
 
     def cut_streams(self) -> int: ...
 
@@ -49,46 +49,50 @@ class Network(Protocol):
     def expire_tokens(self, installation_id: Optional[str]) -> int: ...
 
     def settle(self) -> None:
-        """Be reachable, or not, as :attr:`Faults.is_down` says."""
+        """Go off the network or come back, according to :attr:`Faults.is_down`."""
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> None: ...
 
 
 class Fault:
-    """One fault, as the methods of :class:`Faults` return it. As a context manager it ends with its block.
+    """Control one fault that a method of :class:`Faults` returned. As a context manager it ends with its block. ::
 
-    ``str()`` gives it as text, as :meth:`Faults.add` and ``sekuire dev --fault`` take it.
+        with platform.faults.error(503, on="complete") as fault:
+            ...
+        assert fault.injected > 0
+
+    ``str()`` returns it as the text that :meth:`Faults.add` and ``sekuire dev --fault`` accept.
     """
 
     def __init__(self, owner: Faults, kind: str, number: int, terms: Terms) -> None:
         self._owner = owner
         self._kind = kind
         self._number = number
-        self._dice: Dict[str, random.Random] = {}
-        #: For the rooms of the platform; what follows is guarded by the owner's lock.
+        self._generators: Dict[str, random.Random] = {}
+        #: Used by the platform's other modules. The owner's lock guards the following attributes.
         self.terms = terms
         self.happened = 0
-        self.struck = 0
-        #: Nothing more will come of it; and whether that was wished.
+        self.count = 0
+        #: Set once the fault injects nothing more; and whether remove() was the reason.
         self.over = False
         self.removed = False
 
     @property
     def kind(self) -> str:
-        """The name of the method that made it."""
+        """The name of the method that made the fault."""
         return self._kind
 
     @property
     def injected(self) -> int:
-        """How many requests, streams or tokens it has struck so far; for an outage, how often it has begun."""
-        return self.struck
+        """The number of requests, streams or tokens that it has hit. For an outage, how often it has begun."""
+        return self.count
 
     def is_over(self) -> bool:
-        """Whether nothing more will come of it: it happened ``times`` times, its time is over, or it was removed."""
+        """Return True if it has ended: it happened ``times`` times, its time has passed, or it was removed."""
         return self.over
 
     def remove(self) -> None:
-        """End it: what it holds up goes on, an outage is over. Does nothing where it has ended.
+        """End the fault: delayed requests go on, and an outage ends. Does nothing if it has ended.
 
         :raises ConfigurationError: an outage cannot end, because another program has taken the port.
         """
@@ -112,35 +116,37 @@ class Fault:
         return f"<Fault {self}>"
 
     def draw(self, name: str) -> Tuple[float, float]:
-        """Two numbers from 0 up to 1, from dice of this fault and ``name``: the n-th request of an endpoint always
-        gets the same, whatever comes to the others meanwhile."""
-        dice = self._dice.get(name)
-        if dice is None:
-            dice = self._dice[name] = random.Random(f"{self._owner.seed}/{self._number}/{name}")
-        return dice.random(), dice.random()
+        """Return two random numbers from 0 up to 1, from a generator for this fault and ``name``.
+
+        The n-th request of an endpoint always gets the same numbers, whatever the other endpoints receive.
+        """
+        generator = self._generators.get(name)
+        if generator is None:
+            generator = self._generators[name] = random.Random(f"{self._owner.seed}/{self._number}/{name}")
+        return generator.random(), generator.random()
 
 
 class Plan(NamedTuple):
-    """What becomes of one request."""
+    """Hold the faults that hit one request."""
 
-    #: How it ends, if not as it should.
-    fate: Optional[Fault]
-    #: The interim answers that come before its answer.
+    #: The fault that ends the request, if one does.
+    ending: Optional[Fault]
+    #: The interim answers before its answer.
     interim: Tuple[Fault, ...]
-    #: How long it is late, before or after the platform acts.
+    #: The delays, each before or after the platform acts.
     delays: Tuple[Tuple[Fault, float], ...]
-    #: From 0 up to 1: where a half answer is cut.
+    #: Where a half answer is cut, from 0 up to 1.
     where: float
-    #: When it came.
+    #: The epoch of the platform in which the request came.
     epoch: int
 
     def ends(self, when: str) -> Optional[Fault]:
-        """Its fate, if that comes ``when``."""
-        return self.fate if self.fate is not None and self.fate.terms.when == when else None
+        """Return the fault that ends the request, if it does so ``when``."""
+        return self.ending if self.ending is not None and self.ending.terms.when == when else None
 
 
 class Faults:
-    """What goes wrong between clients and one local platform. :attr:`LocalPlatform.faults` is one::
+    """Inject faults between clients and one local platform. :attr:`LocalPlatform.faults` is one::
 
         platform.faults.error(503, rate=0.1, on="complete", retry_after=1)
         platform.faults.latency(0.05, 0.2)
@@ -148,47 +154,50 @@ class Faults:
             ...
         assert platform.faults.injected["error"] > 0
 
-    What is decided by chance comes from ``seed``: the n-th request of an endpoint meets the same faults in every run
-    that defines the same ones in the same order. An error or a reset comes before the platform has seen the request,
-    and then nothing was done; or, with ``when="after"``, in place of the answer, and then all was done. Of several
-    faults that strike a request all delays and interim answers count, and the first error, reset, half answer or page.
+    ``seed`` makes random decisions repeatable. The n-th request of an endpoint meets the same faults in every run that
+    defines the same faults in the same order.
 
-    The Python face of the platform is not touched: ``submit()``, ``wait()`` and the rest work through every fault.
+    An error, page or reset comes before the platform has acted on the request. With ``when="after"`` the platform acts,
+    and the fault replaces its answer. If several faults hit a request, it gets all delays and interim answers, and the
+    first error, reset, half answer or page.
 
-    Any thread may call anything. ``_changed`` guards everything here and is held over nothing that waits, but for
-    itself. What happens at a moment runs on the platform's watch thread.
+    Faults hit HTTP only. The methods of the platform itself, such as ``submit()`` and ``wait()``, are not affected.
+    Every method may be called from any thread.
 
     Arguments that several methods have:
 
-    - ``rate``: from 0 to 1, how many of the requests it strikes; each is drawn.
-    - ``times``: it is over after it has happened so many times. None: never.
+    - ``rate``: the share of requests that it hits, from 0 to 1; drawn for each request.
+    - ``times``: the fault ends after it has happened so many times. None: never.
     - ``on``: the endpoints: ``"*"`` for all, a name or several, as in ``sekuire.wire.protocol.DEFAULT_ENDPOINTS``.
-    - ``when``: ``"before"`` the platform has seen the request, or ``"after"`` it has acted on it.
-    - ``every``: not now, but again and again: seconds from the end of one to the next, or two numbers between which
-      they are drawn. It begins with the platform's start, or now where that runs.
+    - ``when``: ``"before"`` the platform acts on the request, or ``"after"`` it has acted.
+    - ``every``: repeat the fault, instead of injecting it once now. The value is the seconds from the end of one to
+      the next, or two numbers between which they are drawn. The repetition begins when the platform runs.
 
     All of them raise :class:`~sekuire.errors.ConfigurationError`, naming the argument that is wrong.
 
-    :param seed: None draws one; :attr:`seed` tells it.
+    :param seed: None draws one, which :attr:`seed` returns.
     """
+
+    # Threads: `_changed` guards every attribute here and is held over nothing that waits, except its own wait().
+    # Faults that happen at a moment run on the platform's watch thread.
 
     def __init__(self, seed: Optional[int] = 0) -> None:
         if seed is not None and not is_int(seed):
-            raise ConfigurationError("must be an integer, or None to have one drawn", "seed")
+            raise ConfigurationError("must be an integer, or None to draw one", "seed")
         self._seed = random.SystemRandom().randrange(1_000_000_000) if seed is None else seed
         self._changed = threading.Condition()
         self._numbers = itertools.count(1)
         self._injected: Counter[str] = Counter()
-        #: In the order in which they were made: those of requests, those that happen again and again, and those that
-        #: last: outages and stalls.
+        #: Faults in the order in which they were made: those of requests, those that repeat, and the outages and stalls
+        #: that last now.
         self._rules: Tuple[Fault, ...] = ()
         self._recurring: Tuple[Fault, ...] = ()
         self._lasting: Tuple[Fault, ...] = ()
-        #: The platform while it runs; another object each time.
+        #: The platform while it runs; a new object at each start.
         self._network: Optional[Network] = None
-        #: Counts the times that the platform was started, stopped or could not be reached.
+        #: Grows each time that the platform stops or goes off the network.
         self._epoch = 0
-        #: Whether a request has to ask for its plan; read without the lock.
+        #: True if a request must ask for its plan. Read without the lock.
         self.active = False
 
     @property
@@ -211,7 +220,7 @@ class Faults:
         lowest = fault_terms.check_seconds(low, "low")
         highest = lowest if high is None else fault_terms.check_seconds(high, "high", lowest)
         terms = Terms(seconds=(lowest, highest), rate=rate, times=times, on=on, when=when)
-        return self._strike("latency", terms)
+        return self._add_rule("latency", terms)
 
     def error(
         self,
@@ -232,7 +241,7 @@ class Faults:
         """
         fault_terms.check_failure(status)
         terms = Terms(status=status, rate=rate, times=times, on=on, when=when, retry_after=retry_after, code=code)
-        return self._strike("error", terms)
+        return self._add_rule("error", terms)
 
     def reset(
         self,
@@ -242,9 +251,11 @@ class Faults:
         on: Union[str, Collection[str]] = "*",
         when: str = "before",
     ) -> Fault:
-        """Reset connections (TCP RST) instead of answering: after ``when="after"`` the client cannot know that the
-        platform has acted."""
-        return self._strike("reset", Terms(rate=rate, times=times, on=on, when=when))
+        """Reset connections (TCP RST) instead of answering.
+
+        With ``when="after"`` the client cannot know that the platform has acted.
+        """
+        return self._add_rule("reset", Terms(rate=rate, times=times, on=on, when=when))
 
     def half_answer(
         self,
@@ -253,12 +264,12 @@ class Faults:
         times: Optional[int] = None,
         on: Union[str, Collection[str]] = "*",
     ) -> Fault:
-        """Send the head and a beginning of the answer, then close the connection. The platform has acted.
+        """Send the head and the first part of the answer, then close the connection. The platform has acted.
 
         A stream is cut in the middle of one of its first eight events.
         """
         terms = Terms(rate=rate, times=times, on=on, when="after")
-        return self._strike("half_answer", terms)
+        return self._add_rule("half_answer", terms)
 
     def page(
         self,
@@ -272,14 +283,14 @@ class Faults:
     ) -> Fault:
         """Answer requests with an HTML page, as an ingress, a captive portal or a firewall does.
 
-        No page is a verdict of the platform, whatever its status says: clients must retry.
+        A page is not an answer of the platform, whatever its status: clients must retry.
 
         :param status: from 200 to 599, without 204, 205 and 304, which have no body.
         :param retry_after: seconds for the header ``Retry-After``; None sends none.
         """
         fault_terms.check_page(status)
         terms = Terms(status=status, rate=rate, times=times, on=on, when=when, retry_after=retry_after)
-        return self._strike("page", terms)
+        return self._add_rule("page", terms)
 
     def interim(
         self,
@@ -291,31 +302,31 @@ class Faults:
     ) -> Fault:
         """Send an interim answer before the real one: 103 Early Hints, 102 Processing, 100 Continue.
 
-        It comes before the platform acts, and with every other fault but a reset. Clients of HTTP/1.0 get none.
+        It comes before the platform acts, together with other faults except a reset. HTTP/1.0 clients get none.
         """
         fault_terms.check_interim(status)
-        return self._strike("interim", Terms(status=status, rate=rate, times=times, on=on))
+        return self._add_rule("interim", Terms(status=status, rate=rate, times=times, on=on))
 
     # -- faults that happen at a moment -------------------------------------------------------------------------------
 
     def cut_streams(self, *, every: Optional[Span] = None, times: Optional[int] = None) -> Fault:
-        """Cut every stream that is open, without a proper end."""
-        return self._happen("cut_streams", Terms(every=every, times=times))
+        """Cut every open stream, without a proper end."""
+        return self._add_event("cut_streams", Terms(every=every, times=times))
 
     def stall_streams(self, seconds: Span, *, every: Optional[Span] = None, times: Optional[int] = None) -> Fault:
-        """Send nothing on the streams that are open, no comment either, for ``seconds``; then what has come up.
+        """Send nothing on the open streams for ``seconds``, not even comments. Then send what has accumulated.
 
-        A stream opened meanwhile works: a client that gives up a silent one is served.
+        A stream that is opened during the stall works, so a client that gives up a silent stream is served.
         """
         terms = Terms(seconds=seconds, every=every, times=times)
-        return self._happen("stall_streams", terms)
+        return self._add_event("stall_streams", terms)
 
     def expire_tokens(
         self, installation_id: Optional[str] = None, *, every: Optional[Span] = None, times: Optional[int] = None
     ) -> Fault:
-        """End the runtime tokens that are valid now, of one installation or of all: the next request gets 401."""
+        """Expire the valid runtime tokens, of one installation or of all: the next request gets 401."""
         terms = Terms(installation_id=installation_id, every=every, times=times)
-        return self._happen("expire_tokens", terms)
+        return self._add_event("expire_tokens", terms)
 
     def outage(
         self,
@@ -326,29 +337,29 @@ class Faults:
         every: Optional[Span] = None,
         times: Optional[int] = None,
     ) -> Fault:
-        """Be out of reach from now on: connections are reset, and new ones refused.
+        """Make the platform unreachable: reset its connections, and refuse new ones.
 
         It lasts for ``seconds``, or until the fault is removed: ``with platform.faults.outage(): ...``.
 
-        :param status: the streams are cut, and every request is answered with this status, as by a load balancer
-            that has lost its backend.
+        :param status: cut the streams and answer every request with this status instead, as a load balancer does that
+            has lost its backend.
         """
         if every is not None and seconds is None:
-            raise ConfigurationError("how long? An outage that comes again must end", "seconds")
+            raise ConfigurationError("how long? An outage that repeats must end", "seconds")
         if status is not None:
             fault_terms.check_failure(status)
         if retry_after is not None and status is None:
             raise ConfigurationError("needs a status: refused connections have no answer to carry it", "retry_after")
         terms = Terms(seconds=seconds, status=status, retry_after=retry_after, every=every, times=times)
-        return self._happen("outage", terms)
+        return self._add_event("outage", terms)
 
     def add(self, text: str) -> Fault:
-        """A fault as text, ``KIND:ARGUMENT,...``, where KIND is one of the methods here: ``error:503,rate=0.1``.
+        """Add a fault from text, ``KIND:ARGUMENT,...``, where KIND is one of the methods here: ``error:503,rate=0.1``.
 
-        Numbers may be ranges (``0.05-0.2``) where the method takes two, endpoints are joined by ``+``
-        (``on=complete+heartbeat``), and faults that happen at a moment need ``every=``.
+        Numbers may be ranges (``0.05-0.2``) where the method accepts two. Endpoints are joined by ``+``
+        (``on=complete+heartbeat``). Faults that happen at a moment need ``every=``.
 
-        :raises ConfigurationError: it cannot be understood; the text says why, with an example.
+        :raises ConfigurationError: the text is wrong; the message says why, with an example.
         """
         if not isinstance(text, str):
             raise ConfigurationError("must be text such as " + EXAMPLES["error"], "fault")
@@ -363,20 +374,20 @@ class Faults:
             problem = str(error)
         raise ConfigurationError(f"{text!r}: {problem}; for example {example}", "fault")
 
-    # -- looking at them, and the end ---------------------------------------------------------------------------------
+    # -- watching and ending faults ---------------------------------------------------------------------------------
 
     @property
     def injected(self) -> Dict[str, int]:
-        """How many requests, streams or tokens each kind of fault has struck; for outages, how often one began.
+        """The number of requests, streams or tokens that each kind of fault has hit. For outages, how often one began.
 
-        Every kind is there, by the name of its method.
+        Every kind is included, by the name of its method.
         """
         with self._changed:
             return {kind: self._injected[kind] for kind in EXAMPLES}
 
     @property
     def standing(self) -> List[Fault]:
-        """The faults that are not over, in the order in which they were made."""
+        """The faults that have not ended, in the order in which they were made."""
         with self._changed:
             faults = {id(fault): fault for fault in (*self._rules, *self._recurring, *self._lasting)}
         return sorted(faults.values(), key=lambda fault: fault._number)
@@ -384,7 +395,7 @@ class Faults:
     def wait(self, kind: str, times: int = 1, timeout: Optional[float] = None) -> None:
         """Return once ``injected[kind]`` is ``times`` or more.
 
-        :raises TimeoutError: it is not after ``timeout`` seconds.
+        :raises TimeoutError: that has not happened after ``timeout`` seconds.
         """
         if kind not in EXAMPLES:
             raise ConfigurationError(f"must be one of {', '.join(EXAMPLES)}", "kind")
@@ -395,7 +406,7 @@ class Faults:
         raise TimeoutError(f"{kind} was injected {so_far} and not {times} times within {timeout} s")
 
     def clear(self) -> None:
-        """End all of them: what is held up goes on, an outage is over. The counts stay.
+        """End all faults: delayed requests go on, and an outage ends. The counts stay.
 
         :raises ConfigurationError: an outage cannot end, because another program has taken the port.
         """
@@ -408,11 +419,11 @@ class Faults:
 
     @property
     def is_down(self) -> bool:
-        """Whether connections are refused now."""
+        """True if connections are refused now."""
         return any(fault.kind == "outage" and fault.terms.status is None for fault in self._lasting)
 
     def attach(self, network: Network) -> None:
-        """The platform runs from now on: what happens at a moment can happen.
+        """Connect the faults to a platform that has started. Faults that happen at a moment can happen now.
 
         :raises ConfigurationError: another platform has these faults.
         """
@@ -422,12 +433,12 @@ class Faults:
                 self._network = network
             recurring = self._recurring
         if taken:
-            raise ConfigurationError("they are those of another platform that runs; make Faults for each", "faults")
+            raise ConfigurationError("another running platform has them; make Faults for each", "faults")
         for fault in recurring:
             self._later(network, fault)
 
     def detach(self) -> None:
-        """The platform stops: with it ends what lasts, and delayed requests are lost."""
+        """Disconnect the platform, which stops. End outages and stalls, and drop delayed requests."""
         with self._changed:
             self._network = None
             self._epoch += 1
@@ -436,38 +447,38 @@ class Faults:
             self._changed.notify_all()
 
     def plan(self, endpoint: str) -> Optional[Plan]:
-        """What becomes of a request that has just come, counted as injected; None: nothing."""
+        """Draw and count the faults of a request that has just come. Return None if none hits it."""
         with self._changed:
-            fate = next((fault for fault in reversed(self._lasting) if fault.terms.status is not None), None)
-            if fate is not None:
-                return Plan(fate, (), (), 0.0, self._epoch)
+            ending = next((fault for fault in reversed(self._lasting) if fault.terms.status is not None), None)
+            if ending is not None:
+                return Plan(ending, (), (), 0.0, self._epoch)
             where = 0.0
             delays = []
             interim = []
             for fault in self._rules:
                 if fault.terms.on is not None and endpoint not in fault.terms.on:
                     continue
-                # Always drawn, so that the luck of one fault does not depend on another.
-                luck, how = fault.draw(endpoint)
-                if luck >= fault.terms.rate:
+                # Always drawn, so that the numbers of one fault do not depend on another.
+                drawn, how = fault.draw(endpoint)
+                if drawn >= fault.terms.rate:
                     continue
                 if fault.terms.seconds is not None:
                     delays.append((fault, _between(fault.terms.seconds, how)))
                 elif fault.kind == "interim":
                     interim.append(fault)
-                elif fate is None:
-                    fate, where = fault, how
-            if fate is not None and fate.terms.when == "before":
-                # There will be no answer of the platform's to be late.
+                elif ending is None:
+                    ending, where = fault, how
+            if ending is not None and ending.terms.when == "before":
+                # The platform will not answer, so nothing can be late.
                 delays = [(fault, seconds) for fault, seconds in delays if fault.terms.when == "before"]
-            met = [fault for fault, _ in delays] + interim + ([] if fate is None else [fate])
+            met = [fault for fault, _ in delays] + interim + ([] if ending is None else [ending])
             for fault in met:
                 self._count(fault, 1)
                 logger.debug("injected into a request of %s: %s", endpoint, fault)
-            return Plan(fate, tuple(interim), tuple(delays), where, self._epoch) if met else None
+            return Plan(ending, tuple(interim), tuple(delays), where, self._epoch) if met else None
 
     def delay(self, plan: Plan, when: str) -> bool:
-        """Sleep as long as the plan says; false if the platform has got out of reach meanwhile."""
+        """Sleep as long as the plan says. Return False if the platform becomes unreachable before that ends."""
         began = time.monotonic()
         with self._changed:
             while plan.epoch == self._epoch:
@@ -480,16 +491,16 @@ class Faults:
                 self._changed.wait(left)
             return False
 
-    # -- inside: what is done under the lock says so ------------------------------------------------------------------
+    # -- inside (each method that needs the lock says so) ------------------------------------------------------------
 
-    def _strike(self, kind: str, terms: Terms) -> Fault:
+    def _add_rule(self, kind: str, terms: Terms) -> Fault:
         with self._changed:
             fault = Fault(self, kind, next(self._numbers), terms)
             self._rules = (*self._rules, fault)
             self._tidy()
         return fault
 
-    def _happen(self, kind: str, terms: Terms) -> Fault:
+    def _add_event(self, kind: str, terms: Terms) -> Fault:
         if terms.times is not None and terms.every is None:
             raise ConfigurationError("needs every=: without it this happens once", "times")
         with self._changed:
@@ -519,12 +530,12 @@ class Faults:
         network.call_later(after + pause, again)
 
     def _now(self, network: Network, fault: Fault) -> float:
-        """Let it happen; the seconds it lasts."""
+        """Inject the fault now, and return how many seconds it lasts."""
         kind = fault.kind
         with self._changed:
             lasts = 0.0 if fault.terms.seconds is None else _between(fault.terms.seconds, fault.draw("seconds")[0])
             if self._network is not network or fault.over:
-                # Stopped or removed in this very moment.
+                # The platform was stopped or the fault removed just now.
                 return lasts
             if kind in _LASTING:
                 self._lasting = (*self._lasting, fault)
@@ -532,21 +543,21 @@ class Faults:
                     self._epoch += 1
                 self._tidy()
         if kind == "cut_streams":
-            struck = network.cut_streams()
+            hits = network.cut_streams()
         elif kind == "stall_streams":
-            struck = network.stall_streams(lasts)
+            hits = network.stall_streams(lasts)
         elif kind == "expire_tokens":
-            struck = network.expire_tokens(fault.terms.installation_id)
+            hits = network.expire_tokens(fault.terms.installation_id)
         elif fault.terms.status is None:
-            struck = 1
+            hits = 1
             network.settle()
         else:
-            struck = 1
+            hits = 1
             network.cut_streams()
-        logger.debug("injected, striking %d: %s", struck, fault)
+        logger.debug("injected, hits %d: %s", hits, fault)
         with self._changed:
-            if struck:
-                self._count(fault, struck)
+            if hits:
+                self._count(fault, hits)
             if kind not in _LASTING and fault.terms.every is None:
                 fault.over = True
         if kind in _LASTING and fault.terms.seconds is not None:
@@ -554,7 +565,7 @@ class Faults:
         return lasts
 
     def _finish(self, network: Network, fault: Fault) -> None:
-        """The time of an outage or a stall is over; on the watch thread."""
+        """End an outage or a stall whose time has passed. Watch thread."""
         with self._changed:
             if self._network is not network or fault not in self._lasting:
                 return
@@ -567,7 +578,7 @@ class Faults:
         try:
             network.settle()
         except ConfigurationError as error:
-            # Who has the port may give it back.
+            # The program that has the port may close it later.
             network.call_later(_RETRY, lambda: self._settle_quietly(network))
             problem = error
         if problem is not None:
@@ -590,24 +601,24 @@ class Faults:
             if any(fault.kind == "outage" for fault in ended):
                 self._settle(network)
 
-    def _count(self, fault: Fault, struck: int) -> None:
-        """Needs the lock."""
-        fault.struck += struck
+    def _count(self, fault: Fault, hits: int) -> None:
+        """Count a fault that has happened. Needs the lock."""
+        fault.count += hits
         fault.happened += 1
-        self._injected[fault.kind] += struck
+        self._injected[fault.kind] += hits
         if fault.happened == fault.terms.times and fault not in self._lasting:
             fault.over = True
         self._tidy()
 
     def _end(self, fault: Fault) -> None:
-        """An outage or a stall is over. Needs the lock."""
+        """End an outage or a stall. Needs the lock."""
         self._lasting = tuple(one for one in self._lasting if one is not fault)
         if fault.terms.every is None or fault.happened == fault.terms.times:
             fault.over = True
         self._tidy()
 
     def _tidy(self) -> None:
-        """Forget what is over, and tell who waits. Needs the lock."""
+        """Forget the faults that have ended, and wake the waiters. Needs the lock."""
         self._rules, self._recurring, self._lasting = (
             tuple(fault for fault in faults if not fault.over)
             for faults in (self._rules, self._recurring, self._lasting)
@@ -616,5 +627,5 @@ class Faults:
         self._changed.notify_all()
 
 
-def _between(span: Tuple[float, float], luck: float) -> float:
-    return span[0] + (span[1] - span[0]) * luck
+def _between(span: Tuple[float, float], share: float) -> float:
+    return span[0] + (span[1] - span[0]) * share

@@ -1,4 +1,4 @@
-"""The local platform as a Python object."""
+"""Start, use and observe the local platform as a Python object."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUBMIT_FIELDS = (*TASK_TEXTS, "timeout_ms", "max_attempts")
 
 
 class LocalPlatform:
-    """A Sekuire platform on this machine, for development and tests: real HTTP, state in SQLite. ::
+    """Run a Sekuire platform on this machine, for development and tests: real HTTP, state in SQLite. ::
 
         with LocalPlatform() as platform:
             worker = create_worker(
@@ -35,36 +35,39 @@ class LocalPlatform:
             task_id = platform.submit("greet", {"name": "Ada"})
             print(platform.wait(task_id, timeout=5)["output"])
 
-    It keeps the whole contract of docs/protocol.md. Policies are signed with an Ed25519 key of its own, which lasts as
-    long as its database does; :attr:`policy_public_key` is what clients pin.
+    It keeps the whole contract of docs/protocol.md. It signs policies with an Ed25519 key of its own, which it keeps in
+    its database. Clients pin :attr:`policy_public_key`.
 
-    Any thread may call anything. What is refused raises :class:`~sekuire.errors.APIError`, with the status and code
-    an HTTP client would get. ``_lock`` guards starting and stopping; ``_door``, taken under it, the server, which goes
-    and comes back with an outage. Both are held while a server starts or stops, and by no request.
+    Every method may be called from any thread. A refused call raises :class:`~sekuire.errors.APIError`, with the status
+    and code that an HTTP client would get.
 
-    :param path: the database file, made where there is none; None keeps everything in memory, until the object goes.
-        Tasks, tokens and the API key in a file survive a restart, also after a kill. One platform at a time uses it.
-    :param host: the address to listen on. Whoever can reach it and has the API key can give your workers tasks.
-    :param port: 0 takes a free one; a restarted object takes the same again.
+    :param path: the database file, made if it does not exist. None keeps everything in memory, as long as the object
+        exists. Tasks, tokens and the API key in a file survive a restart, also after a kill. Only one platform uses a
+        file at a time.
+    :param host: the address to listen on. Whoever can reach it and has the API key can submit tasks to your workers.
+    :param port: 0 chooses a free one; a restarted object uses the same port again.
     :param lease_seconds: how long a heartbeat keeps an installation's lease.
-    :param heartbeat_interval: what workers are asked for, in seconds.
-    :param token_lifetime: of runtime tokens, in seconds.
+    :param heartbeat_interval: the interval that workers are asked for, in seconds.
+    :param token_lifetime: the lifetime of runtime tokens, in seconds.
     :param keepalive_interval: seconds without an event after which a stream gets a comment; at most 15.
     :param refresh_grace: seconds a replaced refresh token stays valid.
     :param idempotency_window: seconds in which the same ``Idempotency-Key`` gets the same answer.
-    :param redelivery_delay: seconds a worker may be gone before others get its tasks.
-    :param retry_delay: seconds before the first new try of a task with ``max_attempts``; each further one waits twice
+    :param redelivery_delay: seconds a worker may be disconnected before others get its tasks.
+    :param retry_delay: seconds before the first retry of a task with ``max_attempts``; each further retry waits twice
         as long, up to a minute.
     :param workspace_id: the workspace of new installations.
-    :param rotate_refresh_tokens: whether a refresh replaces the refresh token.
-    :param heartbeat_refreshes_token: whether heartbeats renew the runtime token when a fifth of its lifetime is left; a
-        number sets that fraction (1.0: every heartbeat).
-    :param max_streams: how many workers may be connected at once; each takes a thread.
-    :param allowed_hosts: further values of the ``Host`` header to answer to, with or without a port, for example
+    :param rotate_refresh_tokens: True if a refresh replaces the refresh token.
+    :param heartbeat_refreshes_token: True if heartbeats renew the runtime token when a fifth of its lifetime is left. A
+        number sets another fraction (1.0: every heartbeat).
+    :param max_streams: how many workers may be connected at once; each needs a thread.
+    :param allowed_hosts: further values of the ``Host`` header to accept, with or without a port, for example
         ``["host.docker.internal"]``.
-    :param faults: what goes wrong on purpose, see :attr:`faults`; None makes one, in which nothing does.
-    :raises ConfigurationError: a value is wrong, or the file cannot be used; it says which, why and what to do.
+    :param faults: the faults to inject, see :attr:`faults`; None makes an object without any.
+    :raises ConfigurationError: a value is wrong, or the file cannot be used; the text says why and what to do.
     """
+
+    # Threads: `_lock` guards starting and stopping. `_door`, acquired under it, guards the server, which an outage
+    # stops and starts again. Both are held while a server starts or stops, and by no request.
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class LocalPlatform:
         self._faults = Faults() if faults is None else faults
         self._watch: Optional[Watch] = None
         self._door = threading.Lock()
-        #: While the platform runs: what serves it, None in an outage, and then what keeps the port.
+        #: While the platform runs: its server, or in an outage None and the socket that keeps the port.
         self._application: Optional[Application] = None
         self._server: Optional[Server] = None
         self._guard: Optional[socket.socket] = None
@@ -159,12 +162,12 @@ class LocalPlatform:
                 raise problem
             self._hub.start(watch)
             watch.start()
-            # Who connected meanwhile was kept waiting by the listening socket.
+            # Clients that connected before this waited on the listening socket.
             server.run()
             self._watch = watch
             with self._door:
                 self._application, self._server = application, server
-        # An outage may have begun meanwhile.
+        # An outage may have begun since.
         self._settle()
         if not is_loopback(self._host):
             logger.warning(
@@ -180,7 +183,7 @@ class LocalPlatform:
             watch, self._watch = self._watch, None
             self._faults.detach()
             with self._door:
-                # From here on an outage neither begins nor ends; the watch thread, which would do it, is joined below.
+                # From here on no outage begins or ends. The watch thread, which would do it, is joined below.
                 server, guard = self._server, self._guard
                 self._application = self._server = self._guard = None
             self._hub.close()
@@ -192,8 +195,8 @@ class LocalPlatform:
             self._store.close()
 
     def _listen(self, application: Application) -> Server:
-        """A server on our address, not yet running."""
-        # Requests come on top of the streams; they are short.
+        """Return a server on this platform's address, not yet running."""
+        # Further threads for requests, which are short, beside those of the streams.
         server = Server(self._host, self._port, application, self._max_streams + 32)
         try:
             self._port = server.listen()
@@ -205,9 +208,9 @@ class LocalPlatform:
         raise problem
 
     def _settle(self) -> None:
-        """Go away from the network, or come back, as the faults want it.
+        """Go off the network or come back, according to the faults.
 
-        :raises ConfigurationError: another program has taken the port meanwhile.
+        :raises ConfigurationError: another program has taken the port during the outage.
         """
         with self._door:
             if self._application is None:
@@ -222,7 +225,7 @@ class LocalPlatform:
                 try:
                     server = self._listen(self._application)
                 except ConfigurationError:
-                    # Not every system lets two sockets have a port, when only one of them listens.
+                    # Some systems do not let two sockets have a port, even if only one of them listens.
                     self._let_go()
                     server = self._listen(self._application)
                 self._let_go()
@@ -251,7 +254,7 @@ class LocalPlatform:
 
     @property
     def url(self) -> str:
-        """What clients take as ``api_base_url``.
+        """The address for clients' ``api_base_url``.
 
         :raises ConfigurationError: the port is not known before the first start.
         """
@@ -267,30 +270,30 @@ class LocalPlatform:
 
     @property
     def api_key(self) -> str:
-        """The platform's API key; kept with the database."""
+        """The platform's API key, which is kept in the database."""
         return self._store.api_key
 
     # -- what an administrator does -----------------------------------------------------------------------------------
 
     def create_install_token(self, agent_id: str, max_uses: int = 1) -> str:
-        """A token with which ``max_uses`` installations of this agent can be made."""
+        """Return an install token for ``max_uses`` installations of this agent."""
         _check_id(agent_id, "agent_id")
         if not _is_int(max_uses) or not 1 <= max_uses <= 1_000_000:
             raise ConfigurationError("must be an integer from 1 to 1000000", "max_uses")
         return self._store.create_install_token(agent_id, max_uses)
 
     def submit(self, capability: str, input: Any, agent_id: Optional[str] = None, **fields: Any) -> str:
-        """Queue a task; its id.
+        """Queue a task and return its id.
 
-        :param agent_id: whose task it is; None takes the agent of the newest install token or installation.
+        :param agent_id: the agent that gets the task; None: the agent of the newest install token or installation.
         :param fields: ``tool``, ``workspace_id``, ``requester_agent_id``, ``parent_task_id``, ``workflow_id``,
             ``trace_id``, ``timeout_ms``, ``max_attempts``.
-        :raises ConfigurationError: there is no agent yet, or no such field.
+        :raises ConfigurationError: no agent exists yet, or a field is unknown.
         :raises APIError: 400, a value is wrong.
         """
         unknown = sorted(set(fields) - set(_SUBMIT_FIELDS))
         if unknown:
-            raise ConfigurationError(f"no such field; known are {', '.join(_SUBMIT_FIELDS)}", unknown[0])
+            raise ConfigurationError(f"unknown field; known are {', '.join(_SUBMIT_FIELDS)}", unknown[0])
         if agent_id is None:
             agent_id = self._store.latest_agent()
             if agent_id is None:
@@ -309,8 +312,9 @@ class LocalPlatform:
         raise _api_error(problem)
 
     def task(self, task_id: str) -> Dict[str, Any]:
-        """A task as ``GET /tasks/{id}`` shows it: ``status`` is ``queued``, ``assigned``, ``completed`` or ``failed``;
-        ``attempt`` is 0 until it is given out.
+        """Return a task as ``GET /tasks/{id}`` shows it.
+
+        ``status`` is ``queued``, ``assigned``, ``completed`` or ``failed``. ``attempt`` is 0 until a worker gets it.
 
         :raises APIError: 404, no such task.
         """
@@ -321,7 +325,7 @@ class LocalPlatform:
         raise _api_error(problem)
 
     def wait(self, task_id: str, timeout: Optional[float] = None) -> Dict[str, Any]:
-        """The task once it is ``completed`` or ``failed``.
+        """Wait until the task is ``completed`` or ``failed``, and return it.
 
         :raises TimeoutError: it is neither after ``timeout`` seconds.
         :raises APIError: 404, no such task.
@@ -339,9 +343,9 @@ class LocalPlatform:
         reason: Optional[str] = None,
         shutdown_timeout: Optional[float] = None,
     ) -> str:
-        """Send ``pause``, ``resume`` or ``terminate`` to an installation; the command's id.
+        """Send ``pause``, ``resume`` or ``terminate`` to an installation, and return the command's id.
 
-        A terminated installation stays so, also when its worker is started anew, until a ``resume``.
+        A terminated installation stays so until a ``resume``, also when its worker is restarted.
 
         :raises APIError: 404 no such installation, 409 it is revoked.
         """
@@ -368,7 +372,7 @@ class LocalPlatform:
         raise _api_error(problem)
 
     def set_policy(self, workspace_id: str, content: Mapping[str, Any]) -> Dict[str, Any]:
-        """Make ``content`` the workspace's policy, as its next version; the policy as workers get it, signed.
+        """Make ``content`` the next version of the workspace's policy. Return the signed policy as workers get it.
 
         :raises APIError: 400, the content has no canonical JSON form.
         """
@@ -382,7 +386,7 @@ class LocalPlatform:
         raise _api_error(problem)
 
     def policy(self, workspace_id: str) -> Optional[Dict[str, Any]]:
-        """The workspace's policy as workers get it, or None where it has none."""
+        """Return the workspace's policy as workers get it, or None if it has none."""
         _check_id(workspace_id, "workspace_id")
         try:
             return self._store.policy(workspace_id)
@@ -391,61 +395,68 @@ class LocalPlatform:
 
     @property
     def policy_public_key(self) -> str:
-        """The key that proves the origin of this platform's policies, as hex: for ``trusted_policy_keys`` or
-        ``SEKUIRE_POLICY_PUBLIC_KEYS``."""
+        """The key that proves the origin of this platform's policies, as hex.
+
+        Use it for ``trusted_policy_keys`` or ``SEKUIRE_POLICY_PUBLIC_KEYS``."""
         return self._store.policy_key.public
 
     def rotate_policy_key(self) -> str:
-        """Sign every policy with a new key from now on, those set before included; the new public key, as hex."""
+        """Sign every policy with a new key from now on, also those set before. Return the new public key as hex."""
         self._store.rotate_policy_key()
         return self.policy_public_key
 
     def installations(self) -> List[Dict[str, Any]]:
-        """Every installation, oldest first, with its last heartbeat's ``status`` and ``workers``."""
+        """Return every installation, oldest first, with its last heartbeat's ``status`` and ``workers``."""
         return self._store.installations()
 
     # -- looking inside, for tests ------------------------------------------------------------------------------------
 
     @property
     def requests(self) -> List[Tuple[str, int]]:
-        """Endpoint and status of the last 10,000 requests, oldest first; endpoints as in :mod:`sekuire.wire.protocol`.
+        """Return the last 10,000 requests, oldest first: endpoint (as in :mod:`sekuire.wire.protocol`) and status.
 
-        The status is the one that was answered, an injected one too; 0 where a connection was reset instead.
+        The status is the answer's, also if it was injected. It is 0 if the connection was reset instead.
         """
         return self._record.requests()
 
     def count(self, endpoint: str, status: Optional[int] = None) -> int:
-        """How many requests this endpoint has answered, in all or with this status: ``count("refresh", 200)``."""
+        """Count the requests that an endpoint has answered, in all or with a status: ``count("refresh", 200)``."""
         return self._record.count(endpoint, status)
 
     def heartbeats(self, installation_id: str) -> List[Dict[str, Any]]:
-        """The bodies of the last 1,000 heartbeats of an installation."""
+        """Return the bodies of the last 1,000 heartbeats of an installation."""
         return self._record.heartbeats_of(installation_id)
 
     def completions(self, task_id: str) -> List[Tuple[int, Any]]:
-        """Every completion sent for a task, refused ones too: the status it was answered with, and its body."""
+        """Return every completion sent for a task, also refused ones: the answer's status, and the request's body."""
         return self._record.completions_of(task_id)
 
     def progress(self, task_id: str) -> List[Dict[str, Any]]:
-        """Every progress report of a task."""
+        """Return every progress report of a task."""
         return self._record.progress_of(task_id)
 
     def logs(self, event_type: Optional[str] = None, severity: Optional[str] = None) -> List[Dict[str, Any]]:
-        """The last 10,000 audit events, oldest first; all of them, or those of a type or a severity."""
+        """Return the last 10,000 audit events, oldest first: all of them, or those of a type or a severity."""
         return [event for _, event in self._store.logs(event_type, severity)]
 
+    def logs_after(self, number: int) -> List[Tuple[int, Dict[str, Any]]]:
+        """Return the audit events with a number above ``number``, oldest first, with their numbers. They begin at 1."""
+        return self._store.logs(None, None, after=number)
+
     def streams(self) -> List[Dict[str, Any]]:
-        """The workers connected now: ``worker_id``, ``installation_id``, ``capabilities`` (None: any), ``in_flight``
-        and ``max_in_flight``."""
+        """Return the connected workers.
+
+        Each has ``worker_id``, ``installation_id``, ``capabilities`` (None: any), ``in_flight`` and ``max_in_flight``.
+        """
         return self._hub.snapshot()
 
     @property
     def faults(self) -> Faults:
-        """What goes wrong on purpose between this platform and its clients."""
+        """The faults that are injected between this platform and its clients."""
         return self._faults
 
     def expire_tokens(self, installation_id: Optional[str] = None) -> None:
-        """End the runtime tokens that are valid now: the next request with one gets 401."""
+        """Expire the valid runtime tokens: the next request with one of them gets 401."""
         self._store.expire_tokens(installation_id)
 
     def drop_streams(self) -> None:
@@ -454,7 +465,7 @@ class LocalPlatform:
 
     @property
     def hold_commands(self) -> bool:
-        """While true, a command changes the ``desired_state`` but is not sent on streams, now or later: it was lost."""
+        """While true, lose commands: they change the ``desired_state`` but are not sent on streams, now or later."""
         return self._hub.hold_commands
 
     @hold_commands.setter
@@ -463,7 +474,7 @@ class LocalPlatform:
 
 
 class _Network:
-    """One run of a platform, as its faults see it."""
+    """Let the faults act on one run of a platform."""
 
     def __init__(self, platform: LocalPlatform, watch: Watch) -> None:
         self._platform = platform

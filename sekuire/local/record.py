@@ -1,4 +1,4 @@
-"""What the platform remembers of the requests it answered, for tests and for curious eyes."""
+"""Remember the requests that the platform answered, for tests and for reading."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, Deque, Dict, List, Optional, Tuple
 
 __all__ = ["Record"]
 
-#: How much is kept: entries per list, and lists (one per task or installation), the oldest going first.
+#: How much is kept: entries in a list, and lists (one for each task or installation). The oldest are dropped.
 MAX_ENTRIES = 10_000
-#: In place of a status: the connection was reset, nothing was answered.
+#: Stands for the status of a request whose connection was reset.
 NO_ANSWER = 0
 
 
 class Record:
-    """Bounded lists of what came in.
+    """Keep bounded lists of what was received.
 
-    Every HTTP thread writes, any thread reads. ``_lock`` guards all of it and is a leaf.
+    Every HTTP thread writes, any thread reads. ``_lock`` guards all lists. No other lock is acquired under it.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Hashes and signs policies, with an Ed25519 key of the platform's own."""
+"""Hash policies, and sign them with an Ed25519 key of the platform's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PolicyKey", "policy_hash"]
 
 
 class PolicyKey:
-    """A key that signs policies. Immutable.
+    """Sign policies with one key. Immutable.
 
     :param secret: 32 bytes as hex; None makes a new key.
     """
@@ -24,16 +24,16 @@ class PolicyKey:
     def __init__(self, secret: str = "") -> None:
         self._key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(secret)) if secret else _new_key()
         public = self._key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-        #: What a client pins: 32 bytes as hex.
+        #: The public key, which clients pin: 32 bytes as hex.
         self.public = public.hex()
         self.id = "key_" + hashlib.sha256(public).hexdigest()[:16]
 
     def secret(self) -> str:
-        """The private half, for the database."""
+        """Return the private key, for the database."""
         return self._key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()).hex()
 
     def sign(self, policy: Mapping[str, Any]) -> str:
-        """The signature over what says which policy this is, as hex; Ed25519 gives the same for the same."""
+        """Return the signature over the fields that identify a policy, as hex. Equal fields give the same signature."""
         named = {name: policy[name] for name in ("hash", "policy_id", "version", "workspace_id")}
         return self._key.sign(dumps(named)).hex()
 
@@ -42,9 +42,10 @@ class PolicyKey:
 
 
 def policy_hash(content: Mapping[str, Any]) -> str:
-    """BLAKE3 of the content in RFC 8785 form, lower-case hex.
+    """Return the BLAKE3 hash of the content in RFC 8785 form, as lower-case hex.
 
-    :raises ValueError: it has no such form: a number that is not finite or too large, a lone surrogate, a wrong type.
+    :raises ValueError: the content has no such form: a number that is not finite or too large, a lone surrogate, or a
+        wrong type.
     """
     problem = ""
     try:
@@ -52,8 +53,8 @@ def policy_hash(content: Mapping[str, Any]) -> str:
     except RecursionError:
         problem = "it is nested too deep"
     except AttributeError:
-        # rfc8785 before 0.1.3 lets it pass.
-        problem = "an object's key is no string"
+        # rfc8785 before 0.1.3 accepts it.
+        problem = "an object's key is not a string"
     if problem:
         raise ValueError(problem)
     return digest

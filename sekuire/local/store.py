@@ -1,7 +1,7 @@
-"""SQLite: the schema, and every change of state of installations, tokens, tasks and policies.
+"""Store installations, tokens, tasks and policies in SQLite, and make every change of their state.
 
-Each public method that changes something is one transaction. Nothing here knows of HTTP connections or of live
-streams; :mod:`sekuire.local.streams` decides who gets a task, this module records it.
+Each public method that changes something is one transaction. This module knows nothing of HTTP connections or live
+streams: :mod:`sekuire.local.streams` decides which worker gets a task, and this module records it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .signing import PolicyKey, policy_hash
 
 __all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]
 
-#: Marks a database as ours ("Seku"), so that another program's file is refused instead of filled with tables.
+#: Marks a database as ours ("Seku"), so that another program's file is refused and not filled with tables.
 APPLICATION_ID = 0x53656B75
 SCHEMA_VERSION = 3
 
-#: Audit events kept; the oldest go first.
+#: How many audit events are kept. The oldest are dropped.
 MAX_LOGS = 10_000
 
-#: How long work of a revoked installation may still be reported where the revocation names no time (seconds).
+#: Seconds in which a revoked installation may still report its tasks, if the revocation names no time.
 DEFAULT_SHUTDOWN_TIMEOUT = 30.0
-#: Longest pause between two tries of a task that asked for several (seconds).
+#: Longest pause between two tries of a task with several attempts (seconds).
 MAX_RETRY_DELAY = 60.0
 
 FINAL = ("completed", "failed")
@@ -91,7 +91,7 @@ CREATE INDEX logs_by_batch ON logs (batch) WHERE batch IS NOT NULL;
 
 @attrs.frozen(kw_only=True, slots=True)
 class Settings:
-    """What a :class:`~sekuire.local.LocalPlatform` was given; times in seconds."""
+    """Hold the options of a :class:`~sekuire.local.LocalPlatform`. Times are in seconds."""
 
     lease_seconds: float = 60.0
     heartbeat_interval: float = 10.0
@@ -108,7 +108,7 @@ class Settings:
 
 
 class Refusal(Exception):
-    """The platform's "no": an HTTP status, a code for programs, and a sentence for people."""
+    """Raised to refuse a request, with an HTTP status, a code for programs and a sentence for people."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(status, code, message)
@@ -118,18 +118,18 @@ class Refusal(Exception):
 
 
 class Identity(NamedTuple):
-    """Who a runtime token belongs to."""
+    """Identify the installation that a runtime token belongs to."""
 
     installation_id: str
     agent_id: str
     workspace_id: str
     expires_at: float
-    #: Until when a revoked installation may still report, as a Unix time; None where it is not revoked.
+    #: Until when a revoked installation may still report, as a Unix time. None if it is not revoked.
     revoked_until: Optional[float]
 
 
 class Claim(NamedTuple):
-    """One task given to one worker; ``data`` is the JSON text of the ``task`` event."""
+    """Describe a task that a worker gets. ``data`` is the JSON text of the ``task`` event."""
 
     task_id: str
     attempt: int
@@ -137,7 +137,7 @@ class Claim(NamedTuple):
 
 
 class Completed(NamedTuple):
-    """What became of a completion: the answer, and whose place it frees."""
+    """Describe how a completion was handled: the answer, and the worker that is free again."""
 
     status: int
     answer: Dict[str, Any]
@@ -145,31 +145,29 @@ class Completed(NamedTuple):
     capability: str
     worker_id: str
     attempt: int
-    #: The task has its last result now.
+    #: True if the task has its last result now.
     final: bool = False
-    #: Seconds until the task may be tried again, where it was put back.
+    #: Seconds until the task may be tried again, if it was queued again.
     retry_in: Optional[float] = None
 
 
 class Store:
-    """The platform's memory.
+    """Hold the platform's state.
 
-    Called by every HTTP thread, the watch thread and the threads of the Python face. One connection, guarded by
-    ``_lock``: SQLite has one writer anyway, and a transaction here takes some ten microseconds. The lock is a leaf:
-    nothing is called under it but SQLite.
+    On disk the journal is a WAL with ``synchronous=NORMAL``. A killed process loses nothing. A power cut may lose the
+    last transactions, which is acceptable for a development tool. This process locks the file, because two platforms
+    with one file would give each task to two workers.
 
-    On disk the journal is a WAL with ``synchronous=NORMAL``: a killed process loses nothing, a power cut may lose the
-    last transactions, which is right for a development tool. The file is locked for this process alone, because two
-    platforms that hand out one file's tasks would hand them out twice.
-
-    Tokens are kept as SHA-256 only. Three things are kept as they are, and therefore the file is readable by its owner
-    only (mode 0600): the API key, which is made for printing; the key that signs policies; and for
-    ``idempotency_window`` the answers of bootstrap, recover and refresh, because a client that lost one, to a restart
-    of the platform for example, is promised the same again. Expired answers are deleted, and ``secure_delete``
-    overwrites them.
+    Tokens are stored only as SHA-256. Three secrets are stored in plain text, so only the file's owner can read it
+    (mode 0600): the API key, which is made to be printed; the key that signs policies; and, for ``idempotency_window``,
+    the answers of bootstrap, recover and refresh. A client that lost such an answer, because the platform restarted for
+    example, gets the same answer again. Expired answers are deleted, and ``secure_delete`` overwrites them.
 
     :raises ConfigurationError: the path cannot be used; the text says why and what to do.
     """
+
+    # Threads: HTTP threads, the watch thread and users' threads call it. `_lock` guards the one connection: SQLite has
+    # one writer anyway, and a transaction here takes some ten microseconds. Only SQLite is called under the lock.
 
     def __init__(self, path: Optional[str], settings: Settings, clock: Callable[[], float] = time.time) -> None:
         self._path = path
@@ -179,14 +177,14 @@ class Store:
         self._db: Optional[sqlite3.Connection] = None
         self._finalizer: Optional[weakref.finalize] = None  # type: ignore[type-arg]
         self.api_key = ""
-        #: Signs policies; replaced whole.
+        #: The key that signs policies. It is replaced, never changed.
         self.policy_key: PolicyKey
         self.open()
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Open the database, making it where there is none. Does nothing while it is open."""
+        """Open the database, and make it if it does not exist. Does nothing while it is open."""
         with self._lock:
             if self._db is not None:
                 return
@@ -206,11 +204,11 @@ class Store:
             self._db = db
             self.api_key = key[0]
             self.policy_key = policy_key
-            # An owner that forgets to stop() must not leave an open connection behind.
+            # An owner that does not call stop() must not leave an open connection behind.
             self._finalizer = weakref.finalize(self, db.close)
 
     def close(self) -> None:
-        """Close a database on disk and free its file; one in memory stays, it would be lost."""
+        """Close a database on disk and free its file. A database in memory stays open, or it would be lost."""
         if self._path is None:
             return
         with self._lock:
@@ -238,7 +236,7 @@ class Store:
         return key is not None and hmac.compare_digest(key.encode("utf-8", "replace"), self.api_key.encode())
 
     def authenticate(self, token: str) -> Identity:
-        """The installation a runtime token belongs to.
+        """Return the installation that a runtime token belongs to.
 
         :raises Refusal: 401, the token is unknown or has expired.
         """
@@ -254,14 +252,14 @@ class Store:
                 .fetchone()
             )
         if row is None:
-            raise Refusal(401, "INVALID_TOKEN", "the runtime token is not known here; refresh it or log in again")
+            raise Refusal(401, "INVALID_TOKEN", "the runtime token is unknown; refresh it or log in again")
         identity = Identity(*row)
         if identity.expires_at <= self._clock():
             raise Refusal(401, "TOKEN_EXPIRED", "the runtime token has expired; refresh it")
         return identity
 
     def is_draining(self, identity: Identity) -> bool:
-        """Whether this installation may report: it is not revoked, or its time to shut down has not ended."""
+        """Return True if this installation may report: it is not revoked, or its time to shut down has not ended."""
         return identity.revoked_until is None or self._clock() < identity.revoked_until
 
     def create_install_token(self, agent_id: str, max_uses: int = 1) -> str:
@@ -281,7 +279,7 @@ class Store:
         runtime_info: Mapping[str, Any],
         key: Optional[str],
     ) -> Dict[str, Any]:
-        """A new installation for an install token.
+        """Make an installation for an install token.
 
         :raises Refusal: 401 unknown token, 403 another agent's, 409 used up.
         """
@@ -294,7 +292,7 @@ class Store:
                 "SELECT agent_id, max_uses, uses FROM install_tokens WHERE hash = ?", (_hash(token),)
             ).fetchone()
             if row is None:
-                raise Refusal(401, "INVALID_INSTALL_TOKEN", "the install token is not known here")
+                raise Refusal(401, "INVALID_INSTALL_TOKEN", "the install token is unknown")
             if row[0] != agent_id:
                 raise Refusal(403, "WRONG_AGENT", "the install token was made for another agent_id")
             if row[2] >= row[1]:
@@ -312,7 +310,7 @@ class Store:
     def recover(
         self, agent_id: str, workspace_id: Optional[str], runtime_info: Mapping[str, Any], key: Optional[str]
     ) -> Dict[str, Any]:
-        """A new installation for whoever holds the API key."""
+        """Make an installation for a holder of the API key."""
         fingerprint = _hash("\n".join(("recover", self.api_key, agent_id)))
         with self._transaction() as db:
             known = self._replay(db, key, fingerprint)
@@ -322,11 +320,12 @@ class Store:
             return self._install(db, agent_id, workspace, (), runtime_info, key, fingerprint)
 
     def refresh(self, installation_id: str, token: str, key: Optional[str]) -> Dict[str, Any]:
-        """A new runtime token for a refresh token.
+        """Make a runtime token for a refresh token.
 
-        Any number of refresh tokens can be current (``expires_at`` NULL). Using one proves that its holder has stored
-        it: what came before dies, the current ones become previous and live on for ``refresh_grace``. Using a previous
-        one only adds a current one, so that neither a client that lost the answer nor its twin is locked out.
+        Any number of refresh tokens can be current (``expires_at`` NULL). The use of a current one proves that its
+        holder has stored it. The previous ones expire then, and the current ones become previous, valid for
+        ``refresh_grace``. The use of a previous one only adds a current one. Thus neither a client that lost the answer
+        nor its twin is locked out.
 
         :raises Refusal: 401 unknown or too old, 403 revoked, 404 no such installation.
         """
@@ -334,12 +333,9 @@ class Store:
         settings = self._settings
         fingerprint = _hash("\n".join(("refresh", installation_id, token)))
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT workspace_id, revoked_until, reason FROM installations WHERE installation_id = ?",
-                (installation_id,),
-            ).fetchone()
-            if row is None:
-                raise _no_installation(installation_id)
+            row = _find_installation(
+                db, installation_id, "SELECT workspace_id, revoked_until, reason FROM installations"
+            )
             if row[1] is not None:
                 raise revoked(row[2])
             known = self._replay(db, key, fingerprint)
@@ -350,7 +346,7 @@ class Store:
                 (_hash(token), installation_id),
             ).fetchone()
             if found is None or (found[0] is not None and found[0] <= now):
-                raise Refusal(401, "INVALID_REFRESH_TOKEN", "the refresh token is not known here or was replaced")
+                raise Refusal(401, "INVALID_REFRESH_TOKEN", "the refresh token is unknown or was replaced")
             answer = self._runtime_token(db, installation_id)
             if settings.rotate_refresh_tokens:
                 if found[0] is None:
@@ -367,7 +363,7 @@ class Store:
             return answer
 
     def expire_tokens(self, installation_id: Optional[str] = None) -> int:
-        """End every runtime token that is valid now, of one installation or of all; how many there were."""
+        """Expire every valid runtime token, of one installation or of all. Return their number."""
         now = self._clock()
         with self._transaction() as db:
             return db.execute(
@@ -409,7 +405,7 @@ class Store:
         now = self._clock()
         token = "rt_" + secrets.token_urlsafe(32)
         end = now + self._settings.token_lifetime
-        # A day's grace, so that an old token is still told apart from a wrong one.
+        # Kept for one more day, so that an expired token can be distinguished from a wrong one.
         db.execute(
             "DELETE FROM tokens WHERE installation_id = ? AND expires_at IS NOT NULL AND expires_at < ?",
             (installation_id, now - 86400.0),
@@ -425,7 +421,7 @@ class Store:
     def _replay(self, db: sqlite3.Connection, key: Optional[str], fingerprint: str) -> Optional[Dict[str, Any]]:
         """Return the answer already given to this key, or None.
 
-        An answer helps nobody once its token has expired or its installation is revoked: then the request is new.
+        An answer whose token has expired or whose installation is revoked is useless: the request counts as new then.
         """
         now = self._clock()
         db.execute("DELETE FROM replays WHERE expires_at <= ?", (now,))
@@ -440,7 +436,7 @@ class Store:
         if row is None:
             return None
         if row[0] != fingerprint:
-            raise Refusal(400, "IDEMPOTENCY_KEY_REUSED", "this Idempotency-Key came before with another request")
+            raise Refusal(400, "IDEMPOTENCY_KEY_REUSED", "this Idempotency-Key was used before with another request")
         if not row[2]:
             return None
         answer: Dict[str, Any] = json.loads(row[1])
@@ -466,7 +462,7 @@ class Store:
     # -- installations ------------------------------------------------------------------------------------------------
 
     def heartbeat(self, identity: Identity, body: Mapping[str, Any]) -> Dict[str, Any]:
-        """Renew the lease; the answer to the heartbeat."""
+        """Renew the lease, and return the answer to the heartbeat."""
         now = self._clock()
         settings = self._settings
         lease = now + settings.lease_seconds
@@ -509,16 +505,12 @@ class Store:
         shutdown_timeout: Optional[float],
         send: bool,
     ) -> Tuple[Dict[str, Any], Optional[int]]:
-        """Record a command: the level it leaves behind and, where it is to be sent, the event with its id.
+        """Record a command. Return the state it leads to and, if it must be sent, the event with its id.
 
         :raises Refusal: 404 no such installation, 409 it is revoked.
         """
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT revoked_until, reason FROM installations WHERE installation_id = ?", (installation_id,)
-            ).fetchone()
-            if row is None:
-                raise _no_installation(installation_id)
+            row = _find_installation(db, installation_id, "SELECT revoked_until, reason FROM installations")
             if row[0] is not None:
                 raise Refusal(409, CODE_REVOKED, "the installation was revoked; no command can reach it")
             return self._command(db, installation_id, kind, reason, shutdown_timeout, send)
@@ -526,16 +518,12 @@ class Store:
     def revoke(
         self, installation_id: str, reason: Optional[str], shutdown_timeout: Optional[float], send: bool
     ) -> Tuple[Dict[str, Any], Optional[int], float]:
-        """Revoke an installation; again, it changes nothing. The last value is when its reports end (Unix time).
+        """Revoke an installation. A repetition changes nothing. The last value is when its reports end (Unix time).
 
         :raises Refusal: 404 no such installation.
         """
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT revoked_until FROM installations WHERE installation_id = ?", (installation_id,)
-            ).fetchone()
-            if row is None:
-                raise _no_installation(installation_id)
+            row = _find_installation(db, installation_id, "SELECT revoked_until FROM installations")
             if row[0] is not None:
                 return {}, None, row[0]
             timeout = DEFAULT_SHUTDOWN_TIMEOUT if shutdown_timeout is None else shutdown_timeout
@@ -573,14 +561,14 @@ class Store:
         return data, cursor.lastrowid
 
     def commands_since(self, installation_id: str, event_id: Optional[int]) -> Tuple[int, List[Tuple[int, str]]]:
-        """Where a stream that last saw ``event_id`` goes on: the id to begin with, and the commands it missed.
+        """Return the id at which a stream that last saw ``event_id`` goes on, and the commands it missed.
 
-        An id never given out, for example by a database that is gone, counts as none; without one nothing was missed,
-        because ``connected`` tells the state the commands have led to.
+        An id that was never sent, for example by a database that was deleted, counts as none. Without an id nothing was
+        missed, because ``connected`` contains the state that the commands have led to.
         """
         with self._lock:
             db = self._connection()
-            # The counter and not the largest row, so that an id is never given out twice.
+            # The counter and not the largest row, so that an id is never used twice.
             row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'commands'").fetchone()
             newest: int = row[0] if row else 0
             if event_id is None or not 0 <= event_id <= newest:
@@ -592,23 +580,22 @@ class Store:
             return event_id, missed
 
     def installation(self, installation_id: str) -> Dict[str, Any]:
-        """:raises Refusal: 404 no such installation."""
+        """Return an installation as JSON.
+
+        :raises Refusal: 404 no such installation.
+        """
         with self._lock:
-            row = (
-                self._connection().execute(f"{_INSTALLATION} WHERE installation_id = ?", (installation_id,)).fetchone()
-            )
-        if row is None:
-            raise _no_installation(installation_id)
+            row = _find_installation(self._connection(), installation_id, _INSTALLATION)
         return _installation(row)
 
     def installations(self) -> List[Dict[str, Any]]:
-        """Every installation, oldest first."""
+        """Return every installation, oldest first."""
         with self._lock:
             rows = self._connection().execute(f"{_INSTALLATION} ORDER BY seq").fetchall()
         return [_installation(row) for row in rows]
 
     def draining(self) -> List[Tuple[str, float]]:
-        """The revoked installations whose time to report has not ended: id and end (Unix time)."""
+        """Return the revoked installations that may still report: id and end (Unix time)."""
         with self._lock:
             return (
                 self._connection()
@@ -619,7 +606,7 @@ class Store:
             )
 
     def latest_agent(self) -> Optional[str]:
-        """The agent of the newest install token or installation, or None."""
+        """Return the agent of the newest install token or installation, or None."""
         with self._lock:
             row = (
                 self._connection()
@@ -634,7 +621,7 @@ class Store:
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def submit(self, agent_id: str, capability: str, fields: Mapping[str, Any], max_attempts: int = 1) -> str:
-        """Queue a task; ``fields`` are checked and go to the worker as they are. The new task's id."""
+        """Queue a task and return its id. ``fields`` are checked already, and go to the worker unchanged."""
         now = self._clock()
         task_id = new_id("task")
         data = _text({"task_id": task_id, "capability": capability, **fields})
@@ -657,11 +644,11 @@ class Store:
         paused: bool,
         refused: FrozenSet[str],
     ) -> Optional[Claim]:
-        """Give the oldest queued task that fits to a worker; None where there is none.
+        """Assign the oldest suitable queued task to a worker. Return None if no task is suitable.
 
         :param left_to_others: capabilities that another, unpaused worker serves (None: all of them). A paused worker
             gets none of these, and a worker that failed a task does not get it again.
-        :param refused: tasks this stream gave back.
+        :param refused: the tasks that this stream has released.
         """
         now = self._clock()
         where = ["agent_id = ?", "status = 'queued'", "available_at <= ?"]
@@ -670,7 +657,7 @@ class Store:
         if left_to_others is not None:
             unserved, unserved_values = f"capability NOT IN ({_marks(left_to_others)})", tuple(left_to_others)
         if paused:
-            # What it gets it answers `worker_paused`; a task that is tried again is worth waiting for a better one.
+            # A paused worker answers `worker_paused`. A task that can be retried waits for a worker that is not paused.
             where += [unserved, "failures = 0"]
         else:
             where.append(f"(failures = 0 OR worker_id IS NOT ? OR {unserved})")
@@ -679,7 +666,7 @@ class Store:
         if refused:
             where.append(f"task_id NOT IN ({_marks(refused)})")
             values += refused
-        # One question per capability: each is answered by an index in order of age, however long the queue.
+        # One query for each capability: an index in order of age answers it, however long the queue is.
         names: Tuple[Optional[str], ...] = (None,) if capabilities is None else tuple(capabilities)
         rows = []
         with self._transaction() as db:
@@ -701,7 +688,7 @@ class Store:
                 " installation_id = ?, updated_at = ? WHERE seq = ?",
                 (next_attempt, next_attempt, worker_id, installation_id, now, seq),
             )
-            # Given back and given again to the same worker, it is the same attempt.
+            # A task that its worker released and gets again is the same attempt.
             db.execute(
                 "INSERT OR IGNORE INTO assignments (task_id, attempt, worker_id, installation_id) VALUES (?, ?, ?, ?)",
                 (task_id, next_attempt, worker_id, installation_id),
@@ -709,7 +696,7 @@ class Store:
         return Claim(task_id, next_attempt, _event(data, next_attempt))
 
     def has_queued(self, agent_id: str) -> bool:
-        """Whether any task waits for this agent."""
+        """Return True if a task waits for this agent."""
         with self._lock:
             row = (
                 self._connection()
@@ -719,7 +706,7 @@ class Store:
         return row is not None
 
     def delayed(self) -> List[Tuple[str, str, float]]:
-        """The queued tasks that wait for their next try: agent, capability, when (Unix time)."""
+        """Return the queued tasks that wait for their next try: agent, capability, when (Unix time)."""
         with self._lock:
             return (
                 self._connection()
@@ -731,7 +718,7 @@ class Store:
             )
 
     def assigned(self, installation_id: str, worker_id: str) -> List[Claim]:
-        """What this worker was given and has not reported, oldest first."""
+        """Return the tasks that this worker has and has not reported, oldest first."""
         with self._lock:
             rows = (
                 self._connection()
@@ -745,7 +732,7 @@ class Store:
         return [Claim(task_id, attempt, _event(data, attempt)) for task_id, attempt, data in rows]
 
     def assigned_workers(self) -> List[Tuple[str, str, str]]:
-        """Every worker that holds a task: installation, worker, agent."""
+        """Return every worker that has a task: installation, worker, agent."""
         with self._lock:
             return (
                 self._connection()
@@ -754,7 +741,7 @@ class Store:
             )
 
     def is_finishing(self, installation_id: str, worker_id: str) -> bool:
-        """Whether this worker said in a heartbeat, within its lease, that it is stopping and still has tasks."""
+        """Return True if a heartbeat within the lease said that this worker is stopping and still has tasks."""
         with self._lock:
             row = (
                 self._connection()
@@ -771,7 +758,7 @@ class Store:
         )
 
     def requeue(self, installation_id: str, worker_id: str) -> int:
-        """Put back what a vanished worker holds; should it come back first, it gets the same attempts again."""
+        """Queue the tasks of a vanished worker again. If it comes back first, it gets the same attempts."""
         with self._transaction() as db:
             return db.execute(
                 "UPDATE tasks SET status = 'queued', updated_at = ?"
@@ -780,18 +767,15 @@ class Store:
             ).rowcount
 
     def complete(self, identity: Identity, task_id: str, key: Optional[str], body: Mapping[str, Any]) -> Completed:
-        """Take a task's result. The first of any attempt wins; the same key gets the same answer again.
+        """Accept a task's result. The first result of any attempt wins. The same key gets the same answer again.
 
-        :raises Refusal: 400 an attempt never given out, 403 not this installation's, 404 no such task.
+        :raises Refusal: 400 an attempt that never began, 403 not this installation's, 404 no such task.
         """
         now = self._clock()
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT agent_id, status, attempt, max_attempts, failures, capability FROM tasks WHERE task_id = ?",
-                (task_id,),
-            ).fetchone()
-            if row is None:
-                raise _no_task(task_id)
+            row = _find_task(
+                db, task_id, "SELECT agent_id, status, attempt, max_attempts, failures, capability FROM tasks"
+            )
             agent_id, status, current, max_attempts, failures, capability = row
             attempt = body.get("attempt", current)
             given = self._assignment(db, identity, task_id, attempt)
@@ -815,7 +799,7 @@ class Store:
             retry_in = min(self._settings.retry_delay * 2.0**failures, MAX_RETRY_DELAY) if retry else None
             state = "queued" if retry else body["status"]
             if retry and status == "assigned" and attempt != current:
-                # An older attempt failed while a newer one runs: that one may still succeed.
+                # An older attempt failed while a newer one runs, which may still succeed.
                 state, retry_in = "assigned", None
             db.execute(
                 "UPDATE tasks SET status = ?, result = ?, failures = failures + ?, available_at = ?,"
@@ -829,16 +813,12 @@ class Store:
         return Completed(200, answer, agent_id, capability, worker_id, attempt, state in FINAL, retry_in)
 
     def release(self, identity: Identity, task_id: str, worker_id: str, attempt: int) -> str:
-        """Put back a task its worker has not begun; again, it changes nothing. The agent it is for.
+        """Queue a task again that its worker has not begun, and return its agent. A repetition changes nothing.
 
         :raises Refusal: 403 not this installation's, 404 no such task, 409 no longer this worker's.
         """
         with self._transaction() as db:
-            row = db.execute(
-                "SELECT agent_id, status, attempt, worker_id FROM tasks WHERE task_id = ?", (task_id,)
-            ).fetchone()
-            if row is None:
-                raise _no_task(task_id)
+            row = _find_task(db, task_id, "SELECT agent_id, status, attempt, worker_id FROM tasks")
             self._assignment(db, identity, task_id, attempt)
             agent_id, status, current, holder = row
             if status not in ("assigned", "queued") or (current, holder) != (attempt, worker_id):
@@ -850,14 +830,12 @@ class Store:
         return str(agent_id)
 
     def progress(self, identity: Identity, task_id: str, body: Mapping[str, Any]) -> None:
-        """Keep a task's newest progress.
+        """Store a task's newest progress.
 
         :raises Refusal: 403 not this installation's, 404 no such task, 409 it has its result.
         """
         with self._transaction() as db:
-            row = db.execute("SELECT status, attempt FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
-            if row is None:
-                raise _no_task(task_id)
+            row = _find_task(db, task_id, "SELECT status, attempt FROM tasks")
             if not _owns(db, identity, task_id):
                 raise _not_yours()
             if row[0] in FINAL:
@@ -868,11 +846,12 @@ class Store:
             )
 
     def task(self, task_id: str) -> Dict[str, Any]:
-        """:raises Refusal: 404 no such task."""
+        """Return a task as JSON.
+
+        :raises Refusal: 404 no such task.
+        """
         with self._lock:
-            row = self._connection().execute(f"{_TASK} WHERE task_id = ?", (task_id,)).fetchone()
-        if row is None:
-            raise _no_task(task_id)
+            row = _find_task(self._connection(), task_id, _TASK)
         return _task(row)
 
     def tasks(
@@ -882,9 +861,9 @@ class Store:
         limit: int = 50,
         before: Optional[str] = None,
     ) -> Tuple[List[Dict[str, Any]], Optional[str]]:
-        """Tasks, newest first, and the ``before`` of the next page (None on the last).
+        """Return tasks, newest first, and the ``before`` of the next page (None on the last).
 
-        :raises Refusal: 400 ``before`` is no task's id.
+        :raises Refusal: 400 ``before`` is not a task's id.
         """
         where, values = ["1"], []  # type: Tuple[List[str], List[Any]]
         if status is not None:
@@ -916,7 +895,7 @@ class Store:
         if row is not None and row[2] == identity.installation_id:
             return row[0], row[1]
         if row is None and _owns(db, identity, task_id):
-            raise Refusal(400, "INVALID_REQUEST", f"attempt {attempt} of this task was never given out")
+            raise Refusal(400, "INVALID_REQUEST", f"attempt {attempt} of this task never began")
         raise _not_yours()
 
     # -- policies -----------------------------------------------------------------------------------------------------
@@ -944,7 +923,7 @@ class Store:
         return self.policy(workspace_id)
 
     def policy(self, workspace_id: str) -> Dict[str, Any]:
-        """The workspace's policy, signed with the key of now: one that was rotated away signs nothing any more.
+        """Return the workspace's policy, signed with the current key, also if it was set under an older one.
 
         :raises Refusal: 404 the workspace has none.
         """
@@ -975,7 +954,7 @@ class Store:
         return {**policy, "signature": signature, "signing_key_id": key.id, "signing_public_key": key.public}
 
     def rotate_policy_key(self) -> None:
-        """Sign every policy with a new key from now on; the old one is forgotten."""
+        """Sign every policy with a new key from now on, and forget the old key."""
         key = PolicyKey()
         with self._transaction() as db:
             db.execute("UPDATE meta SET value = ? WHERE key = 'policy_key'", (key.secret(),))
@@ -984,7 +963,7 @@ class Store:
     # -- audit events -------------------------------------------------------------------------------------------------
 
     def log(self, events: Sequence[Mapping[str, Any]], batch: Optional[str]) -> None:
-        """Keep events, unless a batch of this name is kept already: its sender did not get the answer."""
+        """Store events, unless a batch with this name is stored already: its sender did not get the answer."""
         with self._transaction() as db:
             if batch is not None and db.execute("SELECT 1 FROM logs WHERE batch = ? LIMIT 1", (batch,)).fetchone():
                 return
@@ -997,7 +976,7 @@ class Store:
     def logs(
         self, event_type: Optional[str], severity: Optional[str], limit: int = MAX_LOGS, after: int = 0
     ) -> List[Tuple[int, Dict[str, Any]]]:
-        """Events with their numbers, oldest first, of those with a number above ``after``."""
+        """Return the events with a number above ``after``, oldest first, with their numbers."""
         with self._lock:
             rows = (
                 self._connection()
@@ -1070,7 +1049,7 @@ def _task(row: Sequence[Any]) -> Dict[str, Any]:
 
 
 def _event(data: str, attempt: int) -> str:
-    # `data` is a JSON object with at least a task_id; adding one field as text saves parsing a large input.
+    # `data` is a JSON object with at least a task_id. Adding a field as text avoids parsing a large input.
     return f'{data[:-1]},"attempt":{attempt}}}'
 
 
@@ -1081,20 +1060,26 @@ def _owns(db: sqlite3.Connection, identity: Identity, task_id: str) -> bool:
     return row is not None
 
 
-def _no_task(task_id: str) -> Refusal:
-    return Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+def _find_task(db: sqlite3.Connection, task_id: str, select: str) -> Tuple[Any, ...]:
+    row: Optional[Tuple[Any, ...]] = db.execute(f"{select} WHERE task_id = ?", (task_id,)).fetchone()
+    if row is None:
+        raise Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+    return row
 
 
 def _not_yours() -> Refusal:
-    return Refusal(403, "NOT_ASSIGNED", "the task was never given to this installation")
+    return Refusal(403, "NOT_ASSIGNED", "the task was never assigned to this installation")
 
 
-def _no_installation(installation_id: str) -> Refusal:
-    return Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r}")
+def _find_installation(db: sqlite3.Connection, installation_id: str, select: str) -> Tuple[Any, ...]:
+    row: Optional[Tuple[Any, ...]] = db.execute(f"{select} WHERE installation_id = ?", (installation_id,)).fetchone()
+    if row is None:
+        raise Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r}")
+    return row
 
 
 def revoked(reason: Optional[str]) -> Refusal:
-    """The kill switch as a refusal."""
+    """Return the refusal of a revoked installation's request."""
     return Refusal(403, CODE_REVOKED, "the installation was revoked" + (f": {reason}" if reason else ""))
 
 
@@ -1103,7 +1088,7 @@ def new_id(prefix: str) -> str:
 
 
 def instant(seconds: float) -> str:
-    """A Unix time as it stands on the wire."""
+    """Return a Unix time in the form of the wire."""
     return format_time(dt.datetime.fromtimestamp(seconds, dt.timezone.utc))
 
 
@@ -1159,7 +1144,7 @@ def _make_file(path: str) -> None:
         problem = f"the directory {folder} does not exist; make it first or choose another path"
     else:
         try:
-            # Made here and not by SQLite, so that nobody else could read it even for a moment.
+            # Made here and not by SQLite, so that no other user can read it even for a moment.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         except OSError as error:
             problem = f"cannot be written ({error.strerror}); give the path of a file this user may write"
@@ -1168,8 +1153,8 @@ def _make_file(path: str) -> None:
 
 
 def _prepare(db: sqlite3.Connection) -> str:
-    """Check that the file is ours, make it so where it is empty; what is wrong with it, or nothing."""
-    # Before the first access, so that the WAL needs no shared memory and the lock is taken by the first write.
+    """Check that the file is ours, and set up an empty one. Return what is wrong with it, or nothing."""
+    # Before the first access, so that the WAL needs no shared memory and the first write acquires the lock.
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     application = db.execute("PRAGMA application_id").fetchone()[0]
     tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -1188,7 +1173,7 @@ def _prepare(db: sqlite3.Connection) -> str:
         _create(db)
     else:
         db.execute("PRAGMA secure_delete = ON")
-    # A write takes the lock for good.
+    # A write acquires the lock until the connection closes.
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     return ""
 

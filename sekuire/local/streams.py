@@ -1,4 +1,4 @@
-"""The live event streams: who is connected, who gets which task, and who has gone."""
+"""Serve the live event streams: assign tasks to connected workers, and notice workers that disconnect."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class _Sign(enum.Enum):
-    """What a stream's queue holds beside events."""
+    """Signal something other than an event in a stream's queue."""
 
-    #: End the answer properly, or break it off.
+    #: End the answer properly, or cut it.
     END = "end"
     CUT = "cut"
-    #: A stall is over.
+    #: End a stall.
     RESUME = "resume"
 
 
 class _Stall(NamedTuple):
-    """Send nothing until then, on the monotonic clock."""
+    """Send nothing until a time of the monotonic clock."""
 
     end: float
 
@@ -64,7 +64,7 @@ Item = Union[bytes, _Sign, _Stall]
 
 
 class Stream:
-    """One open stream. All but ``outbox`` is guarded by the hub's lock."""
+    """Hold the state of one open stream. The hub's lock guards all but ``outbox``."""
 
     def __init__(
         self,
@@ -80,16 +80,16 @@ class Stream:
         self.max_in_flight = max_in_flight
         self.capabilities = capabilities
         self.socket = sock
-        #: Who watches the socket.
+        #: The watch on the stream's socket.
         self.watch: Optional[Watch] = None
-        #: What is to be sent, in order; its thread waits on it, anybody puts.
+        #: What to send, in order. Its HTTP thread waits on it, and any thread may put.
         self.outbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        #: What the worker holds: task and attempt.
+        #: The tasks that the worker has: task and attempt.
         self.in_flight: Set[Tuple[str, int]] = set()
-        #: Tasks given back over this stream's life; it does not get them again.
+        #: Tasks that the worker released on this stream, which does not get them again.
         self.refused: Set[str] = set()
         self.desired_state = "running"
-        #: What the worker's last heartbeat said of itself.
+        #: The state of the worker in its last heartbeat.
         self.reported: Optional[str] = None
         self.turn = 0
 
@@ -110,13 +110,12 @@ class Stream:
 
 
 class Hub:
-    """Gives tasks to streams.
+    """Assign tasks to streams."""
 
-    Called by HTTP threads (a stream opens, a task is submitted or completed), by the threads of the Python face and by
-    the watch thread (a client has gone, a delay is over). ``_lock`` guards everything here; the store's lock is taken
-    under it, never the other way round. Nothing is written to a socket under it: events go into the stream's queue,
-    and the stream's own HTTP thread writes them.
-    """
+    # Threads: HTTP threads call it (a stream opens, a task is submitted or completed), users' threads, and the watch
+    # thread (a client has disconnected, a delay has passed). `_lock` guards every attribute. The store's lock is
+    # acquired under it, never the other way round. Nothing is written to a socket under it: events go into the stream's
+    # queue, and the stream's own HTTP thread writes them.
 
     def __init__(self, store: Store, settings: Settings, max_streams: int) -> None:
         self._store = store
@@ -130,11 +129,11 @@ class Hub:
         self._watch: Optional[Watch] = None
         #: While true, commands are recorded but not sent on the streams.
         self.hold_commands = False
-        #: Streams opened for each worker so far, so that a late timer of an earlier connection does nothing.
+        #: How many streams each worker has opened, so that a late timer of an earlier connection does nothing.
         self._epochs: Dict[Key, int] = {}
 
     def start(self, watch: Watch) -> None:
-        """Take up what an earlier life left: workers that hold tasks count as gone now, and delays go on."""
+        """Continue from the database: workers that have tasks count as disconnected now, and delays go on."""
         with self._lock:
             self._watch = watch
             self._epochs.clear()
@@ -146,7 +145,7 @@ class Hub:
                 self._offer_later(due - time.time(), agent_id, capability)
 
     def close(self) -> None:
-        """End every stream properly; waiters wait on, the platform may start again."""
+        """End every stream properly. Calls of wait() go on, because the platform may start again."""
         with self._lock:
             self._watch = None
             streams = list(self._streams.values())
@@ -157,7 +156,7 @@ class Hub:
     # -- streams ------------------------------------------------------------------------------------------------------
 
     def open(self, stream: Stream, last_event_id: Optional[int]) -> None:
-        """Take a new stream in; its first events are in its queue when this returns.
+        """Open a new stream. Its first events are in its queue when this returns.
 
         :raises Refusal: 403 revoked, 503 too many streams or the platform is stopping.
         """
@@ -189,25 +188,25 @@ class Hub:
             self._epochs[stream.key] = self._epochs.get(stream.key, 0) + 1
             self._fill(stream)
         if old is not None:
-            # The same worker is here anew: the old connection is dead, only nobody has noticed yet.
+            # The same worker has connected again: its old connection is dead, even if that was not noticed yet.
             old.outbox.put(_END)
         if stream.socket is not None:
             stream.watch = watch
             watch.add(stream.socket, lambda: self.lose(stream))
 
     def leave(self, stream: Stream) -> None:
-        """The stream's HTTP thread is done with it, and will close the socket next."""
+        """Handle the end of a stream: its HTTP thread will close the socket next."""
         if stream.socket is not None and stream.watch is not None:
             stream.watch.remove(stream.socket)
         self._detach(stream)
 
     def lose(self, stream: Stream) -> None:
-        """The stream's client has gone."""
+        """Handle that a stream's client has disconnected."""
         self._detach(stream)
         stream.outbox.put(_CUT)
 
     def drop_all(self) -> int:
-        """Cut every live stream at its socket; how many there were."""
+        """Cut every live stream at its socket, and return their number."""
         streams = self._all()
         for stream in streams:
             self.lose(stream)
@@ -217,12 +216,12 @@ class Hub:
         return len(streams)
 
     def lose_all(self) -> None:
-        """The network has gone, and with it every client."""
+        """Handle the loss of the network: every client has disconnected."""
         for stream in self._all():
             self.lose(stream)
 
     def stall_all(self, seconds: float) -> int:
-        """Send nothing on the live streams for so long; how many there are."""
+        """Send nothing on the live streams for ``seconds``, and return their number."""
         streams = self._all()
         stall = _Stall(time.monotonic() + seconds)
         for stream in streams:
@@ -244,7 +243,7 @@ class Hub:
                 return
             del self._streams[stream.key]
             self._gone(stream.key, stream.identity.agent_id)
-            # A paused worker may be the only one left for some tasks.
+            # A paused worker may now be the only one for some tasks.
             self._pump(stream.identity.agent_id)
 
     def _gone(self, key: Key, agent_id: str) -> None:
@@ -256,7 +255,7 @@ class Hub:
             if self._watch is None or self._epochs.get(key) != epoch or key in self._streams:
                 return
             if self._store.is_finishing(*key):
-                # It closed its stream in order and still works on what it has; heartbeats say so until it is done.
+                # It closed its stream in order and still works on its tasks, which its heartbeats report.
                 self._later(max(self._settings.redelivery_delay, 0.1), lambda: self._reclaim(key, agent_id, epoch))
                 return
             del self._epochs[key]
@@ -279,7 +278,7 @@ class Hub:
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def submitted(self, agent_id: str, capability: str) -> None:
-        """There is one more task for this agent."""
+        """Handle a new task of this agent."""
         with self._lock:
             able, working = self._able(agent_id)
             for stream in able:
@@ -287,7 +286,7 @@ class Hub:
                     break
 
     def completed(self, identity: Identity, task_id: str, done: Completed) -> None:
-        """A result came in, first or not: its worker has room again."""
+        """Handle a result, whether the first or not: its worker has room again."""
         with self._lock:
             stream = self._streams.get((identity.installation_id, done.worker_id))
             if stream is not None:
@@ -300,7 +299,7 @@ class Hub:
             waiter.set()
 
     def released(self, identity: Identity, task_id: str, worker_id: str, attempt: int, agent_id: str) -> None:
-        """A worker gave a task back."""
+        """Handle a task that its worker has released."""
         with self._lock:
             stream = self._streams.get((identity.installation_id, worker_id))
             if stream is not None:
@@ -309,7 +308,7 @@ class Hub:
             self._pump(agent_id)
 
     def wait(self, task_id: str, timeout: Optional[float]) -> Dict[str, Any]:
-        """The task once it has its last result.
+        """Wait until the task has its last result, and return it.
 
         :raises TimeoutError: it has none after ``timeout`` seconds.
         :raises Refusal: 404 no such task.
@@ -331,7 +330,7 @@ class Hub:
                     del self._waiters[task_id]
 
     def _pump(self, agent_id: str) -> None:
-        """Give this agent's queued tasks out, one to each stream in turn. Needs the lock."""
+        """Assign this agent's queued tasks, one to each stream in turn. Needs the lock."""
         if not self._store.has_queued(agent_id):
             return
         able, working = self._able(agent_id)
@@ -339,22 +338,22 @@ class Hub:
             able = [stream for stream in able if self._feed(stream, working) and stream.room > 0]
 
     def _fill(self, stream: Stream) -> None:
-        """Give one stream what it has room for. Needs the lock."""
+        """Assign tasks to a stream until it has no room. Needs the lock."""
         if stream.room > 0:
             _, working = self._able(stream.identity.agent_id)
             while stream.room > 0 and self._feed(stream, working):
                 pass
 
     def _able(self, agent_id: str) -> Tuple[List[Stream], List[Stream]]:
-        """This agent's streams with room, in the order they are served; and those that work at all."""
+        """Return this agent's streams with room, in the order they are served, and all that accept tasks."""
         streams = [stream for stream in self._streams.values() if stream.identity.agent_id == agent_id]
         able = [stream for stream in streams if stream.room > 0]
-        # Whoever is emptiest, then whoever waited longest; paused workers last.
+        # The one with the fewest tasks first, then the one that has waited longest. Paused workers come last.
         able.sort(key=lambda s: (s.paused, len(s.in_flight) / s.max_in_flight, s.turn))
         return able, [stream for stream in streams if not stream.paused and not stream.closing]
 
     def _feed(self, stream: Stream, working: Sequence[Stream]) -> bool:
-        """Give one task to a stream with room; whether there was one for it."""
+        """Assign a task to a stream with room. Return True if there was one."""
         others = [other for other in working if other is not stream]
         left_to_others: Optional[FrozenSet[str]] = None
         if all(other.capabilities is not None for other in others):
@@ -381,7 +380,7 @@ class Hub:
     ) -> Dict[str, Any]:
         """Record a command and send it on every stream of the installation.
 
-        :raises Refusal: as :meth:`Store.command`.
+        :raises Refusal: see :meth:`Store.command`.
         """
         with self._lock:
             data, event_id = self._store.command(
@@ -402,7 +401,7 @@ class Hub:
                 self._close_at(installation_id, end)
 
     def reported(self, identity: Identity, body: Dict[str, Any]) -> None:
-        """A heartbeat says how its workers are: a worker that stops gets no more tasks."""
+        """Update the streams of a heartbeat's workers: a worker that stops gets no more tasks."""
         workers = {worker["worker_id"]: worker.get("status") for worker in body.get("workers") or []}
         changed = False
         with self._lock:
@@ -419,7 +418,7 @@ class Hub:
         for stream in self._of(installation_id):
             stream.desired_state = state["desired_state"]
             if data["type"] == "resume" and stream.reported == "paused":
-                # It was paused by what is undone now; its next heartbeat tells whether it is by its own will.
+                # The pause by a command has ended. Its next heartbeat shows whether it is paused for another reason.
                 stream.reported = None
             if event_id is not None:
                 stream.outbox.put(_frame(EVENT_COMMAND, encode_json(data).decode(), event_id))
@@ -436,11 +435,11 @@ class Hub:
         self._later(end - time.time(), close)
 
     def _offer_later(self, delay: float, agent_id: str, capability: str) -> None:
-        # A little late rather than early: the store compares with the wall clock.
+        # A little late rather than early, because the store compares with the wall clock.
         self._later(delay + 0.01, lambda: self.submitted(agent_id, capability))
 
     def _later(self, delay: float, callback: Callable[[], None]) -> None:
-        # While the platform is stopped nothing is due; start() sees to it again.
+        # While the platform is stopped nothing is due. start() schedules it again.
         if self._watch is not None:
             self._watch.call_later(delay, callback)
 
@@ -449,13 +448,16 @@ class Hub:
 
 
 class StreamBody:
-    """The body of a stream's answer, run by its HTTP thread: blocks on the queue, comments when nothing happens."""
+    """Yield the body of a stream's answer: events from the queue, and comments while no event comes.
+
+    The stream's HTTP thread iterates over it and blocks on the queue.
+    """
 
     def __init__(self, hub: Hub, stream: Stream, keepalive_interval: float) -> None:
         self._hub = hub
         self._stream = stream
         self._interval = keepalive_interval
-        #: What came up during a stall.
+        #: What has accumulated during a stall.
         self._held: Deque[Item] = collections.deque()
 
     def __iter__(self) -> Iterator[bytes]:
@@ -501,8 +503,10 @@ class StreamBody:
 
 
 def break_off() -> NoReturn:
-    """End the connection, from within an answer: the server closes it on this error without the last chunk, and without
-    a word in the log."""
+    """Cut the connection from within an answer, by an error.
+
+    The server then closes the connection without the last chunk and logs nothing.
+    """
     raise ConnectionAbortedError(errno.ECONNABORTED, "the stream was cut")
 
 
@@ -513,11 +517,10 @@ def _frame(event: str, data: str, event_id: Optional[int] = None) -> bytes:
 
 
 class Watch:
-    """The thread ``sekuire-local-watch``: notices closed connections at once, and calls back after delays.
+    """Notice closed connections at once, and call back after delays, on the thread ``sekuire-local-watch``."""
 
-    Any thread adds, removes and schedules; the callbacks run on the watch thread, outside ``_lock``, which guards the
-    selector's map and the heap.
-    """
+    # Threads: any thread adds, removes and schedules. The callbacks run on the watch thread, outside `_lock`, which
+    # guards the selector's map and the heap.
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -553,7 +556,7 @@ class Watch:
         self._wake()
 
     def remove(self, sock: socket.socket) -> None:
-        """Forget ``sock``; call it before closing it."""
+        """Forget ``sock``. Call this before closing it."""
         with self._lock, contextlib.suppress(ValueError, KeyError, OSError, RuntimeError):
             self._selector.unregister(sock)
 
@@ -563,7 +566,7 @@ class Watch:
         self._wake()
 
     def _wake(self) -> None:
-        # A full pipe wakes as well; a closed one belongs to a watch that has ended.
+        # A full pipe wakes the thread as well. A closed one belongs to a watch that has ended.
         with contextlib.suppress(OSError):
             self._waker.send(b"\0")
 
@@ -572,8 +575,8 @@ class Watch:
             try:
                 ready = self._selector.select(self._delay())
             except (OSError, ValueError):
-                # Only select() does this (Windows): a socket was closed under it, or there are too many. A closed one
-                # is removed by its owner; without a watch, the next keep-alive comment finds out who has gone.
+                # Only select() does this (Windows): a socket was closed during the call, or there are too many. The
+                # owner of a closed one removes it. The next keep-alive comment finds a connection that is not watched.
                 ready = []
                 time.sleep(0.05)
             calls = [call for key, _ in ready for call in self._look(key)] + self._due()
@@ -582,7 +585,7 @@ class Watch:
                     call()
                 except Exception:
                     if not self._stopping:
-                        logger.exception("the local platform's watch failed at one of its duties")
+                        logger.exception("a callback on the local platform's watch thread failed")
 
     def _delay(self) -> Optional[float]:
         with self._lock:
@@ -608,6 +611,6 @@ class Watch:
             return []
         except (OSError, ValueError):
             gone = True
-        # Either way it is ready from now on: a client that sends more requests meanwhile can no longer be watched.
+        # The socket stays ready from now on, so a client that sends more requests cannot be watched any longer.
         self.remove(sock)
         return [key.data] if gone else []

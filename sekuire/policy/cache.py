@@ -1,12 +1,10 @@
-"""Policies on disk: the last good one of each workspace, as it came, and the highest version ever seen."""
+"""Keep policies on disk: the last good one of each workspace, as it came, and the highest version ever seen."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import stat
-import time
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from .._internal import filelock, files
@@ -17,19 +15,23 @@ from ..errors import ConfigurationError
 log = get_logger("sekuire.policy")
 
 _FORMAT = 1
-#: Seconds that a writer waits for another one, and between two looks.
+#: Seconds that a writer waits for another one, and seconds between two looks.
 _LOCK_TIMEOUT, _POLL = 1.0, 0.01
+# A policy is no secret, but whoever can write the file could bring an older one back.
+_GUARD = files.Guard("path", is_secret=False, trusts_root=True)
 
 
 class PolicyCache:
-    """One file. Nothing that it holds is trusted: who reads a policy from it verifies it again.
+    """Keep policies in one file. Nothing in it is trusted: whoever reads a policy from it verifies it again.
 
-    Any thread may call anything; writers, of other processes too, are ordered by a lock on ``PATH.lock``, and the file
-    is replaced whole. A policy is no secret, but who could write the file could bring an older one back, or without a
-    pinned key one of his own: a file that is not ours, or that others may write, is refused.
+    A policy is not secret. But whoever can write the file can bring an older one back, or without a pinned key one of
+    their own. A file that belongs to another user, or that others may write, is refused.
 
     :raises ConfigurationError: the path cannot be used; the text says why and what to do.
     """
+
+    # Threads: any thread may call anything. A lock on `PATH.lock` orders writers, those of other processes too, and the
+    # file is replaced as a whole.
 
     def __init__(self, path: Union[str, os.PathLike[str]]) -> None:
         self.path = os.path.abspath(os.fspath(path))
@@ -39,12 +41,10 @@ class PolicyCache:
             raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "path")
         if os.path.isdir(self.path):
             raise ConfigurationError(f"{self.path!r} is a directory; name a file in it", "path")
-        problem = self._problem()
-        if problem:
-            raise ConfigurationError(problem, "path")
+        _GUARD.check(self.path)
 
     def load(self, workspace_id: str) -> Tuple[int, Optional[bytes]]:
-        """The highest version seen (-1: none) and the last good policy's body, still to be verified."""
+        """Return the highest version seen (-1: none) and the last good policy's body, which is not verified yet."""
         return _entry(self._read().get(workspace_id))
 
     def highest_version(self) -> int:
@@ -52,7 +52,7 @@ class PolicyCache:
         return max((_entry(entry)[0] for entry in self._read().values()), default=-1)
 
     def save(self, workspace_id: str, version: int, body: bytes) -> None:
-        """Keep a policy, unless another process has kept a newer one meanwhile."""
+        """Keep a policy, unless another process has kept a newer one."""
         with self._writing():
             entries = self._read()
             if _entry(entries.get(workspace_id))[0] <= version:
@@ -60,7 +60,7 @@ class PolicyCache:
                 self._write(entries)
 
     def forget(self, workspace_id: str) -> None:
-        """The workspace has no policy any more."""
+        """Remove the policy of a workspace that has none any more."""
         with self._writing():
             entries = self._read()
             if entries.pop(workspace_id, None) is not None:
@@ -68,28 +68,18 @@ class PolicyCache:
 
     # -- inside --
 
-    def _problem(self) -> str:
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return ""
-        if os.name == "posix" and status.st_uid not in (os.geteuid(), 0):
-            return f"{self.path!r} belongs to another user; chown it to the one that runs this"
-        if os.name == "posix" and stat.S_IMODE(status.st_mode) & 0o022:
-            return f"{self.path!r} can be written by others; run: chmod 600 {self.path}"
-        return ""
-
     def _read(self) -> Dict[str, Any]:
-        problem = self._problem()
+        problem = ""
         payload: Any = None
-        if not problem:
-            try:
-                with open(self.path, encoding="utf-8") as file:
-                    payload = json.load(file)
-            except FileNotFoundError:
-                return {}
-            except (OSError, ValueError, RecursionError) as error:
-                problem = getattr(error, "strerror", None) or "it is not JSON"
+        try:
+            with _GUARD.open(self.path) as file:
+                payload = json.loads(file.read().decode("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ConfigurationError as error:
+            problem = error.problem
+        except (OSError, ValueError, RecursionError) as error:
+            problem = getattr(error, "strerror", None) or "it is not JSON"
         if isinstance(payload, dict) and payload.get("format") == _FORMAT and isinstance(payload.get("policies"), dict):
             return dict(payload["policies"])
         log.error("the policy cache %s is not used: %s", self.path, problem or "it is not a file of this library")
@@ -121,18 +111,14 @@ class PolicyCache:
                 os.close(descriptor)
 
     def _lock(self) -> Optional[int]:
-        """The locked descriptor; None where there is no lock to be had, which must not keep a policy from disk."""
+        """Return the locked descriptor, or None if there is no lock. Without one the policy is written all the same."""
         deadline = Deadline(_LOCK_TIMEOUT)
         try:
             descriptor = filelock.open_lock(self.path + ".lock")
         except OSError:
             return None
         try:
-            while not filelock.try_lock(descriptor):
-                if deadline.is_expired():
-                    break
-                time.sleep(_POLL)
-            else:
+            if filelock.lock(descriptor, deadline, _POLL):
                 return descriptor
         except OSError:
             pass

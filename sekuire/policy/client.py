@@ -1,57 +1,56 @@
-"""Fetches a workspace's policy, verifies it, and keeps the last good one."""
+"""Fetch a workspace's policy, verify it, and keep the last good one."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import threading
 import time
-import weakref
 from types import TracebackType
-from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
 
+from .._internal import fork
 from .._internal.logs import get_logger
+from .._internal.single_flight import Flight, SingleFlight
 from .._internal.threads import Deadline
-from ..config import PolicyClientConfig, from_options
-from ..credentials import RuntimeCredentialsStore
-from ..credentials.login import TokenProvider, bearer_of
-from ..credentials.store import own_copy
+from ..config import PolicyClientConfig, from_options, method_of_options
 from ..errors import (
     AuthenticationError,
     ConfigurationError,
     PolicyIntegrityError,
     TransportError,
 )
-from ..secret import Secret
-from ..transport.http import Credential, HttpClient, Reply
+from ..transport.http import Reply
 from ..transport.retry import Interrupted, call
 from ..wire import protocol
 from ..wire.verdict import Failed, Unauthorized, verdict
 from .cache import PolicyCache
 from .document import Policy, check_succession, decode_policy, parse_key
-from .enforcer import PolicyEnforcer
+from .rulebook import Rulebook
+from .source import ClientSource, Source
 
-__all__ = ["PolicyClient", "require_extra"]
+__all__ = ["PolicyClient", "PolicyFetcher", "missing_packages", "require_extra"]
 
 log = get_logger("sekuire.policy")
 
 #: Seconds a fetch may take, all its retries together.
 FETCH_TIMEOUT = 20.0
-
-#: Sends a GET with whatever credentials there are, within a deadline; any status is a reply.
-Source = Callable[[str, Deadline], Reply]
+#: Seconds for which an answer is used again, by default.
+CACHE_TTL = 300.0
 
 _EXTRA = ("blake3", "cryptography", "rfc8785")
 
 
 def missing_packages() -> Tuple[str, ...]:
-    """Which packages of the extra are not installed."""
+    """Return the packages of the extra that are not installed."""
     return tuple(name for name in _EXTRA if importlib.util.find_spec(name) is None)
 
 
 def require_extra() -> None:
-    """:raises ConfigurationError: the extra is not installed."""
+    """Check that the extra is installed.
+
+    :raises ConfigurationError: it is not.
+    """
     missing = missing_packages()
     if missing:
         raise ConfigurationError(
@@ -59,129 +58,71 @@ def require_extra() -> None:
         )
 
 
-class _Flight:
-    """A fetch in progress: the others wait for ``done`` and share ``policy`` or ``error``."""
-
-    __slots__ = ("done", "epoch", "error", "policy")
-
-    def __init__(self, epoch: int) -> None:
-        #: How often the cache had been invalidated when it began.
-        self.epoch = epoch
-        self.done = threading.Event()
-        self.policy: Optional[Policy] = None
-        self.error: Optional[BaseException] = None
-
-
 class _Known:
-    """What is known of one workspace. The client's lock guards every field."""
+    """Hold what is known of one workspace. The fetcher's lock guards every field but ``fetches``."""
 
-    __slots__ = ("answered_at", "epoch", "flight", "is_loaded", "policy", "version")
+    __slots__ = ("answered_at", "epoch", "fetches", "is_loaded", "policy", "version")
 
     def __init__(self) -> None:
-        #: The last good policy; None: none is known, or the platform said that there is none.
+        #: The last good policy. None: none is known, or the platform said that there is none.
         self.policy: Optional[Policy] = None
         #: The highest version ever seen, over restarts too.
         self.version = -1
-        #: ``time.monotonic()`` of the last good answer; None: ask again.
+        #: ``time.monotonic()`` of the last good answer. None: ask again.
         self.answered_at: Optional[float] = None
         #: How often the cache was invalidated.
         self.epoch = 0
+        #: True once the file was read.
         self.is_loaded = False
-        self.flight: Optional[_Flight] = None
+        self.fetches = SingleFlight[Optional[Policy]]("fetch of the policy")
+
+    def is_fresh(self, ttl: float) -> bool:
+        """Return True if the last answer is not older than ``ttl`` seconds."""
+        return self.answered_at is not None and time.monotonic() - self.answered_at < ttl
 
 
-class PolicyClient:
-    """Asks the platform for active policies. Whatever it returns has passed every check of docs/protocol.md, "Policy".
+class PolicyFetcher:
+    """Ask a source for active policies. Whatever this returns has passed every check of docs/protocol.md, "Policy".
 
-    It authenticates with ``token_provider``, or the runtime token in ``credentials_store`` (shared with a
-    :class:`~sekuire.Worker` or :class:`~sekuire.Beacon`, which renews it), or ``api_key``; the next of them where one
-    has nothing to give or is refused.
-
-    Any thread may call anything. ``_lock`` guards what is known and is not held over I/O; per workspace one fetch is in
-    flight, and whoever else asks meanwhile waits for it and shares its result. It has no thread of its own.
-
-    :param trusted_policy_keys: Ed25519 public keys, each a str in hex or base64. With one given, only a policy that one
-        of them signed is taken; without, a policy's hash and signature prove that it is whole, not whose it is.
+    :param source: sends the requests.
     :param cache_ttl: seconds for which an answer is used again; 0 asks every time.
-    :param path: a file that keeps the last good policy and its version over restarts, readable by its owner only; what
-        is read from it is verified again.
-    :raises ConfigurationError: a wrong option, nothing to authenticate with, or the extra is not installed.
+    :raises ConfigurationError: a wrong key, a path that cannot be used, or the extra is not installed.
     """
+
+    # Threads: any thread may call anything. `_lock` guards what is known and is not held over I/O. A workspace has one
+    # fetch at a time; whoever asks during it waits for it and shares its result. There is no thread of its own.
 
     def __init__(
         self,
-        api_base_url: str = protocol.DEFAULT_API_BASE_URL,
-        *,
-        api_key: Union[str, Secret, None] = None,
-        credentials_store: Optional[RuntimeCredentialsStore] = None,
-        token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
+        source: Source,
+        endpoints: protocol.Endpoints,
         trusted_policy_keys: Sequence[str] = (),
-        cache_ttl: float = 300.0,
         path: Union[str, os.PathLike[str], None] = None,
-        connect_timeout: float = 3.0,
-        read_timeout: float = 10.0,
-        verify: Union[bool, str] = True,
-        client_cert: Union[str, Tuple[str, str], None] = None,
-        proxies: Optional[Mapping[str, str]] = None,
-        allow_insecure_http: bool = False,
-        endpoints: Optional[Mapping[str, str]] = None,
+        cache_ttl: float = CACHE_TTL,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        # An error's frames must not hold plain tokens.
-        del api_key
-        try:
-            config = from_options(PolicyClientConfig, options)
-        finally:
-            options.clear()
         require_extra()
-        http = HttpClient(config, pool_size=2)
-        self._set_up(_Caller(http, config), config.endpoints, config.trusted_policy_keys, config.cache_ttl, config.path)
-        self._http: Optional[HttpClient] = http
-
-    @classmethod
-    def _with(
-        cls,
-        source: Source,
-        endpoints: protocol.Endpoints,
-        trusted_policy_keys: Sequence[str],
-        path: Union[str, os.PathLike[str], None],
-    ) -> PolicyClient:
-        """A client inside an installation, whose connections and credentials it uses."""
-        require_extra()
-        client = cls.__new__(cls)
-        client._set_up(source, endpoints, trusted_policy_keys, 300.0, path)
-        client._http = None
-        return client
-
-    def _set_up(
-        self,
-        source: Source,
-        endpoints: protocol.Endpoints,
-        keys: Sequence[str],
-        cache_ttl: float,
-        path: Union[str, os.PathLike[str], None],
-    ) -> None:
+        self.cache_ttl = cache_ttl
         self._source = source
         self._endpoints = endpoints
-        self._keys = tuple(parse_key(key) for key in keys)
-        self.cache_ttl = cache_ttl
+        self._keys = tuple(parse_key(key) for key in trusted_policy_keys)
         self._cache = None if path is None else PolicyCache(path)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._known: Dict[str, _Known] = {}
-        _clients.add(self)
+        fork.reset_in_child(self, PolicyFetcher._reset)
 
     # -- what a user asks --
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the origin of a policy must be proved by a pinned key."""
+        """True if a pinned key must prove the origin of a policy."""
         return bool(self._keys)
 
     def fetch_active_policy(self, workspace_id: str) -> Optional[Policy]:
-        """The workspace's active policy, verified; None where it has none. From memory for ``cache_ttl`` seconds.
+        """Return the workspace's active policy, verified, or None if it has none.
 
-        Whatever it raises, the last good policy stays what :meth:`last_good_policy` returns.
+        The answer comes from memory for ``cache_ttl`` seconds. Whatever this raises, :meth:`last_good_policy` goes on
+        returning the last good policy.
 
         :raises PolicyIntegrityError: the policy was refused; with what was expected and found.
         :raises AuthenticationError: the platform refused the credentials.
@@ -191,63 +132,41 @@ class PolicyClient:
             raise ConfigurationError(f"must be a workspace's id, got {workspace_id!r}", "workspace_id")
         deadline = Deadline(FETCH_TIMEOUT)
         known = self._known_of(workspace_id)
-        epoch = -1
-        while True:
-            with self._lock:
-                at = known.answered_at
-                if at is not None and time.monotonic() - at < self.cache_ttl:
-                    return known.policy
-                # What was asked before an invalidation that came before this call may be too old for it.
-                epoch = known.epoch if epoch < 0 else epoch
-                flight = known.flight
-                if flight is None:
-                    mine = known.flight = _Flight(known.epoch)
-            if flight is None:
-                return self._lead(workspace_id, known, mine, deadline)
-            if not flight.done.wait(deadline.remaining()):
-                raise TransportError("waiting for another thread's fetch of the policy took too long")
-            if flight.epoch < epoch:
-                continue
-            if flight.error is None:
-                return flight.policy
-            raise own_copy(flight.error)
+        with self._lock:
+            if known.is_fresh(self.cache_ttl):
+                return known.policy
+            epoch = known.epoch
+
+        def is_recent(flight: Flight[Optional[Policy]]) -> bool:
+            # A fetch that began before an invalidation may be too old for whoever asks after it.
+            return isinstance(flight.tag, int) and flight.tag >= epoch
+
+        return known.fetches.run(
+            lambda: self._fetch_unless_fresh(workspace_id, known, deadline), deadline, tag=epoch, may_share=is_recent
+        )
 
     def last_good_policy(self, workspace_id: str) -> Optional[Policy]:
-        """The last policy that passed every check, however old, from memory or from ``path``; None where there is none.
+        """Return the last policy that passed every check, however old, from memory or from ``path``, or None.
 
-        Asks nobody.
+        This sends no request.
         """
         return self._known_of(workspace_id).policy
 
     def invalidate_cache(self, workspace_id: str) -> None:
-        """Ask the platform at the next :meth:`fetch_active_policy`; the last good policy stays known."""
+        """Have the next :meth:`fetch_active_policy` ask the platform. The last good policy stays known."""
         known = self._known_of(workspace_id)
         with self._lock:
             known.answered_at = None
             known.epoch += 1
 
     def close(self) -> None:
-        """End the waits between retries and close the connections. What is known stays."""
+        """End the waits between retries and close the connections. What is known stays known."""
         self._stop.set()
-        if self._http is not None:
-            self._http.close()
-
-    def __enter__(self) -> PolicyClient:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
-        self.close()
+        self._source.close()
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_known"):
-            return "<PolicyClient (not set up)>"
         pinned = f"{len(self._keys)} pinned keys" if self._keys else "no pinned key"
-        return f"<PolicyClient {len(self._known)} workspaces, {pinned}>"
+        return f"<{type(self).__name__} {len(self._known)} workspaces, {pinned}>"
 
     # -- inside --
 
@@ -258,7 +177,7 @@ class PolicyClient:
                 known = self._known[workspace_id] = _Known()
             if known.is_loaded or self._cache is None:
                 return known
-        # Outside the lock: this reads a file. Two threads may do it at once, and find the same.
+        # Outside the lock: this reads a file. Two threads may do it at the same time, and find the same.
         version, body = self._cache.load(workspace_id)
         policy = None if body is None else self._from_disk(workspace_id, version, body)
         with self._lock:
@@ -274,7 +193,7 @@ class PolicyClient:
         try:
             policy = decode_policy(body, workspace_id=workspace_id, trusted_keys=self._keys)
             if policy.version >= version:
-                PolicyEnforcer(policy)
+                Rulebook(policy)
                 return policy
             problem = f"it is version {policy.version}, and version {version} was seen before"
         except PolicyIntegrityError as error:
@@ -282,23 +201,11 @@ class PolicyClient:
         log.error("the policy of %s in %s is refused and not used: %s", workspace_id, self._cache.path, problem)
         return None
 
-    def _lead(self, workspace_id: str, known: _Known, flight: _Flight, deadline: Deadline) -> Optional[Policy]:
-        try:
-            flight.policy = self._fetch(workspace_id, known, flight.epoch, deadline)
-            return flight.policy
-        except Exception as error:
-            flight.error = error
-            raise
-        except BaseException as error:
-            # Ctrl-C, for example: it is meant for this thread only.
-            flight.error = TransportError(f"fetching the policy was interrupted ({type(error).__name__})")
-            raise
-        finally:
-            with self._lock:
-                known.flight = None
-            flight.done.set()
-
-    def _fetch(self, workspace_id: str, known: _Known, epoch: int, deadline: Deadline) -> Optional[Policy]:
+    def _fetch_unless_fresh(self, workspace_id: str, known: _Known, deadline: Deadline) -> Optional[Policy]:
+        with self._lock:
+            if known.is_fresh(self.cache_ttl):
+                return known.policy
+            epoch = known.epoch
         path = self._endpoints.path("policy", workspace_id=workspace_id)
         asked_at = time.monotonic()
         try:
@@ -307,14 +214,7 @@ class PolicyClient:
             reply = None
         if reply is None:
             raise TransportError("the policy client was closed")
-        policy = None
-        if reply.status == 404:
-            self._check_none(workspace_id, known)
-        else:
-            policy = decode_policy(reply.body, workspace_id=workspace_id, trusted_keys=self._keys)
-            self._check_version(known, policy)
-            # One that cannot be enforced on this machine must not take the place of one that can.
-            PolicyEnforcer(policy)
+        policy = self._read(workspace_id, known, reply)
         with self._lock:
             old = known.policy
             known.policy = policy
@@ -330,12 +230,23 @@ class PolicyClient:
                 self._cache.save(workspace_id, policy.version, policy.raw)
         return policy
 
+    def _read(self, workspace_id: str, known: _Known, reply: Reply) -> Optional[Policy]:
+        """Return the policy in an answer that passed every check, or None if the answer says that there is none."""
+        if reply.status == 404:
+            self._check_none(workspace_id, known)
+            return None
+        policy = decode_policy(reply.body, workspace_id=workspace_id, trusted_keys=self._keys)
+        self._check_version(known, policy)
+        # A policy that cannot be enforced on this machine must not replace one that can.
+        Rulebook(policy)
+        return policy
+
     def _ask(self, path: str, deadline: Deadline) -> Reply:
-        """Ask once. Return the policy's answer, or the 404 that says that there is none.
+        """Ask once. Return the answer that holds a policy, or the 404 that says that there is none.
 
         :raises SekuireError: any other answer.
         """
-        reply = self._source(path, deadline)
+        reply = self._source.get(path, deadline)
         found = verdict("policy", reply)
         if not isinstance(found, Failed):
             return reply
@@ -345,9 +256,9 @@ class PolicyClient:
         raise found.error
 
     def _check_none(self, workspace_id: str, known: _Known) -> None:
-        """Check that "there is no policy" may be believed: nobody signs it.
+        """Check that "there is no policy" may be believed, because nobody signs it.
 
-        :raises PolicyIntegrityError: a key is pinned, and a version was seen before, of any workspace: whoever can
+        :raises PolicyIntegrityError: a key is pinned, and a version was seen before, of any workspace. Whoever can
             answer in the platform's place can name a workspace that never had a policy.
         """
         if not self._keys:
@@ -367,7 +278,10 @@ class PolicyClient:
             )
 
     def _check_version(self, known: _Known, policy: Policy) -> None:
-        """:raises PolicyIntegrityError: an older one than was seen before, or another with the same number."""
+        """Check that ``policy`` is newer than what was seen before.
+
+        :raises PolicyIntegrityError: it is older, or another one with the same number.
+        """
         if known.policy is not None:
             check_succession(known.policy, policy)
         if policy.version < known.version:
@@ -382,60 +296,47 @@ class PolicyClient:
         where = f"remove {self._cache.path} and " if self._cache is not None else ""
         return f", or {where}restart if the platform itself was set back"
 
-
-class _Caller:
-    """GETs with a client's own credentials. Any thread; it keeps no state but a token provider's."""
-
-    def __init__(self, http: HttpClient, config: PolicyClientConfig) -> None:
-        self._http = http
-        self._provider = None if config.token_provider is None else TokenProvider(config.token_provider)
-        self._store: Optional[RuntimeCredentialsStore] = config.credentials_store
-        self._api_key = config.api_key
-
-    def __call__(self, path: str, deadline: Deadline) -> Reply:
-        reply: Optional[Reply] = None
-        for credential in self._ways():
-            timeout = max(deadline.remaining(), 0.001)
-            reply = self._http.request("GET", path, credential=credential, timeout=timeout)
-            if reply.status != 401:
-                break
-        if reply is None:
-            raise TransportError("the credentials_store holds no runtime token yet; waiting for one")
-        return reply
-
-    def _ways(self) -> Iterator[Credential]:
-        """What to try; asked for the next only after a 401."""
-        if self._provider is not None:
-            first = self._provider.ask()
-            yield functools.partial(protocol.bearer, first)
-            second = self._provider.ask()
-            if second != first:
-                yield functools.partial(protocol.bearer, second)
-        if self._store is not None:
-            snapshot = self._store.snapshot
-            bearer = bearer_of(snapshot)
-            if bearer is not None:
-                yield bearer
-            # Refused, or none there: whoever renews the token may have done so meanwhile.
-            self._store.reload()
-            newer = self._store.snapshot
-            bearer = bearer_of(newer)
-            if bearer is not None and newer.generation != snapshot.generation:
-                yield bearer
-        if self._api_key is not None:
-            yield functools.partial(protocol.api_key_header, self._api_key)
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
 
 
-_clients: weakref.WeakSet[PolicyClient] = weakref.WeakSet()
+class PolicyClient(PolicyFetcher):
+    """Ask the platform for active policies over connections of its own. ::
 
+        with PolicyClient(api_key="sk-...", trusted_policy_keys=["4b6f..."]) as client:
+            policy = client.fetch_active_policy("ws_1")
+            if policy is not None:
+                print(policy.version, policy.origin)
 
-def _after_fork() -> None:
-    # A lock held by a thread of the parent at the moment of the fork would never be released in the child.
-    for client in list(_clients):
-        client._lock = threading.Lock()
-        for known in client._known.values():
-            known.flight = None
+    Whatever it returns has passed every check of docs/protocol.md, "Policy". It authenticates with ``token_provider``,
+    the runtime token in ``credentials_store``, or ``api_key``. It tries the next of them if one has no token or is
+    refused. A :class:`~sekuire.Worker` or :class:`~sekuire.Beacon` that shares the store renews its token.
 
+    Any thread may call anything.
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    :param trusted_policy_keys: Ed25519 public keys, each a str in hex or base64. With one given, only a policy that one
+        of them signed is accepted. Without, hash and signature prove that a policy is whole, not whose it is.
+    :param cache_ttl: seconds for which an answer is used again; 0 asks every time.
+    :param path: a file that keeps the last good policy and its version over restarts, readable by its owner only. What
+        is read from it is verified again.
+    :raises ConfigurationError: a wrong option, nothing to authenticate with, or the extra is not installed.
+    """
+
+    @method_of_options(PolicyClientConfig)
+    def __init__(self, options: Dict[str, Any]) -> None:
+        config = from_options(PolicyClientConfig, options)
+        require_extra()
+        super().__init__(
+            ClientSource(config), config.endpoints, config.trusted_policy_keys, config.path, config.cache_ttl
+        )
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[Type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()

@@ -1,7 +1,7 @@
-"""A policy as it came: decoded strictly, its hash and signature verified, its content read-only.
+"""Read a policy: decode it strictly, verify its hash and signature, and make its content read-only.
 
-Pure; no I/O. What is refused here raises :class:`~sekuire.errors.PolicyIntegrityError` with what was expected and
-what was found; nothing of a refused policy is ever enforced.
+Pure; no I/O. What is refused here raises :class:`~sekuire.errors.PolicyIntegrityError` with what was expected and what
+was found. Nothing of a refused policy is ever enforced.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = [
 
 #: How deep a policy's objects and lists may be nested.
 MAX_DEPTH = 64
-#: How many unknown keys are named.
+#: How many unknown keys are named at most.
 MAX_WARNINGS = 50
-#: The largest integer below which a double holds every one (RFC 7493), and the highest version.
+#: The largest integer up to which a double holds every integer (RFC 7493), and the highest version.
 MAX_INTEGER = 2**53 - 1
 #: Bytes of an Ed25519 public key and of a signature.
 KEY_BYTES = 32
@@ -54,7 +54,7 @@ ORIGIN_UNSIGNED = "unsigned"
 
 
 class _Wrong(ValueError):
-    """Something in the document is not what it must be; ``path`` says where."""
+    """Raised inside this module if something in a document is wrong; ``path`` says where."""
 
     def __init__(self, path: str, problem: str, expected: Optional[str] = None, found: Optional[str] = None) -> None:
         super().__init__(path, problem)
@@ -64,12 +64,13 @@ class _Wrong(ValueError):
         self.found = found
 
     def error(self) -> PolicyIntegrityError:
+        """Return the error for the user."""
         where = f"{self.path}: " if self.path else ""
         return PolicyIntegrityError(f"{where}{self.problem}", expected=self.expected, found=self.found)
 
 
 def _kind(value: object) -> str:
-    """What JSON calls the type of ``value``."""
+    """Return what JSON calls the type of ``value``."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -84,14 +85,14 @@ def _kind(value: object) -> str:
 
 
 def _show(value: object) -> str:
-    """``value`` for an error's text: quoted, on one line, cut."""
+    """Return ``value`` for an error's text: quoted, on one line, cut."""
     text = ascii(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 @contextlib.contextmanager
 def _extra() -> Iterator[None]:
-    """Around imports of what the extra brings.
+    """Name the extra if an import of one of its packages fails.
 
     :raises ConfigurationError: it is not installed.
     """
@@ -106,7 +107,7 @@ def _extra() -> Iterator[None]:
 
 
 def thaw(value: Any) -> Any:
-    """A copy of ``value`` in plain dicts and lists, as ``json.dumps`` takes it."""
+    """Return a copy of ``value`` in plain dicts and lists, which ``json.dumps`` accepts."""
     if isinstance(value, Mapping):
         return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -115,11 +116,11 @@ def thaw(value: Any) -> Any:
 
 
 def canonical(value: Any) -> bytes:
-    """``value`` in the form of RFC 8785 (JSON Canonicalization Scheme).
+    """Return ``value`` in the form of RFC 8785 (JSON Canonicalization Scheme).
 
     :raises ConfigurationError: the extra is not installed.
     :raises PolicyIntegrityError: ``value`` has no such form: a number that is not finite or too large for a
-        double, a lone surrogate, a key that is no string, a type that JSON lacks, or too deep a nesting.
+        double, a lone surrogate, a key that is not a string, a type that JSON lacks, or too deep a nesting.
     """
     with _extra():
         import rfc8785
@@ -135,7 +136,7 @@ def canonical(value: Any) -> bytes:
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
-    """BLAKE3 of the content's canonical form, 64 lower-case hex digits.
+    """Return the BLAKE3 hash of the content's canonical form, as 64 lower-case hex digits.
 
     :raises ConfigurationError: the extra is not installed.
     :raises PolicyIntegrityError: as :func:`canonical`.
@@ -146,14 +147,14 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def signed_message(hash: str, policy_id: str, version: Union[int, str], workspace_id: str) -> bytes:
-    """The bytes that a policy's signature covers: the RFC 8785 form of these four values."""
+    """Return the bytes that a policy's signature covers: the RFC 8785 form of these four values."""
     return canonical({"hash": hash, "policy_id": policy_id, "version": version, "workspace_id": workspace_id})
 
 
 def parse_key(text: str) -> bytes:
-    """An Ed25519 public key of 32 bytes, from hex or base64 (either alphabet, with or without padding).
+    """Return an Ed25519 public key of 32 bytes, read from hex or base64 (either alphabet, with or without padding).
 
-    :raises ConfigurationError: it is neither, has another length, or is a point with which anyone could sign.
+    :raises ConfigurationError: ``text`` is neither, has another length, or is a point with which anyone could sign.
     """
     problem = _key_problem(text)
     if problem:
@@ -182,7 +183,7 @@ def _key_problem(text: object) -> str:
 
 
 def _decode_binary(text: str, size: int) -> Optional[bytes]:
-    """``size`` bytes from hex or base64; None where ``text`` is neither."""
+    """Return ``size`` bytes read from hex or base64, or None if ``text`` is neither."""
     text = text.strip()
     if not text.isascii():
         return None
@@ -201,8 +202,8 @@ def _decode_binary(text: str, size: int) -> Optional[bytes]:
     return value if len(value) == size else None
 
 
-#: y coordinates of the points of order 1, 2, 4 and 8, sign bit cleared, also those not reduced modulo p. Whoever pins
-#: such a "key" (a placeholder of zeros, for example) would trust signatures that need no private key.
+#: y coordinates of the points of order 1, 2, 4 and 8, with the sign bit cleared, also those not reduced modulo p.
+#: Whoever pins such a "key" (a placeholder of zeros, for example) would trust signatures that need no private key.
 _WEAK = frozenset(
     bytes.fromhex(text)
     for text in (
@@ -222,7 +223,7 @@ def _is_weak(key: bytes) -> bool:
 
 
 def _verifies(key: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether ``signature`` over ``message`` was made with the private key of ``key``."""
+    """Return True if ``signature`` over ``message`` was made with the private key of ``key``."""
     with _extra():
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -260,7 +261,7 @@ def _integer(text: str) -> Union[int, float]:
 
 
 def _is_double(number: int) -> bool:
-    """Whether there is a double for ``number``; beyond 2^53 it is the nearest one, as RFC 8785 has no other numbers."""
+    """Return True if ``number`` fits into a double. Beyond 2^53 the nearest one counts, as RFC 8785 has no others."""
     try:
         float(number)
     except OverflowError:
@@ -269,7 +270,7 @@ def _is_double(number: int) -> bool:
 
 
 def _doubles(value: Any) -> Any:
-    """As :func:`thaw`, with integers beyond 2^53 - 1 as the doubles that they are."""
+    """Return a copy of ``value`` as :func:`thaw` does, with integers beyond 2^53 - 1 as doubles."""
     if isinstance(value, Mapping):
         return {key: _doubles(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -309,7 +310,7 @@ def _decode(body: bytes) -> Any:
 
 
 def read_document(body: bytes) -> Any:
-    """What a file holds that is to become a policy, read as strictly as a policy; needs no extra.
+    """Return the value in a file that is to become a policy, read as strictly as a policy. This needs no extra.
 
     :raises PolicyIntegrityError: it is not JSON in UTF-8, or an object in it has a key twice, for example.
     """
@@ -321,17 +322,17 @@ def read_document(body: bytes) -> Any:
     raise wrong
 
 
-#: Where a value stands: the node of what holds it, and its key or index there; None for the whole.
+#: Where a value stands: the node of what holds it, and its key or index there. None for the whole.
 _Node = Optional[Tuple[Any, Union[str, int]]]
 
 
 def check_value(value: Any, path: str) -> None:
-    """Whether ``value`` is JSON that every reader takes for the same: see :func:`canonical`.
+    """Check that ``value`` is JSON that every reader understands in the same way: see :func:`canonical`.
 
     :param path: what the whole is called in an error.
-    :raises _Wrong: it is not; naming the place.
+    :raises _Wrong: it is not; the error names the place.
     """
-    # Iterative, because the depth is what is being checked; a place is put into words only when it is wrong.
+    # Iterative, because the depth itself is checked. A place is put into words only if it is wrong.
     waiting: List[Tuple[Any, _Node, int]] = [(value, None, 0)]
     while waiting:
         item, node, depth = waiting.pop()
@@ -340,7 +341,7 @@ def check_value(value: Any, path: str) -> None:
             problem = f"is nested deeper than {MAX_DEPTH} levels"
         elif isinstance(item, str):
             if not _is_unicode(item):
-                problem = "holds a lone surrogate, which is no character"
+                problem = "holds a lone surrogate, which is not a character"
         elif item is None or isinstance(item, bool):
             continue
         elif isinstance(item, int):
@@ -354,7 +355,7 @@ def check_value(value: Any, path: str) -> None:
                 if not isinstance(key, str):
                     problem = f"has a key that is {_kind(key)}, not a string"
                 elif not _is_unicode(key):
-                    problem = "has a key with a lone surrogate, which is no character"
+                    problem = "has a key with a lone surrogate, which is not a character"
                 else:
                     waiting.append((inner, (node, key), depth + 1))
         elif isinstance(item, (list, tuple)):
@@ -399,75 +400,6 @@ def _cut(path: str) -> str:
 Texts = Optional[Tuple[str, ...]]
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Network:
-    enabled: bool = True
-    require_tls: bool = False
-    allowed_domains: Texts = None
-    blocked_domains: Texts = None
-    allowed_hosts: Texts = None
-    blocked_hosts: Texts = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Filesystem:
-    enabled: bool = True
-    allowed_paths: Texts = None
-    blocked_paths: Texts = None
-    allowed_extensions: Texts = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Tools:
-    allowed_tools: Texts = None
-    blocked_tools: Texts = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Api:
-    allowed_services: Texts = None
-    blocked_services: Texts = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Models:
-    allowed_models: Texts = None
-    denied_models: Texts = None
-    allowed_providers: Texts = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Capabilities:
-    allowed_tools: Texts = None
-    denied_tools: Texts = None
-    allowed_capabilities: Texts = None
-    denied_capabilities: Texts = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Rate:
-    """How much at most, in a minute and in an hour; None: no limit."""
-
-    max_per_minute: Optional[int] = None
-    max_per_hour: Optional[int] = None
-
-
-@attrs.frozen(kw_only=True, slots=True)
-class Rules:
-    """What of a policy's content is enforced, typed. None: that section is absent."""
-
-    network: Optional[Network] = None
-    filesystem: Optional[Filesystem] = None
-    tools: Tools = Tools()
-    api: Api = Api()
-    models: Models = Models()
-    capabilities: Capabilities = Capabilities()
-    requests: Rate = Rate()
-    tokens: Rate = Rate()
-    #: Sections that deny everything, each with the unknown key that may have been meant to block something.
-    closed: Mapping[str, str] = attrs.field(factory=dict, hash=False)
-
-
 def _flag(value: Any, path: str) -> bool:
     if isinstance(value, bool):
         return value
@@ -503,47 +435,104 @@ _names = _list_of(matching.name_problem)
 _domains = _list_of(matching.domain_problem)
 _paths = _list_of(matching.path_problem)
 _extensions = _list_of(matching.extension_problem)
-_RATE: Dict[str, Callable[[Any, str], Any]] = {"max_per_minute": _count, "max_per_hour": _count}
 
-#: Section → its fields, each with what reads it; then the class that holds them.
-_SCHEMA: Dict[str, Dict[str, Tuple[Any, Dict[str, Callable[[Any, str], Any]]]]] = {
-    "permissions": {
-        "network": (
-            Network,
-            {
-                "enabled": _flag,
-                "require_tls": _flag,
-                "allowed_domains": _domains,
-                "blocked_domains": _domains,
-                "allowed_hosts": _domains,
-                "blocked_hosts": _domains,
-            },
-        ),
-        "filesystem": (
-            Filesystem,
-            {"enabled": _flag, "allowed_paths": _paths, "blocked_paths": _paths, "allowed_extensions": _extensions},
-        ),
-        "tools": (Tools, {"allowed_tools": _names, "blocked_tools": _names}),
-        "api": (Api, {"allowed_services": _names, "blocked_services": _names}),
-    },
-    "agent": {
-        "models": (Models, {"allowed_models": _names, "denied_models": _names, "allowed_providers": _names}),
-        "capabilities": (
-            Capabilities,
-            {
-                "allowed_tools": _names,
-                "denied_tools": _names,
-                "allowed_capabilities": _names,
-                "denied_capabilities": _names,
-            },
-        ),
-    },
-    "rate_limits": {"requests": (Rate, _RATE), "tokens": (Rate, _RATE)},
+
+def _field(read: Callable[[Any, str], Any], default: Any = None) -> Any:
+    """Declare a field of a section. ``read(value, path)`` checks its value in a policy and converts it."""
+    return attrs.field(default=default, metadata={"read": read})
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Network:
+    """The section ``permissions.network``."""
+
+    enabled: bool = _field(_flag, True)
+    require_tls: bool = _field(_flag, False)
+    allowed_domains: Texts = _field(_domains)
+    blocked_domains: Texts = _field(_domains)
+    allowed_hosts: Texts = _field(_domains)
+    blocked_hosts: Texts = _field(_domains)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Filesystem:
+    """The section ``permissions.filesystem``."""
+
+    enabled: bool = _field(_flag, True)
+    allowed_paths: Texts = _field(_paths)
+    blocked_paths: Texts = _field(_paths)
+    allowed_extensions: Texts = _field(_extensions)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Tools:
+    """The section ``permissions.tools``."""
+
+    allowed_tools: Texts = _field(_names)
+    blocked_tools: Texts = _field(_names)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Api:
+    """The section ``permissions.api``."""
+
+    allowed_services: Texts = _field(_names)
+    blocked_services: Texts = _field(_names)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Models:
+    """The section ``agent.models``."""
+
+    allowed_models: Texts = _field(_names)
+    denied_models: Texts = _field(_names)
+    allowed_providers: Texts = _field(_names)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Capabilities:
+    """The section ``agent.capabilities``."""
+
+    allowed_tools: Texts = _field(_names)
+    denied_tools: Texts = _field(_names)
+    allowed_capabilities: Texts = _field(_names)
+    denied_capabilities: Texts = _field(_names)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Rate:
+    """A section of ``rate_limits``: how much at most, in a minute and in an hour. None: no limit."""
+
+    max_per_minute: Optional[int] = _field(_count)
+    max_per_hour: Optional[int] = _field(_count)
+
+
+@attrs.frozen(kw_only=True, slots=True)
+class Rules:
+    """Hold what of a policy's content is enforced, typed. None: that section is absent."""
+
+    network: Optional[Network] = None
+    filesystem: Optional[Filesystem] = None
+    tools: Tools = Tools()
+    api: Api = Api()
+    models: Models = Models()
+    capabilities: Capabilities = Capabilities()
+    requests: Rate = Rate()
+    tokens: Rate = Rate()
+    #: Sections that deny everything, each with the unknown key that may have been meant to block something.
+    closed: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+
+
+#: Each part of a policy that is enforced: its sections, and the class that holds each of them.
+_SCHEMA: Dict[str, Dict[str, Any]] = {
+    "permissions": {"network": Network, "filesystem": Filesystem, "tools": Tools, "api": Api},
+    "agent": {"models": Models, "capabilities": Capabilities},
+    "rate_limits": {"requests": Rate, "tokens": Rate},
 }
 
 
 def read_rules(content: Mapping[str, Any]) -> Tuple[Rules, Tuple[str, ...]]:
-    """What of ``content`` is enforced, and its unknown keys, each by path with the known ones.
+    """Return what of ``content`` is enforced, and its unknown keys, each by path with the known ones.
 
     :raises PolicyIntegrityError: an enforced part has another type or an entry that cannot be enforced; by path.
     """
@@ -561,22 +550,22 @@ def _read(content: Any) -> Tuple[Rules, Tuple[str, ...]]:
     closed: Dict[str, str] = {}
     warnings: List[str] = []
     for part, sections in _SCHEMA.items():
-        # A rate that is not counted denies nothing; what is unknown there is a warning only.
+        # A rate that is not counted denies nothing: an unknown key there is only a warning.
         around = () if part == "rate_limits" else tuple(sections)
         for name, value in _items(content, part, part, sections, warnings, closed, around):
-            cls, fields = sections[name]
+            cls = sections[name]
+            fields = attrs.fields_dict(cls)
             where = f"{part}.{name}"
             values = {}
             around_key = (name,) if around else ()
             for key, item in _items({name: value}, name, where, fields, warnings, closed, around_key):
-                if item is not None:
-                    values[key] = fields[key](item, f"{where}.{key}")
+                values[key] = fields[key].metadata["read"](item, f"{where}.{key}")
             found[name] = cls(**values)
     return Rules(**found, closed=closed), tuple(warnings)
 
 
 def _near_misses(content: Mapping[str, Any]) -> Iterator[str]:
-    """Keys beside the enforced parts that were probably meant to be one of them."""
+    """Yield a warning for each key beside the enforced parts that was probably meant to be one of them."""
     for key in list(content)[:MAX_WARNINGS]:
         close = difflib.get_close_matches(key[:100], _SCHEMA, n=1, cutoff=0.8)
         if close and key not in _SCHEMA:
@@ -608,7 +597,7 @@ def _items(
                 for section in around:
                     closed.setdefault(section, list_at)
             if len(warnings) >= MAX_WARNINGS:
-                # Whoever sends thousands must not make us search for thousands of likely names.
+                # A policy with thousands of unknown keys must not cost thousands of searches for likely names.
                 continue
             close = difflib.get_close_matches(str(key)[:100], known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
@@ -644,6 +633,7 @@ def _find_list(value: Any, path: str, key: str) -> Optional[str]:
 
 
 def _freeze(value: Any) -> Any:
+    """Return a read-only copy of ``value``."""
     if isinstance(value, Mapping):
         return types.MappingProxyType({key: _freeze(item) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
@@ -657,13 +647,16 @@ def _restore(fields: Dict[str, Any]) -> Policy:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Policy:
-    """A workspace's policy that passed every check, or one made by :meth:`from_content`.
+    """Hold a workspace's policy that passed every check, or one made by :meth:`from_content`. ::
+
+        policy = Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}})
+        print(policy.hash, policy.warnings)
 
     ``content`` is read-only down to its leaves (mapping proxies and tuples); :func:`thaw` copies it into dicts and
     lists. ``origin`` is what the signature proved: ``"pinned"`` (made by the owner of a pinned key), ``"integrity"``
-    (whole, by a key that came along) or ``"unsigned"`` (the hash fits, no more). ``raw`` is the answer's body as it
-    came, so that a stored policy can be verified again; ``warnings`` are its unknown keys, by path, and what there is
-    to say of its signature.
+    (whole, signed by a key that came with it) or ``"unsigned"`` (only the hash fits). ``raw`` is the answer's body as
+    it came, so that a stored policy can be verified again. ``warnings`` are its unknown keys, by path, and remarks on
+    its signature.
     """
 
     policy_id: str
@@ -688,9 +681,9 @@ class Policy:
     def from_content(
         cls, content: Mapping[str, Any], *, workspace_id: str = "local", policy_id: str = "local", version: int = 1
     ) -> Policy:
-        """A policy of your own, unsigned, for trying an enforcer without a platform. Needs no extra.
+        """Return an unsigned policy of your own, for trying an enforcer without a platform. This needs no extra.
 
-        ``hash`` is the empty string where the extra is not installed.
+        ``hash`` is the empty string if the extra is not installed.
 
         :raises PolicyIntegrityError: an enforced part has another type or an entry that cannot be enforced; by path.
         """
@@ -717,11 +710,11 @@ class Policy:
 
 
 def decode_policy(body: bytes, *, workspace_id: str, trusted_keys: Sequence[bytes] = ()) -> Policy:
-    """The policy in an answer's body, after every check of docs/protocol.md, "Policy".
+    """Return the policy in an answer's body, after every check of docs/protocol.md, "Policy".
 
     :param workspace_id: whose policy was asked for; another one is refused.
-    :param trusted_keys: the pinned keys, 32 bytes each (:func:`parse_key`). With one pinned the policy must be signed
-        by one of them, over hash, id, version and workspace, and may hold no unknown key in an enforced part.
+    :param trusted_keys: the pinned keys, 32 bytes each (:func:`parse_key`). With one pinned, one of them must have
+        signed hash, id, version and workspace, and no enforced part may hold an unknown key.
     :raises PolicyIntegrityError: with what was expected and found.
     :raises ConfigurationError: the extra is not installed.
     """
@@ -800,7 +793,7 @@ def _check_hash(stated: Any, content: Mapping[str, Any]) -> str:
 def _check_signature(
     payload: Mapping[str, Any], digest: str, policy_id: str, version: int, workspace_id: str, trusted: Tuple[bytes, ...]
 ) -> Tuple[str, Tuple[str, ...]]:
-    """What the signature proves, and what there is to say about it."""
+    """Return what the signature proves, and remarks on it."""
     text = payload.get("signature")
     if text is None:
         if trusted:
@@ -829,7 +822,7 @@ def _check_signature(
 
 
 def _candidates(text: Any, trusted: Tuple[bytes, ...]) -> Tuple[Tuple[bytes, ...], str]:
-    """The keys that may have signed; none, and why, where there is nothing to check the signature with."""
+    """Return the keys that may have signed. If no key can check the signature, return none, and say why."""
     if text is None:
         return trusted, "signature cannot be checked: no signing_public_key came with it, and no key is pinned"
     key = _decode_binary(text, KEY_BYTES) if isinstance(text, str) else None
@@ -844,7 +837,7 @@ def _candidates(text: Any, trusted: Tuple[bytes, ...]) -> Tuple[Tuple[bytes, ...
 
 
 def check_succession(known: Policy, new: Policy) -> None:
-    """Whether ``new`` may take the place of ``known``: the version must not go back.
+    """Check that ``new`` may replace ``known``: the version must not go back.
 
     :raises PolicyIntegrityError: an older version, the same version with another hash, or another workspace.
     """

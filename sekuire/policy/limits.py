@@ -1,14 +1,14 @@
-"""Rate limits over a moving window: in this process, or shared by many through a store such as Redis."""
+"""Limit rates over a moving window: in this process, or in a store such as Redis that many processes share."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
 
+from .._internal import checks, fork
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError, PolicyUnavailableError
 from .document import MAX_INTEGER, Rate
@@ -21,19 +21,19 @@ KINDS = ("requests", "tokens")
 #: The windows of a rate, shortest first, in seconds.
 WINDOWS = (("minute", 60), ("hour", 3600))
 
-#: How much of its length a window is remembered by: what falls into one such step is kept as one entry.
+#: How many steps a window has. What is counted within one step is kept as one entry.
 _STEPS = 6000
-#: Units that a shared window of tokens has at most. A store keeps one entry for each unit, and what is counted at once
-#: must fit into one call of a script, so that higher limits are counted in larger units.
+#: Most units of a shared window of tokens. A store keeps one entry for each unit, and what is counted at once must fit
+#: into one call of a script. Higher limits are therefore counted in larger units.
 MAX_UNITS = 5000
 #: Seconds to connect to a shared store, and to wait for an answer.
 STORE_TIMEOUT = 2.0
 
 
 class Excess(NamedTuple):
-    """A limit that would be exceeded: ``window`` is ``"minute"`` or ``"hour"``.
+    """Name a limit that would be exceeded: ``window`` is ``"minute"`` or ``"hour"``.
 
-    ``retry_after`` is seconds until it may admit what was refused; None where it never will.
+    ``retry_after`` is the number of seconds until it may admit what was refused, or None if it never will.
     """
 
     window: str
@@ -42,30 +42,40 @@ class Excess(NamedTuple):
 
 
 def check_request(kind: object, amount: object) -> None:
-    """:raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more."""
+    """Check what is to be counted.
+
+    :raises ConfigurationError: an unknown kind, or an amount that is not a whole number of 0 or more.
+    """
     if kind not in KINDS:
         raise ConfigurationError(f"must be one of {', '.join(KINDS)}, got {kind!r}", "kind")
-    if not isinstance(amount, int) or isinstance(amount, bool) or not 0 <= amount <= MAX_INTEGER:
-        # Python refuses to write integers of more than 4,300 digits.
-        found = repr(amount) if not isinstance(amount, int) or abs(amount) <= MAX_INTEGER else "one beyond 2^53"
-        raise ConfigurationError(f"must be a whole number, 0 or more, got {found[:100]}", "amount")
+    if type(amount) is not int or not 0 <= amount <= MAX_INTEGER:
+        checks.check_whole("amount", amount, least=0)
+        if amount > MAX_INTEGER:  # type: ignore[operator]
+            raise ConfigurationError("must be a whole number, 0 or more, got one beyond 2^53", "amount")
 
 
 class RateLimiter:
-    """Counts requests and tokens over the last minute and the last hour.
+    """Count requests and tokens over the last minute and the last hour. ::
+
+        limiter = RateLimiter(namespace="ws_1")
+        enforcer = PolicyEnforcer(policy, limiter=limiter)
+        enforcer.enforce_rate_limit("tokens", 500)
 
     Without ``storage_uri`` it counts in this process, exactly. With one, for example ``"redis://localhost:6379/0"``,
-    all processes that name the same store and ``namespace`` share their counts; the store is one of those that the
-    package ``limits`` supports for a moving window, and the clocks of the machines must agree. Tokens of a shared limit
-    above 5,000 are counted in units, powers of two of which it has 2,500 to 5,000, rounded up: never too little.
-    Where a policy changes such a limit to one of other units, what this process has counted before goes on counting.
+    all processes that name the same store and ``namespace`` share their counts. The store is one of those that the
+    package ``limits`` supports for a moving window, and the clocks of the machines must agree.
 
-    Any thread may call; close a shared one at the end. ``_lock`` guards what is counted, or noted, in memory; it is
-    never held over I/O.
+    A shared limit of more than 5,000 tokens is counted in units. A unit is a power of two, such that the limit has
+    2,500 to 5,000 of them, and what is counted is rounded up. If a policy changes such a limit to one of other units,
+    what this process has counted before goes on counting.
+
+    Any thread may call anything. Close a shared one at the end.
 
     :param namespace: whose limits these are, normally the workspace's id.
     :raises ConfigurationError: the store's URI cannot be used, or the extra is not installed.
     """
+
+    # Threads: `_lock` guards what is counted or noted in memory, and is never held over I/O.
 
     def __init__(
         self, storage_uri: Optional[str] = None, *, namespace: str, clock: Callable[[], float] = time.monotonic
@@ -76,17 +86,18 @@ class RateLimiter:
         self._clock = clock
         self._lock = threading.Lock()
         self._windows: Dict[Tuple[str, str], _Window] = {}
-        #: (kind, window) → unit → when this process has last counted in it, in a shared store.
+        #: (kind, window) → unit → when this process last counted in it, in a shared store.
         self._units: Dict[Tuple[str, str], Dict[int, float]] = {}
         self._store: Any = None if storage_uri in (None, "memory://") else _open_store(storage_uri)
-        # For a copy in another process. It may hold a password: it is shown nowhere.
+        # For a copy in another process. It may hold a password, so it is never shown.
         self._storage_uri = storage_uri
-        #: The process whose counts are in memory: each fork of it would have all that is left of a limit for itself.
+        #: The process whose counts are in memory. A fork of it would have all that is left of a limit for itself.
         self._pid = os.getpid()
-        _limiters.add(self)
+        fork.reset_in_child(self, RateLimiter._reset)
 
     @property
     def namespace(self) -> str:
+        """Whose limits these are."""
         return self._namespace
 
     def __reduce__(self) -> Tuple[Any, ...]:
@@ -94,14 +105,12 @@ class RateLimiter:
 
     @property
     def is_shared(self) -> bool:
-        """Whether other processes can share these counts."""
+        """True if other processes can share these counts."""
         return self._store is not None
 
-    def renamed(self, namespace: str) -> RateLimiter:
-        """Return a limiter for another namespace that counts in the same store, or in the same process."""
-        other = RateLimiter(self._storage_uri, namespace=namespace, clock=self._clock)
-        other._pid = self._pid
-        return other
+    def rename(self, namespace: str) -> None:
+        """Count for another namespace from now on."""
+        self._namespace = namespace
 
     def close(self) -> None:
         """Close the connections to a shared store. A later question opens them again."""
@@ -113,12 +122,12 @@ class RateLimiter:
                 log.debug("closing the store of the rate limits failed (%s)", type(error).__name__)
 
     def hit(self, kind: str, rate: Rate, amount: int = 1) -> Optional[Excess]:
-        """Count ``amount`` if that exceeds neither limit of ``rate``; None if so, else the limit that forbids it.
+        """Count ``amount`` if it exceeds neither limit of ``rate``, and return None. Else return the limit it exceeds.
 
         What is refused is not counted.
 
         :param kind: ``"requests"`` or ``"tokens"``.
-        :raises ConfigurationError: an unknown kind, or an amount that is no whole number of 0 or more; or this is a
+        :raises ConfigurationError: an unknown kind, or an amount that is not a whole number of 0 or more; or this is a
             fork of the process that made the limiter, and it does not count in a shared store.
         :raises PolicyUnavailableError: the shared store cannot be asked.
         """
@@ -163,11 +172,11 @@ class RateLimiter:
     def _hit_store(self, kind: str, limits: List[Tuple[str, int, int]], amount: int) -> Optional[Excess]:
         problem = ""
         try:
-            # The longer window is only looked at before the shorter one counts, so that a refusal costs nothing.
+            # Only look at the longer window before the shorter one counts, so that a refusal counts nothing.
             for name, seconds, limit in [*limits[1:], limits[0]]:
                 key, units, cost = self._scale(kind, name, seconds, limit, amount)
                 if cost > units:
-                    # All that is left was taken in other units.
+                    # What was counted in other units has used all of the limit.
                     return Excess(name, limit, float(seconds))
                 if name == limits[0][0]:
                     if not self._store.acquire_entry(key, units, seconds, cost):
@@ -186,9 +195,9 @@ class RateLimiter:
         return None
 
     def _scale(self, kind: str, window: str, seconds: int, limit: int, amount: int) -> Tuple[str, int, int]:
-        """The store's key, its limit and what ``amount`` counts there."""
-        # The limit is not in the key: what was counted goes on counting when a policy changes it. A power of two
-        # stays the same for most changes, too.
+        """Return the store's key, its limit, and what ``amount`` counts there."""
+        # The limit is not in the key: what was counted goes on counting when a policy changes the limit. A power of two
+        # also stays the same for most changes.
         unit = 1 if kind != "tokens" or limit <= MAX_UNITS else 1 << (-(-limit // MAX_UNITS) - 1).bit_length()
         left = limit
         now = self._clock()
@@ -200,7 +209,7 @@ class RateLimiter:
                 self._units[kind, window] = {one: used[one] for one in (unit, *before)}
         for other in before:
             left -= other * self._store.get_moving_window(self._key(kind, window, other), MAX_UNITS, seconds)[1]
-        # Rounding up must not make the whole limit at once too much.
+        # Rounded up, the whole limit at once must still fit.
         cost = min(-(-amount // unit), limit // unit)
         return self._key(kind, window, unit), max(left // unit, 0), cost
 
@@ -211,9 +220,12 @@ class RateLimiter:
         begun: float = self._store.get_moving_window(key, units, seconds)[0]
         return min(max(begun + seconds - time.time(), 0.001), float(seconds))
 
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+
 
 class _Elsewhere(RateLimiter):
-    """The copy in another process of a limiter that counts in its own memory, where it cannot be asked."""
+    """Refuse to count, as the copy in another process of a limiter that counts in its own memory."""
 
     def __init__(self, namespace: str) -> None:
         super().__init__(namespace=namespace)
@@ -232,7 +244,7 @@ _reopened: Dict[Tuple[str, str], RateLimiter] = {}
 
 
 def _reopen(storage_uri: str, namespace: str) -> RateLimiter:
-    # One for all policies of a process: each holds connections.
+    # All policies of a process share it, because it holds connections.
     limiter = _reopened.get((storage_uri, namespace))
     if limiter is None:
         limiter = _reopened[storage_uri, namespace] = RateLimiter(storage_uri, namespace=namespace)
@@ -240,7 +252,7 @@ def _reopen(storage_uri: str, namespace: str) -> RateLimiter:
 
 
 class _Window:
-    """What was counted in the last ``seconds``: entries of (first instant, last instant, amount), oldest first."""
+    """Hold what was counted in the last ``seconds``: entries of (first instant, last instant, amount), oldest first."""
 
     __slots__ = ("_entries", "_seconds", "_step", "_total")
 
@@ -251,7 +263,7 @@ class _Window:
         self._total = 0
 
     def wait(self, now: float, limit: int, amount: int) -> float:
-        """Seconds until ``amount`` more do not exceed ``limit``; 0 where they do not now."""
+        """Return the seconds until ``amount`` more do not exceed ``limit``, or 0 if they do not now."""
         entries = self._entries
         while entries and entries[0][1] <= now - self._seconds:
             self._total -= entries.popleft()[2]
@@ -265,11 +277,12 @@ class _Window:
         return float(self._seconds)
 
     def add(self, now: float, amount: int) -> None:
+        """Count ``amount``."""
         self._total += amount
         if self._entries:
             first, _, count = self._entries[-1]
             if now - first < self._step:
-                # As if all of it had come last: it leaves the window a little late, never early.
+                # Count all of it as if it had come last: it leaves the window a little late, never early.
                 self._entries[-1] = (first, now, count + amount)
                 return
         self._entries.append((now, now, amount))
@@ -300,15 +313,3 @@ def _open_store(uri: object) -> Any:
 
 
 _OPTION = "storage_uri"
-
-_limiters: weakref.WeakSet[RateLimiter] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    # A lock held by a thread of the parent at the moment of the fork would never be released in the child.
-    for limiter in list(_limiters):
-        limiter._lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

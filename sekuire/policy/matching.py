@@ -1,8 +1,8 @@
-"""What an entry of a policy's list matches: names, domains, paths and extensions.
+"""Match names, domains, paths and extensions with the entries of a policy's lists.
 
-An entry is read once, when its list is made; a question is then answered by look-ups in dictionaries, without a lock.
-The rules are those of docs/policy.md, "Matching". Where a subject can be read in two ways, a list of what is allowed
-must hold both readings, and a list of what is blocked either.
+An entry is read once, when its list is made. A question is then answered by look-ups in dictionaries, without a lock.
+The rules are those of docs/policy.md, "Matching". Some subjects can be read in two ways. A list of what is allowed must
+hold both readings, and a list of what is blocked either of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import stat
 import sys
 import unicodedata
-from typing import Any, Callable, Dict, Generic, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Any, Dict, Generic, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar
 
 __all__ = [
     "Domains",
@@ -44,20 +44,21 @@ MAX_WINDOWS_PATH = 32767
 
 
 class Unreadable(ValueError):
-    """A subject that cannot be compared with any entry; the text says why."""
+    """Raised for a subject that cannot be compared with any entry. The text says why."""
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
-#: Characters that show nothing and are not in the categories Cc, Cf, Zl and Zp.
+#: Invisible characters outside the categories Cc, Cf, Zl and Zp.
 _INVISIBLE = frozenset([0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0]).union(
     range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0)
 )
-_NO_NAME = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
+#: Unicode categories whose characters no name may hold.
+_FORBIDDEN = frozenset(["Cc", "Cf", "Cs", "Zl", "Zp"])
 
 
 def name_problem(text: str) -> str:
-    """Why ``text`` can neither be a name nor an entry for names; empty where it can."""
+    """Return why ``text`` is neither a name nor an entry for names, or an empty text if it is one."""
     if not text:
         return "is empty"
     if len(text) > MAX_NAME:
@@ -67,115 +68,94 @@ def name_problem(text: str) -> str:
     if text.isascii():
         return "" if text.isprintable() else "holds a control character"
     for character in text:
-        if unicodedata.category(character) in _NO_NAME or ord(character) in _INVISIBLE:
+        if unicodedata.category(character) in _FORBIDDEN or ord(character) in _INVISIBLE:
             return f"holds the invisible or control character U+{ord(character):04X}"
     return ""
 
 
 def fold_name(text: str) -> str:
-    """``text`` without the differences that another program may not see: compatibility forms and case."""
+    """Return ``text`` without the differences that another program may ignore: compatibility forms and case."""
     if text.isascii():
         return text.lower()
-    # By way of capitals: the dotless "i" has the capital of the other one.
+    # Through upper case: the dotless "i" and the usual one have the same capital.
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).upper().casefold())
 
 
 def glob(pieces: Sequence[str], text: str) -> bool:
-    """Whether ``text`` matches a pattern that was split at its stars. Takes linear time, whatever the pattern."""
+    """Return True if ``text`` matches a pattern that was split at its stars.
+
+    No part of ``text`` is searched for a second star again, and :data:`MAX_NAME` bounds the cost of each search.
+    """
     first, last = pieces[0], pieces[-1]
     if len(pieces) == 1:
         return text == first
     begin, end = len(first), len(text) - len(last)
     if begin > end or not text.startswith(first) or not text.endswith(last):
         return False
-    # The leftmost place for each piece leaves the most room for the next ones, so that nothing is ever tried again.
+    # The leftmost place for each piece leaves the most for the next ones, so that no piece has to be moved later.
     for piece in pieces[1:-1]:
         if piece:
-            found = find(text, piece, begin, end)
+            found = text.find(piece, begin, end)
             if found < 0:
                 return False
             begin = found + len(piece)
     return True
 
 
-def find(text: Any, piece: Any, begin: int, end: int) -> int:
-    """As ``text.find(piece, begin, end)``, in linear time also where the interpreter's own takes quadratic time."""
-    if len(piece) * (end - begin) <= 4096:
-        found: int = text.find(piece, begin, end)
-        return found
-    return search(text, piece, begin, end)
+#: A pattern that was split at its stars, and its value.
+_Glob = Tuple[List[str], V]
 
 
-def search(text: Sequence[Any], piece: Sequence[Any], begin: int, end: int) -> int:
-    """The algorithm of Knuth, Morris and Pratt: at most two comparisons for each item of ``text`` and ``piece``."""
-    back = [0] * len(piece)
-    length = 0
-    for index in range(1, len(piece)):
-        while length and piece[index] != piece[length]:
-            length = back[length - 1]
-        if piece[index] == piece[length]:
-            length += 1
-        back[index] = length
-    length = 0
-    for index in range(begin, end):
-        while length and text[index] != piece[length]:
-            length = back[length - 1]
-        if text[index] == piece[length]:
-            length += 1
-        if length == len(piece):
-            return index - length + 1
-    return -1
+def _find_glob(globs: Iterable[_Glob[V]], name: str) -> Optional[V]:
+    for pieces, value in globs:
+        if glob(pieces, name):
+            return value
+    return None
 
 
 class Names(Generic[V]):
-    """A list of names, each exact or with stars.
+    """Find the entry that matches a name; each entry is exact or has stars.
 
-    :param value: what :meth:`find` gives for an entry.
-    :param generous: match also what differs only in case or in compatibility forms: for what is blocked.
+    :param entries: each entry with the value that :meth:`find` returns for it.
+    :param generous: match also what differs only in case or in compatibility forms. This is for what is blocked.
     """
 
     __slots__ = ("_any", "_exact", "_folded", "_folded_globs", "_globs")
 
-    def __init__(self, entries: Sequence[str], value: Callable[[str], V], *, generous: bool = False) -> None:
+    def __init__(self, entries: Mapping[str, V], *, generous: bool = False) -> None:
         self._exact: Dict[str, V] = {}
         self._folded: Dict[str, V] = {}
         self._any: Optional[V] = None
-        globs: List[Tuple[List[str], V]] = []
-        folded_globs: List[Tuple[List[str], V]] = []
-        for entry in entries:
-            made = value(entry)
+        globs: List[_Glob[V]] = []
+        folded_globs: List[_Glob[V]] = []
+        for entry, value in entries.items():
             if "*" not in entry:
-                self._exact.setdefault(entry, made)
+                self._exact[entry] = value
                 if generous:
-                    self._folded.setdefault(fold_name(entry), made)
+                    self._folded.setdefault(fold_name(entry), value)
             elif not entry.strip("*"):
-                self._any = made if self._any is None else self._any
+                self._any = value if self._any is None else self._any
             else:
-                globs.append((entry.split("*"), made))
+                globs.append((entry.split("*"), value))
                 if generous:
-                    folded_globs.append((fold_name(entry).split("*"), made))
+                    folded_globs.append((fold_name(entry).split("*"), value))
         self._globs = tuple(globs)
         self._folded_globs = tuple(folded_globs)
 
     def find(self, name: str) -> Optional[V]:
-        """The value of an entry that matches ``name``; None where none does."""
+        """Return the value of an entry that matches ``name``, or None."""
         found = self._exact.get(name)
         if found is not None:
             return found
         if self._any is not None:
             return self._any
-        for pieces, value in self._globs:
-            if glob(pieces, name):
-                return value
-        if self._folded or self._folded_globs:
+        found = _find_glob(self._globs, name)
+        if found is None and (self._folded or self._folded_globs):
             folded = fold_name(name)
             found = self._folded.get(folded)
-            if found is not None:
-                return found
-            for pieces, value in self._folded_globs:
-                if glob(pieces, folded):
-                    return value
-        return None
+            if found is None:
+                found = _find_glob(self._folded_globs, folded)
+        return found
 
 
 # -- domains ----------------------------------------------------------------------------------------------------------
@@ -188,14 +168,14 @@ _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 def read_host(text: str) -> Tuple[str, ...]:
-    """The forms in which a host may be looked up, in lower-case ASCII, without port, brackets and final dot.
+    """Return the forms in which a host may be looked up, in lower-case ASCII, without port, brackets and final dot.
 
-    An address is in the one form that its kind is written in, whatever it was written in (``127.1``, ``0x7f.0.0.1``).
-    An IPv6 address that leads to an IPv4 address is that one (``::ffff:7f00:1``, ``64:ff9b::7f00:1``). There is more
-    than one form of a name that the two standards for international names convert differently, and of an address of
-    a local NAT64, whose prefix may have several lengths.
+    An address has one form, however it was written (``127.1``, ``0x7f.0.0.1``). An IPv6 address that leads to an IPv4
+    address becomes that address (``::ffff:7f00:1``, ``64:ff9b::7f00:1``). Two kinds of hosts have several forms: a name
+    that the two standards for international names convert differently, and an address of a local NAT64, whose prefix
+    may have several lengths.
 
-    :raises Unreadable: it is no host.
+    :raises Unreadable: ``text`` is not a host.
     """
     if not isinstance(text, str):
         raise Unreadable(f"it is a {type(text).__name__}, not a str")
@@ -204,14 +184,14 @@ def read_host(text: str) -> Tuple[str, ...]:
     if text.startswith("["):
         inside, bracket, rest = text[1:].partition("]")
         if not bracket or (rest and not _is_port(rest)):
-            raise Unreadable("it is no host name or address")
+            raise Unreadable("it is not a host name or address")
         return _ipv6(inside)
     if ":" in text:
         if text.count(":") > 1:
             return _ipv6(text)
         text, colon, port = text.partition(":")
         if not _is_port(colon + port):
-            raise Unreadable("it is no host name or address; give the host alone, not a URL")
+            raise Unreadable("it is not a host name or address; give the host alone, not a URL")
     if text.isascii():
         return (_ascii_host(text),)
     return _international(text)
@@ -247,19 +227,19 @@ def _is_numeric(label: str) -> bool:
 
 
 def _ipv4(host: str) -> str:
-    # What inet_aton() and browsers take for an address: up to four parts, decimal, octal or hexadecimal.
+    # inet_aton() and browsers read up to four parts, each decimal, octal or hexadecimal.
     parts = host.split(".")
     numbers = []
     for part in parts:
         try:
-            # int() alone would take "1_27" and "0o177" too, which no resolver does.
+            # int() alone would accept "1_27" and "0o177" too, which no resolver does.
             base = 16 if part[:2] == "0x" else 8 if part[:1] == "0" else 10
             numbers.append(int(part, base) if _is_numeric(part) else -1)
         except ValueError:
             numbers.append(-1)
     *front, last = numbers
     if len(numbers) > 4 or min(numbers) < 0 or any(one > 255 for one in front) or last >= 256 ** (5 - len(numbers)):
-        raise Unreadable("it ends in a number and is no address")
+        raise Unreadable("it ends in a number and is not an address")
     value = last
     for index, one in enumerate(front):
         value += one << (8 * (3 - index))
@@ -272,16 +252,16 @@ def _ipv6(text: str) -> Tuple[str, ...]:
     except ValueError:
         address = None
     if address is None:
-        raise Unreadable("it is no host name or address; give the host alone, not a URL")
+        raise Unreadable("it is not a host name or address; give the host alone, not a URL")
     return tuple(str(one) for one in _embedded_ipv4(address) or (address,))
 
 
 #: Prefixes of IPv6 addresses that end in the IPv4 address they lead to: mapped, translated (SIIT), NAT64 (RFC 6052),
-#: compatible (RFC 4291, but for the unspecified and the loopback address).
+#: and compatible (RFC 4291, except the unspecified and the loopback address).
 _ENDING_IN_IPV4 = tuple(
     ipaddress.IPv6Network(prefix) for prefix in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "::/96")
 )
-#: NAT64 of a local network (RFC 8215), whose own prefix may have any length of RFC 6052.
+#: NAT64 of a local network (RFC 8215). Its own prefix may have any length that RFC 6052 allows.
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 
@@ -294,14 +274,14 @@ def _embedded_ipv4(address: ipaddress.IPv6Address) -> Tuple[ipaddress.IPv4Addres
     value = int(address)
     last = value & 0xFFFFFFFF
     if address in _LOCAL_NAT64:
-        # By prefixes of 96, 64, 56 and 48 bits; the bits 64 to 71 are no part of any of them.
+        # By prefixes of 96, 64, 56 and 48 bits. The bits 64 to 71 belong to none of them.
         readings = (
             last,
             value >> 24 & 0xFFFFFFFF,
             (value >> 64 & 0xFF) << 24 | value >> 32 & 0xFFFFFF,
             (value >> 64 & 0xFFFF) << 16 | value >> 40 & 0xFFFF,
         )
-        # No host is in 0.0.0.0/8 or 240.0.0.0/4: such a reading is of what fills the address up.
+        # No host is in 0.0.0.0/8 or 240.0.0.0/4: such a reading comes from the bits that fill the address up.
         plausible = dict.fromkeys(one for one in readings if 0 < one >> 24 < 240)
         return tuple(ipaddress.IPv4Address(one) for one in plausible or (last,))
     # An interface of ISATAP (RFC 5214) has 0:5efe or 200:5efe before its IPv4 address.
@@ -319,10 +299,10 @@ def _international(text: str) -> Tuple[str, ...]:
     except (idna.IDNAError, ValueError, IndexError):
         labels = []
     if not labels:
-        raise Unreadable("it is no name that can be converted to ASCII (IDNA)")
+        raise Unreadable("it is not a name that can be converted to ASCII (IDNA)")
     modern = _ascii_host(".".join(labels))
     try:
-        # What the socket module makes of it: it follows the standard of 2003 ("ß" becomes "ss").
+        # The socket module follows the standard of 2003 ("ß" becomes "ss").
         old = _ascii_host(text.encode("idna").decode("ascii"))
     except ValueError:
         old = modern
@@ -331,13 +311,13 @@ def _international(text: str) -> Tuple[str, ...]:
 
 def _international_label(label: str, idna: Any) -> str:
     if not label.isascii():
-        # Full-width letters become ASCII, capitals small ones; what shows nothing goes.
+        # Full-width letters become ASCII, capitals become lower case, and invisible characters are removed.
         label = idna.uts46_remap(label, std3_rules=False, transitional=False)
     return label if label.isascii() else idna.alabel(label).decode("ascii")
 
 
 def domain_problem(text: str) -> str:
-    """Why ``text`` cannot be an entry for domains; empty where it can."""
+    """Return why ``text`` cannot be an entry for domains, or an empty text if it can."""
     if text == "*":
         return ""
     is_wild = text.startswith("*.")
@@ -347,7 +327,7 @@ def domain_problem(text: str) -> str:
     except Unreadable as error:
         if "*" in host:
             return "has a star elsewhere than at its beginning, as in '*.example.com'"
-        return f"is no domain: {error}"
+        return f"is not a domain: {error}"
     is_address = ":" in form or form.rpartition(".")[2].isdigit()
     if is_wild and is_address:
         return "asks for subdomains of an address"
@@ -359,31 +339,29 @@ def domain_problem(text: str) -> str:
 
 
 class Domains(Generic[V]):
-    """A list of domains: ``*``, exact, or ``*.example.com`` (that domain and every subdomain).
+    """Find the entry that matches a host: ``*``, exact, or ``*.example.com`` (that domain and every subdomain).
 
-    :param value: what :meth:`find` gives for an entry.
-    :param generous: match an entry by every form it can be looked up in, not by the modern one alone: for what is
-        blocked.
+    :param entries: each entry with the value that :meth:`find` returns for it.
+    :param generous: match an entry by every form in which it can be looked up, not only by the modern one. This is for
+        what is blocked.
     """
 
     __slots__ = ("_any", "_exact", "_trees")
 
-    def __init__(self, entries: Sequence[str], value: Callable[[str], V], *, generous: bool = False) -> None:
-        self._any: Optional[V] = None
+    def __init__(self, entries: Mapping[str, V], *, generous: bool = False) -> None:
+        self._any = entries.get("*")
         self._exact: Dict[str, V] = {}
         self._trees: Dict[str, V] = {}
-        for entry in entries:
-            made = value(entry)
+        for entry, value in entries.items():
             if entry == "*":
-                self._any = made if self._any is None else self._any
                 continue
             is_tree = entry.startswith("*.")
             forms = read_host(entry[2:] if is_tree else entry)
             for form in forms if generous else forms[:1]:
-                (self._trees if is_tree else self._exact).setdefault(form, made)
+                (self._trees if is_tree else self._exact).setdefault(form, value)
 
     def find(self, form: str) -> Optional[V]:
-        """The value of an entry that matches one form of a host (:func:`read_host`); None where none does."""
+        """Return the value of an entry that matches one form of a host (:func:`read_host`), or None."""
         if self._any is not None:
             return self._any
         found = self._exact.get(form)
@@ -407,12 +385,12 @@ _DEVICES = frozenset(
     ["con", "prn", "aux", "nul", "conin$", "conout$", "clock$"]
     + [f"{name}{number}" for name in ("com", "lpt") for number in "0123456789\u00b9\u00b2\u00b3"]
 )
-#: Where file systems ignore case unless someone chose otherwise.
+#: True on systems whose file systems ignore case by default.
 _USUALLY_IGNORES_CASE = sys.platform in ("darwin", "cygwin")
 
 
 def path_problem(text: str) -> str:
-    """Why ``text`` cannot be an entry for paths; empty where it can."""
+    """Return why ``text`` cannot be an entry for paths, or an empty text if it can."""
     if not text:
         return "is empty"
     if text == "*":
@@ -434,7 +412,7 @@ def path_problem(text: str) -> str:
 
 
 def _split_entry(entry: str) -> Tuple[str, bool]:
-    """The directory or file that an entry names, and whether everything under it is meant."""
+    """Return the path that an entry names, and True if it means everything under that path too."""
     if entry.endswith("/*"):
         return entry[:-2] or "/", True
     if entry.endswith("\\*") and len(entry) > 2:
@@ -447,14 +425,14 @@ def _is_of_windows(entry: str) -> bool:
 
 
 class Subject(NamedTuple):
-    """A path in its two readings: normalised as a text, and as the file system resolves it."""
+    """Hold a path in its two readings: normalised as a text, and as the file system resolves it."""
 
     written: str
     real: str
 
 
 def path_text(path: Any) -> str:
-    """A str, bytes or path object as a str.
+    """Return a str, bytes or path object as a str.
 
     :raises Unreadable: it is none of these.
     """
@@ -463,7 +441,7 @@ def path_text(path: Any) -> str:
         try:
             text = os.fsdecode(path)
         except Exception:  # noqa: BLE001
-            # A path object is code of the user's own.
+            # A path object may be the user's own code.
             text = None
     if not isinstance(text, str):
         raise Unreadable(f"it is a {type(path).__name__}, not a path")
@@ -471,9 +449,9 @@ def path_text(path: Any) -> str:
 
 
 def read_path(path: Any, flavour: Any = os.path) -> Subject:
-    """The readings of a path, both absolute.
+    """Return both readings of a path, each absolute.
 
-    :raises Unreadable: it can be none that a program opens as it stands.
+    :raises Unreadable: no program opens the path exactly as it is written.
     """
     path = path_text(path)
     if not path:
@@ -509,15 +487,15 @@ def read_path(path: Any, flavour: Any = os.path) -> Subject:
 
 
 def _one_root(path: str, flavour: Any) -> str:
-    # POSIX lets "//" mean something else than "/"; no system in use does.
+    # POSIX lets a system give "//" another meaning than "/". No system in use does.
     if flavour is posixpath and path.startswith("//"):
         return "/" + path.lstrip("/")
-    # A share of Windows is the same directory with and without a slash at its end.
+    # On Windows a share is the same directory with and without a slash at its end.
     return path if flavour.splitdrive(path)[1] else path + flavour.sep
 
 
 def windows_problem(path: str) -> str:
-    """Why Windows would open something else than the text of ``path`` says; empty where it would not."""
+    """Return why Windows would open something else than ``path`` says, or an empty text if it would not."""
     plain = path.replace("/", "\\")
     if plain.startswith(("\\\\?\\", "\\\\.\\", "\\??\\")):
         return "it is in the namespace of devices"
@@ -535,18 +513,19 @@ def windows_problem(path: str) -> str:
 
 
 def fold_path(path: str) -> str:
-    """``path`` as a file system compares it that ignores case and the forms of accents."""
+    """Return ``path`` as a file system that ignores case and the forms of accents compares it."""
     if path.isascii():
         return path.lower()
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", path).casefold())
 
 
 def compose(path: str) -> str:
+    """Return ``path`` with each accent composed with its letter (NFC)."""
     return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def _ancestors(path: str, flavour: Any) -> List[str]:
-    """``path`` and every directory above it."""
+    """Return ``path`` and every directory above it."""
     found = [path]
     while True:
         parent = flavour.dirname(path)
@@ -557,48 +536,44 @@ def _ancestors(path: str, flavour: Any) -> List[str]:
 
 
 class _Place(NamedTuple):
-    """What an entry of a list of paths names on this machine."""
+    """Hold a path that an entry names on this machine, and the entry's value."""
 
     path: str
     value: Any
 
 
 class Paths(Generic[V]):
-    """A list of paths: exact, or ``dir/*`` (the directory and everything under it).
+    """Find the entry that matches a path: exact, or ``dir/*`` (the directory and everything under it).
 
-    Relative entries begin at the working directory, ``~`` at the home directory, and links in an entry are followed,
-    all when the list is made. An entry written for another system (a drive letter on POSIX) matches nothing here.
+    Entries are resolved when the list is made: relative ones begin at the working directory, ``~`` at the home
+    directory, and links are followed. An entry written for another system (a drive letter on POSIX) matches nothing.
 
-    :param value: what :meth:`find` gives for an entry.
+    :param entries: each entry with the value that :meth:`find` returns for it.
+    :param generous: match either reading of a path, everything under a directory that is named alone, another case
+        where the file system ignores case, and other names of a file. This is for what is blocked.
     :raises Unreadable: an entry cannot be resolved on this machine.
-    :param generous: for what is blocked, match either reading of a path; a directory with everything under it, also
-        where the entry names it alone; differences in case where the file system ignores them; other names of the file.
     """
 
     __slots__ = ("_any", "_exact", "_files", "_flavour", "_folded", "_generous", "_ids", "_lowered", "_trees")
 
-    def __init__(
-        self, entries: Sequence[str], value: Callable[[str], V], *, generous: bool = False, flavour: Any = os.path
-    ) -> None:
+    def __init__(self, entries: Mapping[str, V], *, generous: bool = False, flavour: Any = os.path) -> None:
         self._flavour = flavour
         self._generous = generous
-        self._any: Optional[V] = None
+        self._any = entries.get("*")
         self._exact: Dict[str, V] = {}
         self._trees: Dict[str, V] = {}
-        # Blocked: folded paths of directories on file systems that ignore case. Allowed: lower-case paths, to be
-        # confirmed by the file system.
+        # Blocked: folded paths of directories on file systems that ignore case. Allowed: lower-case paths, which the
+        # file system has to confirm.
         self._folded: Dict[str, V] = {}
         self._lowered: Dict[str, List[Tuple[str, bool, V]]] = {}
         self._ids: Dict[Tuple[int, int], _Place] = {}
-        # Blocked entries that may be files, which can be replaced, and have hard links then.
+        # Blocked entries that may be files. A file can be replaced, and the new one can have hard links.
         self._files: List[_Place] = []
-        for entry in entries:
-            self._add(entry, value(entry))
+        for entry, value in entries.items():
+            if entry != "*":
+                self._add(entry, value)
 
-    def _add(self, entry: str, made: V) -> None:
-        if entry == "*":
-            self._any = made if self._any is None else self._any
-            return
+    def _add(self, entry: str, value: V) -> None:
         flavour = self._flavour
         text, is_tree = _split_entry(entry)
         if flavour is posixpath and _is_of_windows(entry):
@@ -616,26 +591,26 @@ class Paths(Generic[V]):
             raise Unreadable(f"{entry!r} cannot be resolved here (is the working directory gone?)")
         for path in dict.fromkeys((written, real)):
             if self._generous:
-                self._trees.setdefault(compose(path), made)
+                self._trees.setdefault(compose(path), value)
                 if _ignores_case(path, flavour):
-                    self._folded.setdefault(fold_path(path), made)
+                    self._folded.setdefault(fold_path(path), value)
                 identity = _identity(path)
                 if identity is not None:
-                    self._ids.setdefault(identity, _Place(path, made))
+                    self._ids.setdefault(identity, _Place(path, value))
                 if not is_tree and not os.path.isdir(path):
-                    self._files.append(_Place(path, made))
+                    self._files.append(_Place(path, value))
             else:
-                (self._trees if is_tree else self._exact).setdefault(path, made)
-                self._lowered.setdefault(path.lower(), []).append((path, is_tree, made))
+                (self._trees if is_tree else self._exact).setdefault(path, value)
+                self._lowered.setdefault(path.lower(), []).append((path, is_tree, value))
 
     def find(self, subject: Subject) -> Optional[V]:
-        """The value of an entry that matches; None where none does."""
+        """Return the value of an entry that matches, or None."""
         if self._any is not None:
             return self._any
         return self._find_blocked(subject) if self._generous else self._find_allowed(subject.real)
 
     def hint(self, subject: Subject) -> str:
-        """Why a path was perhaps meant to match; empty where nothing suggests it."""
+        """Return how an entry could be meant to match ``subject``, or an empty text if nothing suggests it."""
         for path in _ancestors(subject.real, self._flavour)[1:]:
             if path in self._exact:
                 return f"; {path!r} there is that path alone, and {path + '/*'!r} would be what is under it"
@@ -652,7 +627,7 @@ class Paths(Generic[V]):
                 return found
         for path in above:
             for place, is_tree, value in self._lowered.get(path.lower(), ()):
-                # Another spelling is the same place only where the file system says so.
+                # Another spelling is the same place only if the file system says so.
                 if (is_tree or path == real) and _same_file(path, place):
                     return value
         return None
@@ -674,7 +649,7 @@ class Paths(Generic[V]):
             for path in above:
                 identity = _identity(path)
                 place = None if identity is None else self._ids.get(identity)
-                # A number may belong to another file by now: ask for both at the same time.
+                # The number may belong to another file by now: look at both paths at the same time.
                 if place is not None and _same_file(path, place.path):
                     return place.value  # type: ignore[no-any-return]
         if self._files and _has_other_names(subject.real):
@@ -693,7 +668,7 @@ def _identity(path: str) -> Optional[Tuple[int, int]]:
 
 
 def _has_other_names(path: str) -> bool:
-    """Whether ``path`` is a file with hard links."""
+    """Return True if ``path`` is a file with hard links."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -707,7 +682,7 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def _ignores_case(path: str, flavour: Any) -> bool:
-    """Whether a part of ``path`` can be spelt in another case; a guess by the system where nothing there tells."""
+    """Return True if a part of ``path`` can be spelt in another case. If no file shows it, guess by the system."""
     known = False
     for place in _ancestors(path, flavour):
         directory, name = flavour.split(place)
@@ -727,7 +702,7 @@ def _ignores_case(path: str, flavour: Any) -> bool:
 
 
 def _directory_ignores_case(directory: str, flavour: Any) -> Optional[bool]:
-    """What an entry of an existing directory tells about it; None where there is none to tell."""
+    """Return whether a directory ignores case, by a file in it, or None if no file shows it."""
     try:
         if not stat.S_ISDIR(os.stat(directory).st_mode):
             return None
@@ -747,17 +722,17 @@ def _directory_ignores_case(directory: str, flavour: Any) -> Optional[bool]:
 
 
 def extension_problem(text: str) -> str:
-    """Why ``text`` cannot be an entry for extensions; empty where it can."""
+    """Return why ``text`` cannot be an entry for extensions, or an empty text if it can."""
     bare = text[1:] if text.startswith(".") else text
     if text == "*":
         return ""
     if not bare or any(character in bare for character in "/\\*\0") or bare.startswith(".") or bare.endswith("."):
-        return "is no extension, as in '.csv' or '.tar.gz'"
+        return "is not an extension, such as '.csv' or '.tar.gz'"
     return ""
 
 
 class Extensions:
-    """A list of file extensions, with or without the dot before them; the case of ASCII letters does not count."""
+    """Match the extension of a file, with or without the dot before it. The case of ASCII letters does not count."""
 
     __slots__ = ("_any", "_known")
 
@@ -766,7 +741,7 @@ class Extensions:
         self._known = frozenset(_lower(entry if entry.startswith(".") else f".{entry}") for entry in entries)
 
     def holds(self, path: str, flavour: Any = os.path) -> bool:
-        """Whether the last part of ``path`` has one of the extensions."""
+        """Return True if the last part of ``path`` has one of the extensions."""
         if self._any:
             return True
         name = _lower(flavour.basename(path))

@@ -1,13 +1,16 @@
-"""Arguments that every command line for a worker has, for argparse."""
+"""Declare the arguments that every command line for a worker has, for argparse."""
 
 from __future__ import annotations
 
 import argparse
 import math
 
+#: The refusal of two options together, by every command that has them.
+IDLE_WITH_RELOAD = "--stop-when-idle does not go with --reload, which waits for the next save"
+
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much at once, when to end, and what to tell a probe."""
+    """Add the options of a worker: its threads, when it ends, its liveness file, and its reload."""
     parser.add_argument("--max-workers", type=count, metavar="N", help="handlers that run at once")
     parser.add_argument(
         "--stop-when-idle",
@@ -23,14 +26,14 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reload",
         action="store_true",
-        help="for development: run it anew whenever a Python file is saved, after the run before has drained",
+        help="for development: restart it whenever a Python file is saved, after it has drained",
     )
 
 
 def count(text: str) -> int:
-    """A whole number of workers.
+    """Return a whole number from 1 to 10,000.
 
-    :raises argparse.ArgumentTypeError: it is none, below 1 or above 10,000.
+    :raises argparse.ArgumentTypeError: ``text`` is not such a number.
     """
     if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 10_000:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 10000, got {text!r}")
@@ -38,9 +41,9 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A time above 0.
+    """Return a number of seconds above 0.
 
-    :raises argparse.ArgumentTypeError: it is none.
+    :raises argparse.ArgumentTypeError: ``text`` is not such a number.
     """
     try:
         value = float(text)

@@ -1,4 +1,4 @@
-"""The exit codes of every command: fine; failed; wrong usage or configuration; interrupted."""
+"""Define the exit codes of every command: fine; failed; wrong usage or configuration; interrupted."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def code_of(error: Exception) -> int:
-    """The code of a command that ends because of ``error``."""
+    """Return the exit code of a command that ends because of ``error``."""
     return USAGE if isinstance(error, ConfigurationError) else FAILED

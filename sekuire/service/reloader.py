@@ -1,4 +1,4 @@
-"""A command run again whenever source files change, each time after the run before has ended in order."""
+"""Restart a command whenever source files change, each time after it has ended in order."""
 
 from __future__ import annotations
 
@@ -18,44 +18,45 @@ from ..config import CREDENTIALS_FILE_VARIABLE
 from ..errors import ConfigurationError
 from .exit_codes import INTERRUPTED, OK
 
-#: Seconds between two looks at the child.
+#: Seconds between two checks of the child.
 _SLICE = 0.1
-#: Milliseconds that changes are collected: an editor saves in several steps, a checkout in hundreds.
+#: Milliseconds for which changes are collected: an editor saves in several steps, a checkout in hundreds.
 _DEBOUNCE = 300
-#: Seconds that the watch may take to be set up, and to end.
+#: Seconds that the watch may take to start, and to end.
 _PATIENCE = 10.0
 
-#: What happened: changed files, or the number of a signal.
+#: What the main thread receives: changed files, or the number of a signal.
 _Event = Union[Tuple[str, ...], int]
 
-#: Set for the children: the process id of the one that runs them.
+#: The variable in which children find the process id of their reloader.
 RELOADER_VARIABLE = "SEKUIRE_RELOADER"
-#: Seconds between two looks of a child at whether that one still lives.
+#: Seconds between two checks of a child that its reloader still runs.
 _PARENT_SLICE = 0.5
 
 
 class Reloader:
-    """Runs ``command`` as a child, and anew when a Python file below ``paths`` was saved (extra ``reload``).
+    """Run ``command`` as a child, and restart it when a Python file below ``paths`` is saved (extra ``reload``).
 
-    The child gets SIGTERM (on Windows CTRL_BREAK), which lets a worker drain; the next one starts when it has ended. A
-    child that ends by itself, because of a syntax error for example, is not started again before the next save. Where
-    the environment names no credentials file, one that only this user can read is kept for the children: an install
-    token can be used up by the first of them. A child finds the process id of this process in the environment, ends in
-    order when that is gone (:func:`end_with_reloader`), and cannot be a Reloader itself: a command that reloads again
-    would never end starting processes.
+    The child gets SIGTERM (on Windows CTRL_BREAK), which lets a worker drain. The next child starts when it has ended.
+    A child that ends by itself, because of a syntax error for example, is not started again before the next save.
 
-    :meth:`run` belongs to the main thread, which alone starts and ends children. ``sekuire-reload`` watches the files
-    and tells it by a queue; it ends with :meth:`run`. A signal handler puts one item into the same queue.
+    The first child may use up an install token. Therefore the children share a temporary credentials file that only
+    this user can read, unless the environment names one. A child finds the process id of this process in the
+    environment, and ends in order when this process has died (:func:`end_with_reloader`). It cannot be a Reloader
+    itself: a command that reloads again would never stop starting processes.
 
     :param say: called with each line for the user, on the main thread.
-    :raises ConfigurationError: the extra is not installed, a path is no directory, or this is a reloader's child.
+    :raises ConfigurationError: the extra is not installed, a path is not a directory, or this is a reloader's child.
     """
+
+    # Threads: run() belongs to the main thread, which alone starts and ends children. `sekuire-reload` watches the
+    # files and puts changes into a queue; it ends with run(). A signal handler puts one item into the same queue.
 
     def __init__(self, command: Sequence[str], paths: Sequence[str], *, say: Callable[[str], None]) -> None:
         outer = os.environ.get(RELOADER_VARIABLE)
         if outer:
             raise ConfigurationError(
-                f"this process was started by a reloader, that of process {outer} ({RELOADER_VARIABLE}); one is enough",
+                f"this process was started by a reloader, that of process {outer} ({RELOADER_VARIABLE}); use only one",
                 "reload",
             )
         for path in paths:
@@ -72,7 +73,7 @@ class Reloader:
         self._is_watching = threading.Event()
 
     def run(self) -> int:
-        """Until a signal, and the end of the child after it; the exit code: 130 after Ctrl-C, else 0."""
+        """Run until a signal has ended the child. Return the exit code: 130 after Ctrl-C, else 0."""
         # nohup ignores SIGHUP; otherwise a closed terminal would leave the child behind.
         numbers = [*ENDING, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
         heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -131,7 +132,7 @@ class Reloader:
             self._say(f"the worker has ended (exit code {code}); it starts again when a file is saved")
 
     def _end(self) -> None:
-        """End the child in order; further signals hurry it, changes meanwhile belong to this restart."""
+        """End the child in order. Further signals hurry it; files that change until it ends belong to this restart."""
         child, hurries = self._child, 0
         if child is None:
             return
@@ -162,22 +163,22 @@ class Reloader:
             raise_interrupt=False,
         )  # fmt: skip
         for found in changes:
-            # The first yield, of no change, says that the watch is set up.
+            # The first yield, of no change, shows that the watch runs.
             self._is_watching.set()
             if found:
                 self._events.put(tuple(sorted(path for _, path in found)))
 
 
 def program() -> List[str]:
-    """How this process was started, for a command that starts its program anew: what stands before its arguments."""
+    """Return the command line that started this process, up to its arguments, to start its program again."""
     options = [*(f"-W{one}" for one in sys.warnoptions)]
     options += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    # Without a parent it is a file all the same: a directory or an archive that holds a __main__.py.
+    # `__main__` alone is a directory or an archive that holds a __main__.py, so it is started as a file.
     if spec is not None and spec.name != "__main__":
         return [sys.executable, *options, "-m", spec.parent if spec.name.endswith(".__main__") else spec.name]
     script = sys.argv[0]
-    # What pip makes on Windows is a program; it takes its ending away from its own name.
+    # On Windows pip installs a program, which removes the ending from its own name.
     if not os.path.exists(script) and os.path.exists(f"{script}.exe"):
         return [f"{script}.exe"]
     return [sys.executable, *options, script]
@@ -187,15 +188,15 @@ def program() -> List[str]:
 
 
 def is_reloaded() -> bool:
-    """Whether this process is the child of a :class:`Reloader`. What it starts has the variable too, and is not."""
+    """Return True if this process is the child of a :class:`Reloader`. Its own children only inherit the variable."""
     return os.environ.get(RELOADER_VARIABLE) == str(os.getppid())
 
 
 def end_with_reloader() -> None:
-    """In a child of a :class:`Reloader`: end as on SIGTERM when that has died, killed for example. Else do nothing.
+    """End this process as on SIGTERM when its :class:`Reloader` has died. Does nothing outside a reloader's child.
 
-    The child has a session of its own, so that nothing else would tell it: it would work on, with old code, beside the
-    next one. On POSIX only: on Windows a process does not learn so that its parent has gone.
+    The child has a session of its own, so it would not notice otherwise: it would go on with old code, beside the next
+    child. On POSIX only: on Windows ``getppid()`` does not change when the parent dies.
     """
     if os.name == "posix" and is_reloaded():
         threading.Thread(target=_end_with, args=(os.getppid(),), name="sekuire-parent", daemon=True).start()
@@ -204,7 +205,7 @@ def end_with_reloader() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_PARENT_SLICE)
-    # To the process, not to this thread: it must reach a main thread that waits.
+    # Sent to the process, not to this thread: it must reach a main thread that waits.
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -229,7 +230,7 @@ def _watcher() -> Callable[..., Any]:
 def _named(paths: Sequence[str]) -> str:
     names: List[str] = []
     for path in paths[:3]:
-        # Another drive, on Windows, has no relative path.
+        # On Windows a path on another drive has no relative form.
         try:
             names.append(os.path.relpath(path))
         except ValueError:
@@ -238,5 +239,5 @@ def _named(paths: Sequence[str]) -> str:
 
 
 def _send(child: subprocess.Popen[bytes]) -> None:
-    """Ask the child to stop in order; where it has ended meanwhile, nothing happens."""
+    """Ask the child to stop in order. Does nothing if it has ended."""
     child.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM) if os.name == "nt" else signal.SIGTERM)

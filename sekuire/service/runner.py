@@ -1,4 +1,4 @@
-"""A Worker as a process: signals from the first line on, the SDK's end, a liveness file, and an exit that comes."""
+"""Run a Worker as a process: signals, the SDK's shutdown, a liveness file, and an exit that does not hang."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..worker.worker import Worker
 from .exit_codes import INTERRUPTED, OK
 from .reloader import end_with_reloader
 
-#: Seconds that flushing may take where handlers still run, and that idle threads get to end.
+#: Seconds that flushing may take while handlers still run, and that idle threads have to end.
 _FLUSH_TIME = 3.0
 _IDLE_TIME = 1.0
 #: Seconds between two touches of the liveness file.
@@ -30,14 +30,14 @@ def run(
     report: Callable[[SekuireError], int],
     liveness_file: Union[str, os.PathLike[str], None] = None,
 ) -> int:
-    """Make a worker, run it until it has stopped, and shut its SDK down; the exit code.
+    """Make a worker, run it until it has stopped, shut its SDK down, and return the exit code.
 
-    SIGTERM and Ctrl-C end the making; once the worker runs they drain it, and a second one hurries that. Where a
-    handler still runs after all, the process ends here: the interpreter would wait for it for ever.
+    SIGTERM and Ctrl-C end ``make``. Once the worker runs they drain it, and a second signal hurries the drain. The
+    process ends here if a handler still runs then: the interpreter would wait for it without limit.
 
     :param make: makes the worker, for example by importing the user's module.
-    :param report: tells the user of the error because of which the worker stopped; the exit code that it means.
-    :param liveness_file: touched every 5 s while the worker is alive, removed at its end; for a probe.
+    :param report: reports the error that stopped the worker to the user, and returns its exit code.
+    :param liveness_file: touched every 5 s while the worker is alive, and removed at its end; for a probe.
     :raises ConfigurationError: the liveness file cannot be written.
     """
     with _Signals() as signals:
@@ -56,7 +56,7 @@ def run(
 
 
 class _Ended(BaseException):
-    """SIGTERM before the worker ran; not an Exception, so that the user's module does not take it for a failure."""
+    """Raised by SIGTERM before the worker runs. It is not an Exception, so that the user's module does not catch it."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -64,10 +64,10 @@ class _Ended(BaseException):
 
 
 class _Signals(TakenSignals):
-    """The signals while the Worker does not hold them itself: before it runs they end the import, after it the process.
+    """Handle signals before and after the Worker runs. Before, they end the import; after, they end the process.
 
-    The Worker replaces these handlers for the time of ``start(block=True)``, and puts them back. Outside the main
-    thread, where no handler can be set, it takes none.
+    The Worker replaces these handlers during ``start(block=True)`` and puts them back. Outside the main thread, where
+    no handler can be set, this class sets none.
     """
 
     def __init__(self) -> None:
@@ -85,26 +85,26 @@ class _Signals(TakenSignals):
 
 
 def _serve(worker: Worker, report: Callable[[SekuireError], int]) -> int:
-    """Run ``worker`` until it has stopped, then its SDK; the exit code."""
+    """Run ``worker`` until it has stopped, shut its SDK down, and return the exit code."""
     try:
         worker.start(block=True)
         code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
     except SekuireError as error:
         code = report(error)
-    if worker._sdk is not None:
-        # The SDK's Beacon keeps the lease as long as it beats: its last heartbeat says that the agent has stopped.
-        worker._sdk.shutdown()
+    if worker.sdk is not None:
+        # The SDK's Beacon keeps the lease while it sends heartbeats. Its last one reports that the agent has stopped.
+        worker.sdk.shutdown()
     return code
 
 
 def _is_busy(worker: Worker) -> bool:
-    """Whether handlers still run. The interpreter would wait for them for ever."""
+    """Return True if handlers still run. The interpreter would wait for them without limit."""
     threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
-    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().stragglers)
+    return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().overdue)
 
 
 def _leave_at_once(code: int) -> NoReturn:
-    """End the process without waiting for any thread, after what is still held back has been written."""
+    """End the process without waiting for its threads, after flushing logs and output."""
     # On a thread with a limit: a handler that hangs in a write to stdout holds the lock that a flush needs.
     thread = threading.Thread(target=_flush, name="sekuire-flush", daemon=True)
     thread.start()
@@ -118,7 +118,7 @@ def _flush() -> None:
     for step in steps:
         try:
             step()
-        except Exception:  # noqa: BLE001  # Nothing is left that could hear of it.
+        except Exception:  # noqa: BLE001  # Nothing is left to report it to.
             pass
 
 
@@ -127,15 +127,15 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Iterator[None]:
-    """Keep the file's time fresh while the worker's own threads live.
+    """Touch the file regularly while the worker's own threads run.
 
-    Whether the platform can be reached does not matter: a restart would not mend that, and would lose what runs.
+    An unreachable platform does not matter: a restart would not fix it, and would lose the running tasks.
     """
     if path is None:
         yield
         return
     _touch(path)
-    thread = PeriodicThread("sekuire-liveness", lambda: _touch_if_alive(worker, path), lambda: LIVENESS_INTERVAL)
+    thread = PeriodicThread("sekuire-liveness", _Liveness(worker, path))
     thread.start()
     try:
         yield
@@ -144,6 +144,20 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
         thread.join(Deadline(_IDLE_TIME))
         with contextlib.suppress(OSError):
             os.remove(path)
+
+
+class _Liveness:
+    """Keep the file's time fresh. It runs on the thread of the liveness file."""
+
+    def __init__(self, worker: Worker, path: Union[str, os.PathLike[str]]) -> None:
+        self._worker = worker
+        self._path = path
+
+    def beat(self) -> None:
+        _touch_if_alive(self._worker, self._path)
+
+    def interval(self) -> float:
+        return LIVENESS_INTERVAL
 
 
 def _touch(path: Union[str, os.PathLike[str]]) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
+from typing import Any, List, Mapping, Optional, Protocol, Set, Tuple
 
 from .._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
 from .._internal.logs import get_logger
@@ -107,7 +107,7 @@ _WORST = ("degraded", "healthy", "paused", "stopping", "stopped")
 class Heartbeat:
     """Beats for one installation, whoever takes part in it.
 
-    ``sekuire-heartbeat`` runs :meth:`_beat`; any thread may attach, detach, start, nudge and stop. ``_lock`` guards
+    ``sekuire-heartbeat`` runs :meth:`beat`; any thread may attach, detach, start, nudge and stop. ``_lock`` guards
     the list of participants; they are called outside it. One beat is one try within :meth:`beat_limit`; the next try
     comes at the interval, which counts a suspend, or at once after one that was lost with a kept connection.
 
@@ -120,7 +120,6 @@ class Heartbeat:
         auth: Authenticator,
         *,
         platform: Mapping[str, Any],
-        capabilities: Callable[[], Tuple[str, ...]],
         policy_gateway: Any = None,
         owner: object = None,
         clock: Clock = SYSTEM_CLOCK,
@@ -133,7 +132,8 @@ class Heartbeat:
         self._http = http
         self._auth = auth
         self._platform = platform
-        self._capabilities = capabilities
+        #: The capabilities that heartbeats name. Replaced whole, by any thread.
+        self.capabilities: Tuple[str, ...] = ()
         self._gateway = policy_gateway
         self._owner = owner
         self._lock = threading.Lock()
@@ -147,7 +147,7 @@ class Heartbeat:
         self._revocation: Optional[RevokedError] = None
         # Fields of answers that were warned of. Two threads that see the same one at once may both warn.
         self._warned: Set[str] = set()
-        auth.on_grant = self._note_grant
+        auth.login.on_grant = self._note_grant
         auth.on_revoked = self._note_revocation
 
     # -- who takes part (any thread) --
@@ -171,13 +171,11 @@ class Heartbeat:
         """Begin to beat, now and at every interval. Again after :meth:`stop` is allowed; twice does nothing."""
         with self._lock:
             if self._thread is None:
-                self._thread = PeriodicThread(
-                    "sekuire-heartbeat", self._beat, self.interval, owner=self._owner, clock=self._clock.elapsed
-                )
+                self._thread = PeriodicThread("sekuire-heartbeat", self, owner=self._owner, clock=self._clock)
                 try:
                     self._thread.start()
                 except RuntimeError:
-                    # No thread can be started now; the next one to ask tries again.
+                    # No thread can be started now. The next caller tries again.
                     self._thread = None
                     raise
 
@@ -242,7 +240,7 @@ class Heartbeat:
         """One beat on the calling thread, such as the last one; whether the platform took it within ``limit`` s."""
         return self._send(status, Deadline(limit)) is not None
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
         revocation, self._revocation = self._revocation, None
         if revocation is not None:
             self._take(_revoked(revocation), time.monotonic(), 0.0, self._present())
@@ -319,7 +317,7 @@ class Heartbeat:
             status,
             time.monotonic() - self._started_at,
             self._platform,
-            self._capabilities(),
+            self.capabilities,
             [report for report in reports if report is not None],
             self._policy_hash(),
         )

@@ -8,6 +8,7 @@ from typing import Callable, List, Optional, Tuple, Union
 from .._internal.clock import SYSTEM_CLOCK, Clock
 from ..config import AgentConfig
 from ..credentials import Authenticator, RuntimeCredentialsStore
+from ..credentials.login import TokenProvider
 from ..errors import ConfigurationError
 from ..secret import Secret
 from ..transport.http import HttpClient
@@ -56,7 +57,7 @@ class Installation:
             store,
             stop=self.stop,
             runtime_info=info,
-            token_provider=token_provider,
+            token_provider=None if token_provider is None else TokenProvider(token_provider),
             api_key=api_key,
             workspace_id=workspace_id,
         )
@@ -64,20 +65,21 @@ class Installation:
             self.http,
             self.auth,
             platform=info["platform"],
-            capabilities=lambda: self._names,
             policy_gateway=config.policy_gateway,
             owner=owner,
             clock=clock,
         )
+        self.heartbeat.capabilities = self._names
         self._secrets = (config.install_token, api_key)
         if config.credentials_store is None:
             # A store may be filled later, by the Beacon that it is shared with.
-            self.auth.require_a_way()
+            self.auth.require_credentials()
 
     def declare(self, *names: str) -> None:
         """Add capabilities to those that bootstrap and heartbeats name."""
         self._names = tuple(dict.fromkeys((*self._names, *names)))
         self.auth.declare(self._names)
+        self.heartbeat.capabilities = self._names
 
     def scrub(self, text: str) -> str:
         """``text`` without the tokens that are live now, or were until lately."""

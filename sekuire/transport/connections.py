@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import math
@@ -14,13 +15,14 @@ import selectors
 import socket
 import sys
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple, cast
 
 import requests.adapters
 import urllib3.connection
 import urllib3.exceptions
 import urllib3.util.connection
 
+from .._internal import fork
 from .answers import CLOSED, ClosedBeforeAnswerError, ConnectionResponse, Source
 from .kept import Lane
 
@@ -147,11 +149,34 @@ def _race(
             sock.close()
 
 
+def leave_to_parent(sock: Any) -> None:
+    """Close ``sock`` in each forked child, which must not use it and must not keep it open."""
+    # A socket of another library may allow no weak reference.
+    with contextlib.suppress(TypeError):
+        fork.reset_in_child(sock, _close_in_child)
+
+
+def _close_in_child(sock: Any) -> None:
+    while sock is not None and not isinstance(sock, socket.socket):
+        # TLS within TLS, or pyOpenSSL's.
+        sock = getattr(sock, "socket", None)
+    # Not by close(), which leaves the descriptor open as long as a file over the socket is.
+    descriptor = -1 if sock is None else sock.detach()
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
+class Watcher(Protocol):
+    """What learns of each new socket, to end it from another thread."""
+
+    def attach(self, sock: socket.socket) -> None: ...
+
+
 class PooledConnection:
     """What this package adds to a connection of urllib3; goes before its class."""
 
     lane: Optional[Lane] = None
-    on_socket: Optional[Callable[[socket.socket], None]] = None
+    watcher: Optional[Watcher] = None
     #: When it gave its last answer (``time.monotonic()``), 0 for a connection that has given none.
     answered_at = 0.0
     _source: Optional[Source] = None
@@ -159,6 +184,7 @@ class PooledConnection:
     def connect(self) -> None:
         self.answered_at = 0.0
         cast(Any, super()).connect()
+        leave_to_parent(cast(Any, self).sock)
 
     def _new_conn(self) -> socket.socket:
         inherited = cast(Any, super())._new_conn
@@ -167,8 +193,8 @@ class PooledConnection:
         else:
             # SOCKS: the proxy chooses the address.
             sock = inherited()
-        if self.on_socket is not None:
-            self.on_socket(sock)
+        if self.watcher is not None:
+            self.watcher.attach(sock)
         return sock
 
     def _dial(self) -> socket.socket:
@@ -234,7 +260,7 @@ class Adapter(requests.adapters.HTTPAdapter):
     """An adapter for one platform, directly or through a proxy, whose connections are :class:`PooledConnection`.
 
     :param lane: where idle connections are kept; what it finds dead, the pools of this adapter drop too.
-    :param on_socket: called by the connecting thread with each new socket.
+    :param watcher: gets each new socket, from the connecting thread.
     """
 
     def __init__(
@@ -242,10 +268,10 @@ class Adapter(requests.adapters.HTTPAdapter):
         pool_size: int,
         *,
         lane: Optional[Lane] = None,
-        on_socket: Optional[Callable[[socket.socket], None]] = None,
+        watcher: Optional[Watcher] = None,
     ) -> None:
         self._lane = lane
-        self._on_socket = on_socket
+        self._watcher = watcher
         super().__init__(pool_connections=1, pool_maxsize=pool_size, max_retries=0)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -263,7 +289,6 @@ class Adapter(requests.adapters.HTTPAdapter):
             manager.pool_classes_by_scheme = {scheme: self._extended(pool) for scheme, pool in classes.items()}
 
     def _extended(self, pool: Any) -> Any:
-        on_socket = None if self._on_socket is None else staticmethod(self._on_socket)
-        names = {"lane": self._lane, "on_socket": on_socket}
+        names = {"lane": self._lane, "watcher": self._watcher}
         connection = type("Connection", (PooledConnection, pool.ConnectionCls), names)
         return type(pool.__name__, (_Pool, pool), {"ConnectionCls": connection, "lane": self._lane})

@@ -23,6 +23,7 @@ import requests.utils
 import urllib3
 import urllib3.exceptions
 
+from .._internal import fork
 from .._internal.logs import get_logger
 from ..config import ConnectionConfig, is_loopback
 from ..errors import ConfigurationError, TransportError
@@ -212,8 +213,9 @@ class HttpClient:
         self.endpoints = config.endpoints
         self._connect_timeout = config.connect_timeout
         self._read_timeout = config.read_timeout
-        self._lane = Lane(pool_size)
-        self._session = self.route.session(Adapter(pool_size, lane=self._lane))
+        self._pool_size = pool_size
+        self._open()
+        fork.reset_in_child(self, HttpClient._open)
         self._prefix = urlsplit(self.route.base).path
         self._headers = {
             "User-Agent": protocol.USER_AGENT,
@@ -250,8 +252,14 @@ class HttpClient:
         raise outcome
 
     def close(self) -> None:
+        """Close the connections. Those of calls in progress are closed when the calls end."""
         self._lane.close()
         self._session.close()
+
+    def _open(self) -> None:
+        """Begin without connections. A forked child uses none of its parent's, nor the locks of their pools."""
+        self._lane = Lane(self._pool_size)
+        self._session = self.route.session(Adapter(self._pool_size, lane=self._lane))
 
     def _exchange(
         self,
@@ -367,8 +375,7 @@ class _Keys:
 
 
 _keys = _Keys()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keys.renew)
+fork.reset_in_child(_keys, _Keys.renew)
 
 
 def make_idempotency_key() -> str:

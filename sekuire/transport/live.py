@@ -15,7 +15,7 @@ from ..config import ConnectionConfig
 from ..errors import TransportError
 from ..wire import protocol
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
-from .connections import Adapter
+from .connections import Adapter, leave_to_parent
 from .http import Credential, Route, describe, without
 
 #: Most bytes read of an answer that is an error, not a stream.
@@ -37,7 +37,8 @@ class Waker:
 
     def attach(self, sock: socket.socket) -> None:
         """Called by the connecting thread with each new socket; after :meth:`wake` the socket ends at once."""
-        copy: Optional[socket.socket] = sock.dup()
+        copy = sock.dup()
+        leave_to_parent(copy)
         with self._lock:
             old, self._dup = self._dup, copy
             woken = self._woken
@@ -145,7 +146,7 @@ class LiveClient:
         self.endpoints = config.endpoints
         self._waker = Waker()
         self._timeouts = (config.connect_timeout, config.read_timeout)
-        self._session = self.route.session(Adapter(1, on_socket=self._waker.attach))
+        self._session = self.route.session(Adapter(1, watcher=self._waker))
 
     def open(
         self, path: str, *, credential: Optional[Credential], headers: Mapping[str, Union[str, bytes]]

@@ -43,7 +43,7 @@ def to_json(value: Any) -> Any:
         return value.model_dump(mode="json", by_alias=True)
     if attrs.has(kind):
         return {field.name: to_json(getattr(value, field.name)) for field in attrs.fields(kind)}
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(kind):  # A class itself has no form, as it holds no values.
         return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     raise TypeError(f"an object of type {kind.__name__} has no JSON form")
 

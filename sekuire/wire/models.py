@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple
 
 import attrs
 
 from ..errors import ConfigurationError
-from ..secret import Secret, as_secret
+from ..secret import Secret, check_secret, to_secret
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard
@@ -130,13 +130,6 @@ class HeartbeatReply:
     ignored: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
 
-def _secret_field(name: str) -> Any:
-    def convert(value: Union[str, Secret, None]) -> Optional[Secret]:
-        return None if value is None else as_secret(value, name)
-
-    return attrs.field(default=None, converter=convert)
-
-
 def _aware(value: Optional[dt.datetime]) -> Optional[dt.datetime]:
     if value is None:
         return None
@@ -162,31 +155,35 @@ def is_id(value: object) -> TypeGuard[str]:
 
 @attrs.frozen(kw_only=True, slots=True)
 class RuntimeCredentials:
-    """What an installation holds: its id, its runtime token and what renews that token.
+    """Hold an installation's id, its runtime token, and the refresh token that renews it. ::
 
-    Tokens given as str become :class:`~sekuire.secret.Secret`; ``expires_at`` is the runtime token's end, an aware
-    datetime, or None where it is unknown.
+        credentials = RuntimeCredentials(installation_id="inst-1", runtime_token="skr_runtime_...")
+        store = RuntimeCredentialsStore(credentials)
+        print(store.current.to_env()["SEKUIRE_INSTALLATION_ID"])  # inst-1
 
-    :raises ConfigurationError: a token is not visible ASCII, an id is none, or ``expires_at`` is naive.
+    Tokens given as str become :class:`~sekuire.secret.Secret`. ``expires_at`` is when the runtime token ends, an aware
+    datetime, or None if that is unknown.
+
+    :raises ConfigurationError: a token is not visible ASCII, an id is not valid, or ``expires_at`` is naive.
     """
 
     installation_id: Optional[str] = attrs.field(default=None)
-    runtime_token: Optional[Secret] = _secret_field("runtime_token")
-    refresh_token: Optional[Secret] = _secret_field("refresh_token")
+    runtime_token: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret)
+    refresh_token: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret)
     expires_at: Optional[dt.datetime] = attrs.field(default=None, converter=_aware)
     workspace_id: Optional[str] = attrs.field(default=None)
 
     @installation_id.validator
     @workspace_id.validator
     def _check_id(self, attribute: Any, value: Optional[str]) -> None:
-        # Both stand in paths: what cannot would only be found out by the thread that builds one.
+        # Both stand in URL paths, which another thread builds later.
         if value is not None and not is_id(value):
             raise ConfigurationError(
                 "must be a non-empty str of at most 256 bytes without control characters", attribute.name
             )
 
     def to_env(self) -> Dict[str, str]:
-        """The ``SEKUIRE_...`` variables as plain strings, for a user who keeps them; absent values are left out."""
+        """Return the ``SEKUIRE_...`` variables as plain strings, without those that have no value."""
         values = {
             "SEKUIRE_INSTALLATION_ID": self.installation_id,
             "SEKUIRE_RUNTIME_TOKEN": self.runtime_token.reveal() if self.runtime_token else None,
@@ -220,7 +217,7 @@ class WorkerStats:
     are now; ``rejected`` counts tasks answered without running (paused, terminated, unknown capability, invalid,
     denied); ``released`` tasks given back unbegun; ``duplicates`` deliveries of a task already known; ``dropped``
     events or results that could not be used or were no
-    longer wanted; ``undelivered`` results still to be accepted; ``stragglers`` handlers past their end that still run.
+    longer wanted; ``undelivered`` results still to be accepted; ``overdue`` handlers past their end that still run.
     """
 
     received: int = 0
@@ -233,7 +230,7 @@ class WorkerStats:
     duplicates: int = 0
     dropped: int = 0
     undelivered: int = 0
-    stragglers: int = 0
+    overdue: int = 0
     reconnects: int = 0
     last_heartbeat_at: Optional[dt.datetime] = None
     lease_expires_at: Optional[dt.datetime] = None

@@ -1,12 +1,14 @@
-"""When a worker has had nothing to do for a while: for drains that a scheduler starts, and that end by themselves."""
+"""Stop a worker that has had nothing to do for a while: for drains that a scheduler starts."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Callable, NamedTuple
+from typing import NamedTuple, Protocol
 
 from .._internal.threads import Timer
+from ..errors import TransportError
+from .life import Life
 
 #: Longest time between two looks, in seconds, and the fewest looks within the time.
 _LOOK = 1.0
@@ -14,10 +16,10 @@ _FEWEST = 4
 
 
 class Activity(NamedTuple):
-    """What a worker has to do now, and how many tasks have come so far.
+    """Describe what a worker has to do now, and how many tasks have come so far.
 
-    ``is_working``: it has something to do that needs no new word of the platform. ``is_waiting``: a task waits for its
-    turn, for room or for the lease. ``is_fed``: the platform can give it tasks, and it may begin them.
+    ``is_working``: it has something to do that needs nothing more from the platform. ``is_waiting``: a task waits for
+    its turn, for room or for the lease. ``is_fed``: the platform can give it tasks, and it may begin them.
     """
 
     received: int
@@ -26,30 +28,30 @@ class Activity(NamedTuple):
     is_fed: bool
 
 
+class Watched(Protocol):
+    """Know what a worker has to do."""
+
+    def activity(self) -> Activity: ...
+
+
 class IdleWatch:
-    """Calls ``on_idle`` once, after ``seconds`` without a task, or ``on_away``, after as long without the platform.
+    """Stop the worker after ``seconds`` without a task. Let it fail after as long without the platform.
 
     The timer's thread looks a few times within that time; nothing is done for a task, so watching costs it nothing. A
     task that came and went between two looks shows in the count. Time in which the platform could not give a task
-    counts as neither idle nor busy: an outage ends nothing while it passes, and a stream that is opened anew again and
-    again does not keep a worker for ever. No lock: all state is the timer's thread's after :meth:`start`.
+    counts as neither idle nor busy. So an outage ends nothing while it passes, and a stream that breaks again and again
+    does not keep a worker running permanently.
+
+    # Threads: no lock. All state is the timer's thread's after :meth:`start`.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        timer: Timer,
-        activity: Callable[[], Activity],
-        *,
-        on_idle: Callable[[], None],
-        on_away: Callable[[], None],
-    ) -> None:
+    def __init__(self, seconds: float, timer: Timer, life: Life, watched: Watched) -> None:
+        self._seconds = seconds
         self._looks = max(_FEWEST, math.ceil(seconds / _LOOK))
         self._pause = seconds / self._looks
         self._timer = timer
-        self._activity = activity
-        self._on_idle = on_idle
-        self._on_away = on_away
+        self._life = life
+        self._watched = watched
         self._received = 0
         self._was_fed = False
         #: Looks before which the worker had nothing to do, and looks in a row before which it could not work.
@@ -64,22 +66,33 @@ class IdleWatch:
         self._timer.call_at(time.monotonic() + self._pause, self._look)
 
     def _look(self) -> None:
-        activity = self._activity()
+        activity = self._watched.activity()
         is_news = activity.received != self._received
         self._received = activity.received
-        # What waits is work, unless the platform must come back first.
+        # A waiting task is work, unless it waits for the platform.
         if is_news or activity.is_working or (activity.is_waiting and activity.is_fed):
             self._idle = self._away = 0
         elif not activity.is_fed:
             self._away += 1
         else:
             self._away = 0
-            # Between the last look and this one it may have been away for most of the time.
+            # Between the last look and this one the platform may have been unreachable for most of the time.
             self._idle += self._was_fed
         self._was_fed = activity.is_fed
         if self._idle >= self._looks:
-            self._on_idle()
+            self._life.request_stop(reason=f"idle for {self._seconds:g} s")
         elif self._away >= self._looks:
-            self._on_away()
+            self._fail()
         else:
             self._look_later()
+
+    def _fail(self) -> None:
+        # As an error: to stop without one would say that the work is done.
+        within = f"within stop_when_idle ({self._seconds:g} s)"
+        if not self._life.was_connected:
+            problem = f"there was no task stream {within}"
+        elif not self._life.is_connected:
+            problem = f"the task stream was lost and not open again {within}"
+        else:
+            problem = f"the lease was lost and not renewed {within}"
+        self._life.fail(TransportError(problem))

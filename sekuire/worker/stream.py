@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Any, Callable, Dict, Optional, Protocol, Set, Union
+from typing import Any, Dict, Optional, Protocol, Set, Union
 
 from .._internal.logs import get_logger
-from .._internal.threads import Deadline
+from .._internal.threads import Deadline, join_all, owned_by
 from ..config import WorkerConfig
 from ..credentials import Authenticator, Snapshot
 from ..credentials.login import RENEWAL_TIMEOUT, bearer_of
-from ..errors import APIError, PlanLimitError, SekuireError, StreamError, TransportError
+from ..errors import APIError, PlanLimitError, RevokedError, SekuireError, StreamError, TransportError
 from ..transport.live import LiveAnswer, LiveClient
 from ..transport.retry import Backoff, Interrupted
 from ..transport.sse import Event, EventStream
 from ..wire import protocol
 from ..wire.models import Command, Connected, Task
 from ..wire.verdict import Failed, Retry, Revoked, Settled, Unauthorized, verdict
+from .life import Life
+from .profile import Profile
 
 log = get_logger("sekuire.stream")
 
@@ -31,12 +33,6 @@ class StreamListener(Protocol):
 
     def on_login(self) -> None:
         """There are credentials; the stream is opened next."""
-
-    def on_open(self) -> None:
-        """The stream answered 200."""
-
-    def on_lost(self, error: Optional[SekuireError]) -> None:
-        """No stream: it ended (None), broke, or could not be opened; it is tried again."""
 
     def on_connected(self, connected: Connected, as_of: float) -> None:
         """``as_of``: the moment (``time.monotonic``) before which the platform has not said it."""
@@ -64,17 +60,18 @@ class TaskStream:
         config: WorkerConfig,
         auth: Authenticator,
         listener: StreamListener,
-        *,
-        query: Callable[[Optional[str]], str],
-        stop: threading.Event,
+        profile: Profile,
+        life: Life,
     ) -> None:
         self.connected = False
         self.reconnects = 0
         self._config = config
         self._auth = auth
         self._listener = listener
-        self._query = query
-        self._stop = stop
+        self._profile = profile
+        self._life = life
+        self._stop = life.stop_event
+        self._thread = threading.Thread(target=self._serve, name="sekuire-stream", daemon=True)
         self._live = LiveClient(config)
         self._backoff = Backoff(config.reconnect_min, config.reconnect_max)
         self._path = config.endpoints.path("task_stream")
@@ -85,6 +82,34 @@ class TaskStream:
         self._asked_at: Optional[float] = None
         self._refused: Optional[int] = None
         self._ignored: Set[str] = set()
+
+    def start(self) -> None:
+        """Begin to read, on the thread ``sekuire-stream``."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Return True while the stream's thread lives."""
+        return self._thread.is_alive()
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the stream's thread. Return True if it ended before ``deadline``."""
+        return not join_all([self._thread], deadline)
+
+    def _serve(self) -> None:
+        """Read until the stop, and stop the worker for what ends the reading before."""
+        with owned_by(self._life.owner):
+            error: Optional[SekuireError] = None
+            try:
+                self.run()
+            except RevokedError as revoked:
+                self._life.revoke(revoked)
+            except SekuireError as fatal:
+                error = fatal
+            except Exception as unforeseen:
+                log.exception("the stream's thread failed")
+                error = SekuireError(f"the stream's thread failed ({type(unforeseen).__name__}); see the log")
+            if error is not None:
+                self._life.fail(error)
 
     def run(self) -> None:
         """Read until ``stop`` is set.
@@ -99,7 +124,9 @@ class TaskStream:
                 self.connected = False
                 if self._stop.is_set():
                     return
-                self._listener.on_lost(problem)
+                # An answer is a verdict, even a bad one; silence is not.
+                is_verdict = problem is not None and not isinstance(problem, TransportError)
+                self._life.disconnect(is_verdict)
                 if self._opened_at is not None:
                     self._backoff.was_open(time.monotonic() - self._opened_at)
                 delay = self._backoff.next(getattr(problem, "retry_after", None))
@@ -162,7 +189,7 @@ class TaskStream:
         event_id = protocol.event_id_header(self._last_event_id)
         if event_id is not None:
             headers["Last-Event-ID"] = event_id
-        path = f"{self._path}?{self._query(snapshot.credentials.installation_id)}"
+        path = f"{self._path}?{self._profile.stream_query(snapshot.credentials.installation_id)}"
         self._asked_at = time.monotonic()
         return self._live.open(path, credential=bearer_of(snapshot), headers=headers)
 
@@ -199,7 +226,7 @@ class TaskStream:
         )
         self.connected = self._was_open = True
         self._opened_at = time.monotonic()
-        self._listener.on_open()
+        self._life.connect()
         oversized = 0
         handled = True
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import math
@@ -15,8 +16,7 @@ import pytest
 
 from sekuire import SekuireSDK, TaskError
 from sekuire._internal.threads import Deadline
-from sekuire.audit import AuditHandler, AuditStats
-from sekuire.audit import log as audit
+from sekuire.audit import AuditHandler, AuditStats, buffer, sender
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
 from sekuire.wire import protocol
 
@@ -49,7 +49,7 @@ def sdk_of() -> Iterator[Make]:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit, "RETRY_MAX", 0.02)
+    monkeypatch.setattr(sender, "RETRY_MAX", 0.02)
 
 
 def events_of(scripted: Scripted) -> List[Dict[str, Any]]:
@@ -88,7 +88,7 @@ def test_a_batch_goes_when_it_is_full(scripted: Scripted, sdk_of: Make) -> None:
 
 def test_a_batch_goes_after_its_time(scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event does not wait longer than the interval for others."""
-    monkeypatch.setattr(audit, "INTERVAL", 0.02)
+    monkeypatch.setattr(buffer, "INTERVAL", 0.02)
     sdk = sdk_of(scripted)
     sdk.start()
     for number in range(2):
@@ -159,7 +159,7 @@ def test_many_threads_lose_nothing(scripted: Scripted, sdk_of: Make) -> None:
 
 def test_large_events_make_small_batches(scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch goes, and ends, where it would grow too large."""
-    monkeypatch.setattr(audit, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(buffer, "BATCH_BYTES", 5000)
     sdk = sdk_of(scripted)
     sdk.start()
     for number in range(8):
@@ -182,7 +182,7 @@ def test_the_oldest_go(
     value: int,
 ) -> None:
     """Beyond the bounds the oldest events are dropped and counted, with one warning a spell."""
-    monkeypatch.setattr(audit, bound, value)
+    monkeypatch.setattr(buffer, bound, value)
     sdk = sdk_of(scripted)
     for number in range(100, 200):
         sdk.log("model_call", {"n": number})
@@ -196,7 +196,7 @@ def test_the_oldest_go(
 
 def test_a_batch_on_its_way_is_whole(scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is dropped in an outage is never part of a batch that was sent once already."""
-    monkeypatch.setattr(audit, "MAX_EVENTS", 55)
+    monkeypatch.setattr(buffer, "MAX_EVENTS", 55)
     down = True
     scripted.on["logs"] = lambda request: (503, {}) if down else (200, {})
     sdk = sdk_of(scripted)
@@ -561,7 +561,7 @@ def test_logging_can_be_switched_off(platform: Any, sdk_of: Make) -> None:
     with sdk, worker:
         sdk.log("model_call", {"n": object()})
         platform.wait(platform.submit("echo", {}), GUARD)
-        assert worker._dispatcher._on_result is None
+        assert worker._dispatcher.answers.audit is None
         assert "sekuire-audit" not in [thread.name for thread in client_threads()]
         assert sdk.audit.flush(GUARD)
     assert platform.count("logs") == 0
@@ -587,7 +587,7 @@ logging.getLogger("mine").addHandler(AuditHandler(sdk))
 sdk.start()
 sdk.log("health")
 # As if a thread of the parent held it at the fork.
-sdk.audit._lock.acquire()
+sdk.audit.buffer.condition.acquire()
 child = os.fork()
 if child == 0:
     logging.getLogger("mine").warning("one")
@@ -598,7 +598,7 @@ if child == 0:
         print(error, flush=True)
     os._exit(0)
 os.waitpid(child, 0)
-sdk.audit._lock.release()
+sdk.audit.buffer.condition.release()
 sdk.shutdown(0)
 """
 
@@ -830,20 +830,21 @@ def test_a_degraded_installation(scripted: Scripted, sdk_of: Make) -> None:
     assert "out of order" in events_of(scripted)[1]["event_data"]["reason"]
 
 
-def test_a_lost_lease(scripted: Scripted, sdk_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_lease(
+    scripted: Scripted, sdk_of: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The end of a lease is one event of the worker, however often it is looked at."""
+    monkeypatch.setattr("sekuire.session.heartbeat.MIN_GRACE", 0.0)
+    end = protocol.utc_now() + dt.timedelta(seconds=0.5)
+    scripted.on["heartbeat"] = lambda request: (200, {"lease_expires_at": end.isoformat()})
     sdk = sdk_of(scripted)
     worker = sdk.create_task_worker(heartbeat_interval=0.1)
     worker.on_task("echo", echo)
     with sdk, worker:
-        worker._heartbeat.lease.limit = 0.0
-        worker._control.on_lease()
         until(lambda: any("the lease has ended" in record.message for record in caplog.records))
         for _ in range(3):
-            worker._control.on_lease()
             beats = scripted.count("heartbeat")
             scripted.wait_for("heartbeat", beats + 1)
-        worker._heartbeat.lease.limit = math.inf
     assert [data["state"] for data in data_of(events_of(scripted), "health")].count("lease lost") == 1
 
 

@@ -296,7 +296,7 @@ def test_a_failing_callback_harms_nothing(scripted: Scripted, beacon_of: Make, c
 
     with beacon_of(scripted, install_token="skt", on_status_change=failing):
         scripted.wait_for("heartbeat", 4)
-    assert any("a callback failed" in record.message for record in caplog.records)
+    assert any("a callback failed: " in record.message for record in caplog.records)
 
 
 def test_stop_during_a_login(blackhole: Blackhole, beacon_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
+from rich.cells import cell_len
 
-from sekuire.cli import demo, terminal
+from sekuire.cli import demo
 from sekuire.cli.demo import Piece, summarize
 from sekuire.local import LocalPlatform
 
@@ -337,7 +338,7 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path, file: Path) -> None:
     assert bars[-1].endswith("4/4")
     assert "░" not in bars[-1]
     assert "\x1b[32m" in written
-    assert max(terminal.width(bar) for bar in bars) < 60
+    assert max(cell_len(bar) for bar in bars) < 60
 
 
 @pytest.mark.slow
@@ -380,23 +381,49 @@ def test_a_narrow_terminal(tmp_path: Path, file: Path, columns: int) -> None:
     assert code == 0
     states = _screen_lines(written)
     bars = [state for state in states if "4/4" in state]
-    assert all(terminal.width(bar) < columns for bar in bars)
+    assert all(cell_len(bar) < columns for bar in bars)
 
 
 @pytest.mark.slow
-def test_the_table_fits() -> None:
+def test_the_table_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """At every width, with wide characters too; columns go before the text does."""
+    monkeypatch.setenv("NO_COLOR", "1")
     at = demo.dt.datetime(2025, 1, 1, tzinfo=demo.dt.timezone.utc)
     later = at + demo.dt.timedelta(milliseconds=12.5)
     results = [demo.Result(f"名前.md:{number}", "日本語の要約です" * 9, True, at, later) for number in range(30)]
     for columns in range(6, 160):
         lines = demo._table(results, columns)
         assert len(lines) == 14
-        assert max(terminal.width(line) for line in lines) <= columns, columns
+        assert max(cell_len(line) for line in lines) <= columns, columns
     assert lines[0].split() == ["#", "SOURCE", "MS", "SUMMARY"]
     assert demo._table(results, 30)[0].split() == ["#", "MS", "SUMMARY"]
     assert demo._table(results, 15)[0].split() == ["#", "SUMMARY"]
     assert lines[-1] == "… and 18 more"
+
+
+def test_the_plain_table() -> None:
+    """It is whole: every column, and no text cut."""
+    at = demo.dt.datetime(2025, 1, 1, tzinfo=demo.dt.timezone.utc)
+    results = [demo.Result("a.md:1", "word " * 40, True, at, at + demo.dt.timedelta(milliseconds=12.5))]
+    lines = demo._table(results, None)
+    assert lines[0].split() == ["#", "SOURCE", "MS", "SUMMARY"]
+    assert lines[1] == f"1  a.md:1  12.5  {'word ' * 39}word"
+
+
+@POSIX_ONLY
+def test_a_terminal_without_rich(tmp_path: Path, file: Path) -> None:
+    """The extra is missing: the rows are plain lines, and everything else is the same."""
+    (tmp_path / "rich.py").write_text("raise ImportError('hidden')")
+    code, written = _on_terminal(["demo", "notes.md"], tmp_path, 40, PYTHONPATH=str(tmp_path))
+    assert code == 0
+    assert re.search(r"^2  notes.md:3 +\d+\.\d  First paragraph, with two sentences\.\r$", written, re.M)
+    assert re.search(r"^failures   \S*0", written, re.M)
+
+
+def test_rich_is_imported_on_a_terminal_only(run: Run, file: Path) -> None:
+    """A command whose output is a pipe does not pay for it."""
+    code = "import sys; from sekuire.cli import main; main(['demo', 'notes.md']); print('rich' in sys.modules)"
+    assert run(program=("-c", code)).end()[1].splitlines()[-1] == "False"
 
 
 def test_percentiles() -> None:

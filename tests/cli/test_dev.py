@@ -225,7 +225,7 @@ def test_a_policy(run: Run, tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "is not valid JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "not a JSON object"),
         ('{"permissions": {"network": {"enabled": "yes"}}}', "permissions.network.enabled"),
         ('{"a": 1, "a": 2}', "twice"),
         ('{"a": 99999999999999999999}', "99999999999999999999"),
@@ -283,7 +283,7 @@ def test_faults(run: Run) -> None:
         for number in range(10):
             task_id = until(functools.partial(submitted, number))
             until(functools.partial(is_done, task_id))
-    process.line("stderr", "injected, striking 1: outage:")
+    process.line("stderr", "injected, hits 1: outage:")
     process.signal(signal.SIGTERM)
     code, out, err = process.end()
     assert code == 0
@@ -309,14 +309,14 @@ def test_no_fault_is_not_spoken_of(run: Run) -> None:
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
-        (["--fault", "eror:rate=0.1"], "--fault: 'eror:rate=0.1': known are latency, error, reset, "),
+        (["--fault", "eror:rate=0.1"], "--fault: 'eror:rate=0.1': unknown kind; known are latency, error, reset, "),
         (
             ["--fault", "error:rate=2"],
             "--fault: 'error:rate=2': rate: must be a number from 0 to 1; for example error:",
         ),
         (["--fault", "reset", "--fault", "outage:3"], "--fault: 'outage:3': every: missing"),
         (["--fault", "latency:1,on=completes"], "--fault: 'latency:1,on=completes': on: there is no endpoint"),
-        (["--fault", ""], "--fault: '': known are "),
+        (["--fault", ""], "--fault: '': unknown kind; known are "),
         (["--fault-seed", "x"], "--fault-seed: invalid int value: 'x'"),
         (["--fault"], "--fault: expected one argument"),
     ],

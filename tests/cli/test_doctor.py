@@ -1,4 +1,4 @@
-"""sekuire doctor: what is wrong, and how to mend it."""
+"""sekuire doctor: what is wrong, and how to fix it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def credentials(platform: LocalPlatform) -> RuntimeCredentials:
 
 
 def finding(out: str, what: str) -> str:
-    """The line about ``what``, and its mend."""
+    """The line about ``what``, and its fix."""
     lines = out.splitlines()
     index = next(i for i, line in enumerate(lines) if line[9:].startswith(f"{what}: "))
     return "\n".join(lines[index : index + 2]) if lines[index + 1].startswith("    ") else lines[index]
@@ -113,7 +113,7 @@ def test_nothing_is_set(call: Call) -> None:
         ("SEKUIRE_POLICY_PUBLIC_KEYS", "abc", "SEKUIRE_POLICY_PUBLIC_KEYS", "an Ed25519 public key is 32 bytes"),
         ("SEKUIRE_OUTBOX", "missing/outbox.db", "SEKUIRE_OUTBOX", "does not exist"),
         ("SEKUIRE_CREDENTIALS_FILE", "missing/file", "SEKUIRE_CREDENTIALS_FILE", "does not exist; make it first"),
-        ("SEKUIRE_CREDENTIALS_FILE", "new", "SEKUIRE_CREDENTIALS_FILE", "is empty as yet; the first login fills it"),
+        ("SEKUIRE_CREDENTIALS_FILE", "new", "SEKUIRE_CREDENTIALS_FILE", "is still empty; the first login fills it"),
         ("SEKUIRE_CREDENTIALS_FILE", "text", "SEKUIRE_CREDENTIALS_FILE", "is not a credentials file of this library"),
     ],
 )
@@ -130,7 +130,7 @@ def test_variables(
 
 @POSIX_ONLY
 def test_a_credentials_file_that_others_can_read(call: Call, environ: Dict[str, str], tmp_path: Path) -> None:
-    """The mend is in the line."""
+    """The line says how to fix it."""
     (tmp_path / "credentials.json").write_text("{}")
     (tmp_path / "credentials.json").chmod(0o644)
     code, out, _ = call("doctor", env={**environ, "SEKUIRE_CREDENTIALS_FILE": "credentials.json"})
@@ -142,7 +142,7 @@ def test_a_key_from_a_file(call: Call, platform: LocalPlatform, environ: Dict[st
     """--api-key-file is checked like the variable."""
     (tmp_path / "key").write_text(platform.api_key)
     code, out, _ = call("doctor", "--api-key-file", "key", env=environ)
-    assert (code, finding(out, "API key")) == (0, "ok       API key: was taken")
+    assert (code, finding(out, "API key")) == (0, "ok       API key: was accepted")
     code, out, _ = call("doctor", "--api-key-file", "missing", env=environ)
     assert code == 2
     assert "cannot read 'missing'" in finding(out, "API key")
@@ -151,20 +151,20 @@ def test_a_key_from_a_file(call: Call, platform: LocalPlatform, environ: Dict[st
 # -- the platform -----------------------------------------------------------------------------------------------------
 
 
-def test_credentials_that_are_not_taken(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+def test_credentials_that_are_rejected(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
     """A dead token with nothing to replace it is wrong, exit 1; with a refresh token it is a warning."""
     mine = credentials(platform).to_env()
     refresh = mine.pop("SEKUIRE_REFRESH_TOKEN")
     platform.expire_tokens()
     code, out, _ = call("doctor", env={**environ, **mine, "SEKUIRE_API_KEY": "sk_live_wrong"})
     assert code == 1
-    assert "WRONG    runtime token: was not taken: HTTP 401" in out
-    assert "WRONG    API key: was not taken: HTTP 401 INVALID_API_KEY" in out
+    assert "WRONG    runtime token: was rejected: HTTP 401" in out
+    assert "WRONG    API key: was rejected: HTTP 401 INVALID_API_KEY" in out
     code, out, _ = call(
         "doctor", env={**environ, **mine, "SEKUIRE_REFRESH_TOKEN": refresh, "SEKUIRE_API_KEY": platform.api_key}
     )
     assert code == 0
-    assert "warning  runtime token: was not taken (HTTP 401" in out
+    assert "warning  runtime token: was rejected (HTTP 401" in out
     assert platform.count("refresh") == 0
 
 
@@ -274,7 +274,7 @@ def test_a_wrong_clock(
 
 def test_no_clock(call: Call, environ: Dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.protocol, "parse_http_date", lambda value: None)
-    assert "told no time" in finding(call("doctor", env=environ)[1], "clock")
+    assert "sent no time" in finding(call("doctor", env=environ)[1], "clock")
 
 
 def test_an_api_key_where_there_are_no_tasks(call: Call, environ: Dict[str, str], serve: Any) -> None:
@@ -330,8 +330,8 @@ def test_a_pinned_policy(call: Call, platform: LocalPlatform, environ: Dict[str,
     [
         ({"SEKUIRE_WORKSPACE_ID": "ws_none", "SEKUIRE_API_KEY": "good"}, "ok       policy: ws_none has none"),
         ({"SEKUIRE_WORKSPACE_ID": "ws_local"}, "skipped  policy: not asked for: there is no runtime token"),
-        ({"SEKUIRE_WORKSPACE_ID": "ws_local", "SEKUIRE_API_KEY": "bad"}, "warning  policy: cannot be had"),
-        ({}, "ok       policy: the login says whose policy counts"),
+        ({"SEKUIRE_WORKSPACE_ID": "ws_local", "SEKUIRE_API_KEY": "bad"}, "warning  policy: is not available"),
+        ({}, "ok       policy: the login names the workspace"),
     ],
 )
 def test_no_policy(

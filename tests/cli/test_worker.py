@@ -398,7 +398,7 @@ def test_a_started_worker_is_not_resized() -> None:
     worker = create_worker(agent_id=AGENT, install_token="skt_x")
     worker.stop()
     with pytest.raises(ConfigurationError, match="max_workers: cannot be changed once the worker was started"):
-        worker._reconfigure(max_workers=2)
+        worker.reconfigure(max_workers=2)
 
 
 def test_a_signal_after_the_worker_ran(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,7 +254,7 @@ class TestChecks:
         ("values", "text"),
         [
             ([], "settings.SEKUIRE: must be a dict"),
-            ({"AGENTID": "a"}, "settings.SEKUIRE['AGENTID']: is no setting of sekuire; did you mean"),
+            ({"AGENTID": "a"}, "settings.SEKUIRE['AGENTID']: unknown setting; did you mean"),
             ({"MAX_WORKERS": 0}, "settings.SEKUIRE['MAX_WORKERS']: must be"),
             ({"API_URL": "api.sekuire.ai"}, "settings.SEKUIRE['API_URL']: must begin with https://"),
             ({"API_KEY": "sk_live canary"}, "settings.SEKUIRE['API_KEY']: holds whitespace"),

@@ -46,7 +46,7 @@ def app(settings: Dict[str, Any]) -> flask.Flask:
 
 def outputs(platform: LocalPlatform, worker: Worker, *tasks: Any) -> List[Any]:
     """What a worker makes of the tasks (capability and input): an output, or an error's code."""
-    sdk: SekuireSDK = worker._sdk
+    sdk: SekuireSDK = worker.sdk
     sdk.start()
     try:
         with worker:
@@ -175,19 +175,19 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     sekuire = Sekuire(app)
     sekuire.task("x")(lambda ctx, input: None)
     worker = sekuire.create_worker(app, task_timeout=1.5)
-    config = worker._config
+    config = worker.config
     assert (config.agent_id, config.max_workers, config.task_timeout) == (AGENT, 3, 1.5)
     assert config.outbox == str(tmp_path / "outbox.db")
-    assert worker._sdk._config.workspace_id == "ws-1"
-    assert worker._sdk._config.credentials_store is not None
+    assert worker.sdk._config.workspace_id == "ws-1"
+    assert worker.sdk._config.credentials_store is not None
     worker.stop()
-    worker._sdk.shutdown()
+    worker.sdk.shutdown()
 
 
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"SEKUIRE_MAX_WORKRES": 3}, "app.config['SEKUIRE_MAX_WORKRES']: is no setting of sekuire; did you mean "
+        ({"SEKUIRE_MAX_WORKRES": 3}, "app.config['SEKUIRE_MAX_WORKRES']: unknown setting; did you mean "
                                      "app.config['SEKUIRE_MAX_WORKERS']?"),
         ({"SEKUIRE_MAX_WORKERS": "3"}, "app.config['SEKUIRE_MAX_WORKERS']: must be a whole number"),
         ({"SEKUIRE_API_URL": "ftp://x"}, "app.config['SEKUIRE_API_URL']: must begin with https://"),

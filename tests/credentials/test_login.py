@@ -19,7 +19,10 @@ import pytest
 from sekuire._internal.threads import Deadline
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore, Snapshot
+from sekuire.credentials import authenticator as authenticator_module
 from sekuire.credentials import login as login_module
+from sekuire.credentials.authenticator import is_fresh
+from sekuire.credentials.login import TokenProvider
 from sekuire.errors import (
     APIError,
     AuthenticationError,
@@ -134,7 +137,7 @@ def make() -> Iterator[Make]:
             store or RuntimeCredentialsStore(),
             stop=stops[-1],
             runtime_info={"hostname": "h", "pid": 1, "platform": {}},
-            token_provider=token_provider,
+            token_provider=None if token_provider is None else TokenProvider(token_provider),
             api_key=None if api_key is None else Secret(api_key),
             workspace_id=workspace_id,
         )
@@ -167,6 +170,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(store_module, "time", clock)
     monkeypatch.setattr(login_module, "time", clock)
+    monkeypatch.setattr(authenticator_module, "time", clock)
     return clock
 
 
@@ -217,7 +221,7 @@ def test_bootstrap(fake: Fake, make: Make) -> None:
     auth = make(fake, install_token=INSTALL, capabilities=["x"])
     auth.declare(("x", "y"))
     grants: List[Tuple[Grant, float]] = []
-    auth.on_grant = lambda grant, sent_at: grants.append((grant, sent_at))
+    auth.login.on_grant = lambda grant, sent_at: grants.append((grant, sent_at))
     for _ in range(2):
         snapshot = auth.snapshot(patience())
         assert token(snapshot) == "skr_runtime_1"
@@ -292,14 +296,14 @@ def test_when_every_way_is_refused(fake: Fake, make: Make) -> None:
     assert "refused the install token: HTTP 403 X: wrong agent" in str(problem)
     assert (problem.status, problem.code) == (403, "X")
     # Whoever comes later gets the same reason.
-    assert str(refused(auth)) == f"every way of authenticating has been refused before: {problem}"
+    assert str(refused(auth)) == f"every login method has been refused before: {problem}"
     assert fake.calls == ["refresh", "bootstrap"]
 
 
 def test_nothing_to_authenticate_with(fake: Fake, make: Make) -> None:
     """Without anything given the error names every option and variable that would do; any one of them does."""
     with pytest.raises(ConfigurationError, match="SEKUIRE_INSTALL_TOKEN") as caught:
-        make(fake).require_a_way()
+        make(fake).require_credentials()
     assert "token_provider" in str(caught.value)
     ways: List[Dict[str, Any]] = [
         {"install_token": INSTALL},
@@ -310,7 +314,7 @@ def test_nothing_to_authenticate_with(fake: Fake, make: Make) -> None:
         {"store": RuntimeCredentialsStore(RuntimeCredentials(runtime_token="skr"))},
     ]
     for way in ways:
-        make(fake, **way).require_a_way()
+        make(fake, **way).require_credentials()
 
 
 def test_a_runtime_token_alone_that_is_refused(fake: Fake, make: Make) -> None:
@@ -985,9 +989,8 @@ class Calls:
 
 
 def waiting_for(store: RuntimeCredentialsStore, count: int) -> bool:
-    """Whether so many threads wait for the renewal that is on."""
-    flight = store._flight
-    return flight is not None and len(flight.done._cond._waiters) == count  # type: ignore[attr-defined]
+    """Return True if ``count`` threads wait for the renewal in progress."""
+    return store.renewals.waiting == count
 
 
 def granting(scripted: Scripted, lifetime: float) -> None:
@@ -1117,15 +1120,14 @@ def test_an_early_refresh_is_in_the_background(fake: Fake, make: Make, clock: Cl
 
 
 @pytest.mark.parametrize(("jitter", "early"), [(0.0, 200.0), (0.1, 180.0), (0.2, 160.0)])
-def test_the_early_window_is_spread(jitter: float, early: float, fake: Fake, make: Make, clock: Clock) -> None:
+def test_the_early_window_is_spread(jitter: float, early: float) -> None:
     """The early window begins at a fifth of the lifetime, less the jitter of these credentials."""
-    auth = make(fake, install_token=INSTALL)
     snapshot = Snapshot(generation=1, credentials=RuntimeCredentials(), lifetime=1000.0, jitter=jitter)
-    assert auth._is_fresh(snapshot, early + 0.1)
-    assert not auth._is_fresh(snapshot, early - 0.1)
+    assert is_fresh(snapshot, early + 0.1)
+    assert not is_fresh(snapshot, early - 0.1)
     long = Snapshot(generation=1, credentials=RuntimeCredentials(), lifetime=10 * HOUR, jitter=jitter)
-    assert auth._is_fresh(long, 300 * (1 - jitter) + 0.1)
-    assert not auth._is_fresh(long, 300 * (1 - jitter) - 0.1)
+    assert is_fresh(long, 300 * (1 - jitter) + 0.1)
+    assert not is_fresh(long, 300 * (1 - jitter) - 0.1)
     assert all(0 <= Snapshot(generation=1, credentials=RuntimeCredentials()).jitter <= 0.2 for _ in range(50))
 
 
@@ -1155,7 +1157,7 @@ def test_a_failed_refresh_of_a_live_token(
         until(lambda: "the present one still works" in caplog.text)
     assert fake.calls == ["bootstrap", "refresh"]
     clock.ahead += 29
-    until(lambda: not auth._refreshing)
+    until(lambda: not auth.is_renewing)
     assert token(auth.snapshot(patience())) == "skr_runtime_1"
     assert fake.calls == ["bootstrap", "refresh"]
     clock.ahead += 8
@@ -1336,7 +1338,7 @@ def test_an_unforeseen_error_in_the_background(
     def fail(grant: Grant, sent_at: float) -> None:
         raise ZeroDivisionError
 
-    auth.on_grant = fail
+    auth.login.on_grant = fail
     clock.ahead = 1000.0 - 155
     assert token(auth.snapshot(patience())) == "skr_runtime_1"
     until(lambda: "renewing the runtime token failed" in caplog.text)
@@ -1442,9 +1444,9 @@ def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.Monke
         assert "did not return within 0.05 s" in str(refused(auth, TransportError))
     assert len(calls) == 1
     release.set()
-    provider = auth._provider
+    provider = auth.login.token_provider
     assert provider is not None
-    until(lambda: provider._running is None or provider._running.done.is_set())
+    until(lambda: not provider.calls.is_busy())
     monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", PATIENCE)
     assert token(auth.snapshot(patience())) == "skr_2"
 

@@ -418,9 +418,8 @@ def test_a_failure_is_shared() -> None:
 
 
 def waiting_for(store: RuntimeCredentialsStore, count: int) -> bool:
-    """Whether so many threads wait for the renewal that is on."""
-    flight = store._flight
-    return flight is not None and len(flight.done._cond._waiters) == count  # type: ignore[attr-defined]
+    """Return True if ``count`` threads wait for the renewal in progress."""
+    return store.renewals.waiting == count
 
 
 @pytest.mark.parametrize(
@@ -529,9 +528,7 @@ def test_an_interrupt_is_not_shared() -> None:
     leader = Callers(store, gate, 1)
     assert gate.entered.wait(PATIENCE)
     waiting = Callers(store, never, 3)
-    flight = store._flight
-    assert flight is not None
-    until(lambda: len(flight.done._cond._waiters) == 3)  # type: ignore[attr-defined]
+    until(lambda: waiting_for(store, 3))
     gate.open.set()
     assert isinstance(leader.finish()[0], KeyboardInterrupt)
     assert {type(error) for error in waiting.finish()} == {TransportError}

@@ -18,7 +18,7 @@ import pytest
 from sekuire import ProcessExecutor
 from sekuire.errors import ConfigurationError, SekuireError
 from sekuire.executors import ProcessDied
-from sekuire.executors.process import RemoteError, RemoteTraceback, dump_error, load_error, tell
+from sekuire.executors.process import RemoteError, RemoteTraceback, dump_error, load_error, send_message
 
 from .. import elsewhere
 from ..scripted import GUARD, until
@@ -115,14 +115,14 @@ def test_a_result_that_does_not_load_here(shared: ProcessExecutor) -> None:
 
 
 def test_messages_before_the_end(shared: ProcessExecutor, caplog: pytest.LogCaptureFixture) -> None:
-    """What a call tells on its way is given to who submitted it; a receiver that fails harms nothing."""
+    """The submitter of a call receives the messages that it sends. A receiver that fails harms nothing."""
     heard: List[Any] = []
-    assert shared.submit_call(elsewhere.tell_twice, (), None, heard.append).result(GUARD) is True
+    assert shared.submit_call(elsewhere.send_twice, (), None, heard.append).result(GUARD) is True
     assert heard == [1, 2]
-    assert shared.submit_call(elsewhere.tell_twice, (), None, lambda told: 1 // 0).result(GUARD) is True
-    assert shared.submit(elsewhere.tell_twice).result(GUARD) is True
+    assert shared.submit_call(elsewhere.send_twice, (), None, lambda message: 1 // 0).result(GUARD) is True
+    assert shared.submit(elsewhere.send_twice).result(GUARD) is True
     assert sum("a message of a call could not be used" in record.message for record in caplog.records) == 2
-    assert tell("nobody hears") is False
+    assert send_message("nobody hears") is False
 
 
 def test_a_machine_without_room(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,7 +160,7 @@ def test_kill(shared: ProcessExecutor, tmp_path: pathlib.Path) -> None:
 
 
 def test_the_end_of_a_pool(tmp_path: pathlib.Path) -> None:
-    """shutdown() lets calls end, drops those that wait if asked to, takes no more, and ends every process."""
+    """shutdown() lets calls end, drops those that wait if asked to, accepts no more, and ends every process."""
     executor = ProcessExecutor(1)
     let_go = tmp_path / "let go"
     let_go.touch()
@@ -301,7 +301,7 @@ def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(threading.Thread, "start", real)
         assert executor.submit(elsewhere.square, 3).result(GUARD) == 9
         monkeypatch.setattr(threading.Thread, "start", start)
-        # One is busy or idle; a second one cannot be had.
+        # One is busy or idle; a second one is not available.
         calls = [executor.submit(elsewhere.square, number) for number in range(4)]
         assert [call.result(GUARD) for call in calls] == [0, 1, 4, 9]
         monkeypatch.setattr(threading.Thread, "start", real)

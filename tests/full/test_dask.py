@@ -73,7 +73,7 @@ def test_tasks_on_a_cluster(platform: Any, worker_of: Make, client: Any, tmp_pat
         path = tmp_path / "late"
         error = ended(platform, "hang", {"path": str(path), "until": "cancelled"}, timeout_ms=1000)["error"]
         assert error["code"] == "timeout"
-        until(lambda: worker.stats().stragglers == 0)
+        until(lambda: worker.stats().overdue == 0)
         assert path.read_text().split()[1] == "timeout"
 
         # SIGKILL in mid-task: that task fails, retryably, and Dask does not run it again; the others go on.

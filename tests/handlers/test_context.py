@@ -10,7 +10,7 @@ from typing import Any, List
 import pytest
 
 from sekuire.errors import TaskCancelled
-from sekuire.handlers.context import TaskContext
+from sekuire.handlers.context import TaskContext, control_of
 from sekuire.wire.models import Task
 
 from ..scripted import GUARD
@@ -41,14 +41,14 @@ def test_cancellation() -> None:
     context.raise_if_cancelled()
     assert context.wait_cancelled(0) is False
     assert (context.is_cancelled(), context.cancel_reason) == (False, None)
-    assert context._cancel("timeout")
-    assert not context._cancel("terminated")
+    assert control_of(context).cancel("timeout")
+    assert not control_of(context).cancel("terminated")
     assert (context.is_cancelled(), context.cancel_reason) == (True, "timeout")
     assert context.wait_cancelled(GUARD)
     with pytest.raises(TaskCancelled, match="timeout"):
         context.raise_if_cancelled()
     cancelled = TaskContext(TASK)
-    cancelled._cancel("x")
+    control_of(cancelled).cancel("x")
     assert cancelled.wait_cancelled()
 
 
@@ -66,7 +66,7 @@ def test_many_waiters() -> None:
     for thread in threads:
         thread.start()
     ready.wait(GUARD)
-    context._cancel("now")
+    control_of(context).cancel("now")
     for thread in threads:
         thread.join(GUARD)
     assert woken == [True] * 4
@@ -74,7 +74,7 @@ def test_many_waiters() -> None:
 
 def test_progress_goes_to_the_sink() -> None:
     """report_progress() gives value and message on; without a sink it does nothing."""
-    told: List[Any] = []
-    TaskContext(TASK, progress=lambda *args: told.append(args[1:])).report_progress(1, "all")
-    assert told == [(1.0, "all")]
+    reports: List[Any] = []
+    TaskContext(TASK, progress=lambda *args: reports.append(args[1:])).report_progress(1, "all")
+    assert reports == [(1.0, "all")]
     TaskContext(TASK).report_progress(0.5)

@@ -1,4 +1,4 @@
-"""Inputs built from JSON for their annotation, mismatches told with their place, and results that are no JSON."""
+"""Inputs built from JSON for their annotation, mismatches with their place, and results that JSON has no form for."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import typing
 import uuid
 from typing import Any, Callable, Dict, List, Literal, Mapping, MutableMapping, Optional, Sequence, Set, Tuple, Union
 
+import annotated_types as at
 import attrs
 import pydantic
 import pytest
@@ -384,7 +385,7 @@ def test_what_fits(annotation: Any, value: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize(("annotation", "value", "wanted"), MISMATCHES)
 def test_what_does_not_fit(annotation: Any, value: Any, wanted: List[str]) -> None:
-    """Each mismatch is told with its path and what was expected; no value of the input is quoted."""
+    """Each mismatch names its path and what was expected. It quotes no value of the input."""
     from sekuire.handlers.mismatch import Mismatch
 
     with pytest.raises(Mismatch) as caught:
@@ -419,7 +420,7 @@ if hasattr(VALIDATORS, "or_"):  # From attrs 24.1 on.
 
 @pytest.mark.parametrize(("annotation", "validator"), REFUSING)
 def test_validators_of_attrs(annotation: Any, validator: Any) -> None:
-    """What attrs itself refuses is told with its field and without attrs' text, which quotes the value."""
+    """What attrs itself refuses names its field, without attrs' text, which quotes the value."""
     from sekuire.handlers.mismatch import Mismatch
 
     checked = attrs.make_class(
@@ -457,10 +458,10 @@ def test_checks_of_ones_own() -> None:
 
 
 def test_the_texts_of_pydantic() -> None:
-    """Each text of pydantic's own that is filled in by the input, not by the model, has one that is said instead."""
+    """Each text of pydantic that is filled in from the input, not from the model, is replaced by another one."""
     from pydantic_core._pydantic_core import list_all_errors
 
-    from sekuire.handlers.inputs import _QUOTING
+    from sekuire.handlers.inputs import SAFE_TEXTS
 
     of_the_model = {
         "actual_length", "attribute", "class", "class_name", "decimal_places", "discriminator", "expected",
@@ -475,7 +476,7 @@ def test_the_texts_of_pydantic() -> None:
     }  # fmt: skip
     for error in list_all_errors():
         named = {name for _, name, _, _ in string.Formatter().parse(error["message_template_python"]) if name}
-        assert named <= of_the_model or error["type"] in {*_QUOTING, *harmless}, error
+        assert named <= of_the_model or error["type"] in {*SAFE_TEXTS, *harmless}, error
 
 
 def test_many_mismatches_are_cut() -> None:
@@ -488,6 +489,148 @@ def test_many_mismatches_are_cut() -> None:
         assert len(json.dumps(caught.value.details())) < 2000
 
 
+# -- constraints ------------------------------------------------------------------------------------------------------
+
+
+class Gt0:
+    """A constraint of nobody's package: the attribute's name is what counts."""
+
+    gt = 0
+
+
+@dataclasses.dataclass
+class Limits:
+    count: Annotated[int, pydantic.Field(gt=0, description="a note")]
+    tags: Annotated[List[Annotated[str, at.MinLen(2)]], at.Len(1, 2)] = dataclasses.field(
+        default_factory=lambda: ["ab"]
+    )
+    some: Optional[Annotated[int, at.Lt(3)]] = None
+    more: Annotated[Optional[int], at.Interval(gt=1, le=5)] = None
+
+
+@attrs.frozen
+class Dozens:
+    count: Annotated[int, at.MultipleOf(12)]
+
+
+class Sized(TypedDict):
+    name: Annotated[str, at.MaxLen(3)]
+    size: NotRequired[Annotated[float, at.Ge(0.5)]]
+
+
+class Ranked(typing.NamedTuple):
+    rank: Annotated[int, at.Le(3)]
+
+
+Rank = typing.NewType("Rank", Annotated[int, Gt0()])  # type: ignore[valid-newtype]
+NEW_YEAR = dt.datetime(2024, 1, 1, tzinfo=UTC)
+
+KEPT: List[Tuple[Any, Any, Any]] = [
+    (Limits, {"count": 1, "tags": ["ab"], "some": 2, "more": 5}, Limits(1, ["ab"], 2, 5)),
+    (Limits, {"count": 1, "some": None, "more": None}, Limits(1)),
+    (Dozens, {"count": 24}, Dozens(24)),
+    (Sized, {"name": "abc", "size": 0.5}, {"name": "abc", "size": 0.5}),
+    (Ranked, [3], Ranked(3)),
+    (Rank, 1, 1),
+    (Annotated[float, at.MultipleOf(0.1)], 0.3, 0.3),
+    (Annotated[decimal.Decimal, at.Gt(0)], "0.1", decimal.Decimal("0.1")),
+    (Annotated[dt.datetime, at.Ge(NEW_YEAR), at.Timezone(...)], "2024-01-01T00:00:00Z", NEW_YEAR),
+    (Annotated[float, at.Unit("m"), "a note", int], 1, 1.0),
+    (Annotated[str, at.Predicate(str.islower)], "a", "a"),
+    (Annotated[str, pydantic.StringConstraints(min_length=1)], "a", "a"),
+    (Annotated[Dict[str, Any], at.MaxLen(1)], {"a": 1}, {"a": 1}),
+    (Annotated[Any, at.Gt(0)], 1, 1),
+    (Union[Annotated[int, at.Gt(0)], str], "x", "x"),
+    (pydantic.conint(gt=3), 4, 4),
+]
+
+BROKEN: List[Tuple[Any, Any, List[str]]] = [
+    (Limits, {"count": 0, "tags": [], "some": 3, "more": 1},
+     ["input.count: must be greater than 0", "input.tags: must have a length of 1 or more",
+      "input.some: must be less than 3", "input.more: must be greater than 1"]),
+    (Limits, {"count": 1, "tags": ["ab", SECRET, "x"], "more": 6},
+     ["input.tags[2]: must have a length of 2 or more", "input.more: must be 5 or less"]),
+    (Dozens, {"count": 13}, ["input.count: must be a multiple of 12"]),
+    (Sized, {"name": SECRET, "size": 0},
+     ["input.name: must have a length of 3 or less", "input.size: must be 0.5 or more"]),
+    (Ranked, [4], ["input[0]: must be 3 or less"]),
+    (Rank, 0, ["input: must be greater than 0"]),
+    (Annotated[float, at.MultipleOf(0.1)], 0.35, ["input: must be a multiple of 0.1"]),
+    (Annotated[dt.datetime, at.Ge(NEW_YEAR)], "2023-01-01T00:00:00Z",
+     ["input: must be 2024-01-01T00:00:00+00:00 or more"]),
+    (Annotated[str, at.Predicate(str.islower)], SECRET.upper(), ["input: is refused by the predicate str.islower"]),
+    (Annotated[str, at.Predicate(int)], SECRET, ["input: is refused by the predicate int"]),
+    (Annotated[Dict[str, Any], at.MaxLen(1)], {"a": 1, "b": 2}, ["input: must have a length of 1 or less"]),
+    (Dict[Annotated[str, at.MinLen(2)], int], {"a": 1}, ["input.a: must have a length of 2 or more"]),
+    (Annotated[Any, at.Gt(0)], SECRET, ["input: must be greater than 0, got a string"]),
+    (Annotated[int, at.Gt(0), at.MultipleOf(2)], -1,
+     ["input: must be greater than 0", "input: must be a multiple of 2"]),
+    (Union[Annotated[int, at.Gt(0)], str], 0,
+     ["input: must be greater than 0", "input: expected a string, got an integer"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("annotation", "value", "wanted"), KEPT)
+def test_constraints_that_are_kept(annotation: Any, value: Any, wanted: Any) -> None:
+    """A value that keeps to the constraints of Annotated is built. None keeps to those of an Optional."""
+    assert built(annotation, value) == wanted
+
+
+@pytest.mark.parametrize(("annotation", "value", "wanted"), BROKEN)
+def test_constraints_that_are_broken(annotation: Any, value: Any, wanted: List[str]) -> None:
+    """A value that breaks a constraint is a mismatch that names the bound and not the value, wherever it stands."""
+    from sekuire.handlers.mismatch import Mismatch
+
+    with pytest.raises(Mismatch) as caught:
+        built(annotation, value)
+    problems = caught.value.details()["problems"]
+    assert [f"{one['path']}: {one['problem']}" for one in problems] == wanted
+    assert SECRET not in str(caught.value) + json.dumps(problems)
+
+
+@dataclasses.dataclass
+class Patterned:
+    code: Annotated[str, pydantic.Field(pattern="^x", min_length=1)]
+
+
+@dataclasses.dataclass
+class Unannotated:
+    count: int = pydantic.Field(default=1, gt=0)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "texts"),
+    [
+        (List[Patterned], ["Patterned.code: the constraint pattern='^x' of Annotated is not supported outside of a "
+                           "pydantic model; use a pydantic model, or check the value"]),
+        (Unannotated, ["Field(...) of Unannotated.count has no effect as a default",
+                       "write Annotated[..., Field(...)]"]),
+        (Annotated[str, at.Gt(0)], ["the constraint Gt(gt=0)", "str and int do not go together"]),
+        (Annotated[int, at.MinLen(1)], ["the constraint MinLen(min_length=1)", "int has no length"]),
+        (Annotated[str, at.MinLen("1")], ["a length is a whole number"]),
+        (Annotated[Item, at.Gt(0)], ["Item has no order"]),
+        (Annotated[List[int], at.Gt(0)], ["list and int do not go together"]),
+        (Annotated[dt.datetime, at.Gt(dt.datetime(2024, 1, 1))], ["can't compare offset-naive and offset-aware"]),
+        (Annotated[dt.datetime, at.Timezone(None)], ["the constraint Timezone(tz=None) of Annotated is not supported"]),
+        (Annotated[int, at.Gt], ["the constraint Gt of Annotated is a class; write Gt(...)"]),
+        (Annotated[int, pydantic.Field(alias="x")], ["Field(alias=...) of Annotated has no effect outside"]),
+        (Annotated[int, pydantic.Field(default=1)], ["Field(default=...) of Annotated has no effect outside"]),
+        (Annotated[str, pydantic.AfterValidator(str.upper)], ["the constraint AfterValidator(", "is not supported"]),
+        (Annotated[str, pydantic.StringConstraints(to_upper=True)], ["the constraint to_upper=True"]),
+        (Annotated[int, VALIDATORS.gt(3)], ["has no effect; write attrs.field(validator=...)"]),
+        (Dict[Annotated[int, at.Gt(0)], int], ["the keys of an object are strings in JSON, never int"]),
+    ],
+)  # fmt: skip
+def test_constraints_that_are_refused(annotation: Any, texts: List[str]) -> None:
+    """A constraint that cannot be checked is refused at registration: parameter, constraint, and what to do."""
+    with pytest.raises(ConfigurationError) as caught:
+        TaskRegistry().task("echo", handler_of(annotation))
+    assert ", parameter 'input': " in str(caught.value)
+    for text in texts:
+        assert text in str(caught.value)
+    assert caught.value.__context__ is None
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["items", "sku", "at"]), inner),
@@ -495,7 +638,7 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from([annotation for annotation, _, _ in FITS]), json_values)
+@given(st.sampled_from([annotation for annotation, _, _ in FITS + KEPT]), json_values)
 def test_any_json_fits_or_not(annotation: Any, value: Any) -> None:
     """Whatever JSON comes, it is built or it is a mismatch; nothing else is raised."""
     from sekuire.handlers.mismatch import Mismatch
@@ -763,7 +906,7 @@ def test_the_json_form_of_results(value: Any, wanted: Any) -> None:
     json.dumps(found)
 
 
-@pytest.mark.parametrize("value", [b"x", object(), 1j, dt.timedelta(1), {(1, 2): 1}, {object(): 1}, Item, len])
+@pytest.mark.parametrize("value", [b"x", object(), 1j, dt.timedelta(1), {(1, 2): 1}, {object(): 1}, Item, Cow, len])
 def test_what_has_no_json_form(value: Any) -> None:
     """What has no agreed form is refused, not guessed."""
     with pytest.raises(TypeError, match="has no JSON form"):
@@ -771,7 +914,7 @@ def test_what_has_no_json_form(value: Any) -> None:
 
 
 def test_a_context_is_no_input() -> None:
-    """The built value takes the input's place and nothing else's."""
+    """The built value replaces the input, and nothing else."""
     tasks = TaskRegistry()
     seen: List[Any] = []
 

@@ -87,7 +87,7 @@ def test_two_workers_share_a_registry(scripted: Scripted, worker_of: Make) -> No
     workers = [worker_of(scripted) for _ in range(2)]
     for worker in workers:
         worker.include(tasks)
-    entries = [worker._registry.find("first") for worker in workers]
+    entries = [worker.handlers.find("first") for worker in workers]
     assert entries[0] is not None
     assert entries[1] is not None
     entries[0].running = 1

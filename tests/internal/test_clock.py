@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import types
 from typing import List
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_clocks_of_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_wall_clock_as_addition() -> None:
     """A gap by which the wall clock ran ahead is added; a slewed clock adds nothing, and a step back takes nothing."""
     monotonic, wall = Hand(), Hand()
-    elapsed = WallElapsed(monotonic, wall)
+    elapsed = WallElapsed(types.SimpleNamespace(monotonic=monotonic, time=wall))
     clock = Clock(elapsed, monotonic)
     for _ in range(10):
         monotonic.now += 1.0

@@ -698,7 +698,7 @@ def test_a_running_platform_has_its_faults_alone(make: Make) -> None:
     faults = Faults()
     first = make(faults=faults)
     second = LocalPlatform(faults=faults)
-    with pytest.raises(ConfigurationError, match=r"^faults: they are those of another platform"):
+    with pytest.raises(ConfigurationError, match=r"^faults: another running platform has them"):
         second.start()
     first.stop()
     with second:
@@ -837,8 +837,8 @@ def test_text(text: str, spelled: Optional[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "known are latency, error, reset, half-answer"),
-        ("eror:rate=0.1", "known are latency, error, reset, half-answer"),
+        ("", "unknown kind; known are latency, error, reset, half-answer"),
+        ("eror:rate=0.1", "unknown kind; known are latency, error, reset, half-answer"),
         ("error:rate", "status: must be a whole number, got 'rate'"),
         ("error:503,0.1", "'0.1' is not NAME=VALUE"),
         ("error:503,", "'' is not NAME=VALUE"),
@@ -848,7 +848,7 @@ def test_text(text: str, spelled: Optional[str]) -> None:
         ("error:rate=nan", "rate: must be a number from 0 to 1"),
         ("error:503,status=500", "status: given twice"),
         ("error:times=-1", "times: must be a whole number"),
-        ("error:every=3", "every: not known here; status, rate, times"),
+        ("error:every=3", "every: unknown argument; known are status, rate, times"),
         ("error:on=completes", "on: there is no endpoint 'completes'; known are bootstrap, "),
         ("error:on=", "on: there is no endpoint ''"),
         ("latency", "seconds: missing"),

@@ -791,8 +791,10 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
     """After a fork a child uses the client, whatever a thread of its parent was doing with it."""
     client = make()
     client._lock.acquire()
+    may_end = threading.Event()
+    # As if a thread of the parent were in the middle of a fetch.
     known = client._known.setdefault(WORKSPACE, client_module._Known())
-    known.flight = client_module._Flight(0)
+    assert known.fetches.start(may_end.wait, "fetch") is not None
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -800,6 +802,7 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
             code = 0 if version_of(client.fetch_active_policy(WORKSPACE)) == 1 else 2
         finally:
             os._exit(code)
+    may_end.set()
     client._lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 

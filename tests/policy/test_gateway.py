@@ -21,7 +21,8 @@ from sekuire.errors import (
     SekuireError,
 )
 from sekuire.policy import client as client_module
-from sekuire.policy import gateway as gateway_module
+from sekuire.policy import loader as loader_module
+from sekuire.policy.source import Workspace
 from sekuire.wire.models import HeartbeatReply
 
 from ..scripted import GUARD, Blackhole, Request, Scripted, client_threads, until
@@ -33,8 +34,8 @@ OWNER, OTHER = Signer(1), Signer(2)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_module, "_RETRY_MIN", 0.01)
-    monkeypatch.setattr(gateway_module, "_RETRY_MAX", 0.02)
+    monkeypatch.setattr(loader_module, "_RETRY_MIN", 0.01)
+    monkeypatch.setattr(loader_module, "_RETRY_MAX", 0.02)
     monkeypatch.setattr(client_module, "FETCH_TIMEOUT", 5.0)
 
 
@@ -56,6 +57,18 @@ def make(scripted: Scripted) -> Iterator[Make]:
     yield make
     for one in made:
         one.close()
+
+
+class NamedLater(Workspace):
+    """A workspace that the login may name later."""
+
+    def __init__(self, name: Optional[str]) -> None:
+        super().__init__(None)
+        self.name = name
+
+    @property
+    def workspace_id(self) -> Optional[str]:
+        return self.name
 
 
 def version_of(gateway: PolicyGateway) -> Optional[int]:
@@ -199,18 +212,18 @@ def test_a_heartbeat_names_a_new_policy(served: Served, make: Make, as_mapping: 
 def test_a_heartbeat_is_never_held_up(blackhole: Blackhole, make: Make) -> None:
     """on_heartbeat_response() returns while the platform is silent; so do decisions."""
     gateway = make(blackhole.url, {"read_timeout": 0.2}, on_unavailable="allow")
-    gateway._note("x")  # As if a first try had failed.
+    gateway.loader.note("x")  # As if a first try had failed.
     for _ in range(100):
         gateway.on_heartbeat_response(HeartbeatReply(active_policy_hash="h"))
         gateway.check_task("x")
     assert policy_threads() == ["sekuire-policy"]
-    gateway._client.close()
+    gateway.client.close()
 
 
 def test_a_policy_has_its_time(served: Served, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any heartbeat the policy is asked for again when cache_ttl is over, by the next decision."""
     now = [1000.0]
-    monkeypatch.setattr(gateway_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(loader_module.time, "monotonic", lambda: now[0])
     gateway = make(client={"cache_ttl": 60.0})
     gateway.refresh()
     served.policy = OWNER.policy(2, denying("two"))
@@ -418,10 +431,10 @@ def test_a_slow_answer_does_not_undo_a_newer_one(served: Served, make: Make) -> 
     served.policy = OWNER.policy(2, denying("x"))
     older = old()
     assert older is not None
-    gateway._adopt(WORKSPACE, older, 1)
+    gateway.in_force.adopt(WORKSPACE, older, 1)
     assert gateway.policy is new
     # "There is none", the answer to an earlier question, comes last.
-    gateway._adopt(WORKSPACE, None, 0)
+    gateway.in_force.adopt(WORKSPACE, None, 0)
     assert gateway.policy is new
 
 
@@ -433,7 +446,7 @@ def test_a_stored_policy_that_cannot_be_enforced_any_more(
     monkeypatch.chdir(tmp_path)
     served.policy = OWNER.policy(1, {"permissions": {"filesystem": {"enabled": True, "allowed_paths": ["data/*"]}}})
     gateway = make(client={"path": path})
-    assert gateway._client.fetch_active_policy(WORKSPACE) is not None
+    assert gateway.client.fetch_active_policy(WORKSPACE) is not None
     served.policy = 500
     real = os.path.abspath
 
@@ -454,7 +467,7 @@ def test_a_workspace_that_nobody_tells(served: Served, pinned: bool) -> None:
     """Nothing is enforced; unless a key is pinned, which the platform could get round otherwise."""
     keys = [OWNER.public] if pinned else []
     client = PolicyClient(served.scripted.url, api_key="k", trusted_policy_keys=keys)
-    with PolicyGateway._owning(client, lambda: None, {}) as gateway:
+    with client, PolicyGateway(client, Workspace(None)) as gateway:
         if pinned:
             with pytest.raises(PolicyUnavailableError, match="SEKUIRE_WORKSPACE_ID"):
                 gateway.check_task("x")
@@ -497,7 +510,7 @@ def test_listeners_hear_of_changes(served: Served, make: Make, caplog: pytest.Lo
     served.policy = OWNER.policy(3, {})
     gateway.refresh()
     assert heard == [(False, True), (True, False)]
-    assert any("telling of a new policy failed" in record.message for record in caplog.records)
+    assert any("a listener to policy changes failed" in record.message for record in caplog.records)
 
 
 def test_a_tool_of_a_task(served: Served, make: Make) -> None:
@@ -556,12 +569,13 @@ def test_a_required_policy_that_never_was(served: Served, make: Make) -> None:
     with pytest.raises(PolicyUnavailableError, match="one is required"):
         gateway.check_task("two")
     client = PolicyClient(served.scripted.url, api_key="k")
-    unknown = PolicyGateway._owning(client, lambda: None, {})
+    unknown = PolicyGateway(client, Workspace(None))
     assert unknown.check_task("two") is None
     unknown.require_policy()
     with pytest.raises(PolicyUnavailableError, match="SEKUIRE_WORKSPACE_ID"):
         unknown.check_task("two")
     unknown.close()
+    client.close()
 
 
 # -- warning only -----------------------------------------------------------------------------------------------------
@@ -664,7 +678,7 @@ def test_close_ends_the_thread(served: Served, make: Make, monkeypatch: pytest.M
         is_waiting.set()
         return 3 * GUARD
 
-    monkeypatch.setattr(gateway._backoff, "next", long)
+    monkeypatch.setattr(gateway.loader.backoff, "next", long)
     gateway.refresh()
     served.policy = 400
     gateway.on_heartbeat_response(HeartbeatReply(active_policy_hash="ab" * 32))
@@ -691,7 +705,7 @@ def test_close_does_not_wait_for_a_silent_platform(
     try:
         gateway.close(0.0)
         assert any("ends with its request" in record.message for record in caplog.records)
-        gateway._client.close()
+        gateway.client.close()
     finally:
         connection.close()
 
@@ -702,7 +716,7 @@ def test_an_unforeseen_error_does_not_end_it(
     """Whatever goes wrong in one round, the next one comes."""
     gateway = make()
     gateway.refresh()
-    real, calls = gateway._client.fetch_active_policy, []
+    real, calls = gateway.client.fetch_active_policy, []
 
     def fail(workspace_id: str) -> Any:
         calls.append(workspace_id)
@@ -710,7 +724,7 @@ def test_an_unforeseen_error_does_not_end_it(
             raise ZeroDivisionError
         return real(workspace_id)
 
-    monkeypatch.setattr(gateway._client, "fetch_active_policy", fail)
+    monkeypatch.setattr(gateway.client, "fetch_active_policy", fail)
     served.policy = OWNER.policy(2, {})
     gateway.on_heartbeat_response(HeartbeatReply(active_policy_hash="ab" * 32))
     until(lambda: version_of(gateway) == 2)
@@ -735,7 +749,7 @@ def test_wrong_options(make: Make, options: Any, match: str) -> None:
 
 def test_wrong_arguments(make: Make) -> None:
     """So are a client that is none and a workspace that is none."""
-    client = make()._client
+    client = make().client
     with pytest.raises(ConfigurationError, match="client"):
         PolicyGateway(object(), WORKSPACE)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="workspace_id"):
@@ -759,10 +773,10 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
     gateway = make()
     gateway.refresh()
     served.policy = OWNER.policy(2, denying("two"))
-    locks = (gateway._lock, gateway._swap_lock)
+    locks = (gateway.loader._lock, gateway.in_force._swap_lock)
     for lock in locks:
         lock.acquire()
-    gateway._thread = threading.current_thread()
+    gateway.loader._thread = threading.current_thread()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -773,7 +787,7 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
             code = 0
         finally:
             os._exit(code)
-    gateway._thread = None
+    gateway.loader._thread = None
     for lock in locks:
         lock.release()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -785,8 +799,8 @@ def test_a_child_gets_no_rate_budget(served: Served, make: Make, is_known: bool)
     """What is rate-limited is refused in a child, with the way out; the rest goes on, also under a newer policy."""
     served.policy = OWNER.policy(1, {**denying("no"), "rate_limits": {"requests": {"max_per_minute": 5}}})
     client = PolicyClient(served.scripted.url, api_key="k")
-    names = [WORKSPACE] if is_known else []
-    gateway = PolicyGateway._owning(client, lambda: names[0] if names else None, {})
+    workspace = NamedLater(WORKSPACE if is_known else None)
+    gateway = PolicyGateway(client, workspace)
     if is_known:
         gateway.refresh()
         gateway.check_task("yes")
@@ -794,7 +808,7 @@ def test_a_child_gets_no_rate_budget(served: Served, make: Make, is_known: bool)
     if pid == 0:
         code = 1
         try:
-            names[:] = [WORKSPACE]
+            workspace.name = WORKSPACE
             gateway.refresh()
             for ask in (gateway.check_request, lambda: gateway.check_task("yes")):
                 with pytest.raises(ConfigurationError, match="after the fork, or count in shared storage"):
@@ -808,10 +822,11 @@ def test_a_child_gets_no_rate_budget(served: Served, make: Make, is_known: bool)
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    names[:] = [WORKSPACE]
+    workspace.name = WORKSPACE
     gateway.refresh()
     gateway.check_request()
     gateway.close()
+    client.close()
 
 
 def test_errors_of_refresh(served: Served, make: Make) -> None:
@@ -828,6 +843,6 @@ def test_close_gives_up_the_store_of_rates(served: Served, make: Make, monkeypat
     gateway = make()
     gateway.refresh()
     closed: List[int] = []
-    monkeypatch.setattr(gateway._limiter, "close", lambda: closed.append(1))
+    monkeypatch.setattr(gateway.in_force.limiter, "close", lambda: closed.append(1))
     gateway.close()
     assert closed == [1]

@@ -1,4 +1,4 @@
-"""Races inside the rooms: credentials, outbox, reporter, dispatcher and drain. A long run: ``SEKUIRE_RACES=50``."""
+"""Races inside the packages: credentials, outbox, reporter, dispatcher and drain. A long run: ``SEKUIRE_RACES=50``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from sekuire.errors import AuthenticationError
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
 from sekuire.wire.models import Completion, Grant, RuntimeCredentials, Task
-from sekuire.worker import dispatch, report
+from sekuire.worker import dispatch, release, report
+from sekuire.worker.announcer import Announcer
 from sekuire.worker.dispatch import Dispatcher
+from sekuire.worker.life import Life
 from sekuire.worker.outbox import Outbox, Stored, open_outbox
 from sekuire.worker.report import Reporter
 
@@ -39,11 +41,19 @@ pytestmark = [pytest.mark.usefixtures("fast_switch"), pytest.mark.timeout(0 if R
 
 @pytest.fixture(autouse=True)
 def quick_and_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "full_jitter", lambda tries, first, longest: 0.001)
-    monkeypatch.setattr(report, "STUBBORN", 0.002)
+    for module in (report, release):
+        monkeypatch.setattr(module, "full_jitter", lambda tries, first, longest: 0.001)
+    monkeypatch.setattr(report, "REFUSED_PAUSE", 0.002)
     monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.002)
     for name in ("report", "dispatch", "task", "credentials"):
         monkeypatch.setattr(logging.getLogger(f"sekuire.{name}"), "disabled", True)
+
+
+class Lease:
+    held = True
+
+    def is_held(self) -> bool:
+        return self.held
 
 
 def together(*actions: Callable[[], None]) -> None:
@@ -256,7 +266,7 @@ def config_of(**options: Any) -> WorkerConfig:
 
 def reporter_of(platform: Platform, outbox: Optional[Outbox] = None) -> Reporter:
     wire: Any = Wire(platform)
-    return Reporter(config_of(), wire, "w", on_revoked=lambda error: None, outbox=outbox)
+    return Reporter(config_of(), wire, "w", Life(1.0, Announcer()), outbox=outbox)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["memory", "outbox"])
@@ -282,12 +292,12 @@ def tell_once(outbox: Optional[Outbox]) -> None:
             if result is not None:
                 taken.append(task_id)
                 (reporter.post if way % 2 else reporter.enqueue)(result)
-            assert reporter.recall(task_id, 1)
+            assert reporter.redelivered(task_id, 1)
 
     def repeat() -> None:
         for attempt in (2, 3):
             for task_id in ids:
-                reporter.recall(task_id, attempt)
+                reporter.redelivered(task_id, attempt)
 
     def flap() -> None:
         for mode in ("down", "up") * 5:
@@ -324,7 +334,7 @@ def storm(end: str, chance: random.Random) -> None:
     timer, registry = Timer(), TaskRegistry()
     runs: Counter[str] = Counter()
     lock = threading.Lock()
-    lease = [True]
+    lease = Lease()
 
     def handle(ctx: TaskContext, input: Any) -> str:
         with lock:
@@ -336,9 +346,7 @@ def storm(end: str, chance: random.Random) -> None:
 
     registry.add("wide", handle)
     registry.add("narrow", handle, None, 1)
-    dispatcher = Dispatcher(
-        config_of(max_queued=5), registry, reporter, timer=timer, lease_held=lambda: lease[0], scrub=str
-    )
+    dispatcher = Dispatcher(config_of(max_queued=5), registry, reporter, timer=timer, lease=lease, scrub=str)
     count = 150
     over = threading.Event()
     submitted: Set[str] = set()
@@ -375,11 +383,11 @@ def storm(end: str, chance: random.Random) -> None:
 
     def shake() -> None:
         while not over.is_set():
-            lease[0] = not lease[0]
-            if not lease[0]:
+            lease.held = not lease.held
+            if not lease.held:
                 dispatcher.cancel_running("lease lost")
             platform.mode = "down" if platform.mode == "up" else "up"
-            dispatcher.straggler_names()
+            dispatcher.overdue_names()
             time.sleep(0.001)
 
     def stop() -> None:
@@ -391,12 +399,12 @@ def storm(end: str, chance: random.Random) -> None:
             dispatcher.abandon("shutdown")
 
     together(stream, lambda: toggle("command"), lambda: toggle("local"), shake, stop)
-    platform.mode, lease[0] = "up", True
+    platform.mode, lease.held = "up", True
     if end == "abandon":
         dispatcher.abandon("shutdown")
     assert dispatcher.drain(Deadline(GUARD))
     assert reporter.flush(Deadline(GUARD))
-    until(lambda: dispatcher.straggler_names() == [])
+    until(lambda: dispatcher.overdue_names() == [])
     dispatcher.end_pool(Deadline(GUARD))
     timer.close()
     assert timer.join(Deadline(GUARD))

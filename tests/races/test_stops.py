@@ -264,7 +264,7 @@ def test_every_stop_from_every_state(
         worker.start()
     until(lambda: set(client_threads()) <= set(before))
     stats = worker.stats()
-    assert (stats.running, stats.waiting, stats.stragglers) == (0, 0, 0)
+    assert (stats.running, stats.waiting, stats.overdue) == (0, 0, 0)
     assert stats.received == stats.completed + stats.failed + stats.rejected + stats.released + stats.duplicates
     told = [request.task_id for name in ("complete", "release") for request in scripted.of(name)]
     assert len(told) == len(set(told)), "a task was told of twice"

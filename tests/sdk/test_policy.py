@@ -170,7 +170,7 @@ def test_a_gateway_of_the_user_s_own(platform: Any, sdk_of: Make) -> None:  # no
             worker.start()
             assert run(platform)["error"]["code"] == "policy_denied"
             assert sdk.policy_gateway is gateway
-        assert not gateway._is_closed
+        assert not gateway.loader.is_closed
         with pytest.raises(ConfigurationError, match="trusted_policy_keys: belongs to the PolicyClient"):
             sdk_of(platform, policy_gateway=gateway, trusted_policy_keys=[OWNER.public])
 

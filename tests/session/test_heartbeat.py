@@ -83,7 +83,7 @@ def test_the_platform_names_the_interval(scripted: Scripted, worker_of: Make) ->
     scripted.on["heartbeat"] = lambda request: (200, {"heartbeat_interval_seconds": 0.6})
     with worker:
         scripted.wait_for("heartbeat", 4)
-        assert worker._heartbeat.interval() == 0.6
+        assert worker.installation.heartbeat.interval() == 0.6
 
 
 @pytest.mark.parametrize("where", ["bootstrap", "connected"])
@@ -97,7 +97,7 @@ def test_the_interval_comes_with_the_login_too(scripted: Scripted, worker_of: Ma
     worker = worker_of(scripted, heartbeat_interval=1000.0)
     worker.on_task("echo", lambda ctx, input: input)
     with worker:
-        until(lambda: worker._heartbeat.interval() == 0.6)
+        until(lambda: worker.installation.heartbeat.interval() == 0.6)
         scripted.wait_for("heartbeat", 4)
 
 
@@ -129,7 +129,7 @@ def test_a_tiny_interval_does_not_spin(scripted: Scripted, worker_of: Make) -> N
     worker.on_task("echo", lambda ctx, input: input)
     with worker:
         until(lambda: worker.stats().last_heartbeat_at)
-        assert worker._heartbeat.interval() == 0.5
+        assert worker.installation.heartbeat.interval() == 0.5
 
 
 def test_a_refreshed_token_is_used_at_once(scripted: Scripted, worker: Worker) -> None:
@@ -211,7 +211,7 @@ def test_no_id_no_heartbeats(scripted: Scripted, worker_of: Make, caplog: pytest
         scripted.completion("t1")
         until(lambda: any("no heartbeats" in record.message for record in caplog.records))
         for _ in range(3):
-            worker._heartbeat.nudge()
+            worker.installation.heartbeat.nudge()
     assert scripted.count("heartbeat") == 0
     assert sum("no heartbeats" in record.message for record in caplog.records) == 1
 
@@ -701,7 +701,7 @@ def test_absurd_times_do_no_harm(
         scripted.task("t1")
         assert scripted.completion("t1")["output"] == "ran"
         scripted.wait_for("heartbeat", scripted.count("heartbeat") + 2)
-        assert worker._heartbeat.interval() == 0.05
+        assert worker.installation.heartbeat.interval() == 0.05
 
 
 @pytest.mark.parametrize("skew", [-86_400 * 365, 86_400 * 365], ids=["a year slow", "a year fast"])
@@ -760,7 +760,7 @@ def test_heartbeats_go_on_until_the_last_report(scripted: Scripted, worker_of: M
 def test_a_thread_that_cannot_be_started(scripted: Scripted, worker_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next one who starts the heartbeat tries again."""
     worker = worker_of(scripted)
-    beats = worker._heartbeat
+    beats = worker.installation.heartbeat
     monkeypatch.setattr(PeriodicThread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
     with pytest.raises(RuntimeError, match="no thread"):
         beats.start()

@@ -19,7 +19,7 @@ from ..chaos.process import Child
 from .measure import Held, growth, left, verdict
 
 AGENT = "soak"
-#: Results that a worker remembers (``sekuire.worker.report.MEMORY``); before so many, what is remembered grows by
+#: Results that a worker remembers (``sekuire.worker.results.MEMORY``); before so many, what is remembered grows by
 #: design.
 REMEMBERED = 10_000
 #: Tasks submitted and not finished, at most.

@@ -17,7 +17,7 @@ HELD = Held(
     rss_kib=50_000,
     blocks=200_000,
     objects=40_000,
-    types={"sekuire.worker.report.Report": 10_000, "builtins.dict": 3000},
+    types={"sekuire.worker.results.Report": 10_000, "builtins.dict": 3000},
 )
 
 
@@ -62,7 +62,7 @@ def test_what_is_left_is_seen() -> None:
     after = attrs.evolve(HELD, threads=[*HELD.threads, "sekuire-timer"], descriptors=21)
     assert left(HELD, after) == ["the thread sekuire-timer is left", "1 descriptors are left"]
     assert left(HELD, HELD) == []
-    end = attrs.evolve(HELD, types={"sekuire.worker.report.Report": 10_001, "builtins.dict": 3100, "builtins.set": 51})
+    end = attrs.evolve(HELD, types={"sekuire.worker.results.Report": 10_001, "builtins.dict": 3100, "builtins.set": 51})
     assert growth(HELD, end) == [
-        ("builtins.dict", 3000, 3100), ("builtins.set", 0, 51), ("sekuire.worker.report.Report", 10_000, 10_001),
+        ("builtins.dict", 3000, 3100), ("builtins.set", 0, 51), ("sekuire.worker.results.Report", 10_000, 10_001),
     ]  # fmt: skip

@@ -39,7 +39,7 @@ def main() -> None:
 def stats_of(worker: Worker) -> Dict[str, int]:
     stats = worker.stats()
     names = ("received", "completed", "failed", "rejected", "released", "duplicates", "dropped", "undelivered")
-    return {name: getattr(stats, name) for name in (*names, "running", "waiting", "stragglers", "reconnects")}
+    return {name: getattr(stats, name) for name in (*names, "running", "waiting", "overdue", "reconnects")}
 
 
 # -- tasks of several shapes ------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def crash(ctx: TaskContext, input: Any) -> Any:
 
 def late(ctx: TaskContext, input: Any) -> Any:
     ctx.wait_cancelled(5.0)
-    # A moment as a straggler.
+    # A moment as an overdue handler.
     asyncio.run(asyncio.sleep(0.01))
     return None
 

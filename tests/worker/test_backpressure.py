@@ -43,13 +43,13 @@ class Held:
 def peak_of(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> List[int]:
     """What waits, in bytes, after each task that was let wait."""
     seen: List[int] = []
-    enqueue = worker._dispatcher._enqueue
+    enqueue = worker._dispatcher.records.enqueue
 
     def noted(*args: Any) -> None:
         enqueue(*args)
         seen.append(worker._dispatcher.waiting_bytes)
 
-    monkeypatch.setattr(worker._dispatcher, "_enqueue", noted)
+    monkeypatch.setattr(worker._dispatcher.records, "enqueue", noted)
     return seen
 
 
@@ -174,8 +174,9 @@ def test_answers_without_a_run_are_bounded_too(
 
     The answers wait as tasks do. A command behind them acts.
     """
-    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 5)
+    monkeypatch.setattr("sekuire.worker.results.BACKLOG", 5)
     monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.release.RETRY_MAX", 0.05)
     accept = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if accept.is_set() else (503, {"error": "x"})
     scripted.on["release"] = lambda request: (405, {"error": "x"})
@@ -183,6 +184,8 @@ def test_answers_without_a_run_are_bounded_too(
     worker.on_task("echo", lambda ctx, input: input)
     codes = {"paused": "worker_paused", "unknown": "unknown_capability", "malformed": "invalid_task"}
     with worker:
+        commands: List[str] = []
+        worker.on_command(lambda command: commands.append(command.type))
         if kind == "paused":
             worker.pause()
 
@@ -194,7 +197,7 @@ def test_answers_without_a_run_are_bounded_too(
             send(number)
         scripted.command("resume")
         until(lambda: worker.stats().received == 20)
-        until(lambda: worker._control._last_command_at)
+        until(lambda: commands)
         assert worker.stats().undelivered <= 6
         for number in range(20, 60):
             send(number)
@@ -215,9 +218,10 @@ def test_releases_that_the_platform_does_not_answer_are_bounded(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A platform that takes neither results nor tasks back is not read on: what is on its way back is bounded."""
-    monkeypatch.setattr("sekuire.worker.report.RELEASES", 5)
+    monkeypatch.setattr("sekuire.worker.release.RELEASES", 5)
     monkeypatch.setattr("sekuire.worker.dispatch._RELEASE_PAUSE", 0.01)
     monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.release.RETRY_MAX", 0.05)
     accept = threading.Event()
     accept.set()
     scripted.on["release"] = lambda request: (200, {}) if accept.is_set() else (503, {"error": "x"})
@@ -269,7 +273,7 @@ def test_tasks_that_come_without_the_lease_wait(
     with worker:
         until(lambda: worker.stats().lease_expires_at)
         ok.clear()
-        until(lambda: not worker._heartbeat.lease.is_held())
+        until(lambda: not worker.installation.heartbeat.lease.is_held())
         flood(scripted, 100)
         scripted.command("resume")
         until(lambda: commands)

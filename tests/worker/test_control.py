@@ -11,6 +11,7 @@ import pytest
 from sekuire import Command, TaskContext, Worker
 from sekuire._internal.threads import Deadline
 from sekuire.errors import RevokedError
+from sekuire.wire import protocol
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until
@@ -152,7 +153,7 @@ def test_a_stale_heartbeat_does_not_undo_a_newer_command(scripted: Scripted, wor
         until(lambda: worker.stats().last_heartbeat_at)
         first = worker.stats().last_heartbeat_at
         hold.set()
-        worker._heartbeat.nudge()
+        worker.installation.heartbeat.nudge()
         assert held.wait(GUARD)
         scripted.command("pause", command_id="c1")
         until(worker.is_paused)
@@ -302,9 +303,9 @@ def test_terminate_leaves_shutdown_timeout(scripted: Scripted, worker_of: Make) 
     error = scripted.completion("t1")["error"]
     assert (error["code"], error["retryable"]) == ("worker_shutdown", True)
     assert worker.wait(GUARD)
-    assert worker.stats().stragglers == 1
+    assert worker.stats().overdue == 1
     handler.go.set()
-    until(lambda: worker.stats().stragglers == 0)
+    until(lambda: worker.stats().overdue == 0)
     assert len(scripted.completions("t1")) == 1
 
 
@@ -398,7 +399,7 @@ def test_start_against_a_revoked_installation(platform: Any, worker_of: Make, ha
     first = worker_of(platform)
     first.on_task("echo", handler)
     with first:
-        env = first._installation.store.current.to_env()
+        env = first.installation.store.current.to_env()
     platform.revoke(env["SEKUIRE_INSTALLATION_ID"], "gone")
     for options in (
         {"runtime_token": env["SEKUIRE_RUNTIME_TOKEN"]},
@@ -479,7 +480,7 @@ def test_a_revocation_that_another_call_is_answered(scripted: Scripted, worker_o
     until(lambda: worker.stats().last_heartbeat_at)
     scripted.on["logs"] = lambda request: (403, {"message": "breach", "code": "INSTALLATION_REVOKED"})
     with pytest.raises(RevokedError):
-        worker._auth.request("POST", lambda snapshot: "/api/v1/logs", body=b"{}", deadline=Deadline(GUARD))
+        worker.installation.auth.request("POST", lambda snapshot: "/api/v1/logs", body=b"{}", deadline=Deadline(GUARD))
     assert worker.wait(GUARD)
     assert worker.stop_reason == "the installation was revoked: breach"
 
@@ -513,7 +514,9 @@ def test_orders_that_are_not_plain_are_said_once(
         assert record.levelname == "ERROR"
 
 
-def test_an_unknown_command_changes_nothing(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
+def test_an_unknown_command_changes_nothing(
+    scripted: Scripted, worker_of: Make, handler: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A command of an unknown type is counted; the worker runs on, hears of none, and its id is still free."""
     worker = worker_of(scripted)
     worker.on_task("echo", handler)
@@ -523,8 +526,9 @@ def test_an_unknown_command_changes_nothing(scripted: Scripted, worker_of: Make,
         scripted.send("command", {"type": "promote", "command_id": "c-1"})
         until(lambda: worker.stats().dropped == 1)
         # As one that a later version of the decoder lets through.
-        worker._control.on_command(Command(type="promote", command_id="c-1"))
-        assert worker.stats().dropped == 2
+        monkeypatch.setattr(protocol, "COMMANDS", (*protocol.COMMANDS, "promote"))
+        scripted.send("command", {"type": "promote", "command_id": "c-1"})
+        until(lambda: worker.stats().dropped == 2)
         scripted.task("t-1")
         until(lambda: worker.stats().running == 1)
         assert not worker.is_paused()

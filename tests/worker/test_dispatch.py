@@ -23,10 +23,11 @@ from hypothesis.stateful import (
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.handlers.context import TaskContext
-from sekuire.handlers.registry import TaskRegistry
+from sekuire.handlers.registry import HandlerEntry, TaskRegistry
 from sekuire.wire.models import Completion, Task
 from sekuire.wire.protocol import MalformedTask
 from sekuire.worker.dispatch import WAITING_COST, Dispatcher
+from sekuire.worker.records import State
 
 from ..scripted import GUARD, until
 
@@ -73,7 +74,7 @@ class Sink:
 
     def keep(self, report: Any) -> None: ...
 
-    def recall(self, task_id: str, attempt: int) -> bool:
+    def redelivered(self, task_id: str, attempt: int) -> bool:
         with self.lock:
             if task_id not in self.results:
                 return False
@@ -94,15 +95,39 @@ class Sink:
     def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None: ...
 
 
+class Lease:
+    """It is held while it is said to be; ``on_look`` is called at each look."""
+
+    def __init__(self) -> None:
+        self.held = True
+        self.on_look: Callable[[], Any] = lambda: None
+
+    def is_held(self) -> bool:
+        self.on_look()
+        return self.held
+
+
+class Audit:
+    """It fails at each result."""
+
+    def task(self, worker_id: str, task: Task, completion: Completion, report: Any) -> None:
+        raise ZeroDivisionError
+
+    def passed(self, task: Task) -> None: ...
+
+
 class ManualTimer(Timer):
     """Calls when it is told to."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Dict[int, Callable[[], None]] = {}
+        #: Called at the beginning of call_at(), which a task's clock needs.
+        self.before: Callable[[], Any] = lambda: None
         self._ids = itertools.count()
 
     def call_at(self, when: float, function: Callable[[], None]) -> int:
+        self.before()
         number = next(self._ids)
         self.calls[number] = function
         return number
@@ -160,13 +185,20 @@ class Gateway:
     def on_heartbeat_response(self, reply: Any) -> None: ...
 
 
-def dispatcher_of(handlers: Handlers, sink: Sink, timer: Timer, **options: Any) -> Dispatcher:
+def dispatcher_of(
+    handlers: Handlers,
+    sink: Sink,
+    timer: Timer,
+    lease: Optional[Lease] = None,
+    audit: Optional[Audit] = None,
+    **options: Any,
+) -> Dispatcher:
     registry = TaskRegistry()
     registry.add("wide", handlers)
     registry.add("narrow", handlers, None, 1)
     limits = {"max_workers": WORKERS, "max_waiting_bytes": QUEUE * WAITING_COST, "task_timeout": 1e6}
     config = WorkerConfig(agent_id="a", install_token="t", **{**limits, **options})
-    return Dispatcher(config, registry, sink, timer=timer, lease_held=lambda: True, scrub=str)
+    return Dispatcher(config, registry, sink, timer=timer, lease=lease or Lease(), scrub=str, audit=audit)
 
 
 class TaskStates(RuleBasedStateMachine):
@@ -178,6 +210,7 @@ class TaskStates(RuleBasedStateMachine):
     def begin(self) -> None:
         self.sink, self.handlers, self.timer = Sink(), Handlers(), ManualTimer()
         self.dispatcher = dispatcher_of(self.handlers, self.sink, self.timer)
+        self.entries: Set[HandlerEntry] = set()
         self.attempts: Dict[str, int] = {}
         self.numbers = itertools.count()
         self.expired: Set[str] = set()
@@ -188,8 +221,8 @@ class TaskStates(RuleBasedStateMachine):
         until(
             lambda: (
                 len(self.handlers.inside)
-                == self.dispatcher.running + len(self.dispatcher._stragglers)
-                == self.dispatcher._busy
+                == self.dispatcher.running + len(self.dispatcher.records.overdue)
+                == self.dispatcher.records.threads
             )
         )
 
@@ -269,7 +302,7 @@ class TaskStates(RuleBasedStateMachine):
         ended = counts.completed + counts.failed + counts.rejected + counts.released
         assert counts.received == ended + counts.duplicates + dispatcher.running + dispatcher.waiting
         for task_id in self.attempts:
-            places = [task_id in dispatcher._records, task_id in self.sink.results, task_id in self.sink.released]
+            places = [task_id in dispatcher.records.known, task_id in self.sink.results, task_id in self.sink.released]
             assert places.count(True) == 1, (task_id, places)
 
     @invariant()
@@ -286,17 +319,19 @@ class TaskStates(RuleBasedStateMachine):
     @invariant()
     def limits_hold(self) -> None:
         dispatcher = self.dispatcher
-        waiting = [record for record in dispatcher._records.values() if record.state == "waiting"]
+        known = dispatcher.records.known.values()
+        self.entries.update(record.entry for record in known)
+        waiting = [record for record in known if record.state is State.WAITING]
         assert dispatcher.waiting == len(waiting)
         assert dispatcher.waiting_bytes == sum(record.cost for record in waiting)
-        assert 0 <= dispatcher._permits <= WORKERS
+        assert 0 <= dispatcher.records.permits <= WORKERS
         assert 0 <= dispatcher.waiting <= QUEUE
-        holders = len([r for r in dispatcher._records.values() if r.holds_permit])
-        holders += len([r for r in dispatcher._stragglers if r.holds_permit])
-        assert dispatcher._permits + holders == WORKERS
+        holders = len([r for r in known if r.holds_permit])
+        holders += len([r for r in dispatcher.records.overdue if r.holds_permit])
+        assert dispatcher.records.permits + holders == WORKERS
         assert len(self.handlers.inside) <= 2 * WORKERS
         # No one waits while there is room for it.
-        assert not (dispatcher._queue and dispatcher._permits)
+        assert not (dispatcher.records.queue and dispatcher.records.permits)
 
     def teardown(self) -> None:
         if not hasattr(self, "dispatcher"):
@@ -306,13 +341,13 @@ class TaskStates(RuleBasedStateMachine):
             gate.set()
         dispatcher = self.dispatcher
         assert dispatcher.drain(Deadline(GUARD))
-        until(lambda: dispatcher._busy == 0)
+        until(lambda: dispatcher.records.threads == 0)
         dispatcher.close(False)
         dispatcher.end_pool(Deadline(GUARD))
-        assert dispatcher._permits == WORKERS
-        assert dispatcher.straggler_names() == []
-        assert dispatcher._records == {}
-        assert all(entry.running == 0 for entry in dispatcher._registry._entries.values())
+        assert dispatcher.records.permits == WORKERS
+        assert dispatcher.overdue_names() == []
+        assert dispatcher.records.known == {}
+        assert all(entry.running == 0 for entry in self.entries)
         self.each_task_is_somewhere()
 
 
@@ -377,15 +412,15 @@ def storm() -> None:
     over.set()
     toggler.join(GUARD)
     assert dispatcher.drain(Deadline(GUARD))
-    until(lambda: dispatcher._busy == 0)
+    until(lambda: dispatcher.records.threads == 0)
     counts = dispatcher.counts
     assert set(sink.results) == {f"t{number}" for number in range(400)}
     assert sink.refused == []
     assert sorted(sink.delivered) == sorted(sink.results)
     assert set(sink.attempts.values()) == {2}
     assert counts.completed + counts.failed + counts.rejected == counts.duplicates == 400
-    assert dispatcher._permits == 4
-    assert dispatcher.straggler_names() == []
+    assert dispatcher.records.permits == 4
+    assert dispatcher.overdue_names() == []
     dispatcher.end_pool(Deadline(GUARD))
     timer.close()
     assert timer.join(Deadline(GUARD))
@@ -396,24 +431,23 @@ def test_a_failure_in_the_library_costs_one_task(caplog: pytest.LogCaptureFixtur
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     handlers.open = True
     dispatcher = dispatcher_of(handlers, sink, timer)
-    broken = dispatcher._start_clock
-    dispatcher._start_clock = lambda record, context: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    timer.before = lambda: 1 / 0
     dispatcher.submit(Task(task_id="t1", capability="wide"))
     until(lambda: "t1" in sink.results)
     failure = sink.results["t1"].failure
     assert failure is not None
     assert (failure.code, failure.message) == ("handler_error", "the worker failed (ZeroDivisionError)")
-    dispatcher._start_clock = broken  # type: ignore[method-assign]
+    timer.before = lambda: None
     dispatcher.submit(Task(task_id="t2", capability="wide"))
-    until(lambda: "t2" in sink.results and dispatcher._busy == 0)
+    until(lambda: "t2" in sink.results and dispatcher.records.threads == 0)
     assert sink.results["t2"].output == "done"
-    assert dispatcher._permits == WORKERS
+    assert dispatcher.records.permits == WORKERS
     dispatcher.end_pool(Deadline(GUARD))
     assert any("unforeseen" in record.message for record in caplog.records)
 
 
 def test_a_handler_that_ends_while_its_timeout_is_answered() -> None:
-    """A handler that ends between its timeout and the answer to it is no straggler, and its place is free."""
+    """A handler that ends between its timeout and the answer to it is not overdue, and its place is free."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     dispatcher = dispatcher_of(handlers, sink, timer)
     dispatcher.submit(Task(task_id="t1", capability="wide"))
@@ -421,35 +455,38 @@ def test_a_handler_that_ends_while_its_timeout_is_answered() -> None:
 
     def end_first(completion: Completion) -> None:
         handlers.gate("t1").set()
-        until(lambda: dispatcher._busy == 0)
+        until(lambda: dispatcher.records.threads == 0)
 
     sink.before = end_first
     timer.fire("t1")
-    assert dispatcher.straggler_names() == []
-    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    assert dispatcher.overdue_names() == []
+    assert (dispatcher.records.permits, dispatcher.running) == (WORKERS, 0)
     assert sink.delivered == ["t1"]
     dispatcher.end_pool(Deadline(GUARD))
 
 
 @pytest.mark.parametrize("late", ["lease", "failure"])
-def test_a_task_that_is_answered_on_the_way_to_its_handler(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop that answers a task before its handler is called leaves no straggler behind, and its place free."""
+def test_a_task_that_is_answered_on_the_way_to_its_handler(late: str) -> None:
+    """A stop that answers a task before its handler is called leaves no overdue handler behind, and its place free."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
-    dispatcher = dispatcher_of(handlers, sink, timer)
+    lease = Lease()
+    dispatcher = dispatcher_of(handlers, sink, timer, lease)
 
-    def abandon(*_: object) -> bool:
-        if threading.current_thread() is threading.main_thread():
-            return True
-        dispatcher.abandon("shutdown")
-        if late == "failure":
-            raise ZeroDivisionError
-        return False
+    def abandon() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            dispatcher.abandon("shutdown")
+            if late == "failure":
+                raise ZeroDivisionError
+            lease.held = False
 
-    monkeypatch.setattr(dispatcher, "_lease_held" if late == "lease" else "_start_clock", abandon)
+    if late == "lease":
+        lease.on_look = abandon
+    else:
+        timer.before = abandon
     dispatcher.submit(Task(task_id="t1", capability="wide"))
-    until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
-    assert (dispatcher.straggler_names(), handlers.runs) == ([], [])
-    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    until(lambda: sink.delivered == ["t1"] and dispatcher.records.threads == 0)
+    assert (dispatcher.overdue_names(), handlers.runs) == ([], [])
+    assert (dispatcher.records.permits, dispatcher.running) == (WORKERS, 0)
     dispatcher.end_pool(Deadline(GUARD))
 
 
@@ -458,17 +495,21 @@ def test_a_task_that_comes_again_while_it_is_given_back(comes: bool) -> None:
     """The order to give it back is not carried out any more, and what becomes of it answers nothing."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     handlers.open = True
-    dispatcher = dispatcher_of(handlers, sink, timer)
-    held = [False]
-    dispatcher._lease_held = lambda: held[0] or threading.current_thread() is threading.main_thread()
+    lease = Lease()
+    dispatcher = dispatcher_of(handlers, sink, timer, lease)
+
+    def hold() -> None:
+        lease.held = threading.current_thread() is threading.main_thread()
+
+    lease.on_look = hold
     dispatcher.submit(Task(task_id="t1", capability="wide"))
-    until(lambda: sink.released == ["t1"] and dispatcher._busy == 0)
-    held[0] = True
+    until(lambda: sink.released == ["t1"] and dispatcher.records.threads == 0)
+    lease.on_look, lease.held = lambda: None, True
     order = sink.orders["t1"]
     assert order.begin()
     if comes:
         dispatcher.submit(Task(task_id="t1", capability="wide"))
-        until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+        until(lambda: sink.delivered == ["t1"] and dispatcher.records.threads == 0)
         assert not order.begin()
     order.end(is_released=False, is_supported=False)
     counts = dispatcher.counts
@@ -477,18 +518,16 @@ def test_a_task_that_comes_again_while_it_is_given_back(comes: bool) -> None:
     assert (counts.received, counts.released, counts.completed, counts.rejected) == (
         (2, 1, 1, 0) if comes else (1, 0, 0, 1)
     )
-    del order
-    sink.orders.clear()
-    assert not dispatcher._given
+    assert not dispatcher.answers.given_back
     dispatcher.end_pool(Deadline(GUARD))
 
 
-@pytest.mark.parametrize("part", ["accept", "on_result"])
+@pytest.mark.parametrize("part", ["accept", "audit"])
 def test_a_result_that_cannot_be_taken(part: str) -> None:
     """Its task is answered all the same, and its place and its thread are free."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     handlers.open = True
-    dispatcher = dispatcher_of(handlers, sink, timer)
+    dispatcher = dispatcher_of(handlers, sink, timer, audit=Audit() if part == "audit" else None)
 
     def fail(*_: Any) -> None:
         sink.before = lambda completion: None
@@ -496,15 +535,13 @@ def test_a_result_that_cannot_be_taken(part: str) -> None:
 
     if part == "accept":
         sink.before = fail
-    else:
-        dispatcher._on_result = fail
     dispatcher.submit(Task(task_id="t1", capability="narrow"))
     dispatcher.submit(Task(task_id="t2", capability="narrow"))
-    until(lambda: sorted(sink.delivered) == ["t1", "t2"] and dispatcher._busy == 0)
+    until(lambda: sorted(sink.delivered) == ["t1", "t2"] and dispatcher.records.threads == 0)
     failure = sink.results["t1"].failure
     assert (None if failure is None else failure.code) == ("handler_error" if part == "accept" else None)
     assert dispatcher.counts.failed == (part == "accept")
-    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    assert (dispatcher.records.permits, dispatcher.running) == (WORKERS, 0)
     dispatcher.end_pool(Deadline(GUARD))
 
 
@@ -516,7 +553,7 @@ def test_a_malformed_repetition() -> None:
     until(lambda: "t1" in handlers.inside)
     dispatcher.answer_malformed(MalformedTask("timeout_ms must be a positive number", "t1"))
     handlers.gate("t1").set()
-    until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+    until(lambda: sink.delivered == ["t1"] and dispatcher.records.threads == 0)
     dispatcher.answer_malformed(MalformedTask("timeout_ms must be a positive number", "t1"))
     assert sink.results["t1"].output == "done"
     assert (dispatcher.counts.received, dispatcher.counts.duplicates, dispatcher.counts.rejected) == (3, 2, 0)
@@ -529,21 +566,21 @@ def test_a_malformed_repetition() -> None:
 )
 def test_a_stop_while_the_policy_is_asked(what: str, code: Optional[str]) -> None:
     """The task has not begun: it is answered, or given back, and its handler is not called."""
-    sink, handlers, timer, gateway = Sink(), Handlers(), ManualTimer(), Gateway()
+    sink, handlers, timer, gateway, lease = Sink(), Handlers(), ManualTimer(), Gateway(), Lease()
     handlers.open = True
-    dispatcher = dispatcher_of(handlers, sink, timer, policy_gateway=gateway)
+    dispatcher = dispatcher_of(handlers, sink, timer, lease, policy_gateway=gateway)
     dispatcher.submit(Task(task_id="t1", capability="wide"))
     assert gateway.asked.wait(GUARD)
     if what == "pause":
         dispatcher.pause("local")
     elif what == "lease":
-        dispatcher._lease_held = lambda: False
+        lease.held = False
     else:
         dispatcher.close(what == "terminate")
     gateway.answer.set()
-    until(lambda: dispatcher._busy == 0)
+    until(lambda: dispatcher.records.threads == 0)
     assert handlers.runs == []
-    assert (dispatcher._permits, dispatcher.running, dispatcher.straggler_names()) == (WORKERS, 0, [])
+    assert (dispatcher.records.permits, dispatcher.running, dispatcher.overdue_names()) == (WORKERS, 0, [])
     if code is None:
         assert (sink.released, sink.delivered) == (["t1"], [])
     else:
@@ -574,11 +611,11 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
     dispatcher.submit(Task(task_id="t2", capability="wide"))
     for task_id in ("t1", "t2"):
         handlers.gate(task_id).set()
-    until(lambda: set(sink.delivered) == {"t0", "t1", "t2"} and dispatcher._busy == 0)
+    until(lambda: set(sink.delivered) == {"t0", "t1", "t2"} and dispatcher.records.threads == 0)
     codes = {task_id: one.failure.code if one.failure else None for task_id, one in sink.results.items()}
     assert codes == {"t0": "worker_shutdown", "t1": None, "t2": None}
     assert handlers.runs == ["t1", "t2"]
-    assert (dispatcher._permits, dispatcher.running) == (WORKERS, 0)
+    assert (dispatcher.records.permits, dispatcher.running) == (WORKERS, 0)
     monkeypatch.setattr(threading.Thread, "start", real)
     dispatcher.end_pool(Deadline(GUARD))
 
@@ -594,7 +631,7 @@ def test_a_higher_attempt_while_the_result_is_taken(early: bool) -> None:
     if early:
         timer.fire("t1")
     handlers.gate("t1").set()
-    until(lambda: sink.delivered == ["t1"] and dispatcher._busy == 0)
+    until(lambda: sink.delivered == ["t1"] and dispatcher.records.threads == 0)
     assert sink.attempts == {"t1": 7}
     assert (dispatcher.counts.received, dispatcher.counts.duplicates, handlers.runs) == (2, 1, ["t1"])
     dispatcher.end_pool(Deadline(GUARD))
@@ -612,7 +649,7 @@ def test_a_repetition_while_the_pause_is_answered() -> None:
     assert (dispatcher.counts.rejected, dispatcher.counts.duplicates, sink.refused) == (1, 1, [])
     sink.before = lambda completion: None
     handlers.gate("t1").set()
-    until(lambda: dispatcher._busy == 0)
+    until(lambda: dispatcher.records.threads == 0)
     dispatcher.end_pool(Deadline(GUARD))
 
 
@@ -633,13 +670,13 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
     sink = Sink()
     config = WorkerConfig(agent_id="a", runtime_token="t", max_workers=1, max_queued=10)
     dispatcher = Dispatcher(
-        config, registry, sink, timer=ManualTimer(), lease_held=lambda: True, scrub=lambda text: text
+        config, registry, sink, timer=ManualTimer(), lease=Lease(), scrub=lambda text: text
     )  # fmt: skip
     for number, value in enumerate(inputs):
         dispatcher.submit(Task(task_id=str(number), capability="a", input=value))
-    packed = [record.packed is not None for record in dispatcher._records.values()]
+    packed = [record.packed is not None for record in dispatcher.records.known.values()]
     assert packed == [False, False, False, True, True, True]
-    assert all(record.task.input is None for record in dispatcher._records.values() if record.packed is not None)
+    assert all(record.task.input is None for record in dispatcher.records.known.values() if record.packed is not None)
     gate.set()
     assert dispatcher.drain(Deadline(GUARD))
     dispatcher.end_pool(Deadline(GUARD))

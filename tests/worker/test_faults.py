@@ -10,7 +10,7 @@ import pytest
 
 from sekuire import Worker
 from sekuire.local import Faults
-from sekuire.worker import report
+from sekuire.worker import release, report
 
 from ..conftest import AGENT
 from ..scripted import GUARD, until
@@ -44,6 +44,7 @@ FAULTS = [
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """A result that was struck many times in a row is not the one that everybody waits for."""
     monkeypatch.setattr(report, "RETRY_MAX", 0.2)
+    monkeypatch.setattr(release, "RETRY_MAX", 0.2)
 
 
 class Work:

@@ -12,7 +12,10 @@ import pytest
 from sekuire import TaskContext, Worker
 from sekuire.errors import ConfigurationError, SekuireError, TransportError
 from sekuire.local import LocalPlatform
+from sekuire.worker.announcer import Announcer
+from sekuire.worker.control import Control
 from sekuire.worker.idle import Activity, IdleWatch
+from sekuire.worker.life import Life
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Blackhole, Scripted, until
@@ -157,19 +160,20 @@ def test_a_task_that_waits_for_room_is_work(
     scripted: Scripted, worker_of: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task whose turn has not come, because results must be taken first, keeps the worker; then it is done."""
-    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 1)
+    monkeypatch.setattr("sekuire.worker.results.BACKLOG", 1)
     monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
+    monkeypatch.setattr("sekuire.worker.release.RETRY_MAX", 0.05)
     taken = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if taken.is_set() else (503, {"error": "unavailable"})
     worker = worker_of(scripted, stop_when_idle=0.1, outbox=tmp_path / "outbox.db", max_workers=1, max_queued=0)
     looks: List[Activity] = []
-    look = worker._activity
+    look = Control.activity
 
-    def noted() -> Activity:
-        looks.append(look())
+    def noted(control: Control) -> Activity:
+        looks.append(look(control))
         return looks[-1]
 
-    monkeypatch.setattr(worker, "_activity", noted)
+    monkeypatch.setattr(Control, "activity", noted)
 
     @worker.on_task("work")
     def work(ctx: TaskContext, input: Any) -> None:
@@ -209,21 +213,30 @@ class Hand:
 
 
 class Watched:
-    """An IdleWatch of 8 seconds, its hand, and when it told what."""
+    """An IdleWatch of 8 seconds, its hand, and when it stopped how."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hand = Hand()
         self.turn = self.hand.turn
-        self.activity = Activity(0, False, False, True)
+        self.now = Activity(0, False, False, True)
         self.ends: List[Tuple[str, float]] = []
         monkeypatch.setattr("sekuire.worker.idle.time.monotonic", lambda: self.hand.now)
-        IdleWatch(
-            8.0,
-            self.hand,  # type: ignore[arg-type]
-            lambda: self.activity,
-            on_idle=lambda: self.ends.append(("idle", self.hand.now)),
-            on_away=lambda: self.ends.append(("away", self.hand.now)),
-        ).start()
+        self.life = Life(1.0, Announcer())
+        self.life.start()
+        self.life.attach(self)
+        IdleWatch(8.0, self.hand, self.life, self).start()  # type: ignore[arg-type]
+
+    def activity(self) -> Activity:
+        return self.now
+
+    def begin(self) -> None:
+        self.ends.append(("idle" if self.life.error is None else "away", self.hand.now))
+
+    def hurry(self) -> None:
+        raise AssertionError("it stops once")
+
+    def close_unstarted(self) -> None:
+        raise AssertionError("it was started")
 
 
 @pytest.fixture
@@ -234,14 +247,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 def test_a_task_between_two_looks_counts(watched: Watched) -> None:
     """One that came and went unseen begins the time anew; a busy worker is never idle."""
     watched.turn(107.5)
-    watched.activity = Activity(1, False, False, True)
+    watched.now = Activity(1, False, False, True)
     watched.turn(115.5)
     assert watched.ends == []
-    watched.activity = Activity(1, True, False, True)
+    watched.now = Activity(1, True, False, True)
     watched.turn(200.0)
-    watched.activity = Activity(1, False, True, True)
+    watched.now = Activity(1, False, True, True)
     watched.turn(300.0)
-    watched.activity = Activity(1, False, False, True)
+    watched.now = Activity(1, False, False, True)
     watched.turn(307.0)
     assert watched.ends == []
     watched.turn(400.0)
@@ -253,9 +266,9 @@ def test_time_without_the_platform_is_not_idle(watched: Watched) -> None:
     """It counts for nothing while it passes, and the stream must be open for a while after it."""
     fed, away = Activity(0, False, False, True), Activity(0, False, False, False)
     watched.turn(107.0)
-    watched.activity = away
+    watched.now = away
     watched.turn(114.0)
-    watched.activity = fed
+    watched.now = fed
     # Six looks were counted before, the one that sees it back counts for nothing.
     watched.turn(116.0)
     assert watched.ends == []
@@ -266,18 +279,18 @@ def test_time_without_the_platform_is_not_idle(watched: Watched) -> None:
 def test_a_platform_that_comes_and_goes_keeps_nobody_for_ever(watched: Watched) -> None:
     """A stream that never lasts for the whole time, but is open for most of it, ends the worker all the same."""
     for start in range(100, 200, 5):
-        watched.activity = Activity(0, False, False, True)
+        watched.now = Activity(0, False, False, True)
         watched.turn(start + 4.0)
-        watched.activity = Activity(0, False, False, False)
+        watched.now = Activity(0, False, False, False)
         watched.turn(start + 5.0)
     assert [what for what, _ in watched.ends] == ["idle"]
 
 
 def test_a_platform_that_stays_away(watched: Watched) -> None:
     """It is waited for as long as there is work, and as long as the idle time after it; what waits for it is none."""
-    watched.activity = Activity(1, True, False, False)
+    watched.now = Activity(1, True, False, False)
     watched.turn(200.0)
-    watched.activity = Activity(1, False, True, False)
+    watched.now = Activity(1, False, True, False)
     watched.turn(207.0)
     assert watched.ends == []
     watched.turn(300.0)

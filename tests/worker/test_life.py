@@ -124,7 +124,7 @@ def test_an_empty_store_waits_for_the_beacon(platform: Any, worker_of: Make) -> 
     other = worker_of(platform)
     other.on_task("other", echo)
     with other:
-        store.update(other._installation.store.current)
+        store.update(other.installation.store.current)
         assert worker.wait_until_connected(GUARD)
 
 
@@ -297,7 +297,7 @@ def test_release_not_supported(scripted: Scripted, worker_of: Make) -> None:
     assert worker.stats().released == 0
 
 
-def test_stop_with_a_straggler(scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_stop_with_an_overdue_handler(scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture) -> None:
     """stop(timeout) cancels what still runs at its end, answers worker_shutdown, names it, and returns."""
     go, begun = threading.Event(), threading.Event()
     reasons = []
@@ -318,7 +318,7 @@ def test_stop_with_a_straggler(scripted: Scripted, worker_of: Make, caplog: pyte
     assert any("slow t1" in record.message for record in caplog.records)
     go.set()
     until(lambda: reasons == ["shutdown"])
-    until(lambda: worker.stats().stragglers == 0)
+    until(lambda: worker.stats().overdue == 0)
 
 
 def test_stop_from_a_handler(scripted: Scripted, worker_of: Make) -> None:
@@ -458,7 +458,7 @@ def test_stats(platform: Any, worker_of: Make) -> None:
         until(lambda: worker.stats().reconnects == 1 and worker.is_connected())
         stats = worker.stats()
     assert (stats.received, stats.completed, stats.failed, stats.rejected) == (4, 2, 1, 1)
-    assert (stats.waiting, stats.running, stats.duplicates, stats.dropped, stats.released, stats.stragglers) == (0,) * 6
+    assert (stats.waiting, stats.running, stats.duplicates, stats.dropped, stats.released, stats.overdue) == (0,) * 6
     assert stats.last_heartbeat_at is not None
     assert stats.lease_expires_at is not None
     assert stats.lease_expires_at > stats.last_heartbeat_at

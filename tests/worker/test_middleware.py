@@ -163,7 +163,7 @@ def test_it_is_inside_the_tasks_time(scripted: Scripted, worker_of: Make) -> Non
         scripted.task("t1")
         assert scripted.completion("t1")["error"]["code"] == "timeout"
         assert over.wait(GUARD)
-        until(lambda: worker.stats().stragglers == 0)
+        until(lambda: worker.stats().overdue == 0)
 
 
 def test_it_runs_after_the_policy_gate(platform: Any, worker_of: Make) -> None:

@@ -15,8 +15,10 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
+from sekuire._internal import delivery
 from sekuire.wire.models import Task
-from sekuire.worker import report
+from sekuire.worker import outbox as outbox_module
+from sekuire.worker.outbox import Outbox, open_outbox
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Scripted, until
@@ -40,6 +42,13 @@ def work(ctx, input):
 
 worker.start(block=True)
 """
+
+
+@pytest.fixture
+def opened_outbox(tmp_path: Path) -> Iterator[Callable[[], Outbox]]:
+    """Return the outbox of the test's worker, which every call of open_outbox with its path returns."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(contextlib.closing(open_outbox(tmp_path / "outbox.db")))
 
 
 def stored(folder: Path) -> List[str]:
@@ -123,9 +132,17 @@ def test_the_sdk_takes_it_from_the_environment(platform: Any, tmp_path: Path, mo
     monkeypatch.setenv("SEKUIRE_INSTALL_TOKEN", platform.create_install_token(AGENT))
     monkeypatch.setenv("SEKUIRE_OUTBOX", str(tmp_path / "outbox.db"))
     with SekuireSDK.from_env() as sdk:
-        first, second = sdk.create_task_worker(), sdk.create_task_worker()
-        assert first._outbox is not None
-        assert first._outbox is second._outbox
+        opened: List[Outbox] = []
+
+        def noted(path: Any) -> Outbox:
+            opened.append(open_outbox(path))
+            return opened[-1]
+
+        monkeypatch.setattr(outbox_module, "open_outbox", noted)
+        sdk.create_task_worker()
+        sdk.create_task_worker()
+        first, second = opened
+        assert first is second
     assert (tmp_path / "outbox.db").exists()
 
 
@@ -381,7 +398,11 @@ def test_a_disk_that_is_full_at_the_start(
 
 
 def test_a_next_try_while_the_last_result_leaves_the_disk(
-    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted,
+    worker_of: Callable[..., Worker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opened_outbox: Callable[[], Outbox],
 ) -> None:
     """A new try that waits for room while the failure before it is taken off the disk is run, not taken for known."""
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=1, max_queued=0)
@@ -394,8 +415,8 @@ def test_a_next_try_while_the_last_result_leaves_the_disk(
             raise TaskError("busy", retryable=True)
         return "done"
 
-    assert worker._outbox is not None
-    remove = worker._outbox.remove
+    outbox = opened_outbox()
+    remove = outbox.remove
 
     def slow_remove(*args: Any) -> None:
         if len(runs) == 1:
@@ -404,7 +425,7 @@ def test_a_next_try_while_the_last_result_leaves_the_disk(
             until(lambda: worker.stats().waiting or worker.stats().duplicates)
         remove(*args)
 
-    monkeypatch.setattr(worker._outbox, "remove", slow_remove)
+    monkeypatch.setattr(outbox, "remove", slow_remove)
     with worker:
         scripted.task("t1", "work")
         until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
@@ -461,7 +482,7 @@ def test_a_stop_keeps_what_was_never_sent(
     kind: str,
 ) -> None:
     """Answers in memory, behind others that are under way, are in the outbox when the stop says so; none is lost."""
-    monkeypatch.setattr("sekuire.worker.worker._FLUSH_LEAST", 0.05)
+    monkeypatch.setattr("sekuire.worker.shutdown._FLUSH_LEAST", 0.05)
     ids = [f"t{number}" for number in range(10)]
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=len(ids))
 
@@ -473,7 +494,7 @@ def test_a_stop_keeps_what_was_never_sent(
     for task_id in ids:
         scripted.task(task_id, "work" if kind == "timeout" else "unknown")
     until(lambda: worker.stats().undelivered == len(ids))
-    scripted.wait_for("complete", report.MAX_THREADS)
+    scripted.wait_for("complete", delivery.MAX_THREADS)
     worker.stop(0)
     assert worker.wait(GUARD)
     assert stored(tmp_path) == ids
@@ -495,13 +516,13 @@ def test_a_stop_tells_what_the_outbox_lacks(
     silent: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    opened_outbox: Callable[[], Outbox],
 ) -> None:
     """Results that the disk takes no more are not told to be there."""
-    monkeypatch.setattr("sekuire.worker.worker._FLUSH_LEAST", 0.05)
+    monkeypatch.setattr("sekuire.worker.shutdown._FLUSH_LEAST", 0.05)
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db", max_workers=1)
     worker.on_task("work", lambda ctx, input: "precious")
-    outbox = worker._outbox
-    assert outbox is not None
+    outbox = opened_outbox()
     worker.start()
     scripted.task("t1", "work")
     scripted.wait_for("complete")
@@ -526,12 +547,12 @@ def test_a_result_that_is_accepted_while_a_stop_keeps_it(
     tmp_path: Path,
     silent: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
+    opened_outbox: Callable[[], Outbox],
 ) -> None:
     """The answer comes between the look at what is undelivered and the disk: no row stays behind."""
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
     worker.on_task("work", lambda ctx, input: "precious")
-    outbox, reporter = worker._outbox, worker._reporter
-    assert outbox is not None
+    outbox, reporter = opened_outbox(), worker._reporter
     put, put_all = outbox.put, outbox.put_all
     # Not on disk before it is sent, as with a disk that was full then.
     monkeypatch.setattr(outbox, "put", lambda *args: False)
@@ -556,12 +577,12 @@ def test_a_higher_attempt_while_a_stop_keeps_the_result(
     tmp_path: Path,
     silent: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
+    opened_outbox: Callable[[], Outbox],
 ) -> None:
     """An attempt that comes while the result is written is what the outbox has of it at the end."""
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
     worker.on_task("work", lambda ctx, input: "precious")
-    outbox, reporter = worker._outbox, worker._reporter
-    assert outbox is not None
+    outbox, reporter = opened_outbox(), worker._reporter
     monkeypatch.setattr(outbox, "put", lambda *args: False)
     put_all = outbox.put_all
     seen: List[int] = []
@@ -569,7 +590,7 @@ def test_a_higher_attempt_while_a_stop_keeps_the_result(
     def raised(*args: Any) -> bool:
         seen.append(args[3][0].attempt)
         if len(seen) == 1:
-            assert reporter.recall("t1", 7)
+            assert reporter.redelivered("t1", 7)
         return put_all(*args)
 
     monkeypatch.setattr(outbox, "put_all", raised)

@@ -9,7 +9,7 @@ import pytest
 
 from sekuire import PolicyClient, PolicyGateway, RuntimeCredentialsStore, TaskContext, Worker
 from sekuire.errors import PolicyUnavailableError, PolicyViolationError
-from sekuire.policy import gateway as gateway_module
+from sekuire.policy import loader as loader_module
 from sekuire.policy.enforcer import PolicyEnforcer
 
 from ..conftest import AGENT
@@ -23,8 +23,8 @@ OWNER = Signer(1)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway_module, "_RETRY_MIN", 0.01)
-    monkeypatch.setattr(gateway_module, "_RETRY_MAX", 0.05)
+    monkeypatch.setattr(loader_module, "_RETRY_MIN", 0.01)
+    monkeypatch.setattr(loader_module, "_RETRY_MAX", 0.05)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def gateway_of() -> Iterator[Callable[..., Any]]:
 
 
 def store_of(gateway: PolicyGateway) -> Any:
-    return gateway._client._source._store  # type: ignore[attr-defined]
+    return gateway.client._source._store  # type: ignore[attr-defined]
 
 
 def worker_under(gateway: PolicyGateway, platform: Any, worker_of: Make, **options: Any) -> Worker:
@@ -169,7 +169,7 @@ def test_a_change_and_a_running_task(
         if on_change == "continue":
             assert platform.wait(tasks["drop"], GUARD)["output"] == 1
     assert reasons == {"keep": None, "drop": "policy changed" if on_change == "cancel" else None}
-    assert gateway._listeners == []
+    assert gateway.in_force.listener_count == 0
 
 
 def test_a_policy_swapped_under_load(platform: Any, worker_of: Make, gateway_of: Callable[..., Any]) -> None:
@@ -282,7 +282,7 @@ def test_an_outage_at_the_start(scripted: Scripted, worker_of: Make, gateway_of:
         error = scripted.completion("t1")["error"]
         assert (error["code"], error["retryable"]) == ("policy_unavailable", True)
         served.policy = OWNER.policy(1, workspace_id="ws")
-        until(lambda: worker._config.policy_gateway.policy)
+        until(lambda: worker.config.policy_gateway.policy)
         scripted.task("t2")
         assert scripted.completion("t2")["status"] == "completed"
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
@@ -22,8 +22,10 @@ from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskCont
 from sekuire._internal.threads import is_in_executor
 from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
+from sekuire.executors.backends import FileFlag, is_remote
 from sekuire.executors.process import load_error
-from sekuire.executors.remote import _FileFlag, is_remote, run_remote
+from sekuire.executors.remote import RemoteControl, run_remote
+from sekuire.handlers.context import control_of
 from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.wire.models import Task
 
@@ -58,7 +60,7 @@ def make(worker_of: Make, processes: ProcessExecutor) -> Make:
 
 @pytest.fixture
 def flags(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """Where the files that tell of cancellations are made."""
+    """The directory in which the files for cancellations are made."""
     path = tmp_path / "flags"
     path.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(path))
@@ -71,12 +73,17 @@ def ended(platform: Any, capability: str, input: Any, **fields: Any) -> Dict[str
     return task
 
 
+def remote_of(context: TaskContext, flag: Optional[FileFlag] = None) -> RemoteTaskContext:
+    """Make the context that the handler gets in another process."""
+    return RemoteTaskContext(RemoteControl.of(context, flag or FileFlag()))
+
+
 def lines_of(path: pathlib.Path) -> List[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def test_typed_handlers(platform: Any, make: Make) -> None:
-    """Input and result are built in the other process, and a mismatch is told as from a thread."""
+    """Input and result are built in the other process, and a mismatch is reported as from a thread."""
     with make(platform):
         output = ended(platform, "sum", {"numbers": [1, 2], "by": "ada"})["output"]
         assert (output["sum"], output["built"]) == (3, {"numbers": [1], "by": "ada"})
@@ -200,7 +207,7 @@ class OnePolicy:
 
 
 def test_the_policy_is_there_too(platform: Any, make: Make) -> None:
-    """ctx.policy decides in the other process as it does here, and what it refuses is told here."""
+    """ctx.policy decides in the other process as it does here, and what it refuses is reported here."""
     gateway = OnePolicy(
         {"permissions": {"tools": {"blocked_tools": ["knife"]}}, "rate_limits": {"tokens": {"max_per_minute": 9}}}
     )
@@ -247,19 +254,19 @@ def test_a_killed_process(platform: Any, make: Make, tmp_path: pathlib.Path) -> 
         assert ended(platform, "sum", {"numbers": [5]})["output"]["sum"] == 5
         stays.unlink()
         assert platform.wait(other, GUARD)["output"] == "let go"
-        assert worker.stats().stragglers == 0
+        assert worker.stats().overdue == 0
     assert len(lines_of(tmp_path / "dies")) == 1
 
 
 def test_a_handler_that_ignores_the_end_of_its_time(
     platform: Any, make: Make, tmp_path: pathlib.Path, flags: pathlib.Path
 ) -> None:
-    """It is answered timeout, and its process is killed after kill_after: no straggler is left."""
+    """It is answered timeout, and its process is killed after kill_after: no overdue handler is left."""
     path = tmp_path / "pid"
     with make(platform) as worker:
         error = ended(platform, "hang", {"path": str(path), "until": "killed"}, timeout_ms=500)["error"]
         assert error["code"] == "timeout"
-        until(lambda: worker.stats().stragglers == 0)
+        until(lambda: worker.stats().overdue == 0)
         assert ended(platform, "sum", {"numbers": [5]})["output"]["sum"] == 5
     assert list(flags.iterdir()) == []
 
@@ -273,7 +280,7 @@ def test_a_stop_kills_what_does_not_end(platform: Any, make: Make, tmp_path: pat
     until(lambda: lines_of(path))
     worker.stop(0.2)
     assert platform.wait(task_id, GUARD)["error"]["code"] == "worker_shutdown"
-    until(lambda: worker.stats().stragglers == 0)
+    until(lambda: worker.stats().overdue == 0)
 
 
 def test_a_cancellation_is_seen(platform: Any, make: Make, tmp_path: pathlib.Path, flags: pathlib.Path) -> None:
@@ -322,7 +329,7 @@ def test_progress(scripted: Scripted, make: Make) -> None:
 def test_a_pool_of_the_standard_library(
     platform: Any, worker_of: Make, tmp_path: pathlib.Path, flags: pathlib.Path
 ) -> None:
-    """A ProcessPoolExecutor serves; once a process of it was killed it takes no more, and tasks say so, retryably."""
+    """A ProcessPoolExecutor serves; once a process of it was killed it accepts no more, and tasks say so, retryably."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         assert pool.submit(elsewhere.square, 2).result(GUARD) == 4
         worker = worker_of(platform, executor=RemoteExecutor(pool), max_workers=1)
@@ -333,7 +340,7 @@ def test_a_pool_of_the_standard_library(
             path = tmp_path / "pid"
             error = ended(platform, "hang", {"path": str(path), "until": "cancelled"}, timeout_ms=500)["error"]
             assert error["code"] == "timeout"
-            until(lambda: worker.stats().stragglers == 0)
+            until(lambda: worker.stats().overdue == 0)
             assert lines_of(path)[1] == "timeout"
             error = ended(platform, "die", None)["error"]
             assert (error["code"], error["retryable"]) == ("handler_error", True)
@@ -399,18 +406,17 @@ def test_a_flag_that_cannot_be_raised(
 ) -> None:
     """Without a place for its file a cancellation is not seen there, and the log says so."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such directory"))
-    flag = _FileFlag()
+    flag = FileFlag()
     flag.raise_("enough")
     assert flag.read() is None
     flag.lower()
-    assert any("cannot be told of its cancellation" in record.getMessage() for record in caplog.records)
+    assert any("cannot be notified of its cancellation" in record.getMessage() for record in caplog.records)
 
 
 def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     """A call that comes to a process after its task was cancelled does not begin."""
-    late = TaskContext(Task(task_id="t1", capability="echo"))
-    late._deadline = 0.0
-    context = RemoteTaskContext._of(late, _FileFlag())
+    late = TaskContext(Task(task_id="t1", capability="echo"), deadline=0.0)
+    context = remote_of(late)
     code = pickle.dumps((elsewhere.fail, None))
     kind, value, _ = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
     error = load_error(value)
@@ -437,21 +443,21 @@ def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:
 
 def test_a_context_travels_further() -> None:
     """A context may be sent on; there, too, its time ends, and it is cancelled by that."""
-    context = RemoteTaskContext._of(TaskContext(Task(task_id="t1", capability="echo", input=5)), _FileFlag())
+    context = remote_of(TaskContext(Task(task_id="t1", capability="echo", input=5)))
     again = pickle.loads(pickle.dumps(context))
     assert (again.task_id, again.remaining(), again.deadline, again.cancel_reason) == ("t1", None, None, None)
-    assert again._task.input is None
-    late = TaskContext(Task(task_id="t1", capability="echo"))
-    late._deadline = 0.0
-    context = RemoteTaskContext._of(late, _FileFlag())
+    assert control_of(again).task.input is None
+    late = TaskContext(Task(task_id="t1", capability="echo"), deadline=0.0)
+    context = remote_of(late)
     assert (context.remaining(), context.cancel_reason, context.wait_cancelled()) == (0.0, "timeout", True)
 
 
 def test_the_workers_death_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handler whose worker has died is told so by its context."""
-    context = RemoteTaskContext._of(TaskContext(Task(task_id="t1", capability="echo")), _FileFlag())
+    """A handler whose worker has died sees it in its context."""
+    flag = FileFlag()
+    context = remote_of(TaskContext(Task(task_id="t1", capability="echo")), flag)
     monkeypatch.setattr(os, "getppid", os.getpid)
-    assert context._flag.begin()
+    assert flag.begin()
     assert not context.is_cancelled()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert context.cancel_reason == "the worker died"
@@ -496,7 +502,7 @@ def test_a_program_whose_main_module_is_guarded(platform: Any, tmp_path: pathlib
 
 @pytest.mark.slow
 def test_a_program_whose_main_module_is_not_guarded(platform: Any, tmp_path: pathlib.Path) -> None:
-    """Without the guard no second worker starts: the task fails, and the error output says how to mend it."""
+    """Without the guard no second worker starts: the task fails, and the error output says how to fix it."""
     (tmp_path / "program.py").write_text(program_of(platform) + "\nworker.start(block=True)\n")
     with subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

@@ -10,9 +10,12 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 from sekuire import TaskContext, TaskError, Worker
+from sekuire._internal import delivery
 from sekuire._internal.threads import Deadline
+from sekuire.handlers.registry import HandlerEntry
 from sekuire.wire.models import Completion, Task
-from sekuire.worker import report
+from sekuire.worker import progress, release, report, results
+from sekuire.worker.records import Record, State, move
 
 from ..conftest import AGENT
 from ..scripted import GUARD, Request, Scripted, until
@@ -29,9 +32,10 @@ def worker(scripted: Scripted, worker_of: Make) -> Worker:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "RETRY_MIN", 0.01)
-    monkeypatch.setattr(report, "RETRY_MAX", 0.05)
-    monkeypatch.setattr(report, "PROGRESS_PAUSE", 0.05)
+    for module in (report, release):
+        monkeypatch.setattr(module, "RETRY_MIN", 0.01)
+        monkeypatch.setattr(module, "RETRY_MAX", 0.05)
+    monkeypatch.setattr(progress, "PROGRESS_PAUSE", 0.05)
 
 
 def test_the_request(scripted: Scripted, worker: Worker) -> None:
@@ -82,7 +86,7 @@ def test_retry_after_is_honoured(scripted: Scripted, worker: Worker) -> None:
     scripted.completion("t2")
     assert len(scripted.completions("t1")) == 1
     # The try is over and the next one planned.
-    until(lambda: worker._reporter._queue)
+    until(lambda: worker._reporter.delivery.queue)
     worker.stop()
     assert len(scripted.completions("t1")) == 2
     assert worker.stats().undelivered == 0
@@ -108,7 +112,7 @@ def test_other_refusals_keep_the_result(
     scripted: Scripted, worker: Worker, status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any other answer keeps the result, logs it once, and tries slowly again, until it is taken."""
-    monkeypatch.setattr(report, "STUBBORN", 0.05)
+    monkeypatch.setattr(report, "REFUSED_PAUSE", 0.05)
     take = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if take.is_set() else (status, {"error": "x"})
     with worker:
@@ -154,7 +158,7 @@ def test_a_401_that_stays_keeps_the_result(
     scripted: Scripted, worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After some tries a result refused with 401 is tried slowly, like one that is refused for another reason."""
-    monkeypatch.setattr(report, "STUBBORN", 0.05)
+    monkeypatch.setattr(report, "REFUSED_PAUSE", 0.05)
     take = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if take.is_set() else (401, {"error": "x"})
     with worker:
@@ -231,7 +235,7 @@ def test_a_lasting_refusal_does_not_hold_up_the_stop(
 # -- the pool --
 
 
-def take(worker: Worker, task_id: str) -> report.Report:
+def take(worker: Worker, task_id: str) -> results.Report:
     """A result in the reporter's hands that nobody sends yet."""
     taken = worker._reporter.accept(Completion(task_id=task_id, attempt=1, output=1))
     assert taken is not None
@@ -249,10 +253,10 @@ def slow(scripted: Scripted, patient: Worker) -> Iterator[threading.Event]:
     """One thread of the pool is there, and idle; from now on answers come when this is set."""
     reporter = patient._reporter
     reporter.enqueue(take(patient, "t0"))
-    until(lambda: patient.stats().undelivered == 0 and not reporter._pending)
+    until(lambda: patient.stats().undelivered == 0 and not reporter.delivery.awaited)
     # It waits for the next: with a result that comes before, there may be need of another thread.
-    until(lambda: reporter._condition._waiters)  # type: ignore[attr-defined]
-    assert len(reporter._threads) == 1
+    until(lambda: reporter.delivery.idle_threads)
+    assert len(reporter.delivery.threads) == 1
     go = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if go.wait(GUARD) else (500, {})
     yield go
@@ -265,11 +269,11 @@ def test_a_slow_answer_holds_up_no_other(scripted: Scripted, patient: Worker, sl
     reporter = patient._reporter
     burst = [take(patient, f"t{number}") for number in range(1, 9)]
     # The idle thread wakes when all have come, as in a burst.
-    with reporter._condition:
+    with reporter.delivery.lock:
         for one in burst:
             reporter.enqueue(one)
-    scripted.wait_for("complete", 1 + report.MAX_THREADS)
-    assert len(reporter._threads) == report.MAX_THREADS
+    scripted.wait_for("complete", 1 + delivery.MAX_THREADS)
+    assert len(reporter.delivery.threads) == delivery.MAX_THREADS
     slow.set()
     until(lambda: patient.stats().undelivered == 0)
 
@@ -279,9 +283,9 @@ def test_a_slow_answer_holds_up_no_retry(scripted: Scripted, patient: Worker, sl
     reporter = patient._reporter
     first, second = take(patient, "t1"), take(patient, "t2")
     # Both planned before the thread looks.
-    with reporter._condition:
+    with reporter.delivery.lock:
         for one in (first, second):
-            reporter._schedule(0.05, functools.partial(reporter.post, one))
+            reporter.delivery.schedule(0.05, functools.partial(reporter.post, one))
     scripted.wait_for("complete", 3)
     slow.set()
     until(lambda: patient.stats().undelivered == 0)
@@ -296,13 +300,13 @@ def test_whatever_an_action_raises_ends_no_thread(
     def leave() -> None:
         raise SystemExit
 
-    for _ in range(2 * report.MAX_THREADS):
-        reporter._schedule(0.0, leave)
-    until(lambda: not reporter._pending)
+    for _ in range(2 * delivery.MAX_THREADS):
+        reporter.delivery.schedule(0.0, leave)
+    until(lambda: not reporter.delivery.awaited)
     reporter.enqueue(take(worker, "t1"))
     until(lambda: worker.stats().undelivered == 0)
-    assert all(thread.is_alive() for thread in reporter._threads)
-    assert sum("unforeseen" in record.message for record in caplog.records) == 2 * report.MAX_THREADS
+    assert all(thread.is_alive() for thread in reporter.delivery.threads)
+    assert sum("unforeseen" in record.message for record in caplog.records) == 2 * delivery.MAX_THREADS
     assert reporter.close(Deadline(GUARD)) == []
 
 
@@ -313,13 +317,13 @@ def test_new_attempts_leave_one_plan(scripted: Scripted, worker: Worker) -> None
     worker.start()
     scripted.task("t1")
     scripted.wait_for("complete")
-    until(lambda: len(reporter._queue) == 1)
+    until(lambda: len(reporter.delivery.queue) == 1)
     for attempt in range(2, 8):
         scripted.task("t1", attempt=attempt)
         assert scripted.wait_for("complete", attempt)[-1].json["attempt"] == attempt
         # The answer has been acted upon: nothing is under way, and what follows is planned.
-        until(lambda: len(reporter._queue) == reporter._pending)
-        assert reporter._pending == 1
+        until(lambda: len(reporter.delivery.queue) == reporter.delivery.awaited)
+        assert reporter.delivery.awaited == 1
     worker.stop()
     assert scripted.count("complete") == 8
 
@@ -339,12 +343,12 @@ def test_a_new_attempt_while_a_refused_result_is_sent(scripted: Scripted, worker
     worker.start()
     scripted.task("t1")
     scripted.wait_for("complete")
-    until(lambda: len(reporter._queue) == 1)
+    until(lambda: len(reporter.delivery.queue) == 1)
     scripted.task("t1", attempt=2)
     assert under_way.wait(GUARD)
     scripted.task("t1", attempt=3)
     until(lambda: worker.stats().duplicates == 2)
-    assert not reporter._queue
+    assert not reporter.delivery.queue
     assert scripted.count("complete") == 2
     go.set()
     assert scripted.wait_for("complete", 3)[-1].json["attempt"] == 3
@@ -356,13 +360,13 @@ def test_a_report_is_planned_once(worker: Worker, first: float, then: float, whe
     """Of two plans for one report the earlier stays, and a flush waits for it alone."""
     reporter = worker._reporter
     one = take(worker, "t1")
-    reporter._plan(one, first + 1000)
-    reporter._plan(one, then + 1000)
-    (action,) = reporter._queue
-    assert reporter._pending == 1
+    reporter.plan(one, first + 1000)
+    reporter.plan(one, then + 1000)
+    (action,) = reporter.delivery.queue
+    assert reporter.delivery.awaited == 1
     assert action.when - time.monotonic() == pytest.approx(when + 1000, abs=40.0)
-    assert one.planned is not None
-    assert one.planned[1] == action.number
+    assert one.plan is not None
+    assert one.plan[1] == action.number
     assert reporter.close(Deadline(GUARD)) == []
 
 
@@ -450,7 +454,7 @@ def test_progress_is_the_newest_value(scripted: Scripted, worker_of: Make) -> No
 
 def test_progress_keeps_its_pause(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the pause after one report of a task no other is sent, however many values come."""
-    monkeypatch.setattr(report, "PROGRESS_PAUSE", 1000.0)
+    monkeypatch.setattr(progress, "PROGRESS_PAUSE", 1000.0)
     worker = worker_of(scripted)
 
     @worker.on_task("echo")
@@ -552,9 +556,9 @@ def test_progress_that_is_not_taken_is_no_error(scripted: Scripted, worker_of: M
 
 def test_the_memory_is_bounded(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only so many tasks, and so many bytes of results, are remembered; a forgotten one runs again."""
-    monkeypatch.setattr(report, "MEMORY", 3)
-    monkeypatch.setattr(report, "MEMORY_BYTES", 500)
-    monkeypatch.setattr(report, "MEMORY_ENTRY_BYTES", 300)
+    monkeypatch.setattr(results, "MEMORY", 3)
+    monkeypatch.setattr(results, "MEMORY_BYTES", 500)
+    monkeypatch.setattr(results, "MEMORY_ENTRY_BYTES", 300)
     worker = worker_of(scripted, max_workers=1)
     ran: List[str] = []
     worker.on_task("echo", lambda ctx, input: ran.append(ctx.task_id) or "x" * input["size"])
@@ -563,8 +567,8 @@ def test_the_memory_is_bounded(scripted: Scripted, worker_of: Make, monkeypatch:
             scripted.task(f"t{number}", input={"size": size})
             scripted.completion(f"t{number}")
         until(lambda: worker.stats().undelivered == 0)
-        assert worker._reporter._remembered_bytes <= 500
-        assert list(worker._reporter._remembered) == ["t1", "t2", "t3"]
+        assert worker._reporter.results.remembered_bytes <= 500
+        assert list(worker._reporter.results.remembered) == ["t1", "t2", "t3"]
         scripted.task("t0", input={"size": 1})
         until(lambda: ran == ["t0", "t1", "t2", "t3", "t0"])
         scripted.task("t3", input={"size": 1})
@@ -604,15 +608,15 @@ def test_a_next_try_that_comes_with_the_answer(scripted: Scripted, worker_of: Ma
 
     worker.on_task("echo", flaky)
     reporter = worker._reporter
-    original = reporter._settle
+    original = reporter.results.settle
 
-    def settle(report: Any, *args: Any, **options: Any) -> None:
+    def settle(report: Any, *args: Any, **options: Any) -> bool:
         # The platform is faster than its answer: the next try is here before the answer is acted upon.
         if report.attempt == 1:
             worker._dispatcher.submit(Task(task_id="t1", capability="echo", attempt=2))
-        original(report, *args, **options)
+        return original(report, *args, **options)
 
-    reporter._settle = settle  # type: ignore[method-assign]
+    reporter.results.settle = settle  # type: ignore[method-assign]
     with worker:
         scripted.task("t1")
         until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])
@@ -630,14 +634,14 @@ def test_whatever_is_raised_while_sending_plans_the_result_again(
 ) -> None:
     """No memory, a bug of a library, sys.exit() in a user's token provider: the result is sent again, and delivered."""
     reporter = worker._reporter
-    send, failures = reporter._ask, iter([error("unforeseen")] * 3)
+    send, failures = reporter.sender.ask, iter([error("unforeseen")] * 3)
 
     def fail(path: str, *args: Any) -> Any:
         for failure in failures:
             raise failure
         return send(path, *args)
 
-    monkeypatch.setattr(reporter, "_ask", fail)
+    monkeypatch.setattr(reporter.sender, "ask", fail)
     worker.start()
     if where == "handler":
         scripted.task("t1")
@@ -649,11 +653,11 @@ def test_whatever_is_raised_while_sending_plans_the_result_again(
     scripted.task("t2")
     assert scripted.completion("t2")["status"] == "completed"
     worker.stop()
-    assert reporter._pending == 0
+    assert reporter.delivery.awaited == 0
     assert not worker.is_running()
 
 
-@pytest.mark.parametrize("part", ["_retry", "_plan", "_settle", "_keep_on_disk"])
+@pytest.mark.parametrize("part", ["jitter", "schedule", "settle", "outbox"])
 def test_a_failure_of_our_own_parts_leaves_no_result(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, part: str
 ) -> None:
@@ -662,14 +666,20 @@ def test_a_failure_of_our_own_parts_leaves_no_result(
     worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
     worker.on_task("echo", lambda ctx, input: input)
     scripted.on["complete"] = lambda request: (503, {"error": "x"}) if scripted.count("complete") < 3 else (200, {})
-    real, failures = getattr(worker._reporter, part), iter([MemoryError()] * 2)
+    where, name = {
+        "jitter": (report, "full_jitter"),
+        "schedule": (worker._reporter.delivery, "schedule"),
+        "settle": (worker._reporter.results, "settle"),
+        "outbox": (worker._outbox, "put"),
+    }[part]
+    real, failures = getattr(where, name), iter([MemoryError()] * 2)
 
     def fail(*args: Any, **options: Any) -> Any:
         for failure in failures:
             raise failure
         return real(*args, **options)
 
-    monkeypatch.setattr(worker._reporter, part, fail)
+    monkeypatch.setattr(where, name, fail)
     with worker:
         scripted.task("t1")
         until(lambda: next(failures, None) is None and worker.stats().completed and worker.stats().undelivered == 0)
@@ -755,18 +765,20 @@ def test_whatever_is_raised_while_releasing_plans_the_release_again(
 ) -> None:
     """A task on its way back gets there."""
     reporter = worker._reporter
-    send, failures = reporter._ask, iter([MemoryError(), SystemExit(), KeyError()])
+    send, failures = reporter.sender.ask, iter([MemoryError(), SystemExit(), KeyError()])
 
     def fail(path: str, *args: Any) -> Any:
         for failure in failures:
             raise failure
         return send(path, *args)
 
-    monkeypatch.setattr(reporter, "_ask", fail)
+    monkeypatch.setattr(reporter.sender, "ask", fail)
     worker.start()
-    worker._dispatcher._give_back(Task(task_id="t1", capability="echo"), 1)
+    given_back = Record(Task(task_id="t1", capability="echo"), HandlerEntry("echo", lambda ctx, input: input))
+    move(given_back, State.RELEASED)
+    worker._dispatcher.answers.give_back(given_back)
     assert [request.task_id for request in scripted.wait_for("release")] == ["t1"]
-    until(lambda: not reporter._releases)
+    until(lambda: not reporter.releases.under_way)
     worker.stop()
     assert scripted.count("release") == 1
 
@@ -778,17 +790,17 @@ def test_a_pool_thread_that_ends_is_replaced(
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     reporter = worker._reporter
     worker.start()
-    perform, failures = reporter._perform, iter([MemoryError()])
+    perform, failures = reporter.delivery.perform, iter([MemoryError()])
 
     def fail(action: Any) -> None:
         perform(action)
         for failure in failures:
             raise failure
 
-    monkeypatch.setattr(reporter, "_perform", fail)
+    monkeypatch.setattr(reporter.delivery, "perform", fail)
     reporter.enqueue(take(worker, "t1"))
     scripted.completion("t1")
-    until(lambda: not reporter._threads)
+    until(lambda: not reporter.delivery.threads)
     reporter.enqueue(take(worker, "t2"))
     scripted.completion("t2")
     until(lambda: worker.stats().undelivered == 0)
@@ -796,11 +808,11 @@ def test_a_pool_thread_that_ends_is_replaced(
 
 def test_only_legal_edges() -> None:
     """A settled report is not sent, and a sent one is not settled twice."""
-    one = report.Report("t1", 1, b"", True)
+    one = results.Report("t1", 1, b"", True)
     with pytest.raises(AssertionError):
-        report.move(one, report.State.SETTLED)
-    report.move(one, report.State.SENDING)
-    report.move(one, report.State.SETTLED)
-    for state in (report.State.SENDING, report.State.SETTLED, report.State.DROPPED):
+        results.move(one, results.State.SETTLED)
+    results.move(one, results.State.SENDING)
+    results.move(one, results.State.SETTLED)
+    for state in (results.State.SENDING, results.State.SETTLED, results.State.DROPPED):
         with pytest.raises(AssertionError):
-            report.move(one, state)
+            results.move(one, state)

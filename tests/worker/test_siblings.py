@@ -8,6 +8,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 
 from sekuire import RuntimeCredentials, RuntimeCredentialsStore, TaskContext, Worker, create_worker
+from sekuire._internal.threads import is_owned_by
 from sekuire.errors import AuthenticationError, SekuireError
 from sekuire.local import LocalPlatform
 
@@ -46,7 +47,7 @@ def test_a_draining_worker_keeps_what_it_runs() -> None:
         stopper = threading.Thread(target=first.stop)
         stopper.start()
         # Several times the delay after which a vanished worker's tasks are given away, counted in its heartbeats.
-        installation = first._installation.store.current.installation_id
+        installation = first.installation.store.current.installation_id
         seen = len(platform.heartbeats(installation))
         guard = threading.Event()
         while len(platform.heartbeats(installation)) < seen + 6:
@@ -86,7 +87,7 @@ def test_a_sibling_with_other_ways_outlives_a_refusal(
     wait = store._wait
 
     def noted(*args: Any) -> Any:
-        if threading.current_thread() is rich._stream_thread:
+        if is_owned_by(rich):
             joined.set()
         return wait(*args)
 
@@ -141,7 +142,7 @@ def test_a_paused_worker_leaves_its_share_to_a_sibling(platform: Any) -> None:
     first, second = worker_on(platform, "first", runs), worker_on(platform, "second", runs)
     with first, second:
         first.pause("for lunch")
-        installation = first._installation.store.current.installation_id
+        installation = first.installation.store.current.installation_id
         until(lambda: platform.heartbeats(installation)[-1]["status"] == "paused")
         for number in range(20):
             task = platform.wait(platform.submit("work", number, "agent"), GUARD)

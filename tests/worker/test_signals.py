@@ -249,7 +249,8 @@ def test_a_stop_at_the_interpreters_end(scripted: Scripted, run: Callable[..., P
     """A user's own stop() in an atexit function, which comes after the worker has left, waits for nothing."""
     script = """
 import atexit
-worker._config = __import__("attrs").evolve(worker._config, shutdown_timeout=100_000.0)
+worker = create_worker(api_base_url=url, agent_id="agent-1", install_token=token, shutdown_timeout=100_000.0)
+worker.on_task("echo", echo)
 atexit.register(lambda: print("stopped", worker.wait(0), worker.is_running(), worker.stop_reason, flush=True))
 atexit.register(worker.stop)
 worker.start()

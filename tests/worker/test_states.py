@@ -38,7 +38,8 @@ from sekuire.session.installation import Installation
 from sekuire.transport.http import Reply
 from sekuire.wire.models import Completion, RuntimeCredentials, Task
 from sekuire.wire.verdict import Support
-from sekuire.worker import dispatch, report
+from sekuire.worker import dispatch, life, release, report, results
+from sekuire.worker.announcer import Announcer
 from sekuire.worker.dispatch import Dispatcher
 from sekuire.worker.outbox import open_outbox
 from sekuire.worker.report import Reporter
@@ -226,6 +227,9 @@ class Wire:
             raise RevokedError("over", 1.0)
         return Reply(status, {}, b"{}" if status < 400 else b'{"error": "x"}', 0.0, 0.0), None
 
+    def revoke(self, error: RevokedError) -> None:
+        """Nothing follows from a revocation where no worker is."""
+
     def close(self) -> None: ...
 
 
@@ -311,29 +315,39 @@ class Life:
             max_result_bytes=1000,
         )
         self.wire = machine.wire(platform, config)
+        self.life = life.Life(1.0, Announcer())
+        self.life.start()
+        self.life.attach(self)
         self.disk = Disk(machine.path) if machine.path else None
         self.reporter = Reporter(
             config,
             self.wire,
             "worker-1",
-            on_revoked=self.revoked,
+            self.life,
             outbox=self.disk,  # type: ignore[arg-type]
         )
         registry = TaskRegistry()
         registry.add("wide", handlers)
         registry.add("narrow", handlers, None, 1)
         self.timer = Timer()
-        self.dispatcher = Dispatcher(
-            config, registry, self.reporter, timer=self.timer, lease_held=lambda: machine.lease, scrub=str
-        )
+        self.dispatcher = Dispatcher(config, registry, self.reporter, timer=self.timer, lease=self, scrub=str)
         self.closed: Optional[str] = None
         #: Tasks given to its dispatcher.
         self.submissions = 0
         #: Answers 404 that this life's reporter was given.
         self.forgotten_before = sum(platform.forgotten.values())
 
-    def revoked(self, error: RevokedError) -> None:
-        self.close(terminated=True)
+    def is_held(self) -> bool:
+        """The lease."""
+        return self.machine.lease
+
+    def begin(self) -> None:
+        """Only a revocation begins the stop of this life."""
+        self.close(terminated=self.life.is_terminated)
+
+    def hurry(self) -> None: ...
+
+    def close_unstarted(self) -> None: ...
 
     def close(self, terminated: bool) -> None:
         if terminated or self.closed is None:
@@ -428,7 +442,7 @@ class TaskStates(RuleBasedStateMachine):
             self.life.dispatcher.pause(SOURCES[number % 3])
             self.rest()
             # What the stream's thread had in hand may have to wait for its answer.
-            assert self.life.dispatcher.waiting == len(self.life.dispatcher._refused) <= 1
+            assert self.life.dispatcher.waiting == len(self.life.dispatcher.records.refused) <= 1
         elif name == "resume":
             self.life.dispatcher.resume(*(SOURCES if flag else [SOURCES[number % 3]]))
         elif name == "platform":
@@ -495,7 +509,7 @@ class TaskStates(RuleBasedStateMachine):
     def lease_is(self, held: bool) -> None:
         self.lease = held
         if held:
-            self.life.dispatcher.begin_waiting()
+            self.life.dispatcher.start_waiting()
         else:
             self.life.dispatcher.lose_lease()
 
@@ -521,8 +535,8 @@ class TaskStates(RuleBasedStateMachine):
         # last sending, is no answer to that one: it goes down with the process.
         overtaken = {
             task_id
-            for task_id, one in self.life.reporter._held.items()
-            if not one.is_final and one.stored_attempt < self.platform.delivered[task_id]
+            for task_id, one in self.life.reporter.results.held.items()
+            if not one.is_final and (one.stored or (0,))[0] < self.platform.delivered[task_id]
         }
         self.gone |= overtaken
         self.may_rerun.update(overtaken & kept)
@@ -567,7 +581,7 @@ class TaskStates(RuleBasedStateMachine):
             away = platform.answered | platform.released | self.gone | set(self.life.reporter.undelivered())
         if self.submitter is not None and self.submitter.is_alive():
             away.add(self.submitted)
-        late = Counter(name.split()[1] for name in self.life.dispatcher.straggler_names())
+        late = Counter(name.split()[1] for name in self.life.dispatcher.overdue_names())
         return set(self.inputs) - away, self.handlers.inside - late
 
     def unrest(self) -> str:
@@ -602,16 +616,17 @@ class TaskStates(RuleBasedStateMachine):
         if any(self.inputs[task_id] == "hang" for task_id in running):
             return f"not timed out: {running}"
         waiting = here - set(running)
-        stragglers = len(dispatcher.straggler_names())
-        if sum(self.handlers.inside.values()) != dispatcher.running + stragglers:
-            return f"{dispatcher.running} running and {stragglers} late, but inside {self.handlers.inside}"
-        free = WORKERS - dispatcher.running - max(0, stragglers - WORKERS)
+        overdue = len(dispatcher.overdue_names())
+        if sum(self.handlers.inside.values()) != dispatcher.running + overdue:
+            return f"{dispatcher.running} running and {overdue} late, but inside {self.handlers.inside}"
+        free = WORKERS - dispatcher.running - max(0, overdue - WORKERS)
         narrow = any(self.kinds[task_id] == "narrow" for task_id in running)
         has_room = life.reporter.has_room()
         able = {task_id for task_id in waiting if self.kinds[task_id] != "narrow" or not narrow}
         if free and able and has_room and self.lease:
             return f"{free} threads are free, but these wait: {able}"
-        refused = {record.task.task_id for record in list(dispatcher._records.values()) if record.refusal is not None}
+        known = list(dispatcher.records.known.values())
+        refused = {record.task.task_id for record in known if record.refusal is not None}
         # An answer takes room too.
         if refused and has_room:
             return f"not answered although there is room: {refused}"
@@ -704,7 +719,7 @@ class TaskStates(RuleBasedStateMachine):
         assert self.life.reporter.undelivered() == []
         here, running = self.elsewhere()
         assert (here, +running) == (set(), Counter())
-        until(lambda: self.life.dispatcher.straggler_names() == [])
+        until(lambda: self.life.dispatcher.overdue_names() == [])
         for task_id in self.platform.answered:
             assert task_id in self.platform.done or self.platform.told.get(task_id)
         self.life.end()
@@ -739,9 +754,10 @@ class TaskStatesOverHttp(TaskStates):
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for a time: what is tried again is tried at once."""
-    monkeypatch.setattr(report, "full_jitter", lambda tries, first, longest: 0.001)
-    monkeypatch.setattr(report, "STUBBORN", 0.002)
-    monkeypatch.setattr(report, "BACKLOG", BACKLOG)
+    for module in (report, release):
+        monkeypatch.setattr(module, "full_jitter", lambda tries, first, longest: 0.001)
+    monkeypatch.setattr(report, "REFUSED_PAUSE", 0.002)
+    monkeypatch.setattr(results, "BACKLOG", BACKLOG)
     monkeypatch.setattr(dispatch, "_LOOK_AGAIN", 0.002)
     monkeypatch.setattr(dispatch, "_RELEASE_PAUSE", 0.001)
     # Outages and kills by the thousand would fill the log.
@@ -788,11 +804,11 @@ def test_a_raised_attempt_is_on_disk(tmp_path: pathlib.Path) -> None:
     config = WorkerConfig(agent_id="agent-1", install_token="skt-1", api_base_url="http://127.0.0.1:9")
     wire: Any = Wire(platform)
     outbox = open_outbox(tmp_path / "outbox.db")
-    reporter = Reporter(config, wire, "worker-1", on_revoked=lambda error: None, outbox=outbox)
+    reporter = Reporter(config, wire, "worker-1", life.Life(1.0, Announcer()), outbox=outbox)
     result = reporter.accept(Completion(task_id="t1", attempt=1, output=1))
     assert result is not None
     reporter.post(result)
-    assert reporter.recall("t1", 3)
+    assert reporter.redelivered("t1", 3)
     until(lambda: "t1:3" in platform.keys)
     assert reporter.close(Deadline(GUARD)) == []
     assert [(one.task_id, one.attempt) for one in outbox.claim("http://127.0.0.1:9", "agent-1", object())] == [

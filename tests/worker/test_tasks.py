@@ -280,7 +280,7 @@ def test_undelivered_results_hold_the_work(
     scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too many results undelivered no task begins until some are accepted; the stream is read on."""
-    monkeypatch.setattr("sekuire.worker.report.BACKLOG", 2)
+    monkeypatch.setattr("sekuire.worker.results.BACKLOG", 2)
     accept = threading.Event()
     scripted.on["complete"] = lambda request: (200, {}) if accept.is_set() else (503, {})
     worker = worker_of(scripted, max_workers=1, max_queued=0)
@@ -294,7 +294,7 @@ def test_undelivered_results_hold_the_work(
         until(lambda: worker.stats().completed == 6 and worker.stats().undelivered == 0)
 
 
-def test_stragglers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of: Make) -> None:
+def test_overdue_handlers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of: Make) -> None:
     """Handlers past their time are counted and their threads replaced, at most max_workers; each end frees a place."""
     gates = [Gate() for _ in range(5)]
     worker = worker_of(scripted, max_workers=2, max_queued=10)
@@ -307,26 +307,26 @@ def test_stragglers_are_replaced_up_to_max_workers(scripted: Scripted, worker_of
             assert scripted.completion(f"h{number}")["error"]["code"] == "timeout"
         scripted.task("t1")
         assert scripted.completion("t1")["output"] == "through"
-        assert worker.stats().stragglers == 2
+        assert worker.stats().overdue == 2
         for number in (2, 3):
             scripted.task(f"h{number}", f"hang{number}")
             assert scripted.completion(f"h{number}")["error"]["code"] == "timeout"
         scripted.task("t2")
         until(lambda: worker.stats().waiting == 1)
-        assert worker.stats().stragglers == 4
+        assert worker.stats().overdue == 4
         # A replaced one ends: its thread takes the place of one that could not be replaced.
         gates[0].go.set()
         assert scripted.completion("t2")["output"] == "through"
         for gate in gates:
             gate.go.set()
-        until(lambda: worker.stats().stragglers == 0)
+        until(lambda: worker.stats().overdue == 0)
         for number in range(6):
             scripted.task(f"e{number}")
             assert scripted.completion(f"e{number}")["output"] == "through"
         assert all(len(scripted.completions(f"h{number}")) == 1 for number in range(4))
 
 
-def test_a_handler_that_ends_right_at_its_timeout_is_no_straggler(scripted: Scripted, worker_of: Make) -> None:
+def test_a_handler_that_ends_right_at_its_timeout_is_not_overdue(scripted: Scripted, worker_of: Make) -> None:
     """Handlers that return the moment they are cancelled leave nothing counted behind."""
     worker = worker_of(scripted, max_workers=4, task_timeout=0.01)
     worker.on_task("echo", lambda ctx, input: ctx.wait_cancelled(GUARD))
@@ -334,7 +334,7 @@ def test_a_handler_that_ends_right_at_its_timeout_is_no_straggler(scripted: Scri
         for number in range(40):
             scripted.task(f"t{number}")
         until(lambda: worker.stats().failed == 40)
-        until(lambda: worker.stats().stragglers == 0 and worker.stats().running == 0)
+        until(lambda: worker.stats().overdue == 0 and worker.stats().running == 0)
 
 
 # -- a user's executor --

@@ -1,4 +1,4 @@
-"""The app of the orders."""
+"""Declare the app of the orders."""
 
 from django.apps import AppConfig
 

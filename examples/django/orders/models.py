@@ -1,4 +1,4 @@
-"""An order and its confirmation."""
+"""Define an order and its confirmation."""
 
 from django.db import models
 

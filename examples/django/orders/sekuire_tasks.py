@@ -1,4 +1,4 @@
-"""Handlers of the orders."""
+"""Define the handlers of the orders."""
 
 from django.utils import timezone
 from django.utils.translation import gettext
@@ -15,7 +15,7 @@ def confirm_order(ctx, input):
     if order is None:
         raise TaskError("no_such_order", f"there is no order {input['order_id']}")
     if not order.confirmation:
-        # A task may be delivered again: what is confirmed stays as it is.
+        # A task may be redelivered: a confirmed order stays as it is.
         order.confirmation = f"{gettext('Yes')}: {order.item} ({timezone.get_current_timezone_name()})"
         order.save()
     return {"confirmation": order.confirmation}

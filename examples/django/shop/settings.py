@@ -1,4 +1,4 @@
-"""Settings of the example; SEKUIRE takes what is not here from the environment."""
+"""Configure the example. The environment provides the settings that SEKUIRE does not have here."""
 
 import os
 from pathlib import Path

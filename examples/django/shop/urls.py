@@ -1,4 +1,4 @@
-"""The one page."""
+"""Route the only page."""
 
 from django.urls import path
 from orders import views

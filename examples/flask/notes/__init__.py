@@ -1,4 +1,4 @@
-"""A notebook whose notes are written by a Sekuire worker."""
+"""Make the application: a notebook whose notes a Sekuire worker writes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The page, and a handler that comes with it."""
+"""Show the notes, and count their words in a handler of the blueprint."""
 
 import flask
 

@@ -1,4 +1,4 @@
-"""Handlers of the application."""
+"""Define the handlers of the application."""
 
 from sekuire import TaskError
 from sekuire.contrib.flask import Sekuire

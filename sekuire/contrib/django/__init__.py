@@ -1,6 +1,6 @@
-"""Django: handlers found in installed apps, connections kept clean, checks, and ``manage.py run_sekuire_worker``.
+"""Run the handlers of a Django project's apps, by ``manage.py run_sekuire_worker`` (extra ``django``).
 
-The extra is ``django``. Put ``"sekuire.contrib.django"`` into ``INSTALLED_APPS``, settings into ``SEKUIRE = {...}``,
+Put ``"sekuire.contrib.django"`` into ``INSTALLED_APPS``, settings into ``SEKUIRE = {...}``,
 and handlers into the modules ``sekuire_tasks.py`` of your apps::
 
     from sekuire.contrib.django import task
@@ -11,7 +11,7 @@ and handlers into the modules ``sekuire_tasks.py`` of your apps::
 """
 
 try:
-    import django  # noqa: F401  # Here, where the error can say what to install.
+    import django  # noqa: F401  # Imported here, where the error can say what to install.
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"sekuire.contrib.django needs Django ({error}); run: pip install 'sekuire[django]'", name=error.name

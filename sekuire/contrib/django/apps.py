@@ -1,4 +1,4 @@
-"""The app: its name, and its checks."""
+"""Declare the Django app and register its checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from django.core import checks
 
 
 class SekuireConfig(AppConfig):
-    """What ``INSTALLED_APPS`` takes; it starts nothing."""
+    """Register the checks. This is the app's entry in ``INSTALLED_APPS``; it starts nothing."""
 
     name = "sekuire.contrib.django"
     label = "sekuire"

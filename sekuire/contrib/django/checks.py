@@ -1,4 +1,4 @@
-"""What ``manage.py check`` says of the settings and the handlers."""
+"""Check the settings and the handlers, for ``manage.py check``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import conf, handlers
 TAG = "sekuire"
 
 _LIBRARY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-#: Where a project's own code is not.
+#: Folders that hold no code of the project.
 _NOT_THEIRS = tuple(
     path + os.sep
     for path in (
@@ -29,7 +29,7 @@ _NOT_THEIRS = tuple(
 
 
 def check_settings(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
-    """Values that are set, here or in the environment; what a worker needs beyond them is the worker's to say."""
+    """Check the values that are set, here or in the environment. A worker itself reports those that are missing."""
     found: List[CheckMessage] = []
     try:
         settings = conf.read()
@@ -42,7 +42,7 @@ def check_settings(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
 
 
 def check_handlers(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
-    """Every ``sekuire_tasks.py`` can be imported and declares what can be declared: names, signatures, extras."""
+    """Check that every ``sekuire_tasks.py`` can be imported, and the names, signatures and extras of its handlers."""
     found: List[CheckMessage] = []
     for app in apps.get_app_configs():
         name = f"{app.name}.{handlers.MODULE}"
@@ -62,7 +62,7 @@ def check_handlers(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
 
 
 def _at(error: Optional[BaseException], app: AppConfig) -> str:
-    """The place in the project's own code where ``error`` came up, in brackets; nothing where it is not known."""
+    """Return the place of ``error`` in the project's own code, in brackets, or nothing if it is not known."""
     if isinstance(error, SyntaxError) and error.filename and os.path.isfile(error.filename):
         return f" ({error.filename}:{error.lineno})"
     frames = [] if error is None else traceback.extract_tb(error.__traceback__)
@@ -73,11 +73,11 @@ def _at(error: Optional[BaseException], app: AppConfig) -> str:
 
 
 def check_security(app_configs: Any, **kwargs: Any) -> List[CheckMessage]:
-    """``check --deploy``: options that are for development only."""
+    """Warn about options that are for development only, for ``check --deploy``."""
     try:
         options = conf.read().options()
     except ConfigurationError:
-        return []  # check_settings says it.
+        return []  # check_settings() reports it.
     found: List[CheckMessage] = []
     if options.get("verify") is False:
         found.append(

@@ -1,4 +1,4 @@
-"""``settings.SEKUIRE`` as the library's settings."""
+"""Read ``settings.SEKUIRE`` and make workers from it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from ..._internal.logs import get_logger
 from ...errors import ConfigurationError
 from ...sdk import SekuireSDK
 from ...worker.worker import Worker
-from ..settings import Settings, is_unprepared
+from ..settings import Settings
 from . import handlers
 
 log = get_logger("sekuire.contrib.django")
 
 NAME = "SEKUIRE"
-#: What is said of an executor of other processes that have no initializer, and what to do.
-ELSEWHERE = "handlers run in other processes, where Django is not set up and what is around a handler here is missing"
-PREPARE = "give the executor initializer=django.setup; the page on Django says what a handler there has to do itself"
+#: The warning about an executor whose processes have no initializer, and what to do.
+ELSEWHERE = "handlers run in other processes, where Django is not set up and the middleware of this app does not run"
+PREPARE = "give the executor initializer=django.setup; the page on Django says what such a handler must do itself"
 
 
 def read() -> Settings:
-    """The settings.
+    """Return the settings.
 
-    :raises ConfigurationError: ``SEKUIRE`` is no dict, or holds a key that is no setting.
+    :raises ConfigurationError: ``SEKUIRE`` is not a dict, or has an unknown key.
     """
     values: Any = getattr(settings, NAME, {})
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
@@ -33,13 +33,14 @@ def read() -> Settings:
 
 
 def make_worker(sdk: SekuireSDK, **options: Any) -> Worker:
-    """A worker for all handlers of the project, not yet started; ``options`` win over the settings.
+    """Return a worker for all handlers of the project, not yet started. ``options`` win over the settings.
 
-    :raises ConfigurationError: a wrong setting, or a handler that cannot be declared.
+    :raises ConfigurationError: a setting is wrong, or a handler cannot be declared.
     """
     handlers.discover()
-    worker = read().worker(sdk, **options)
-    if is_unprepared(worker._config.executor):
+    found = read()
+    worker = found.worker(sdk, **options)
+    if found.runs_elsewhere(**options):
         log.warning("%s; %s", ELSEWHERE, PREPARE)
     worker.middleware(handlers.around)
     worker.include(handlers.tasks)

@@ -1,4 +1,4 @@
-"""The project's handlers, and what is around each of them in a worker: clean connections, language and time zone."""
+"""Find the project's handlers, and run each with clean connections and the project's language and time zone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...handlers.registry import TaskRegistry
 
 __all__ = ["around", "discover", "load", "middleware", "task", "tasks"]
 
-#: The module that is looked for in each installed app.
+#: The name of the module with handlers in each installed app.
 MODULE = "sekuire_tasks"
 
 #: All handlers of the project, whichever app declares them.
@@ -28,9 +28,9 @@ middleware = tasks.middleware
 
 
 def discover() -> List[str]:
-    """Import ``sekuire_tasks.py`` of every installed app; the capabilities that are declared then.
+    """Import ``sekuire_tasks.py`` of every installed app, and return the capabilities that are declared.
 
-    A second call imports nothing. What a module raises passes, but for an exit: see :func:`load`.
+    A second call imports nothing. It raises what a module raises; for ``sys.exit()`` see :func:`load`.
     """
     for app in apps.get_app_configs():
         load(app)
@@ -38,13 +38,13 @@ def discover() -> List[str]:
 
 
 class Exited(ConfigurationError):
-    """The module ended with ``sys.exit()``, which must not end the process as if all were well."""
+    """Raised when a module calls ``sys.exit()``, which must not end the process as if nothing were wrong."""
 
 
 def load(app: AppConfig) -> None:
-    """Import ``sekuire_tasks.py`` of one app, if it has one.
+    """Import ``sekuire_tasks.py`` of an app, if it has one.
 
-    :raises Exited: it ended with ``sys.exit()``.
+    :raises Exited: the module called ``sys.exit()``.
     """
     name = f"{app.name}.{MODULE}"
     try:
@@ -61,15 +61,15 @@ def load(app: AppConfig) -> None:
 
 
 def around(ctx: TaskContext, input: Any, call_next: CallNext) -> Any:
-    """The middleware of the bridge: a task begins and ends as a request does.
+    """Begin and end a task as Django begins and ends a request. This is the middleware of the bridge.
 
-    A connection that is older than ``CONN_MAX_AGE``, that fails its health check or that a handler left broken is
-    closed, or given back to its pool; the others stay open for this thread's next task.
+    It closes a connection (or returns it to its pool) that is older than ``CONN_MAX_AGE``, fails its health check or
+    was left broken by a handler. The others stay open for this thread's next task.
     """
     reset_queries()
     close_old_connections()
     try:
-        # As in a request: a handler that activates another language or zone does so for its own task only.
+        # A handler that activates another language or zone does so for its own task only, as in a request.
         with translation.override(settings.LANGUAGE_CODE), timezone.override(None):
             return call_next(input)
     finally:

@@ -1,4 +1,4 @@
-"""Tasks that are submitted when a transaction is committed, and not when it is rolled back."""
+"""Submit tasks when a transaction is committed, and not when it is rolled back."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def submit_on_commit(
     robust: bool = False,
     **fields: Any,
 ) -> None:
-    """Submit a task with the API key once the running transaction is committed; at once where there is none.
+    """Submit a task with the API key once the running transaction is committed, or now if there is no transaction.
 
-    It is submitted in one try, after the commit, by the thread that commits: where that fails, the data is committed
-    and the error is raised from the block (with ``robust=True`` it is logged by Django, and what else waits for the
-    commit goes on). The input is written as JSON at once, so that what is changed in it later does not matter.
+    The thread that commits submits the task after the commit, in one try. If that fails, the data is committed and the
+    error is raised from the block. With ``robust=True`` Django logs the error, and the other functions that wait for
+    the commit still run. The input is written as JSON now; changes to it after this call have no effect.
 
-    :param agent_id: whose task it is; the default is that of the settings.
+    :param agent_id: the agent that gets the task; the default is the settings' agent.
     :param using: the database whose transaction counts.
     :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``.
-    :raises ConfigurationError: no API key or agent, or a task that cannot be; at once, before the commit.
+    :raises ConfigurationError: the API key or the agent is missing, or the task is invalid; raised before the commit.
     """
     settings = conf.read()
     body = TaskSubmitter.prepare(capability, input, settings.agent_id() if agent_id is None else agent_id, **fields)
@@ -47,7 +47,7 @@ def submit_on_commit(
 
 
 def _shared(settings: Settings) -> TaskSubmitter:
-    """One for the process: its connections are kept open."""
+    """Return the process's submitter, which keeps its connections open."""
     global _submitter, _pid
     with _lock:
         # A child must not use its parent's sockets.

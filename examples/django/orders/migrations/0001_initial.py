@@ -1,4 +1,4 @@
-"""The table of orders."""
+"""Create the table of orders."""
 
 from django.db import migrations, models
 

@@ -1,4 +1,4 @@
-"""``manage.py run_sekuire_worker``: the project's handlers as a worker."""
+"""Run the project's handlers as a worker: ``manage.py run_sekuire_worker``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from django.core.management.base import BaseCommand, CommandError
 from sekuire.contrib.django import conf
 from sekuire.errors import SekuireError
 from sekuire.service import runner
-from sekuire.service.arguments import add_worker_arguments
-from sekuire.service.exit_codes import code_of
+from sekuire.service.arguments import IDLE_WITH_RELOAD, add_worker_arguments
+from sekuire.service.exit_codes import USAGE, code_of
 from sekuire.service.reloader import Reloader, program
 from sekuire.worker.worker import Worker
 
 
 class Command(BaseCommand):
-    """Runs until SIGTERM or Ctrl-C, which drain it; a second one stops at once."""
+    """Run a worker until SIGTERM or Ctrl-C drains it. A second signal stops it at once."""
 
     help = "Run the handlers of all sekuire_tasks.py. SIGTERM and Ctrl-C drain the worker; a second one stops at once."
 
@@ -57,28 +57,26 @@ class Command(BaseCommand):
 
     def _reload(self, options: Any) -> int:
         if options["stop_when_idle"] is not None:
-            raise CommandError(
-                "--stop-when-idle does not go with --reload, which waits for the next save", returncode=2
-            )
+            raise CommandError(IDLE_WITH_RELOAD, returncode=USAGE)
         command = [*self._program(options), *_arguments(options)]
         return Reloader(command, [os.getcwd()], say=lambda line: self.stderr.write(f"reload: {line}")).run()
 
     def _program(self, options: Any) -> List[str]:
-        """How the child is started: as this process was, or, within another program, by Django's own command."""
+        """Return the start of the child's command line: this process's own or, in another program, Django's."""
         name = type(self).__module__.rpartition(".")[2]
         if getattr(self, "_called_from_command_line", False):
             return [*program(), name]
         module = getattr(settings, "SETTINGS_MODULE", None)
         if module is None:
-            raise CommandError("a reload needs settings that are a module (DJANGO_SETTINGS_MODULE)", returncode=2)
-        # The other program's directory is on the path only because Python has put it there.
+            raise CommandError("a reload needs settings that are a module (DJANGO_SETTINGS_MODULE)", returncode=USAGE)
+        # Python puts only the other program's own directory on the path.
         found = {"settings": module, "pythonpath": os.path.abspath(sys.path[0])}
         options.update({key: value for key, value in found.items() if options.get(key) is None})
         return [sys.executable, "-m", "django", name]
 
 
 def _arguments(options: Any) -> List[str]:
-    """The command line of the child: the same as here, without the reload."""
+    """Return the child's arguments: those of this process without ``--reload``."""
     line: List[str] = []
     for key in ("settings", "pythonpath", "verbosity", "max_workers", "liveness_file"):
         if options.get(key) is not None:

@@ -1,0 +1,333 @@
+"""Run tasks on the pool's threads: lease, policy, clock, handler, first report."""
+
+from __future__ import annotations
+
+import functools
+import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Callable, Optional, Protocol
+
+from .._internal.logs import get_logger
+from .._internal.threads import Deadline, Timer, owned_by
+from ..config import WorkerConfig
+from ..handlers import outcome
+from ..handlers.context import TaskContext, current_task
+from ..wire import protocol
+from ..wire.models import Completion, Failure
+from .answers import Accepted, Answers, ResultSink
+from .gate import Gate
+from .records import FINISHED, REJECTED, RELEASED, RUNNING, STARTING, Record, Records, move
+
+log = get_logger("sekuire.dispatch")
+
+
+class Lease(Protocol):
+    """The platform's permission to work, for some time."""
+
+    def is_held(self) -> bool:
+        """Return True if the lease allows work now. One comparison, called under locks."""
+
+
+def terminated() -> Failure:
+    """Return the answer to a task that a termination keeps from starting."""
+    return protocol.failure("worker_terminated", "the worker was terminated before this task began")
+
+
+class Runner:
+    """Start waiting tasks as permits come free, and run them to their end.
+
+    The pool has room for twice ``max_workers`` threads, because a thread cannot be taken from a handler that does not
+    return. Permits bound what runs: ``max_workers`` of them.
+
+    :param scrub: removes secrets from a text that goes to the platform.
+    """
+
+    # Threads: `sekuire-task-N`, or those of the user's executor, run _work(); `sekuire-timer` runs _expire(); any
+    # thread may call the public methods. The lock of `records` guards the state, and is never held over a handler, a
+    # policy check or I/O.
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        records: Records,
+        answers: Answers,
+        gate: Gate,
+        sink: ResultSink,
+        *,
+        timer: Timer,
+        lease: Lease,
+        scrub: Callable[[str], str],
+        owner: object = None,
+    ) -> None:
+        self._records = records
+        self._lock = records.lock
+        self._answers = answers
+        self._gate = gate
+        self._sink = sink
+        self._timer = timer
+        self._lease = lease
+        self._scrub = scrub
+        self._owner = owner
+        self._expose_errors = config.expose_errors
+        self._task_timeout = config.task_timeout
+        # An executor of other processes is called from threads of our own, with all that is around a call (remote.py).
+        self._foreign = None if _is_remote(config.executor) else config.executor
+        self._pool: Optional[Executor] = self._foreign
+        #: True once a thread of the pool has run.
+        self._has_threads = False
+
+    # -- starting --
+
+    def can_start(self, record: Record) -> bool:
+        """Return True if a new task may start before all that wait. Needs the lock."""
+        records = self._records
+        return bool(records.permits and not records.queue and record.entry.has_room() and self._lease.is_held())
+
+    def hand_over(self, record: Record) -> None:
+        """Give a started record to a thread, or answer it if there is none. Without a lock."""
+        pool = self._pool
+        if pool is None:
+            pool = ThreadPoolExecutor(2 * self._records.max_workers, thread_name_prefix="sekuire-task")
+            self._pool = pool
+        try:
+            future = pool.submit(self._work, record)
+        except Exception as error:  # noqa: BLE001  # An executor of the user's own may refuse in its own way.
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if self._foreign is not None:
+                future.add_done_callback(functools.partial(self._note_done, record))
+            return
+        if self._foreign is None and self._has_threads and "start new thread" in problem:
+            # The pool has queued the call before it failed.
+            log.warning("no further thread can be started; the task waits for one of those there are")
+            return
+        log.error("the executor accepts no more work (%s)", problem)
+        self._lose_thread(record)
+
+    def start_waiting(self) -> None:
+        """Start and answer what waits, as far as there is room for it. Any thread, without a lock."""
+        records = self._records
+        while records.refused:
+            with self._lock:
+                if not records.refused or not self._sink.has_room():
+                    break
+                refused = records.refused.popleft()
+                records.leave_queue(refused)
+                move(refused, REJECTED)
+            self._answers.reject(refused, terminated())
+        while records.permits and records.queue:
+            with self._lock:
+                record = self._start_next() if records.permits else None
+                if record is None:
+                    return
+            self.hand_over(record)
+
+    def end_pool(self, deadline: Deadline) -> None:
+        """End the pool's threads. An executor of the user's own is its owner's to end."""
+        if self._foreign is not None or not isinstance(self._pool, ThreadPoolExecutor):
+            return
+        records = self._records
+        with self._lock:
+            # A thread that has handed on its result may still be in its last report.
+            while records.threads and not records.overdue and not deadline.is_expired():
+                records.monitor.wait(min(deadline.remaining(), 0.1))
+            is_idle = not records.threads
+        self._pool.shutdown(wait=is_idle)
+
+    def _start_next(self) -> Optional[Record]:
+        """Start the next waiting record that may start. The caller has seen that there is a permit. Needs the lock."""
+        records = self._records
+        if records.queue and self._sink.has_room() and self._lease.is_held():
+            record = records.next_startable()
+            if record is not None:
+                return records.start(record)
+        return None
+
+    def _note_done(self, record: Record, future: Future[None]) -> None:
+        """Note that the user's executor is done with a record, which it may have cancelled instead of running it."""
+        if record.holds_thread and record.context is None:
+            log.error("[%s] the executor has not run this task", record.task.task_id)
+            self._lose_thread(record)
+            # Not from here: whoever cancels may hold the executor's lock, which handing over needs.
+            self._timer.call_at(0.0, self.start_waiting)
+
+    def _lose_thread(self, record: Record) -> None:
+        """Answer a started record that no thread will come to, and free what it holds."""
+        if self._finish(record):
+            failure = protocol.failure("worker_shutdown", "the worker's executor takes no more work")
+            self._answers.end_early(record, failure)
+        with self._lock:
+            self._records.free_thread(record)
+
+    # -- running (the pool's threads) --
+
+    def _work(self, record: Optional[Record]) -> None:
+        """Run records until none waits; in the user's executor one, so that its other users get their turn."""
+        with owned_by(self._owner):
+            self._has_threads = True
+            while record is not None:
+                if not record.holds_thread:
+                    # The executor had refused it, and it was answered.
+                    return
+                try:
+                    self._run(record)
+                except BaseException as error:
+                    # Nothing of a handler's gets here; what does must cost one task, not a thread and its permit.
+                    log.exception("[%s] running the task failed in an unforeseen way", record.task.task_id)
+                    if self._finish(record):
+                        message = f"the worker failed ({type(error).__name__})"
+                        self._answers.end_early(record, protocol.failure("handler_error", message))
+                current_task.set(None)
+                record = self._next_after(record)
+                if record is not None and self._foreign is not None:
+                    self.hand_over(record)
+                    self.start_waiting()
+                    return
+
+    def _next_after(self, done: Record) -> Optional[Record]:
+        """Free the thread that ran ``done``. Return the record that it runs next, if any."""
+        following = None
+        with self._lock:
+            had_permit = done.holds_permit
+            was_overdue = self._records.free_thread(done)
+            if had_permit and self._records.queue:
+                following = self._start_next()
+        if was_overdue:
+            log.info("[%s] the handler ended after its task was answered; its result is discarded", done.task.task_id)
+            self.start_waiting()
+        return following
+
+    def _run(self, record: Record) -> None:
+        task = record.task
+        context = TaskContext(task, progress=self._sink.progress)
+        with self._lock:
+            if record.state is not STARTING:
+                return
+            context._attempt = record.attempt
+            record.context = context
+            has_lease = self._lease.is_held()
+            if has_lease and not self._gate.is_there:
+                move(record, RUNNING)
+        current_task.set(context)
+        if not has_lease:
+            self._give_back(record)
+            return
+        if self._gate.is_there:
+            denial = self._gate.check(task, context)
+            if denial is not None:
+                self._deny(record, Completion(task_id=task.task_id, attempt=record.attempt, failure=denial))
+                return
+            if not self._goes_on(record):
+                return
+        began = self._start_clock(record, context)
+        completion = outcome.run(
+            record.entry, context, record.input(), began=began, expose_errors=self._expose_errors, scrub=self._scrub
+        )
+        if record.timer is not None:
+            self._timer.cancel(record.timer)
+        if self._finish(record):
+            self._report(record, completion)
+
+    def _goes_on(self, record: Record) -> bool:
+        """Return True if a task still begins after its policy was asked, which may have taken its time."""
+        with self._lock:
+            if record.state is not STARTING:
+                return False
+            has_lease = self._lease.is_held()
+            if has_lease:
+                move(record, RUNNING)
+        if not has_lease:
+            self._give_back(record)
+        return has_lease
+
+    def _give_back(self, record: Record) -> None:
+        """Give back a task that the lease does not allow to begin."""
+        with self._lock:
+            if record.state is not STARTING:
+                return
+            move(record, RELEASED)
+        self._answers.give_back(record)
+
+    def _deny(self, record: Record, completion: Completion) -> None:
+        """Answer a task that the policy denies, unless it lost its lease or was answered while the policy was asked."""
+        with self._lock:
+            if record.state is not STARTING:
+                return
+            has_lease = self._lease.is_held()
+            if has_lease:
+                move(record, REJECTED)
+        if has_lease:
+            self._report(record, completion)
+        else:
+            self._give_back(record)
+
+    def _start_clock(self, record: Record, context: TaskContext) -> float:
+        """Count the task's time from now, which is returned."""
+        began = record.began = time.monotonic()
+        limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
+        if limits:
+            end = context._deadline = began + min(limits)
+            record.timer = self._timer.call_at(end, functools.partial(self._expire, record))
+        return began
+
+    # -- the end of a task --
+
+    def _finish(self, record: Record) -> bool:
+        """Become the one that answers a task. Return False if another thread was first."""
+        with self._lock:
+            if record.state is not RUNNING and record.state is not STARTING:
+                return False
+            move(record, FINISHED)
+            return True
+
+    def _report(self, record: Record, completion: Completion) -> None:
+        """Hand on a result, start what waited for its place, and send it."""
+        report = self._answers.answer(record, completion)
+        try:
+            # A task that was parked behind this one must not wait for the report below.
+            self.start_waiting()
+        finally:
+            if report is not None:
+                self._send(report)
+
+    def _send(self, report: Accepted) -> None:
+        """Send the result of a handler, in its thread."""
+        if self._foreign is None:
+            self._sink.post(report)
+            return
+        # Not by this thread, whose executor has other users. But the result must be on disk however long the platform
+        # lets the others wait.
+        try:
+            self._sink.keep(report)
+        finally:
+            self._sink.enqueue(report)
+
+    def _expire(self, record: Record) -> None:
+        """Answer a task whose time is over. The timer's thread."""
+        records = self._records
+        with self._lock:
+            if record.state is not RUNNING:
+                return
+            records.end_early(record)
+        record.cancel("timeout", is_answered=True)
+        failure = protocol.failure("timeout", "the task's time was over before its handler ended")
+        self._answers.end_early(record, failure)
+        with self._lock:
+            records.pass_permits_on()
+            count = len(records.overdue)
+            replaced = not record.holds_permit
+        log.warning(
+            "[%s] the handler of %r has not ended in its time; the task is answered 'timeout'%s (%d such handlers run)",
+            record.task.task_id, record.task.capability,
+            "" if replaced else ", and its thread cannot be replaced", count,
+        )  # fmt: skip
+        self.start_waiting()
+
+
+def _is_remote(executor: Optional[Executor]) -> bool:
+    """Return True if ``executor`` runs calls in other processes."""
+    if executor is None:
+        return False
+    from ..executors import remote  # Only here: it loads what most workers never need.
+
+    return remote.is_remote(executor)

@@ -1,0 +1,252 @@
+"""Stop one worker: the steps, their order and their time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Protocol
+
+from .._internal.logs import get_logger
+from .._internal.threads import Deadline, forget_exit, owned_by
+from ..session.installation import Installation
+from .control import Control
+from .dispatch import Dispatcher
+from .life import Life
+from .report import Reporter
+from .stream import TaskStream
+
+if TYPE_CHECKING:
+    from .outbox import Outbox
+
+log = get_logger("sekuire.worker")
+
+#: Seconds the last heartbeat may take.
+LAST_BEAT = 2.0
+#: Seconds of a stop kept for the reports after the drain: this share of it, and at most so many.
+_FLUSH_SHARE, _FLUSH_MOST = 0.2, 2.0
+#: Seconds the reports get even when the time to stop is over: as long as the platform needs, and at most this.
+_FLUSH_LEAST = 1.0
+#: Seconds a stop waits for the stream's thread; one in a DNS look-up or a connect is left to end by itself.
+_STREAM_PATIENCE = 0.5
+
+
+class OwnThread(Protocol):
+    """A part of the worker with a thread of its own that ends with the worker."""
+
+    def close(self) -> None:
+        """Let the thread end. Return at once."""
+
+    def join(self, deadline: Deadline) -> bool:
+        """Wait for the thread. Return True if it ended before ``deadline``."""
+
+
+class Shutdown:
+    """Stop the parts of one worker, in order, by one deadline.
+
+    The steps: end the stream, so that nothing new comes; give back the waiting tasks, so that another worker has them
+    soon; let the running ones finish; send the reports that those have made; beat a last time, because until then the
+    lease must hold; close the rest. A step that fails is logged, and the next one runs.
+
+    # Threads: any thread may call :meth:`begin`, :meth:`hurry` and :meth:`close_unstarted`. ``sekuire-shutdown`` runs
+    # the steps, because no Ctrl-C reaches a thread of its own. ``_lock`` is for starting it once. At the end of the
+    # program :meth:`leave` runs a shorter list on the thread that ends it, because no thread can be started then.
+
+    :param threads: what else has a thread: closed side by side, then waited for.
+    :param outbox: what keeps the results on disk; closed after the last report.
+    :param is_shared: others use the installation too, so it stays open.
+    """
+
+    def __init__(
+        self,
+        life: Life,
+        stream: TaskStream,
+        control: Control,
+        dispatcher: Dispatcher,
+        reporter: Reporter,
+        installation: Installation,
+        threads: Iterable[OwnThread],
+        *,
+        outbox: Optional[Outbox] = None,
+        is_shared: bool = False,
+    ) -> None:
+        self.pid = os.getpid()
+        self._life = life
+        self._stream = stream
+        self._control = control
+        self._dispatcher = dispatcher
+        self._reporter = reporter
+        self._installation = installation
+        self._heartbeat = installation.heartbeat
+        self._threads = tuple(threads)
+        self._outbox = outbox
+        self._is_shared = is_shared
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="sekuire-shutdown", daemon=True)
+        #: Set when the stop needs no thread any more: the interpreter is ending.
+        self._is_leaving = False
+
+    # -- asked for by Life --
+
+    def begin(self) -> None:
+        """Begin the stop, once, on a thread of its own. Return at once."""
+        must_run_here = False
+        with self._lock:
+            if self._thread.ident is None and not self._is_leaving:
+                try:
+                    self._thread.start()
+                except RuntimeError:
+                    # No new thread any more: the interpreter is ending.
+                    must_run_here = self._is_leaving = True
+        if must_run_here:
+            self._run()
+
+    def hurry(self) -> None:
+        """Have the stop in progress look at its deadline again, and end more if the worker is terminated now."""
+        if self._life.is_terminated:
+            self._close_intake()
+        self._dispatcher.wake()
+
+    def close_unstarted(self) -> None:
+        """Close what a worker holds that was never started."""
+        self._life.stop_event.set()
+        self._close_outbox()
+        if not self._is_shared:
+            self._installation.close()
+
+    # -- the end of the program --
+
+    def leave(self) -> None:
+        """Cancel what runs and beat a last time, because the interpreter ends. Start no thread."""
+        with self._lock:
+            was_running = self._life.leave("the program ends")
+            self._is_leaving = self._is_leaving or was_running
+        if not was_running:
+            return
+        log.warning(
+            "the program ends while a Worker runs; its tasks are cancelled. Use start(block=True), or wait(), to keep "
+            "it running, and stop() to end it in order"
+        )
+        self._life.stop_event.set()
+        self._stream.wake()
+        self._perform((self._close_intake, self._cancel_at_exit, self._beat_at_exit))
+        # Nothing follows: a stop() of the user's own, in an atexit function, must not wait for more.
+        self._life.finish()
+
+    def _cancel_at_exit(self) -> None:
+        self._dispatcher.cancel_running("the program ends")
+
+    def _beat_at_exit(self) -> None:
+        if self._heartbeat.detach(self._control):
+            self._installation.stop.set()
+            self._heartbeat.end()
+            if self._heartbeat.last_at is not None:
+                self._heartbeat.beat_now("stopped", LAST_BEAT)
+
+    # -- the steps (sekuire-shutdown) --
+
+    def _run(self) -> None:
+        with owned_by(self._life.owner):
+            self._perform(
+                (
+                    self._end_waits,
+                    self._close_intake,
+                    self._end_stream,
+                    self._drain,
+                    self._flush,
+                    self._beat_last,
+                    self._close,
+                )
+            )
+        reason = self._life.reason
+        log.info("the worker has stopped (%s)", reason)
+        self._control.announcer.note_state("stopped", reason, "info" if self._life.error is None else "error")
+        self._life.finish()
+
+    @staticmethod
+    def _perform(steps: Iterable[Callable[[], None]]) -> None:
+        """Run every step, also after one that failed."""
+        for step in steps:
+            try:
+                step()
+            except Exception:
+                log.exception("stopping: a step failed (%s); going on", getattr(step, "__name__", "step"))
+
+    def _end_waits(self) -> None:
+        self._life.stop_event.set()
+        if not self._is_shared:
+            self._installation.stop.set()
+        self._stream.wake()
+        # The platform must know soon that this is a drain: without it the worker would seem to have vanished.
+        self._heartbeat.nudge()
+
+    def _close_intake(self) -> None:
+        is_terminated = self._life.is_terminated
+        self._dispatcher.close(is_terminated)
+        if is_terminated:
+            self._dispatcher.cancel_running("terminated")
+
+    def _end_stream(self) -> None:
+        self._stream.join(Deadline(min(_STREAM_PATIENCE, self._life.deadline.remaining() + 0.1)))
+
+    def _drain(self) -> None:
+        deadline = self._life.deadline
+        reserve = min(_FLUSH_MOST, deadline.remaining() * _FLUSH_SHARE)
+        if not self._dispatcher.drain(deadline.earlier(reserve)):
+            late = self._dispatcher.abandon("terminated" if self._life.is_terminated else "shutdown")
+            log.warning("the time to stop is over and these handlers still run: %s", ", ".join(late) or "none")
+
+    def _flush(self) -> None:
+        # The failures of the handlers that the drain gave up have had no time yet.
+        if self._reporter.flush(Deadline(max(_FLUSH_LEAST, self._life.deadline.remaining()))):
+            return
+        # What is only in memory goes to the disk before anything is said of it.
+        lost = set(self._reporter.keep_all())
+        ids = self._reporter.undelivered()
+        if self._outbox is None:
+            self._log_undelivered(ids, "")
+            return
+        path = self._outbox.path
+        self._log_undelivered([one for one in ids if one not in lost], f"; they are in the outbox {path}")
+        self._log_undelivered([one for one in ids if one in lost], f" and are lost: the outbox {path} lacks them")
+
+    @staticmethod
+    def _log_undelivered(ids: List[str], what_then: str) -> None:
+        if ids:
+            log.error(
+                "the results of %d tasks were not delivered before the stop: %s%s%s",
+                len(ids), ", ".join(ids[:20]), " ..." if len(ids) > 20 else "", what_then,
+            )  # fmt: skip
+
+    def _beat_last(self) -> None:
+        if not self._heartbeat.detach(self._control):
+            # Others go on to beat; the platform learns from the next beat that this worker is gone.
+            self._heartbeat.nudge()
+            return
+        self._heartbeat.stop(Deadline(self._time_for_beat()))
+        if self._heartbeat.last_at is not None:
+            self._heartbeat.beat_now("stopped", self._time_for_beat())
+
+    def _time_for_beat(self) -> float:
+        return max(0.25, min(LAST_BEAT, self._life.deadline.remaining()))
+
+    def _close(self) -> None:
+        patience = Deadline(max(0.25, min(1.0, self._life.deadline.remaining())))
+        self._control.close()
+        for thread in self._threads:
+            thread.close()
+        late = self._reporter.close(patience)
+        self._close_outbox()
+        self._dispatcher.end_pool(patience)
+        for thread in self._threads:
+            thread.join(patience)
+        if not self._is_shared:
+            self._installation.close()
+        forget_exit(self)
+        late += self._dispatcher.overdue_names()
+        if late:
+            log.warning("still running after the stop: %s", ", ".join(late))
+
+    def _close_outbox(self) -> None:
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            outbox.close()
