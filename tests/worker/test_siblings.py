@@ -8,6 +8,7 @@ from typing import Any, Callable, List, Tuple
 import pytest
 
 from sekuire import RuntimeCredentials, RuntimeCredentialsStore, TaskContext, Worker, create_worker
+from sekuire._internal.single_flight import Flight
 from sekuire._internal.threads import is_owned_by
 from sekuire.errors import AuthenticationError, SekuireError
 from sekuire.local import LocalPlatform
@@ -84,14 +85,14 @@ def test_a_sibling_with_other_ways_outlives_a_refusal(
     rich = worker_of(scripted, credentials_store=store, install_token="skt-1")
     problems: List[BaseException] = []
     joined = threading.Event()
-    wait = store._wait
+    wait = Flight.wait
 
-    def noted(*args: Any) -> Any:
+    def noted(flight: Flight[Any], seconds: float) -> bool:
         if is_owned_by(rich):
             joined.set()
-        return wait(*args)
+        return wait(flight, seconds)
 
-    monkeypatch.setattr(store, "_wait", noted)
+    monkeypatch.setattr(Flight, "wait", noted)
 
     def start(worker: Worker) -> None:
         worker.on_task("work", lambda ctx, input: "done")
