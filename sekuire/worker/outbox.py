@@ -26,7 +26,7 @@ _Key = Tuple[str, str, str]
 
 
 class Ticket:
-    """One caller that waits: for its row to be on disk, or (without a row) for its turn at the file.
+    """Let one caller wait: for its row to be on disk, or (without a row) for its turn at the file.
 
     ``gate`` is held until another thread opens it. ``leads`` is True if the turn came, and not the end.
     """
@@ -47,7 +47,7 @@ class Ticket:
 
 
 class Outbox:
-    """The file of one process's undelivered completions, shared by all its Workers. ::
+    """Store the undelivered completions of one process, for all its Workers, in one file. ::
 
         outbox = open_outbox("results.db")
         outbox.put(api_url, agent_id, installation_id, Stored("task-1", 1, False, head))
