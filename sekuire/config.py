@@ -159,11 +159,10 @@ def _accept_options(
 ) -> Any:
     parameters = [one for one in inspect.signature(config).parameters.values() if one.name not in left_out]
     if first:
-        at = [one.name for one in parameters].index(first)
-        one = parameters.pop(at)
+        one = parameters.pop([each.name for each in parameters].index(first))
         default = None if one.default is one.empty else one.default
-        rest = [other.replace(kind=one.KEYWORD_ONLY) for other in parameters]
-        parameters = [one.replace(kind=one.POSITIONAL_OR_KEYWORD, default=default), *rest]
+        rest = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        parameters = [one.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default), *rest]
     positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(function)

@@ -108,7 +108,8 @@ class ProcessExecutor(Executor):
         self.max_workers = max_workers or os.cpu_count() or 1
         self.kill_after = kill_after
         self.initializer = initializer
-        self._initargs = tuple(initargs)
+        # What each new process calls before its first call.
+        self._preparation = (initializer, tuple(initargs))
         self._calls_of_one = max_tasks_per_child
         self._condition = threading.Condition()
         self._queue: Deque[_Call] = deque()
@@ -141,7 +142,8 @@ class ProcessExecutor(Executor):
         :param on_message: called with each message in one of the pool's threads.
         """
         thread_tools.check_process(self.pid, "ProcessExecutor")
-        call = _Call(on_message)
+        call = _Call()
+        call.on_message = on_message
         try:
             call.data = pickle.dumps((fn, args, kwargs or {}))
         except Exception as error:  # noqa: BLE001  # Other executors report it by the future, too.
@@ -274,7 +276,7 @@ class ProcessExecutor(Executor):
             return self._queue.popleft() if self._queue else None
 
     def _make(self, name: str) -> _Child:
-        child = _Child(name, self.initializer, self._initargs)
+        child = _Child(name, self._preparation)
         with self._condition:
             self._children.add(child)
             is_late = self._killed
@@ -313,21 +315,21 @@ class ProcessExecutor(Executor):
 class _Call:
     __slots__ = ("data", "future", "on_message")
 
-    def __init__(self, on_message: Optional[Callable[[Any], object]]) -> None:
+    def __init__(self) -> None:
         self.data = b""
-        self.on_message = on_message
+        self.on_message: Optional[Callable[[Any], object]] = None
         self.future: Future[Any] = Future()
 
 
 class _Child:
     """Run calls in one process, through a pipe. Its own thread uses it; any thread may call :meth:`kill`."""
 
-    def __init__(self, name: str, initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
+    def __init__(self, name: str, preparation: Tuple[Any, ...]) -> None:
         self.calls = 0
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         try:
-            self._process = context.Process(target=_main, args=(theirs, initializer, initargs), name=name, daemon=True)
+            self._process = context.Process(target=_main, args=(theirs, *preparation), name=name, daemon=True)
             self._process.start()
         except BaseException:
             self._pipe.close()

@@ -43,7 +43,7 @@ class TaskControl:
 
     __slots__ = ("_event", "_progress", "_reason", "_watcher", "attempt", "end", "policy", "task")
 
-    def __init__(self, task: Task, end: Optional[float] = None, progress: Optional[ProgressSink] = None) -> None:
+    def __init__(self, task: Task, end: Optional[float] = None, *, progress: Optional[ProgressSink] = None) -> None:
         self.task = task
         self.attempt = task.attempt
         self.end = end
@@ -125,7 +125,7 @@ class TaskContext:
     def __init__(
         self, task: Task, *, deadline: Optional[float] = None, progress: Optional[ProgressSink] = None
     ) -> None:
-        self._control = TaskControl(task, deadline, progress)
+        self._control = TaskControl(task, deadline, progress=progress)
         self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
 
     # -- identity --
@@ -258,15 +258,6 @@ class TaskContext:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.task_id} {self.capability} attempt {self.attempt}>"
-
-    # -- names that sekuire.worker used before TaskControl; they go when it uses control_of() --
-
-    def _cancel(self, reason: str, answered: bool = False) -> bool:
-        return self._control.cancel(reason, answered)
-
-    _attempt = property(lambda self: self._control.attempt, lambda self, to: setattr(self._control, "attempt", to))
-    _deadline = property(lambda self: self._control.end, lambda self, to: setattr(self._control, "end", to))
-    _policy = property(lambda self: self._control.policy, lambda self, to: setattr(self._control, "policy", to))
 
 
 def control_of(context: TaskContext) -> TaskControl:

@@ -47,14 +47,14 @@ class Shutdown:
     soon; let the running ones finish; send the reports that those have made; beat a last time, because until then the
     lease must hold; close the rest. A step that fails is logged, and the next one runs.
 
-    # Threads: any thread may call :meth:`begin`, :meth:`hurry` and :meth:`close_unstarted`. ``sekuire-shutdown`` runs
-    # the steps, because no Ctrl-C reaches a thread of its own. ``_lock`` is for starting it once. At the end of the
-    # program :meth:`leave` runs a shorter list on the thread that ends it, because no thread can be started then.
-
     :param threads: what else has a thread: closed side by side, then waited for.
     :param outbox: what keeps the results on disk; closed after the last report.
     :param is_shared: others use the installation too, so it stays open.
     """
+
+    # Threads: any thread may call begin(), hurry() and close_unstarted(). `sekuire-shutdown` runs the steps, because
+    # Ctrl-C interrupts only the main thread. `_lock` is for starting it once. At the end of the program leave() runs a
+    # shorter list on the thread that ends it, because no thread can be started then.
 
     def __init__(
         self,
