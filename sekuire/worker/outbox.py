@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from .._internal import fork
 from .._internal.logs import get_logger
 from .._internal.monitor import Monitor
 from .._internal.threads import Deadline
@@ -334,8 +335,7 @@ def _after_fork() -> None:
     _registry.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+fork.call_in_child(_after_fork)
 
 
 def checked_path(path: Any) -> str:
