@@ -86,6 +86,10 @@ class PolicyEnforcer:
     def __reduce__(self) -> Tuple[Any, ...]:
         return _restore, (self.policy, self._rules.problem, self._warn_only, self._limiter)
 
+    def with_policy(self, policy: Union[Policy, Rulebook, None]) -> PolicyEnforcer:
+        """Return an enforcer that asks another policy, and reports and counts as this one does."""
+        return PolicyEnforcer(policy, self._warn_only, self._on_violation, limiter=self._limiter)
+
     def reporting_to(self, on_violation: Callable[[PolicyViolationError], object]) -> PolicyEnforcer:
         """Return the same enforcer with another ``on_violation``. The policy is not compiled again."""
         return PolicyEnforcer(self._rules, self._warn_only, on_violation, limiter=self._limiter)

@@ -90,7 +90,7 @@ class RateLimiter:
         self._storage_uri = storage_uri
         #: The process whose counts are in memory. A fork of it would have all that is left of a limit for itself.
         self._pid = os.getpid()
-        fork.reset_in_child(self, RateLimiter._reset)
+        fork.reset_in_child(self, RateLimiter.reset_in_child)
 
     @property
     def namespace(self) -> str:
@@ -221,7 +221,8 @@ class RateLimiter:
         begun: float = self._store.get_moving_window(key, units, seconds)[0]
         return min(max(begun + seconds - time.time(), 0.001), float(seconds))
 
-    def _reset(self) -> None:
+    def reset_in_child(self) -> None:
+        """Replace what a forked child cannot use of its parent."""
         self._lock = threading.Lock()
 
 
