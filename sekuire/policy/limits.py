@@ -18,8 +18,6 @@ __all__ = ["KINDS", "Excess", "RateLimiter"]
 log = get_logger("sekuire.policy")
 
 KINDS = ("requests", "tokens")
-#: The windows of a rate, shortest first, in seconds.
-WINDOWS = (("minute", 60), ("hour", 3600))
 
 #: How many steps a window has. What is counted within one step is kept as one entry.
 _STEPS = 6000
@@ -133,11 +131,12 @@ class RateLimiter:
         :raises PolicyUnavailableError: the shared store cannot be asked.
         """
         check_request(kind, amount)
-        limits = [
-            (window, seconds, limit)
-            for (window, seconds), limit in zip(WINDOWS, (rate.max_per_minute, rate.max_per_hour))
-            if limit is not None
-        ]
+        #: Window, its seconds and its limit, shortest first.
+        limits: List[Tuple[str, int, int]] = []
+        if rate.max_per_minute is not None:
+            limits.append(("minute", 60, rate.max_per_minute))
+        if rate.max_per_hour is not None:
+            limits.append(("hour", 3600, rate.max_per_hour))
         for window, _, limit in limits:
             if amount > limit:
                 return Excess(window, limit, None)
