@@ -9,13 +9,13 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
-import math
 import re
 import string
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 from urllib.parse import quote
 
+from .._internal.checks import is_number
 from ..errors import APIError, ConfigurationError, PlanLimitError, RevokedError
 from ..secret import Secret
 from ..version import __version__
@@ -923,11 +923,7 @@ def _is_attempt(value: object) -> TypeGuard[int]:
 
 
 def _number(value: Any, highest: float) -> Optional[float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if not 0 <= value <= highest or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_number(value) and 0 <= value <= highest else None
 
 
 def milliseconds(value: Any) -> Optional[float]:

@@ -106,8 +106,9 @@ def test_all_faults_together(make_platform: Callable[..., Any], worker_of: Make)
     """A bit of everything at once changes nothing of that."""
     platform = make_platform(faults=Faults(seed=11))
     faults = platform.faults
-    for kind in ("error:500,", "error:429,when=after,", "reset:", "reset:when=after,", "half-answer:"):
+    for kind in ("error:500,", "error:429,when=after,", "reset:", "reset:when=after,", "half-answer:", "page:502,"):
         faults.add(kind + "rate=0.08")
+    faults.add("interim:103,rate=0.2")
     faults.latency(0.001, 0.02, rate=0.3)
     for text in ("cut-streams:", "stall-streams:0.05,", "expire-tokens:", "outage:0.05,", "outage:0.05,status=503,"):
         # Not without end: where a login takes longer than the time between them, nothing would ever get through.
