@@ -27,7 +27,7 @@ class PolicyEnforcer:
         policy = Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}})
         enforcer = PolicyEnforcer(policy)
         enforcer.enforce_tool("search")
-        print(enforcer.check_tool("shell").reason)
+        print(enforcer.check_tool("shell").rule)  # tool.blocked
 
     docs/policy.md says what can be asked and how entries match. A ``check_...`` raises only for an unknown kind of rate
     and an amount that is not a number. It refuses any other argument that it does not understand.

@@ -55,9 +55,10 @@ def check_request(kind: object, amount: object) -> None:
 class RateLimiter:
     """Count requests and tokens over the last minute and the last hour. ::
 
-        limiter = RateLimiter(namespace="ws_1")
-        enforcer = PolicyEnforcer(policy, limiter=limiter)
-        enforcer.enforce_rate_limit("tokens", 500)
+        policy = Policy.from_content({"rate_limits": {"tokens": {"max_per_minute": 1000}}})
+        enforcer = PolicyEnforcer(policy, limiter=RateLimiter(namespace="ws_1"))
+        enforcer.enforce_rate_limit("tokens", 800)
+        print(enforcer.check_rate_limit("tokens", 300).rule)  # rate_limit.tokens_per_minute
 
     Without ``storage_uri`` it counts in this process, exactly. With one, for example ``"redis://localhost:6379/0"``,
     all processes that name the same store and ``namespace`` share their counts. The store is one of those that the
