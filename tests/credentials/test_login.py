@@ -422,7 +422,7 @@ def test_a_passing_failure_is_tried_again(status: int, fake: Fake, make: Make) -
 
 def test_a_failure_that_does_not_pass_in_time(fake: Fake, make: Make) -> None:
     """A failure that lasts until the deadline may pass later: the ways behind it are not used up for it."""
-    fake.on["refresh"] = error(503, "BUSY", "come back")._replace(headers=[("Retry-After", "200")])
+    fake.on["refresh"] = error(503, "BUSY", "come back")._replace(headers=[("Retry-After", "300")])
     auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL)
     with pytest.raises(TransportError, match=r"failed for now: .*/refresh: HTTP 503 BUSY: come back") as caught:
         auth.snapshot(patience())
