@@ -31,9 +31,9 @@ This is the map of a task's path. Read the modules in this order::
       ▼
     sending      POST to the platform by transport.http; wire.verdict says what the answer means
 
-The platform may deliver more tasks than the worker asked for. They wait, up to ``max_waiting_bytes``. A task beyond that
-is given back: ``release`` asks the platform to accept it again. Only if the platform accepts no releases does the stream
-wait until there is room. ``progress`` sends what handlers report while they run.
+The platform may deliver more tasks than the worker asked for. They wait, up to ``max_waiting_bytes``. A task beyond
+that is given back: ``release`` asks the platform to accept it again. Only if the platform accepts no releases does the
+stream wait until there is room. ``progress`` sends what handlers report while they run.
 
 Every answer of the platform, to whatever request, passes ``wire.verdict``: settled, retry, substitute a failure, drop,
 not the platform. The callers only act on that verdict.
