@@ -23,7 +23,7 @@ MAX_THREADS = 4
 
 
 class Action(NamedTuple):
-    """One function to call at ``when`` (``time.monotonic()``). :meth:`Delivery.wait_until` waits for awaited ones."""
+    """Hold one function to call at ``when`` (``time.monotonic()``). Only awaited ones are counted as such."""
 
     when: float
     number: int

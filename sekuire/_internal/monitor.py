@@ -1,4 +1,4 @@
-"""A lock whose waiters are counted, so that waking nobody costs next to nothing."""
+"""Count the threads that wait at a lock, so that waking them costs next to nothing while there are none."""
 
 from __future__ import annotations
 

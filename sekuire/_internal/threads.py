@@ -245,10 +245,9 @@ class _CallThread(abc.ABC):
     def _take(self) -> Optional[_Call]:
         """Wait for the next call and take it out. Return None to end the thread. Needs the lock, which a wait frees."""
 
-    def _need_thread(self) -> bool:
-        """Start the thread if there is none. Return True if that fails for the first time. Needs the lock."""
-        if self._thread is None:
-            self._thread = spawn(self._run, self._name)
+    def _start_thread(self) -> bool:
+        """Start the thread. Return True if that fails for the first time. Needs the lock."""
+        self._thread = spawn(self._run, self._name)
         is_missing = self._thread is None
         is_new = is_missing and not self._has_warned
         self._has_warned = is_missing
@@ -308,7 +307,7 @@ class Timer(_CallThread):
             heapq.heappush(self._heap, (when, number))
             if self._thread is not None and self._heap[0][1] == number:
                 self._condition.notify()
-            must_warn = self._need_thread()
+            must_warn = self._thread is None and self._start_thread()
         if must_warn:
             self._warn()
         return number
@@ -375,7 +374,7 @@ class CallbackThread(_CallThread):
             self._is_full = is_full
             if not is_full:
                 self._queue.append((callback, args))
-            must_warn = self._need_thread()
+            must_warn = self._thread is None and self._start_thread()
             self._condition.notify()
         if must_warn:
             self._warn()
@@ -387,8 +386,8 @@ class CallbackThread(_CallThread):
         """Accept no more callbacks. Those that wait still run, then the thread ends."""
         with self._condition:
             self._is_closed = True
-            if self._queue:
-                self._need_thread()
+            if self._queue and self._thread is None:
+                self._start_thread()
             self._condition.notify()
             left_out = len(self._queue) if self._thread is None else 0
         if left_out:

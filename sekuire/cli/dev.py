@@ -252,8 +252,8 @@ class _Signals(SignalQueue):
             if self.get(_SLICE) is not None:
                 return
 
-    def _note(self, number: int) -> None:
+    def note(self, number: int) -> None:
         self._count += 1
         if self._count > 1:
             os._exit(INTERRUPTED)
-        super()._note(number)
+        super().note(number)

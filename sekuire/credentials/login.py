@@ -327,8 +327,8 @@ class TokenProvider:
     The call runs on ``sekuire-token-provider``, because it may hang. The thread ends when the provider returns.
     """
 
-    def __init__(self, function: Callable[[], Union[str, Secret]]) -> None:
-        self._function = function
+    def __init__(self, token_provider: Callable[[], Union[str, Secret]]) -> None:
+        self._token_provider = token_provider
         #: The call in progress.
         self.calls = SingleFlight[Secret]("call of token_provider")
 
@@ -346,7 +346,7 @@ class TokenProvider:
 
     def _call(self) -> Secret:
         try:
-            return as_secret(self._function(), "token_provider")
+            return as_secret(self._token_provider(), "token_provider")
         except ConfigurationError as error:
             problem = f"its result {error.problem}"
         except BaseException as error:  # noqa: BLE001

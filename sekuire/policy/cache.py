@@ -18,7 +18,7 @@ log = get_logger("sekuire.policy")
 _FORMAT = 1
 #: Seconds that a writer waits for another one, and seconds between two looks.
 _LOCK_TIMEOUT, _POLL = 1.0, 0.01
-# A policy is no secret, but whoever can write the file could bring an older one back.
+# A policy is not secret, but whoever can write the file could bring an older one back.
 _GUARD = files.Guard("path", is_secret=False, trusts_root=True)
 
 

@@ -108,7 +108,7 @@ class PolicyFetcher:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._known: Dict[str, _Known] = {}
-        fork.reset_in_child(self, PolicyFetcher._reset)
+        fork.reset_in_child(self, PolicyFetcher.reset_in_child)
 
     # -- what a user asks --
 
@@ -295,7 +295,8 @@ class PolicyFetcher:
         where = f"remove {self._cache.path} and " if self._cache is not None else ""
         return f", or {where}restart if the platform itself was set back"
 
-    def _reset(self) -> None:
+    def reset_in_child(self) -> None:
+        """Replace what a forked child cannot use of its parent."""
         self._lock = threading.Lock()
 
 

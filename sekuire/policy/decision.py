@@ -56,9 +56,10 @@ TLS_PROTOCOLS = frozenset(
 class Decision:
     """Say whether something is allowed. A decision is true in a condition if it allows. ::
 
-        decision = enforcer.check_tool("write_mail")
+        policy = Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}})
+        decision = PolicyEnforcer(policy).check_tool("shell")
         if not decision:
-            print(decision.rule, decision.reason)
+            print(decision.rule)  # tool.blocked
 
     ``rule`` is the id of the rule that refuses, or that would refuse without ``warn_only``; it is None if nothing
     refuses. ``reason`` is a sentence for people. ``retry_after`` is the number of seconds until a rate limit may admit

@@ -651,7 +651,7 @@ class Policy:
     """Hold a workspace's policy that passed every check, or one made by :meth:`from_content`. ::
 
         policy = Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}})
-        print(policy.hash, policy.warnings)
+        print(policy.version, policy.origin)  # 1 unsigned
 
     ``content`` is read-only down to its leaves (mapping proxies and tuples); :func:`thaw` copies it into dicts and
     lists. ``origin`` is what the signature proved: ``"pinned"`` (made by the owner of a pinned key), ``"integrity"``

@@ -27,7 +27,7 @@ class PolicyEnforcer:
         policy = Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}})
         enforcer = PolicyEnforcer(policy)
         enforcer.enforce_tool("search")
-        print(enforcer.check_tool("shell").reason)
+        print(enforcer.check_tool("shell").rule)  # tool.blocked
 
     docs/policy.md says what can be asked and how entries match. A ``check_...`` raises only for an unknown kind of rate
     and an amount that is not a number. It refuses any other argument that it does not understand.
@@ -85,6 +85,10 @@ class PolicyEnforcer:
 
     def __reduce__(self) -> Tuple[Any, ...]:
         return _restore, (self.policy, self._rules.problem, self._warn_only, self._limiter)
+
+    def with_policy(self, policy: Union[Policy, Rulebook, None]) -> PolicyEnforcer:
+        """Return an enforcer that asks another policy, and reports and counts as this one does."""
+        return PolicyEnforcer(policy, self._warn_only, self._on_violation, limiter=self._limiter)
 
     def reporting_to(self, on_violation: Callable[[PolicyViolationError], object]) -> PolicyEnforcer:
         """Return the same enforcer with another ``on_violation``. The policy is not compiled again."""

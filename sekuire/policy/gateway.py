@@ -107,12 +107,11 @@ class PolicyGateway:
         only_warns = may_only_warn(warn_only, environment, client.is_pinned)
         self.client = client
         self._workspace = workspace
+        # Made now, whether the workspace is known or not: a store that cannot be used must be reported at once.
+        self.limiter = RateLimiter(storage_uri, namespace=workspace.workspace_id or "?")
         self.in_force = PolicyInForce(
             client,
-            # Made now, whether the workspace is known or not: a store that cannot be used must be reported at once.
-            RateLimiter(storage_uri, namespace=workspace.workspace_id or "?"),
-            on_violation,
-            warn_only=only_warns,
+            PolicyEnforcer(None, only_warns, on_violation, limiter=self.limiter),
             allows_without=on_unavailable == "allow" or only_warns,
             cancels=on_change == "cancel",
         )
@@ -266,7 +265,7 @@ class PolicyGateway:
         The policy in force goes on deciding. Idempotent.
         """
         self.loader.close()
-        self.in_force.limiter.close()
+        self.limiter.close()
         self.loader.join(timeout)
 
     def __enter__(self) -> PolicyGateway:

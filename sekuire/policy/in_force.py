@@ -10,11 +10,11 @@ import attrs
 
 from .._internal import fork
 from .._internal.logs import get_logger
-from ..errors import PolicyIntegrityError, PolicyUnavailableError, PolicyViolationError
+from ..errors import PolicyIntegrityError, PolicyUnavailableError
 from .client import PolicyFetcher
 from .document import Policy
 from .enforcer import PolicyEnforcer
-from .limits import RateLimiter
+from .rulebook import Rulebook
 
 __all__ = ["Listener", "PolicyInForce", "Standing"]
 
@@ -38,7 +38,7 @@ class PolicyInForce:
     """Hold the policy in force. Adopt a newer one, or a stored one if the platform does not answer.
 
     :param client: has the stored policy.
-    :param limiter: counts for all policies, one after the other.
+    :param enforcer: asks all policies, one after the other, and counts for them.
     :param allows_without: allow everything while no policy was ever loaded.
     :param cancels: call the listeners after a change.
     """
@@ -49,17 +49,13 @@ class PolicyInForce:
     def __init__(
         self,
         client: PolicyFetcher,
-        limiter: RateLimiter,
-        on_violation: Optional[Callable[[PolicyViolationError], object]] = None,
+        enforcer: PolicyEnforcer,
         *,
-        warn_only: bool,
         allows_without: bool,
         cancels: bool,
     ) -> None:
         self._client = client
-        self.limiter = limiter
-        self._on_violation = on_violation
-        self._warn_only = warn_only
+        self._enforcer = enforcer
         self.allows_without = allows_without
         self._cancels = cancels
         #: True if "the workspace has no policy" is never adopted.
@@ -70,7 +66,7 @@ class PolicyInForce:
         self._swap_lock = threading.Lock()
         self._listeners: List[Listener] = []
         self.standing = self._without("no policy has been loaded yet")
-        fork.reset_in_child(self, PolicyInForce._reset)
+        fork.reset_in_child(self, PolicyInForce.reset_in_child)
 
     @property
     def hash(self) -> Optional[str]:
@@ -99,10 +95,11 @@ class PolicyInForce:
             self._adopted = max(self._adopted, number)
             if not self._is_news(policy, is_late):
                 return
-            if self.limiter.namespace != workspace_id:
+            limiter = self._enforcer.limiter
+            if limiter is not None and limiter.namespace != workspace_id:
                 # It was made before the workspace was known, and has counted nothing yet.
-                self.limiter.rename(workspace_id)
-            enforcer = self._enforcer_of(policy)
+                limiter.rename(workspace_id)
+            enforcer = self._enforcer.with_policy(policy)
             self.standing = Standing(enforcer, policy, is_loaded=True)
         _log_change(workspace_id, policy, old)
         if self._cancels and policy is not None:
@@ -164,14 +161,9 @@ class PolicyInForce:
             return False
         return policy is not None or old is not None or not standing.is_loaded
 
-    def _enforcer_of(self, policy: Optional[Policy]) -> PolicyEnforcer:
-        return PolicyEnforcer(policy, self._warn_only, self._on_violation, limiter=self.limiter)
-
     def _without(self, problem: str) -> Standing:
         """Return what decides until a policy has been loaded."""
-        if self.allows_without:
-            return Standing(self._enforcer_of(None))
-        return Standing(PolicyEnforcer.unavailable(problem, self._warn_only, self._on_violation))
+        return Standing(self._enforcer.with_policy(None if self.allows_without else Rulebook(None, problem)))
 
     def _call_listeners(self, enforcer: PolicyEnforcer) -> None:
         with self._lock:
@@ -182,7 +174,8 @@ class PolicyInForce:
             except Exception:
                 log.exception("a listener to policy changes failed: %r", listener)
 
-    def _reset(self) -> None:
+    def reset_in_child(self) -> None:
+        """Replace what a forked child cannot use of its parent."""
         self._lock = threading.Lock()
         self._swap_lock = threading.Lock()
 

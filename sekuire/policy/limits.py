@@ -18,8 +18,6 @@ __all__ = ["KINDS", "Excess", "RateLimiter"]
 log = get_logger("sekuire.policy")
 
 KINDS = ("requests", "tokens")
-#: The windows of a rate, shortest first, in seconds.
-WINDOWS = (("minute", 60), ("hour", 3600))
 
 #: How many steps a window has. What is counted within one step is kept as one entry.
 _STEPS = 6000
@@ -57,9 +55,10 @@ def check_request(kind: object, amount: object) -> None:
 class RateLimiter:
     """Count requests and tokens over the last minute and the last hour. ::
 
-        limiter = RateLimiter(namespace="ws_1")
-        enforcer = PolicyEnforcer(policy, limiter=limiter)
-        enforcer.enforce_rate_limit("tokens", 500)
+        policy = Policy.from_content({"rate_limits": {"tokens": {"max_per_minute": 1000}}})
+        enforcer = PolicyEnforcer(policy, limiter=RateLimiter(namespace="ws_1"))
+        enforcer.enforce_rate_limit("tokens", 800)
+        print(enforcer.check_rate_limit("tokens", 300).rule)  # rate_limit.tokens_per_minute
 
     Without ``storage_uri`` it counts in this process, exactly. With one, for example ``"redis://localhost:6379/0"``,
     all processes that name the same store and ``namespace`` share their counts. The store is one of those that the
@@ -90,7 +89,7 @@ class RateLimiter:
         self._storage_uri = storage_uri
         #: The process whose counts are in memory. A fork of it would have all that is left of a limit for itself.
         self._pid = os.getpid()
-        fork.reset_in_child(self, RateLimiter._reset)
+        fork.reset_in_child(self, RateLimiter.reset_in_child)
 
     @property
     def namespace(self) -> str:
@@ -133,11 +132,12 @@ class RateLimiter:
         :raises PolicyUnavailableError: the shared store cannot be asked.
         """
         check_request(kind, amount)
-        limits = [
-            (window, seconds, limit)
-            for (window, seconds), limit in zip(WINDOWS, (rate.max_per_minute, rate.max_per_hour))
-            if limit is not None
-        ]
+        #: Window, its seconds and its limit, shortest first.
+        limits: List[Tuple[str, int, int]] = []
+        if rate.max_per_minute is not None:
+            limits.append(("minute", 60, rate.max_per_minute))
+        if rate.max_per_hour is not None:
+            limits.append(("hour", 3600, rate.max_per_hour))
         for window, _, limit in limits:
             if amount > limit:
                 return Excess(window, limit, None)
@@ -221,7 +221,8 @@ class RateLimiter:
         begun: float = self._store.get_moving_window(key, units, seconds)[0]
         return min(max(begun + seconds - time.time(), 0.001), float(seconds))
 
-    def _reset(self) -> None:
+    def reset_in_child(self) -> None:
+        """Replace what a forked child cannot use of its parent."""
         self._lock = threading.Lock()
 
 

@@ -65,7 +65,7 @@ class Loader:
         self._not_before = 0.0
         #: The numbers of the questions, in their order.
         self._numbers = itertools.count(1)
-        fork.reset_in_child(self, Loader._reset)
+        fork.reset_in_child(self, Loader.reset_in_child)
 
     # -- on the caller's thread --
 
@@ -214,7 +214,8 @@ class Loader:
         with self._lock:
             self._is_wanted = True
 
-    def _reset(self) -> None:
+    def reset_in_child(self) -> None:
+        """Replace what a forked child cannot use of its parent."""
         # A forked child does not have the parent's thread.
         self._lock = threading.Lock()
         self._answered = threading.Condition()

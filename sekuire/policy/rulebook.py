@@ -86,7 +86,7 @@ class Rulebook:
     """Answer whether one policy allows something. ::
 
         rulebook = Rulebook(Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}}))
-        print(rulebook.tool("shell").rule)
+        print(rulebook.tool("shell").rule)  # tool.blocked
 
     Any thread may ask: nothing changes after construction. Links, the home and the working directory in lists of paths
     are resolved at construction.

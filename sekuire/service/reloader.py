@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from .._internal.signals import ENDING, TakenSignals
+from .._internal.signals import ENDING, SignalQueue
 from ..config import CREDENTIALS_FILE_VARIABLE
 from ..errors import ConfigurationError
 from .exit_codes import INTERRUPTED, OK
@@ -77,7 +77,7 @@ class Reloader:
         # nohup ignores SIGHUP; otherwise a closed terminal would leave the child behind.
         numbers = [*ENDING, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
         heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        with TakenSignals(self._events.put, heeded):
+        with SignalQueue(heeded, self._events):
             self._run()
         return INTERRUPTED if self._first_signal == signal.SIGINT else OK
 

@@ -73,9 +73,9 @@ class _Signals(TakenSignals):
     def __init__(self) -> None:
         #: The exit code for a signal after the worker ran; None before.
         self.leave_with: Optional[int] = None
-        super().__init__(self._note, ENDING if threading.current_thread() is threading.main_thread() else ())
+        super().__init__(ENDING if threading.current_thread() is threading.main_thread() else ())
 
-    def _note(self, number: int) -> None:
+    def note(self, number: int) -> None:
         if self.leave_with is not None:
             os._exit(self.leave_with)
         elif number == signal.SIGINT:

@@ -17,7 +17,7 @@ log = get_logger("sekuire.dispatch")
 
 
 class Accepted(Protocol):
-    """A result that a sink has accepted and not sent yet."""
+    """Describe a result that a sink has accepted and not sent yet."""
 
     @property
     def code(self) -> Optional[str]:
@@ -25,7 +25,7 @@ class Accepted(Protocol):
 
 
 class ResultSink(Protocol):
-    """Where results go. :class:`sekuire.worker.report.Reporter` is one, and says what each method does.
+    """Accept results and deliver them. :class:`sekuire.worker.report.Reporter` is one, and documents each method.
 
     ``on_room`` is called, without a lock, when ``has_room()`` has been False and is True again. ``can_release`` is None
     until the platform has answered a first release.
@@ -56,7 +56,7 @@ class ResultSink(Protocol):
 
 
 class TaskAudit(Protocol):
-    """Who notes what becomes of tasks. No method may block."""
+    """Note what becomes of tasks. No method may block."""
 
     def task(self, worker_id: str, task: Task, completion: Completion, report: Any) -> None:
         """Note a result that the sink has accepted."""

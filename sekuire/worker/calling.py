@@ -18,7 +18,7 @@ log = get_logger("sekuire.dispatch")
 
 
 class Scrubber(Protocol):
-    """Who knows the secrets that must not leave the process. An ``Installation`` is one."""
+    """Remove secrets from texts. An ``Installation`` is one."""
 
     def scrub(self, text: str) -> str:
         """Return ``text`` without any live token in it."""

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+from .._internal import fork
 from .._internal.logs import get_logger
 from .._internal.monitor import Monitor
 from .._internal.threads import Deadline
@@ -26,7 +27,7 @@ _Key = Tuple[str, str, str]
 
 
 class Ticket:
-    """One caller that waits: for its row to be on disk, or (without a row) for its turn at the file.
+    """Let one caller wait: for its row to be on disk, or (without a row) for its turn at the file.
 
     ``gate`` is held until another thread opens it. ``leads`` is True if the turn came, and not the end.
     """
@@ -47,7 +48,7 @@ class Ticket:
 
 
 class Outbox:
-    """The file of one process's undelivered completions, shared by all its Workers. ::
+    """Store the undelivered completions of one process, for all its Workers, in one file. ::
 
         outbox = open_outbox("results.db")
         outbox.put(api_url, agent_id, installation_id, Stored("task-1", 1, False, head))
@@ -334,8 +335,7 @@ def _after_fork() -> None:
     _registry.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+fork.call_in_child(_after_fork)
 
 
 def checked_path(path: Any) -> str:

@@ -22,7 +22,7 @@ log = get_logger("sekuire.outbox")
 _SCHEMA_VERSION = 1
 #: "SKUO" as SQLite's application_id, so that another program's file is not taken for ours.
 _APPLICATION_ID = 0x534B554F
-#: What sqlite3 raises; the second where its message quotes a name in a damaged file that is no UTF-8.
+#: What sqlite3 raises; the second if its message quotes a name in a damaged file that is not UTF-8.
 FAILURES = (sqlite3.Error, UnicodeDecodeError)
 #: How SQLite says that there is no room on the disk, or none for the files beside the database.
 _FULL = ("disk is full", "disk I/O error")
@@ -46,7 +46,7 @@ _PUT_ROW = "(?, ?, ?, ?, ?, ?, ?, ?)"
 _REMOVE = "DELETE FROM completion WHERE api_url = ? AND agent_id = ? AND attempt <= ? AND task_id IN "
 #: Most rows of one statement; SQLite takes 999 values at least.
 _MOST_ROWS = 64
-# As BLOBs: a text that is no UTF-8 would fail the whole query, and one damaged row must not hold up the others.
+# As BLOBs: a text that is not UTF-8 would fail the whole query, and one damaged row must not hold up the others.
 _LOAD = (
     "SELECT CAST(task_id AS BLOB), attempt, substituted, CAST(body AS BLOB) FROM completion"
     " WHERE api_url = ? AND agent_id = ? ORDER BY stored_at"
@@ -55,7 +55,7 @@ _LOAD = (
 
 @attrs.frozen(slots=True)
 class Stored:
-    """One completion kept on disk: its encoded head and what the request for it needs."""
+    """Hold one completion as it is on disk: its encoded head, and what the request for it needs."""
 
     task_id: str
     attempt: int
@@ -69,7 +69,7 @@ Removal = Tuple[str, str, str, int]
 
 
 class CompletionFile:
-    """One SQLite file and its lock. It belongs to one thread at a time: the one that leads its :class:`Outbox`."""
+    """Read and write one SQLite file, and hold its lock. Only the thread that leads its :class:`Outbox` may call it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -248,7 +248,7 @@ def _portions(rows: Sequence[_T]) -> Iterator[Sequence[_T]]:
 
 
 def stored_of(task_id: object, attempt: object, substituted: object, body: object) -> Optional[Stored]:
-    """Return what a row holds, or None if it cannot be sent. Whether the body is JSON is the platform's to say."""
+    """Return what a row holds, or None if it cannot be sent. The platform decides if the body is JSON."""
     try:
         text = task_id.decode() if isinstance(task_id, bytes) else None
     except UnicodeDecodeError:

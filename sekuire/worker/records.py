@@ -49,7 +49,7 @@ RELEASED.edges = (REJECTED,)
 
 
 class Record:
-    """One task between its arrival and its end. The lock of :class:`Records` guards every field.
+    """Describe one task between its arrival and its end. The lock of :class:`Records` guards every field.
 
     - ``attempt``: the newest attempt under which it was delivered.
     - ``packed``: its input as JSON, if it waits without it.
@@ -134,7 +134,7 @@ def move(record: Record, to: State) -> None:
 
 
 class Counts:
-    """Totals since the start, changed under the lock of :class:`Records`."""
+    """Count totals since the start. They change under the lock of :class:`Records`."""
 
     __slots__ = ("completed", "dropped", "duplicates", "failed", "received", "rejected", "released")
 
@@ -144,7 +144,7 @@ class Counts:
 
 
 class Records:
-    """The tasks of one worker, its queue, and its permits. It decides nothing and calls nobody.
+    """Keep the tasks of one worker, its queue and its permits. It decides nothing and calls no other part.
 
     ``monitor.lock`` guards all of it; every method needs it, except where it says otherwise. ``monitor`` wakes those
     who wait for room, for the drain, or for the pool to be idle.
@@ -242,6 +242,8 @@ class Records:
 
     def free_thread(self, record: Record) -> bool:
         """Take the thread back, and the permit if it still holds one. Return True if the handler was overdue."""
+        if not record.holds_thread:
+            return False
         self.threads -= 1
         record.holds_thread = False
         if record.holds_permit:

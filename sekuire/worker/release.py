@@ -45,17 +45,17 @@ SENDING.edges = (PLANNED, RELEASED, REFUSED, CALLED_OFF)
 
 
 class Keeper(Protocol):
-    """Who is to know what the platform says to a release."""
+    """Act on what the platform says to a release."""
 
     def note_release(self, release: Release, *, is_supported: bool) -> None:
         """Note that a release has ended. Without support its task needs an answer. Called without a lock."""
 
 
 class Release:
-    """One task on its way back to the platform.
+    """Track one task on its way back to the platform.
 
     :param monitor: the dispatcher's; its lock guards the state, and each change wakes it.
-    :param keeper: who is to know how it ended; None if nobody need.
+    :param keeper: notified when it has ended; None for no notification.
     """
 
     __slots__ = ("_keeper", "_monitor", "attempt", "state", "task_id")

@@ -165,7 +165,7 @@ class Reporter:
         """Send a report once. Unless that settles it, the pool sends it again later, whatever is raised here."""
         me = threading.get_ident()
         with self._lock:
-            if not self.results.is_held(report) or report.state is SENDING:
+            if self.results.held.get(report.task_id) is not report or report.state is SENDING:
                 # Settled, or another thread has it.
                 return
             move(report, SENDING)
@@ -344,7 +344,7 @@ class Reporter:
     def _settle(self, report: Report, attempt: int, is_dropped: bool = False) -> None:
         """Note that the platform has, or does not want, what was sent under ``attempt``."""
         with self._lock:
-            if not self.results.is_held(report):
+            if self.results.held.get(report.task_id) is not report:
                 return
             stored, newest = report.stored, report.attempt
             is_settled = self.results.settle(report, attempt, is_dropped=is_dropped)

@@ -51,7 +51,7 @@ SETTLED.edges = DROPPED.edges = (PLANNED,)
 
 
 class Report:
-    """One result. Its fields change under the lock of its :class:`Results`.
+    """Describe one result. Its fields change under the lock of its :class:`Results`.
 
     - ``head``: its encoded body without the end; empty once it is no longer kept.
     - ``code``: the failure's code as it is sent; None for an output.
@@ -111,7 +111,7 @@ def move(report: Report, to: State) -> None:
 
 
 class Results:
-    """The results of one worker: those that are held until they are delivered, and those remembered after that.
+    """Hold the results of one worker until they are delivered, and remember them after that.
 
     :param lock: the reporter's. It guards all state; what needs it is marked so.
     """
@@ -195,16 +195,25 @@ class Results:
         """Move a report from the held ones to the remembered ones: the platform answered it under ``attempt``.
 
         Return False if it must be sent again instead, because the platform's next try of the task came first. That
-        delivery was taken for a repetition, so nobody runs it: it gets this result too. Needs the lock.
+        delivery was taken for a repetition, and does not run: it gets this result too. Needs the lock.
         """
         # One look and one step, or the next try could come in between.
         if not is_dropped and not report.is_final and report.attempt > attempt:
             return False
-        move(report, DROPPED if is_dropped else SETTLED)
+        if is_dropped:
+            move(report, DROPPED)
+            self.dropped += 1
+        else:
+            move(report, SETTLED)
         del self.held[report.task_id]
-        self.held_bytes -= len(report.head)
-        self.dropped += is_dropped
-        self._remember(report)
+        size = len(report.head)
+        self.held_bytes -= size
+        if size > MEMORY_ENTRY_BYTES:
+            report.head, size = b"", 0
+        self.remembered[report.task_id] = report
+        self.remembered_bytes += size
+        if len(self.remembered) > MEMORY or self.remembered_bytes > MEMORY_BYTES:
+            self._forget_oldest()
         return True
 
     def redelivered(self, report: Report, attempt: int) -> bool:
@@ -223,11 +232,8 @@ class Results:
         self.remembered_bytes -= len(report.head)
         return report.task_id in self.held
 
-    def _remember(self, report: Report) -> None:
-        if len(report.head) > MEMORY_ENTRY_BYTES:
-            report.head = b""
-        self.remembered[report.task_id] = report
-        self.remembered_bytes += len(report.head)
+    def _forget_oldest(self) -> None:
+        """Forget delivered results, or their bodies, until what is remembered keeps to its limits."""
         while len(self.remembered) > MEMORY:
             _, oldest = self.remembered.popitem(last=False)
             self.remembered_bytes -= len(oldest.head)

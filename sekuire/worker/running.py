@@ -21,7 +21,7 @@ log = get_logger("sekuire.dispatch")
 
 
 class Lease(Protocol):
-    """The platform's permission to work, for some time."""
+    """Know if the platform permits work now."""
 
     def is_held(self) -> bool:
         """Return True if the lease allows work now. One comparison, called under locks."""
@@ -146,11 +146,15 @@ class Runner:
 
     def _lose_thread(self, record: Record) -> None:
         """Answer a started record that no thread will come to, and free what it holds."""
-        if self._finish(record):
+        with self._lock:
+            # In one step: a thread may come to it all the same, and must find nothing left to do or to free.
+            self._records.free_thread(record)
+            is_open = record.state is STARTING
+            if is_open:
+                move(record, FINISHED)
+        if is_open:
             failure = protocol.failure("worker_shutdown", "the worker's executor takes no more work")
             self._answers.end_early(record, failure)
-        with self._lock:
-            self._records.free_thread(record)
 
     # -- running (the pool's threads) --
 
@@ -265,7 +269,7 @@ class Runner:
     # -- the end of a task --
 
     def _finish(self, record: Record) -> bool:
-        """Become the one that answers a task. Return False if another thread was first."""
+        """Claim the right to answer a task. Return False if another thread was first."""
         with self._lock:
             if record.state is not RUNNING and record.state is not STARTING:
                 return False

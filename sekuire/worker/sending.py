@@ -12,7 +12,7 @@ from ..wire.verdict import Revoked, Verdict, verdict
 
 
 class Revocable(Protocol):
-    """What a revocation of the installation ends: the worker's life."""
+    """End with the installation when it is revoked: the worker's life."""
 
     def revoke(self, error: RevokedError) -> None:
         """Begin to stop, because the installation is revoked. Must not block."""

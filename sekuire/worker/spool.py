@@ -12,7 +12,7 @@ from .sending import Sender
 
 
 class Spool:
-    """The part of an outbox that belongs to one worker.
+    """Store one worker's reports in the outbox that the process shares.
 
     Any thread may call anything. The lock of ``results`` guards the reports and is not held while the disk is written.
 

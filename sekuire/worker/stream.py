@@ -29,31 +29,36 @@ _RETRY_LOW, _RETRY_HIGH = 0.1, 60.0
 
 
 class StreamListener(Protocol):
-    """What a stream tells, on its own thread. Each call may block: nothing is read on meanwhile."""
+    """Receive what comes in a stream, on the stream's thread. While a call blocks, the stream is not read."""
 
     def on_login(self) -> None:
-        """There are credentials; the stream is opened next."""
+        """Prepare for the stream: there are credentials, and it is opened next."""
 
     def on_connected(self, connected: Connected, as_of: float) -> None:
-        """``as_of``: the moment (``time.monotonic``) before which the platform has not said it."""
+        """Act on the greeting. The platform has not said it before ``as_of`` (``time.monotonic()``)."""
 
-    def on_task(self, task: Task) -> None: ...
+    def on_task(self, task: Task) -> None:
+        """Accept a task."""
 
-    def on_malformed_task(self, error: protocol.MalformedTask) -> None: ...
+    def on_malformed_task(self, error: protocol.MalformedTask) -> None:
+        """Answer a task that could not be read."""
 
-    def on_command(self, command: Command) -> None: ...
+    def on_command(self, command: Command) -> None:
+        """Carry out a command."""
 
     def on_unusable_event(self) -> None:
-        """An event was skipped: too large, or a command that could not be read."""
+        """Count an event that was skipped: one that is too large, or a command that could not be read."""
 
 
 class TaskStream:
-    """Reads the stream until it is told to stop or something fatal happens (protocol.md, ``GET /tasks/stream``).
+    """Read one worker's task stream until the worker stops or the platform refuses the stream for a lasting reason.
 
-    :meth:`run` is the stream thread's; :meth:`wake` may be called from any thread after ``stop`` was set and ends a
-    connect, a read or a wait for headers at once. No locks: all state belongs to the stream thread; ``connected`` and
-    ``reconnects`` are single values that others only read.
+    docs/protocol.md describes it (``GET /tasks/stream``).
     """
+
+    # Threads: run() is the stream thread's. wake() may be called from any thread after the stop event was set, and ends
+    # a connect, a read or a wait for headers at once. No locks: all state belongs to the stream's thread; `connected`
+    # and `reconnects` are single values that others only read.
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and print what their comments say."""
+"""The examples that stand in docstrings as a block run, and print what their comments say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ OBJECTS = [
     sekuire,
     sekuire.SekuireSDK,
     sekuire.Beacon,
-    sekuire.create_worker,
     sekuire.WorkerConfig,
     sekuire.RuntimeCredentials,
     secret.Secret,
@@ -64,8 +63,6 @@ def names() -> Iterator[Dict[str, Any]]:
             "worker": worker,
             "enforcer": sekuire.PolicyEnforcer(policy),
             "platform": bench.platform,
-            "token": bench.platform.create_install_token("greeter"),
-            "url": bench.platform.url,
         }
 
 

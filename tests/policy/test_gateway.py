@@ -854,6 +854,6 @@ def test_close_gives_up_the_store_of_rates(served: Served, make: Make, monkeypat
     gateway = make()
     gateway.refresh()
     closed: List[int] = []
-    monkeypatch.setattr(gateway.in_force.limiter, "close", lambda: closed.append(1))
+    monkeypatch.setattr(gateway.limiter, "close", lambda: closed.append(1))
     gateway.close()
     assert closed == [1]
