@@ -14,7 +14,10 @@ This is the map of a task's path. Read the modules in this order::
     dispatch     drop a repeated delivery; then run the task, let it wait, answer it, or give it back
       │          records knows each task's state and what it takes of the worker's limits
       ▼
-    running      on a handler's thread: check the lease, ask the policy (gate), start the clock
+    running      on a handler's thread: check the lease and start the clock
+      │
+      ▼
+    calling      ask the policy; once the clock runs, call the handler
       │
       ▼
     handlers     outcome calls the handler (invoke, inputs, context) and turns its end into a completion
@@ -24,13 +27,13 @@ This is the map of a task's path. Read the modules in this order::
       │
       ▼
     report       encode the completion, send it, retry until the platform has settled it
-      │          results holds it until then, and spool keeps it in the outbox, if the worker has one
+      │          results holds it until then, and spool keeps it in the outbox (outbox, outbox_file), if there is one
       ▼
     sending      POST to the platform by transport.http; wire.verdict says what the answer means
 
-A task beyond what the worker can hold (``max_waiting_bytes``) is given back: ``release`` asks the platform to accept it
-again. Only if the platform accepts no releases does the stream wait until there is room. ``progress`` sends what
-handlers report while they run.
+The platform may deliver more tasks than the worker asked for. They wait, up to ``max_waiting_bytes``. A task beyond
+that is given back: ``release`` asks the platform to accept it again. Only if the platform accepts no releases does the
+stream wait until there is room. ``progress`` sends what handlers report while they run.
 
 Every answer of the platform, to whatever request, passes ``wire.verdict``: settled, retry, substitute a failure, drop,
 not the platform. The callers only act on that verdict.
