@@ -237,8 +237,7 @@ class Reporter:
         with self._lock:
             for report in reports:
                 self.results.add(report)
-        for report in reports:
-            self.enqueue(report)
+                self.enqueue(report)
         log.info("%d results of an earlier process are in the outbox; they are delivered first", len(reports))
 
         def was_each_sent() -> bool:
