@@ -175,9 +175,8 @@ class Reporter:
             self._deliver(report, attempt, body, is_substitute)
         except BaseException as error:  # sys.exit() in a user's token provider, no memory, a library's bug.
             if report.state is SENDING and report.sender == me:
-                self._retry(
-                    report, attempt, Retry(SekuireError(f"{type(error).__name__} while sending")), unforeseen=True
-                )
+                found = Retry(SekuireError(f"{type(error).__name__} while sending"))
+                self._retry(report, found, is_unforeseen=True)
             else:
                 log.exception("[%s] a failure after the result was settled or planned", report.task_id)
         finally:
@@ -238,8 +237,7 @@ class Reporter:
         with self._lock:
             for report in reports:
                 self.results.add(report)
-        for report in reports:
-            self.enqueue(report)
+                self.enqueue(report)
         log.info("%d results of an earlier process are in the outbox; they are delivered first", len(reports))
 
         def was_each_sent() -> bool:
@@ -327,7 +325,7 @@ class Reporter:
         if isinstance(found, Settled):
             self._settle(report, attempt)
         elif isinstance(found, Retry):
-            self._retry(report, attempt, found)
+            self._retry(report, found)
         elif isinstance(found, Dropped):
             log.warning("[%s] the platform no longer knows this task (%s); its result is dropped",
                         report.task_id, found.error)  # fmt: skip
@@ -337,7 +335,7 @@ class Reporter:
         elif isinstance(found, Unauthorized) and report.unauthorized < REFUSALS:
             # The token was renewed, but it can have been ended since, or one of several gateways not know it yet.
             report.unauthorized += 1
-            self._retry(report, attempt, Retry(found.error))
+            self._retry(report, Retry(found.error))
         else:
             self._retry_slowly(report, attempt, found)
 
@@ -365,7 +363,7 @@ class Reporter:
         self.results.substitute(report, found.code, f"the platform refused the result: {found.error}")
         self.enqueue(report)
 
-    def _retry(self, report: Report, attempt: int, found: Retry, unforeseen: bool = False) -> None:
+    def _retry(self, report: Report, found: Retry, is_unforeseen: bool = False) -> None:
         """Send again after a backoff."""
         with self._lock:
             # In one step, or a flush in between would find nothing to hurry, and then wait for the whole delay.
@@ -376,11 +374,8 @@ class Reporter:
         log.log(
             logging.DEBUG if tries else logging.WARNING,
             "[%s] the result was not delivered (%s); it is kept and sent again in %.1f s",
-            report.task_id,
-            found.error,
-            delay,
-            exc_info=unforeseen and not tries,
-        )
+            report.task_id, found.error, delay, exc_info=is_unforeseen and not tries,
+        )  # fmt: skip
 
     def _retry_slowly(self, report: Report, attempt: int, found: Failed) -> None:
         """Send again after a long pause: repeating is unlikely to help."""
