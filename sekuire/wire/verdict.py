@@ -206,6 +206,9 @@ def _of_success(endpoint: str, status: int, answer: Answer) -> Verdict:
             return Refused(StreamError("204, which means: do not connect again"))
         return _foreign(endpoint, answer)
     body = answer.body
+    if body == b"{}":
+        # The usual answer to a completion, without a decoder.
+        return SETTLED
     if not body and endpoint in _MAY_BE_EMPTY and (status == 204 or _is_framed(answer.headers)):
         return SETTLED
     payload = _object(body)
