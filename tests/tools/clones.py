@@ -16,7 +16,7 @@ from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
 
 LINES = 8
 #: The most clones that may be found. Lower it when some have been removed, never raise it.
-BOUND = 19
+BOUND = 10
 
 
 class Line(NamedTuple):
