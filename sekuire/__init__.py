@@ -1,7 +1,16 @@
-"""Run AI agents' tasks under Sekuire's governance: a synchronous, thread-based worker.
+"""Run AI agents' tasks under Sekuire's governance, with a worker that runs handlers in threads. ::
 
-Importing this package alone loads nothing else: each public name is loaded when it is first used (PEP 562), so that a
-program that imports it on a path it does not always take does not pay for it.
+    from sekuire import create_worker
+
+    worker = create_worker(agent_id="support-agent", install_token="skt_install_...")
+
+    @worker.on_task("shorten")
+    def shorten(ctx, input):
+        return {"text": input["text"][:100]}
+
+    worker.start(block=True)
+
+Importing this package loads none of its modules. Each public name is loaded when it is first used (PEP 562).
 """
 
 from __future__ import annotations
@@ -60,7 +69,7 @@ __all__ = [
     "errors",
 ]
 
-#: Each public name and the module it is in; a module stands for itself.
+#: The module of each public name. The empty text: the name is itself a module.
 _HOMES = {
     "Beacon": "beacon",
     "BeaconStatus": "wire.models",
@@ -97,7 +106,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{home or name}")
     value = getattr(module, name) if home else module
-    # The next look-up finds it without coming here.
+    # The next look-up finds it without a call of this function.
     globals()[name] = value
     return value
 

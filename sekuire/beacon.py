@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from types import TracebackType
-from typing import Any, Callable, Dict, Optional, Type, TypeVar
+from typing import Any, Dict, Optional, Type, TypeVar
 
 import attrs
 
@@ -40,17 +40,13 @@ class LeaseKeeper:
     Workers.
 
     :param pool_size: how many connections may be kept open.
-    :param on_change: called with each new state by the thread that changes it. It must not block.
     """
 
-    def __init__(
-        self, config: BeaconConfig, pool_size: int = 2, on_change: Optional[Callable[[BeaconStatus], None]] = None
-    ) -> None:
+    def __init__(self, config: BeaconConfig, pool_size: int = 2) -> None:
         self.pid = os.getpid()
-        self._on_change = on_change
-        self._config = config
+        self.config = config
         self._on_status_change = config.on_status_change
-        self._installation = Installation(
+        self.installation = Installation(
             config,
             pool_size=pool_size,
             api_key=config.api_key,
@@ -89,8 +85,8 @@ class LeaseKeeper:
         try:
             self._change("connecting", None)
             at_exit(self)
-            self._installation.heartbeat.attach(self)
-            self._installation.heartbeat.start()
+            self.installation.heartbeat.attach(self)
+            self.installation.heartbeat.start()
             self._verdict.wait(START_TIMEOUT)
         except BaseException:
             self.stop(0)
@@ -126,9 +122,9 @@ class LeaseKeeper:
             self._ended.wait(deadline.remaining())
 
     def _shut_down(self, deadline: Deadline) -> None:
-        heartbeat = self._installation.heartbeat
+        heartbeat = self.installation.heartbeat
         if self._is_started:
-            self._installation.stop.set()
+            self.installation.stop.set()
             heartbeat.detach(self)
             if is_owned_by(self):
                 heartbeat.end()
@@ -141,16 +137,16 @@ class LeaseKeeper:
         self._verdict.set()
         self._callbacks.close()
         self._callbacks.join(deadline)
-        self._installation.close()
+        self.installation.close()
         forget_exit(self)
 
     def leave(self) -> None:
         """Send one last heartbeat from the calling thread, because the interpreter ends."""
         if self._is_started and not self._is_stopped and self._status.last_heartbeat_at is not None:
             self._is_stopped = True
-            self._installation.stop.set()
-            self._installation.heartbeat.end()
-            self._installation.heartbeat.beat_now("stopped", LAST_BEAT)
+            self.installation.stop.set()
+            self.installation.heartbeat.end()
+            self.installation.heartbeat.beat_now("stopped", LAST_BEAT)
 
     def __enter__(self: _Self) -> _Self:
         self.start()
@@ -174,14 +170,14 @@ class LeaseKeeper:
     @property
     def installation_credentials(self) -> RuntimeCredentials:
         """Return the current credentials. Their ``to_env()`` gives them as environment variables."""
-        return self._installation.store.current
+        return self.installation.store.current
 
     def is_connected(self) -> bool:
         """Return True if the platform accepted the last heartbeat."""
         return self._status.state == "connected"
 
     def __repr__(self) -> str:
-        return f"<Beacon {self._config.agent_id} {self._status.state}>"
+        return f"<Beacon {self.config.agent_id} {self._status.state}>"
 
     # -- the heartbeat's thread --
 
@@ -194,8 +190,8 @@ class LeaseKeeper:
     def heartbeat_interval(self) -> float:
         """Return the seconds to the next beat: the interval, or a backoff up to it while not connected."""
         if self._status.state == "connected":
-            return self._config.heartbeat_interval
-        return min(self._pause, self._config.heartbeat_interval)
+            return self.config.heartbeat_interval
+        return min(self._pause, self.config.heartbeat_interval)
 
     def on_lease(self) -> None:
         """Do nothing: the next change of status reports the lease's end."""
@@ -208,8 +204,8 @@ class LeaseKeeper:
             if self._status.state != "revoked":
                 log.error("%s", error)
             self._change("revoked", str(error))
-            if self._installation.heartbeat.detach(self):
-                self._installation.heartbeat.end()
+            if self.installation.heartbeat.detach(self):
+                self.installation.heartbeat.end()
         else:
             self._backoff.reset()
             self._change("connected", None)
@@ -225,8 +221,11 @@ class LeaseKeeper:
             log.warning("cannot send heartbeats (%s); the agent goes on, retrying", error)
         self._change("degraded", str(error))
 
+    def on_change(self, status: BeaconStatus) -> None:
+        """Do nothing: a subclass may look at each new state here. It must not block."""
+
     def _change(self, state: str, error: Optional[str]) -> None:
-        heartbeat = self._installation.heartbeat
+        heartbeat = self.installation.heartbeat
         with self._lock:
             old = self._status
             if old.state in ("revoked", "stopped") and state not in ("revoked", "stopped"):
@@ -235,15 +234,15 @@ class LeaseKeeper:
                 old,
                 state=state,
                 error=error,
-                installation_id=self._installation.store.current.installation_id,
+                installation_id=self.installation.store.current.installation_id,
                 last_heartbeat_at=heartbeat.last_at,
                 lease_expires_at=heartbeat.lease.expires_at,
             )
             status = self._status
             is_news = status.state != old.state
         callback = self._on_status_change
-        if is_news and self._on_change is not None:
-            self._on_change(status)
+        if is_news:
+            self.on_change(status)
         if is_news and callback is not None:
             self._callbacks.post(callback, status)
 

@@ -1,11 +1,11 @@
-"""Submitting tasks with an API key: the other side of a worker, for programs that give work away."""
+"""Submit tasks to agents with an API key."""
 
 from __future__ import annotations
 
 import functools
-import math
-from typing import Any, Mapping
+from typing import Any, Callable, Dict, Mapping
 
+from ._internal.checks import check_number, check_whole
 from .config import ConnectionConfig, check_capability
 from .errors import ConfigurationError, SekuireError, TransportError
 from .secret import Secret
@@ -14,10 +14,10 @@ from .wire import protocol
 
 
 class TaskSubmitter:
-    """Submits tasks to agents. Any thread may call it; it has no thread and no lock of its own.
+    """Submit tasks to agents. Any thread may call it; it has no thread and no lock of its own.
 
     :param api_key: the platform's key, ``sk_live_...``.
-    :param pool_size: connections kept open: the threads that submit.
+    :param pool_size: how many connections stay open; as many as there are threads that submit.
     """
 
     def __init__(self, config: ConnectionConfig, api_key: Secret, *, pool_size: int = 10) -> None:
@@ -25,26 +25,27 @@ class TaskSubmitter:
         self.credential = functools.partial(protocol.api_key_header, api_key)
 
     def submit(self, capability: str, input: Any, agent_id: str, **fields: Any) -> str:
-        """Submit one task; as :meth:`prepare` and :meth:`send`."""
+        """Submit a task and return its id, as :meth:`prepare` and :meth:`send` do."""
         return self.send(self.prepare(capability, input, agent_id, **fields))
 
     @staticmethod
     def prepare(capability: str, input: Any, agent_id: str, **fields: Any) -> bytes:
-        """A task's body, for :meth:`send`.
+        """Return a task's body, for :meth:`send`.
 
-        :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``; None counts as
-            not given.
-        :raises ConfigurationError: a wrong capability, agent or field, or an input without a JSON form.
+        :param fields: ``workspace_id``, ``trace_id``, ``timeout_ms`` (milliseconds), ``max_attempts``. A field that is
+            None is left out.
+        :raises ConfigurationError: a capability, agent or field is wrong, or the input has no JSON form.
         """
         return _body(capability, input, agent_id, fields)
 
     def send(self, body: bytes) -> str:
-        """Submit a task and return its id. There is no second try, which could make a second task.
+        """Submit a task and return its id.
 
-        Only a request that a kept connection lost is sent once more, under the same ``Idempotency-Key``.
+        It is not retried, because that could make a second task. Only a request that a kept connection lost is sent
+        again, under the same ``Idempotency-Key``.
 
-        :raises TransportError: no answer came; whether the task was submitted is not known.
-        :raises APIError: the platform refused it; whether a task was submitted is not known either after a 5xx.
+        :raises TransportError: no answer came. The task may have been submitted.
+        :raises APIError: the platform refused the task. After a 5xx it may have been submitted all the same.
         """
         problem = ""
         try:
@@ -73,10 +74,10 @@ def _body(capability: str, input: Any, agent_id: str, fields: Mapping[str, Any])
     _check_id("agent_id", agent_id)
     for name in fields:
         if name not in FIELDS:
-            raise ConfigurationError(f"is no field of a task; known are {', '.join(FIELDS)}", name)
+            raise ConfigurationError(f"unknown field of a task; known are {', '.join(FIELDS)}", name)
     fields = {name: value for name, value in fields.items() if value is not None}
     for name, value in fields.items():
-        # The platform would say so too, but to a caller that has committed, or gone on, meanwhile.
+        # The platform would refuse it too, but later, when the caller may have committed its transaction.
         _CHECKS[name](name, value)
     try:
         return protocol.submit_body(capability, input, agent_id, fields)
@@ -92,21 +93,11 @@ def _check_id(name: str, value: Any) -> None:
         )
 
 
-def _check_milliseconds(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ConfigurationError(f"must be a number of milliseconds above 0, got {value!r}", name)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"must be a whole number, 1 or more, got {value!r}", name)
-
-
-_CHECKS = {
+_CHECKS: Dict[str, Callable[[str, Any], None]] = {
     "workspace_id": _check_id,
     "trace_id": _check_id,
-    "timeout_ms": _check_milliseconds,
-    "max_attempts": _check_count,
+    "timeout_ms": functools.partial(check_number, of="milliseconds"),
+    "max_attempts": check_whole,
 }
 #: Fields of a task that its submitter may give (docs/protocol.md, "Platform side").
 FIELDS = tuple(_CHECKS)

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from ._internal.checks import check_number, check_whole
 from .errors import ConfigurationError
 from .secret import Secret, check_secret, to_secret
 from .wire import protocol
@@ -158,11 +159,10 @@ def _accept_options(
 ) -> Any:
     parameters = [one for one in inspect.signature(config).parameters.values() if one.name not in left_out]
     if first:
-        at = [one.name for one in parameters].index(first)
-        one = parameters.pop(at)
+        one = parameters.pop([each.name for each in parameters].index(first))
         default = None if one.default is one.empty else one.default
-        rest = [other.replace(kind=one.KEYWORD_ONLY) for other in parameters]
-        parameters = [one.replace(kind=one.POSITIONAL_OR_KEYWORD, default=default), *rest]
+        rest = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        parameters = [one.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default), *rest]
     positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(function)
@@ -205,18 +205,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _seconds(instance: object, attribute: Any, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= _LONGEST:
-        _fail(attribute, f"must be a number of seconds above 0, got {value!r}")
+    check_number(attribute.name, value, most=_LONGEST)
 
 
 def _seconds_or_zero(instance: object, attribute: Any, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value <= _LONGEST:
-        _fail(attribute, f"must be a number of seconds, 0 or more, got {value!r}")
+    check_number(attribute.name, value, zero=True, most=_LONGEST)
 
 
 def _optional_seconds(instance: object, attribute: Any, value: Any) -> None:
@@ -225,13 +219,11 @@ def _optional_seconds(instance: object, attribute: Any, value: Any) -> None:
 
 
 def _count(instance: object, attribute: Any, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        _fail(attribute, f"must be a whole number, 1 or more, got {value!r}")
+    check_whole(attribute.name, value)
 
 
 def _optional_count(instance: object, attribute: Any, value: Any) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        _fail(attribute, f"must be a whole number, 0 or more, or None, got {value!r}")
+    check_whole(attribute.name, value, least=0, or_none=True)
 
 
 def _flag(instance: object, attribute: Any, value: Any) -> None:

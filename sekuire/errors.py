@@ -1,7 +1,7 @@
-"""Every error the library raises, below one root.
+"""Define every error that the library raises, below one root.
 
-Facts are attributes, so that code can branch on them; the text is for people. No error keeps a request, a response or
-a token: see the canary tests.
+Facts are attributes, so that code can branch on them. The text is for people. No error keeps a request, a response or a
+token: tests/test_canary.py checks that.
 """
 
 from __future__ import annotations
@@ -26,11 +26,28 @@ __all__ = [
 
 
 class SekuireError(Exception):
-    """Root of every error this library raises."""
+    """Catch every error of this library by this class. ::
+
+        try:
+            worker = create_worker(agent_id="support-agent", max_workers=0)
+        except SekuireError as error:
+            print(error)  # max_workers: must be a whole number, 1 or more, got 0
+
+    Its subclasses say more.
+    """
 
 
 class ConfigurationError(SekuireError):
-    """A setting is wrong or missing: ``option`` names it, ``source`` says where it came from."""
+    """Report an option that is wrong or missing. ::
+
+        try:
+            worker = create_worker(agent_id="support-agent", heartbeat_intervall=5)
+        except ConfigurationError as error:
+            print(error.option)  # heartbeat_intervall
+            print(error.problem)  # unknown option of WorkerConfig; did you mean 'heartbeat_interval'?
+
+    ``source`` says where the value came from, such as an environment variable; None for an argument.
+    """
 
     def __init__(self, problem: str, option: Optional[str] = None, source: Optional[str] = None) -> None:
         super().__init__(problem, option, source)
@@ -46,7 +63,15 @@ class ConfigurationError(SekuireError):
 
 
 class AuthenticationError(SekuireError):
-    """The platform refused the credentials, or none are left to try; ``status`` and ``code`` are the platform's."""
+    """Report that the platform refused the credentials, or that no login method is left. ::
+
+        try:
+            worker.start()
+        except AuthenticationError as error:
+            print(error.code)  # such as invalid_token
+
+    ``status`` and ``code`` are the platform's, or None.
+    """
 
     def __init__(self, message: str, status: Optional[int] = None, code: Optional[str] = None) -> None:
         super().__init__(message, status, code)
@@ -59,15 +84,18 @@ class AuthenticationError(SekuireError):
 
 
 class TransportError(SekuireError):
-    """No usable answer came over the network; ``retryable`` is false where trying again cannot help (TLS)."""
+    """Report that no usable answer came over the network.
+
+    ``retryable`` is False if a retry cannot help, as with a certificate that is not trusted.
+    """
 
     def __init__(self, message: str, retryable: bool = True, retry_after: Optional[float] = None) -> None:
         super().__init__(message, retryable, retry_after)
         self.message = message
         self.retryable = retryable
-        #: Seconds to wait before the next try (``Retry-After`` of an answer that was not the platform's), or None.
+        #: Seconds to wait before a retry, or None: the ``Retry-After`` of an answer that was not the platform's.
         self.retry_after = retry_after or None
-        #: Kept connections were found dead during the call; the next call makes a new one.
+        #: True if kept connections were found dead during the call. The next call makes a new one.
         self.was_stale = False
 
     def __str__(self) -> str:
@@ -75,7 +103,7 @@ class TransportError(SekuireError):
 
 
 class APIError(SekuireError):
-    """The platform answered with an error; ``status``, ``code`` and ``message`` are what it said."""
+    """Report an error that the platform answered: its ``status``, ``code``, ``message`` and ``details``."""
 
     def __init__(
         self,
@@ -99,18 +127,29 @@ class APIError(SekuireError):
 
 
 class PlanLimitError(APIError):
-    """The workspace's plan does not allow this; ``required_plan`` and ``upgrade_url`` say what would."""
+    """Report that the workspace's plan does not allow this. ::
+
+        try:
+            worker.start()
+        except PlanLimitError as error:
+            print(f"needs {error.required_plan}: {error.upgrade_url}")
+
+    The text names both, where the platform gave them.
+    """
 
     @property
     def required_plan(self) -> Optional[str]:
+        """Return the plan that would allow it, or None if the platform names none."""
         return _text((self.details or {}).get("required_plan"))
 
     @property
     def upgrade_url(self) -> Optional[str]:
+        """Return the page where the plan can be changed, or None if the platform names none."""
         return _text((self.details or {}).get("upgrade_url"))
 
     @property
     def current_usage(self) -> Any:
+        """Return what the platform says of the usage so far, or None."""
         return (self.details or {}).get("current_usage")
 
     def __str__(self) -> str:
@@ -123,16 +162,16 @@ class PlanLimitError(APIError):
 
 
 class StreamError(SekuireError):
-    """The task stream cannot be used and trying again would not help."""
+    """Report a task stream that cannot be used, and that a retry would not help."""
 
 
 class RevokedError(SekuireError):
-    """The installation was revoked; ``reason`` is the platform's."""
+    """Report that the installation was revoked. ``reason`` is the platform's."""
 
     def __init__(self, reason: Optional[str] = None, shutdown_timeout: Optional[float] = None) -> None:
         super().__init__(reason, shutdown_timeout)
         self.reason = reason
-        #: Seconds the platform gives running work to end, or None.
+        #: Seconds that the platform gives running handlers to finish, or None.
         self.shutdown_timeout = shutdown_timeout
 
     def __str__(self) -> str:
@@ -143,7 +182,15 @@ class RevokedError(SekuireError):
 
 
 class TaskError(SekuireError):
-    """Raised by a handler to fail its task with a code of its own."""
+    """Raise it in a handler to fail the task with a code of your own. ::
+
+        @worker.on_task("refund")
+        def refund(ctx, input):
+            if input["amount"] > 100:
+                raise TaskError("amount_too_large", "refunds end at 100 EUR", details={"limit": 100})
+
+    The platform sends a ``retryable`` task again.
+    """
 
     def __init__(
         self, code: str, message: str = "", retryable: bool = False, details: Optional[Mapping[str, Any]] = None
@@ -159,7 +206,15 @@ class TaskError(SekuireError):
 
 
 class TaskCancelled(SekuireError):
-    """The task's context was cancelled; ``reason`` says by what."""
+    """Report that the task's context was cancelled. ::
+
+        @worker.on_task("scan")
+        def scan(ctx, input):
+            for page in input["pages"]:
+                ctx.raise_if_cancelled()  # raises TaskCancelled
+
+    ``reason`` says why, such as ``"timeout"``.
+    """
 
     def __init__(self, reason: str = "cancelled") -> None:
         super().__init__(reason)
@@ -170,17 +225,26 @@ class TaskCancelled(SekuireError):
 
 
 class PolicyViolationError(SekuireError):
-    """The policy forbids this; ``rule`` is the rule's id (protocol.md, "Policy") and ``reason`` a sentence."""
+    """Report that the policy forbids this. ::
+
+        try:
+            enforcer.enforce_tool("shell")
+        except PolicyViolationError as error:
+            print(error.rule)  # tool.blocked
+            print(error.reason)  # tool 'shell' is refused: 'shell' in permissions.tools.blocked_tools matches it
+
+    ``rule`` is the rule's id (docs/protocol.md, "Policy"), and ``reason`` is a sentence.
+    """
 
     def __init__(self, rule: str, reason: str, retry_after: Optional[float] = None) -> None:
         super().__init__(rule, reason, retry_after)
         self.rule = rule
         self.reason = reason
-        #: Seconds until a rate limit admits the next request, or None.
+        #: Seconds until a rate limit allows the next request, or None.
         self.retry_after = retry_after
-        #: What was asked about, such as a tool's name; None where it is unknown, or no single thing.
+        #: What the check was about, such as a tool's name, or None.
         self.target: Optional[str] = None
-        #: Whether it was allowed all the same, by ``warn_only``.
+        #: True if it was allowed all the same, by ``warn_only``.
         self.allowed = False
 
     def __str__(self) -> str:
@@ -188,9 +252,9 @@ class PolicyViolationError(SekuireError):
 
 
 class PolicyIntegrityError(SekuireError):
-    """A policy's hash, signature, key, version, workspace or content is not what it must be.
+    """Report a policy whose hash, signature, key, version, workspace or content is wrong.
 
-    ``expected`` and ``found`` are texts, or None where one of them cannot be said in a few words.
+    ``expected`` and ``found`` are short texts, or None.
     """
 
     def __init__(self, message: str, expected: Optional[str] = None, found: Optional[str] = None) -> None:
@@ -204,9 +268,9 @@ class PolicyIntegrityError(SekuireError):
 
 
 class PolicyUnavailableError(SekuireError):
-    """No policy could be loaded, and without one nothing is allowed."""
+    """Report that no policy could be loaded. Without one nothing is allowed."""
 
 
 def _text(value: Any) -> Optional[str]:
-    # A plan's name or a URL with control characters in it is neither, and could forge a line of a log.
+    # Control characters could forge a line of a log.
     return value if isinstance(value, str) and value.isprintable() else None

@@ -50,6 +50,19 @@ _AUDIT_LEAST, _AUDIT_MOST = 1.0, 5.0
 _SEVERITY = {"connected": "info", "degraded": "warn", "revoked": "error"}
 
 
+class _AuditedLease(LeaseKeeper):
+    """Keep the lease of an SDK, and write each new state to its audit log."""
+
+    audit: AuditLog
+
+    def on_change(self, status: BeaconStatus) -> None:
+        severity = _SEVERITY.get(status.state)
+        if severity is not None:
+            self.audit.health(
+                status.state, severity, of="installation", installation_id=status.installation_id, reason=status.error
+            )
+
+
 class SekuireSDK:
     """Log an agent in, keep its lease, and make Workers that share both. ::
 
@@ -91,24 +104,24 @@ class SekuireSDK:
     def __init__(self, options: Dict[str, Any]) -> None:
         config = from_options(SDKConfig, options)
         self.pid = os.getpid()
-        self._config = config
+        self.config = config
         self._gateway: Optional[InstallationGateway] = None
         if config.policy_gateway is not None:
             _refuse_unused(config)
         else:
             self._gateway = self._make_gateway()
-            self._config = config = attrs.evolve(config, policy_gateway=self._gateway)
-        #: The Workers' outbox, where the environment names one.
-        self._outbox: Optional[str] = None
+            self.config = config = attrs.evolve(config, policy_gateway=self._gateway)
+        # The file that keeps its Workers' results, where the environment names one.
+        self.outbox: Optional[str] = None
         self._lock = threading.Lock()
         self._workers: List[Worker] = []
         self._is_started = False
         self._is_shut_down = False
-        self._beacon = LeaseKeeper(config, POOL_SIZE, self._note_status)
-        self._installation = self._beacon._installation
+        self._beacon = _AuditedLease(config, POOL_SIZE)
+        self._installation = self._beacon.installation
         if self._gateway is not None:
             self._gateway.attach(self._installation.auth)
-        self.audit = AuditLog(config, self._installation)
+        self.audit = self._beacon.audit = AuditLog(config, self._installation)
 
     @classmethod
     @method_of_options(EnvironmentConfig, first="agent_id")
@@ -134,13 +147,13 @@ class SekuireSDK:
             complete.clear()
         if found is not None:
             raise with_source(found, sources)
-        sdk._outbox = outbox
+        sdk.outbox = outbox
         return sdk
 
     def _make_gateway(self) -> Optional[InstallationGateway]:
         from .policy.client import missing_packages
 
-        config = self._config
+        config = self.config
         wanted = config.trusted_policy_keys or config.policy_path is not None or config.policy_options
         if missing_packages() and not wanted:
             log.debug("without the extra (pip install 'sekuire[policy]') no policy is enforced")
@@ -183,10 +196,10 @@ class SekuireSDK:
             if self._is_started or self._is_shut_down:
                 raise ConfigurationError("an SDK starts once; make a new one", "SekuireSDK.start")
             self._is_started = True
-        if self._config.auto_heartbeat:
+        if self.config.auto_heartbeat:
             self._beacon.start()
         # After the Beacon: its login reports what was refused.
-        self.audit.open(may_log_in=not self._config.auto_heartbeat)
+        self.audit.open(may_log_in=not self.config.auto_heartbeat)
 
     def shutdown(self, timeout: Optional[float] = None) -> None:
         """Stop all Workers side by side, send the remaining audit events and stop the heartbeat.
@@ -249,7 +262,7 @@ class SekuireSDK:
             if name in options:
                 raise ConfigurationError("belongs to SekuireSDK(...), whose credentials its workers share", name)
         inherited = {
-            field.name: getattr(self._config, field.name)
+            field.name: getattr(self.config, field.name)
             for field in attrs.fields(ConnectionConfig)
             if field.name not in options
         }
@@ -257,14 +270,14 @@ class SekuireSDK:
             WorkerConfig,
             {
                 **inherited,
-                "outbox": self._outbox,
+                "outbox": self.outbox,
                 **options,
-                "agent_id": self._config.agent_id,
-                "capabilities": options.get("capabilities") or self._config.capabilities,
-                "policy_gateway": self._config.policy_gateway,
+                "agent_id": self.config.agent_id,
+                "capabilities": options.get("capabilities") or self.config.capabilities,
+                "policy_gateway": self.config.policy_gateway,
             },
         )
-        audit = self.audit if self._config.logging_enabled else None
+        audit = self.audit if self.config.logging_enabled else None
         worker = Worker(config, _installation=self._installation, _audit=audit)
         worker.sdk = self
         with self._lock:
@@ -291,13 +304,6 @@ class SekuireSDK:
         """
         self.audit.log(event_type, data, severity)
 
-    def _note_status(self, status: BeaconStatus) -> None:
-        severity = _SEVERITY.get(status.state)
-        if severity is not None:
-            self.audit.health(
-                status.state, severity, of="installation", installation_id=status.installation_id, reason=status.error
-            )
-
     # -- status --
 
     def is_connected(self) -> bool:
@@ -315,7 +321,7 @@ class SekuireSDK:
 
         It is None if the extra is not installed.
         """
-        return self._config.policy_gateway
+        return self.config.policy_gateway
 
     @property
     def installation_credentials(self) -> RuntimeCredentials:
@@ -323,7 +329,7 @@ class SekuireSDK:
         return self._beacon.installation_credentials
 
     def __repr__(self) -> str:
-        return f"<SekuireSDK {self._config.agent_id} {self._beacon.status.state}>"
+        return f"<SekuireSDK {self.config.agent_id} {self._beacon.status.state}>"
 
 
 def _read_files_and_keys(options: Dict[str, Any], sources: Dict[str, str]) -> None:

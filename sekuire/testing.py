@@ -1,4 +1,4 @@
-"""For tests of your own: one handler without a platform, or workers on a local one, and no sleeps."""
+"""Test handlers without a platform, and workers on a local one, without sleeping."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .errors import ConfigurationError
 from .handlers.context import TaskContext
 from .handlers.invoke import Handler, call
 from .handlers.registry import TaskRegistry
+from .session.installation import Installation
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
 from .worker.answers import Accepted
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AGENT", "TaskResult", "Workbench", "run_task", "wait_idle"]
 
-#: Who the workers of a :class:`Workbench` work for, where nothing else is said.
+#: The agent of a :class:`Workbench`'s workers, unless one is given.
 AGENT = "test-agent"
 
-#: Seconds between two looks at what nobody announces.
+#: Seconds between two looks at a state that nothing announces.
 _LOOK = 0.005
-#: What a task is run with besides its input: the fields of a task, without those that ``run_task`` has otherwise.
+#: The fields of a task that ``run_task`` accepts as ``context``.
 _FIELDS = tuple(field.name for field in attrs.fields(Task) if field.name not in ("capability", "input"))
 _numbers = itertools.count(1)
 _OWN: Any = object()
@@ -45,11 +46,14 @@ _platforms: weakref.WeakKeyDictionary[Worker, LocalPlatform] = weakref.WeakKeyDi
 
 @attrs.frozen(kw_only=True, slots=True)
 class TaskResult:
-    """What :func:`run_task` gives: the task's result as its requester would get it, and more for the test's eyes.
+    """Hold a task's result as its requester would get it, and what else a test wants to see. ::
 
-    ``status`` is ``"completed"``, with the ``output`` as it comes out of JSON, or ``"failed"``, with the ``error``:
-    its ``code``, ``message``, ``retryable`` and ``details``. ``progress`` holds what the handler reported, each with
-    its message. ``exception`` is what the handler raised, its middleware included; None where it raised nothing.
+        result = run_task(tasks, "shorten", {"text": "A long story"})
+        print(result.status, result.output)  # completed {'text': 'A long story'}
+
+    ``status`` is ``"completed"`` or ``"failed"``. ``output`` is what the platform would read from the JSON. ``error``
+    has a ``code``, ``message``, ``retryable`` and ``details``. ``progress`` lists the fractions that the handler
+    reported, each with its message. ``exception`` is what the handler or its middleware raised, or None.
     """
 
     status: str
@@ -68,24 +72,27 @@ def run_task(
     policy_gateway: Any = _OWN,
     **context: Any,
 ) -> TaskResult:
-    """Run one handler, with everything around it but the network, and give its result.
+    """Run one handler as a worker would, but without the network, and return its result. ::
 
-    The task goes the way of any other: handler look-up, policy gateway, typed input, middleware, timeout, mapping of
-    exceptions, JSON there and back. There is no lease, no login, and nothing is sent; the worker need not be started
-    and is not changed. The handler runs in the calling thread, so that a test's transaction, a debugger and Ctrl-C
-    reach it; within a running event loop, in a thread of its own. A handler that outlives its timeout holds the
-    caller until it returns; the result is ``timeout``.
+        result = run_task(tasks, "shorten", {"text": "A long story"}, timeout=5.0)
+        assert result.output == {"text": "A long story"}
+
+    The task passes the handler look-up, policy gateway, typed input, middleware, timeout, mapping of exceptions and
+    JSON encoding. There is no login and no lease, and nothing is sent. The worker need not be started and does not
+    change. The handler runs in the calling thread, so that a test's transaction, a debugger and Ctrl-C reach it. Within
+    a running event loop it runs in a thread of its own. A handler that outlives its timeout blocks the caller until it
+    returns; the result is then ``timeout``.
 
     :param worker: a Worker, or a :class:`~sekuire.TaskRegistry`, which needs no credentials.
-    :param input: what the task brings; it must have a JSON form.
-    :param policy_gateway: another one than the worker's; None for none.
+    :param input: the task's input; it must have a JSON form.
+    :param policy_gateway: used in place of the worker's. None: no gateway.
     :param context: further fields of the task, such as ``trace_id``, ``workspace_id``, ``attempt`` or ``timeout``
         (seconds).
-    :raises ConfigurationError: a wrong argument, such as an unknown field or an input that has no JSON form.
+    :raises ConfigurationError: an argument is wrong, such as an unknown field or an input without a JSON form.
     """
-    scrub: Callable[[str], str] = str
+    scrubber: Optional[Installation] = None
     if isinstance(worker, Worker):
-        config, handlers, scrub = worker.config, worker.handlers, worker.installation.scrub
+        config, handlers, scrubber = worker.config, worker.handlers, worker.installation
     elif isinstance(worker, TaskRegistry):
         config, handlers = WorkerConfig(agent_id=AGENT), worker
     else:
@@ -102,7 +109,7 @@ def run_task(
     for entry in registry:
         entry.call = sink.watch(entry.call)
     timer = Timer()
-    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrub=scrub)
+    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrubber=scrubber)
     try:
         dispatcher.submit(task)
         sink.done.wait()
@@ -119,12 +126,12 @@ def run_task(
 def wait_idle(
     worker: Worker, timeout: float = 10.0, *, platform: Optional[LocalPlatform] = None, audit: bool = True
 ) -> None:
-    """Wait until there is nothing left to do: no task waits or runs, every result is delivered.
+    """Wait until no task waits or runs and every result is delivered.
 
-    :param platform: count its queued and assigned tasks of the worker's agent too; a worker of a :class:`Workbench`
-        knows its own. Without one, a task that the worker has not received yet is not waited for.
-    :param audit: also have the audit events of the worker's SDK delivered.
-    :raises TimeoutError: it is not so after ``timeout`` seconds; the text says what is left.
+    :param platform: also wait for its queued and assigned tasks of the worker's agent. A worker of a
+        :class:`Workbench` knows its platform. Without one, tasks that the worker has not received do not count.
+    :param audit: also deliver the audit events of the worker's SDK.
+    :raises TimeoutError: something is left after ``timeout`` seconds; the text says what.
     """
     deadline = Deadline(timeout)
     platform = platform or _platforms.get(worker)
@@ -141,18 +148,19 @@ def wait_idle(
 
 
 class Workbench:
-    """A local platform and workers for one test, all stopped at its end. ::
+    """Start a local platform and workers for one test, and stop them at its end. ::
 
         with Workbench() as bench:
             worker = bench.worker(tasks)
-            task_id = bench.platform.submit("summarize", {"text": "..."})
+            task_id = bench.platform.submit("shorten", {"text": "A long story"})
             wait_idle(worker)
+            print(bench.platform.task(task_id)["status"])  # completed
 
-    Use :meth:`close` where ``with`` does not fit: ``self.addCleanup(bench.close)`` in a ``unittest.TestCase``. The
-    fixtures of the pytest plugin are made of it. Needs the extra: ``pip install 'sekuire[testing]'``.
+    Where ``with`` does not fit use :meth:`close`, as in ``self.addCleanup(bench.close)`` of a ``unittest.TestCase``.
+    The fixtures of the pytest plugin use this class. It needs the extra: ``pip install 'sekuire[testing]'``.
 
-    :param options: of the :class:`~sekuire.local.LocalPlatform`; what is lost is given out again, and tried again,
-        soon, unless they say otherwise.
+    :param options: options of the :class:`~sekuire.local.LocalPlatform`. By default it redelivers and retries sooner
+        than it does elsewhere.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -164,18 +172,18 @@ class Workbench:
         self.platform.start()
 
     def worker(self, *handlers: Union[TaskRegistry, Mapping[str, Handler]], **options: Any) -> Worker:
-        """A Worker of this platform. With ``handlers`` it is started, without it is yours to register and start.
+        """Return a Worker of this platform. It is started if there are ``handlers``; else register and start it.
 
         :param handlers: registries to include, or mappings from a capability to its handler.
-        :param options: of :class:`~sekuire.WorkerConfig`; ``agent_id`` is ``test-agent``, a lost stream is opened
-            anew soon, and a stop lets handlers run on for 5 s, unless they say otherwise.
-        :raises ConfigurationError: a wrong option or handler.
+        :param options: options of :class:`~sekuire.WorkerConfig`. By default ``agent_id`` is ``test-agent``, a lost
+            stream is reopened soon, and a stop lets handlers go on for 5 s.
+        :raises ConfigurationError: an option or handler is wrong.
         """
         for source in handlers:
             _check_source(source)
         agent_id = options.get("agent_id", AGENT)
-        ways = {"install_token", "runtime_token", "refresh_token", "token_provider", "credentials_store"}
-        if not ways & set(options):
+        logins = {"install_token", "runtime_token", "refresh_token", "token_provider", "credentials_store"}
+        if not logins & set(options):
             options["install_token"] = self.platform.create_install_token(agent_id)
         worker = create_worker(
             **{
@@ -200,7 +208,7 @@ class Workbench:
         return worker
 
     def environment(self, agent_id: str = AGENT) -> Dict[str, str]:
-        """The ``SEKUIRE_...`` variables with which ``SekuireSDK.from_env()`` finds this platform."""
+        """Return the ``SEKUIRE_...`` variables with which ``SekuireSDK.from_env()`` finds this platform."""
         return {
             "SEKUIRE_API_URL": self.platform.url,
             "SEKUIRE_AGENT_ID": agent_id,
@@ -209,7 +217,7 @@ class Workbench:
         }
 
     def close(self) -> None:
-        """Stop the workers, then the platform. Idempotent."""
+        """Stop the workers, then the platform. Calling it again is harmless."""
         workers, self._workers = self._workers, []
         for worker in workers:
             worker.request_stop()
@@ -233,10 +241,10 @@ class Workbench:
 
 
 def _task(capability: str, input: Any, context: Mapping[str, Any]) -> Task:
-    """The task as it would come over the wire."""
+    """Return the task as it would come over the wire."""
     unknown = sorted(set(context) - set(_FIELDS))
     if unknown:
-        raise ConfigurationError(f"is no field of a task; known are {', '.join(_FIELDS)}", unknown[0])
+        raise ConfigurationError(f"unknown field of a task; known are {', '.join(_FIELDS)}", unknown[0])
     fields = dict(context)
     timeout = fields.pop("timeout", None)
     if timeout is not None:
@@ -256,11 +264,11 @@ def _task(capability: str, input: Any, context: Mapping[str, Any]) -> Task:
         return protocol.decode_task(text)
     except protocol.Malformed as error:
         problem = str(error)
-    raise ConfigurationError(f"is no task that a platform could send: {problem}", "run_task")
+    raise ConfigurationError(f"is not a task that a platform could send: {problem}", "run_task")
 
 
 def _check_source(source: Any) -> None:
-    """:raises ConfigurationError: it gives a worker no handlers."""
+    """Raise ConfigurationError if a worker can get no handlers from ``source``."""
     if isinstance(source, (TaskRegistry, Mapping)):
         return
     found = type(source).__name__
@@ -285,7 +293,7 @@ def _is_in_loop() -> bool:
 def _left(worker: Worker, platform: Optional[LocalPlatform]) -> List[str]:
     left = []
     if platform is not None:
-        # Before the worker is looked at: a task is in one of the two.
+        # Before the worker's numbers: a task that leaves the platform in between is then counted there.
         agent_id = worker.config.agent_id
         for status in ("queued", "assigned"):
             tasks, _ = platform._store.tasks(status, None, 1000, None)
@@ -301,7 +309,7 @@ def _left(worker: Worker, platform: Optional[LocalPlatform]) -> List[str]:
 
 
 class _Inline(Executor):
-    """Runs what it is given at once, in the thread that gives it."""
+    """Run each call at once, in the thread that submits it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -310,14 +318,14 @@ class _Inline(Executor):
 
 
 class _Lease:
-    """The lease of a test: it never ends."""
+    """Stand for a lease that never ends."""
 
     def is_held(self) -> bool:
         return True
 
 
 class _Sink:
-    """Takes the one result of one task, as a Reporter would. ``done`` is set when it is whole."""
+    """Accept the one result of one task, as a Reporter would, and set ``done`` once it is complete."""
 
     def __init__(self, max_bytes: int) -> None:
         self.done = threading.Event()
@@ -330,7 +338,7 @@ class _Sink:
         self._progress: List[Tuple[float, Optional[str]]] = []
 
     def watch(self, function: Handler) -> Handler:
-        """``function``, with what it raises remembered."""
+        """Return ``function`` wrapped, so that what it raises is kept in ``exception``."""
 
         def run(context: TaskContext, input: Any) -> Any:
             try:

@@ -173,7 +173,7 @@ def test_a_whole_life(canary: Canary, tmp_path: Any) -> None:
         until(lambda: platform.count("refresh", 200) >= 1)
         current = store.current
         canary.look_at(sdk, worker, store, store.snapshot, current, worker.stats(), sdk.beacon_status, contexts)
-        canary.look_at(worker.config, sdk._config, *vars(worker).values())
+        canary.look_at(worker.config, sdk.config, *vars(worker).values())
         canary.look_at(platform.task(leaked["task_id"]), platform.completions(leaked["task_id"]))
         assert current.installation_id is not None
         platform.revoke(current.installation_id, "the canary is done", shutdown_timeout=1.0)

@@ -227,7 +227,7 @@ def test_tokens_are_taken_out_of_errors() -> None:
         (lambda: run_task(None, "x"), "must be a Worker or a TaskRegistry, got NoneType"),  # type: ignore[arg-type]
         (lambda: run_task(tasks_of(x=fail), "x", object()), "input: has no JSON form"),
         (lambda: run_task(tasks_of(x=fail), "x", float("nan")), "input: has no JSON form"),
-        (lambda: run_task(tasks_of(x=fail), "x", trace="t"), "trace: is no field of a task; known are task_id"),
+        (lambda: run_task(tasks_of(x=fail), "x", trace="t"), "trace: unknown field of a task; known are task_id"),
         (lambda: run_task(tasks_of(x=fail), "x", trace_id=7), "trace_id must be a string"),
         (lambda: run_task(tasks_of(x=fail), "x", timeout="1"), "timeout: must be a number of seconds"),
         (lambda: run_task(tasks_of(x=fail), "x", timeout=-1), "timeout_ms must be a positive number"),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 from ..errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard
 
-def is_number(value: object) -> bool:
+
+def is_number(value: object) -> TypeGuard[Union[int, float]]:
     """Return True if ``value`` is an int or a float, and neither a bool nor NaN nor infinite."""
     # An int that is too large for a float is finite all the same.
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Return True if ``value`` is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -61,6 +64,6 @@ def check_number(
 
 def _shown(value: object) -> str:
     # Python refuses to write integers of more than 4,300 digits.
-    if is_whole(value) and abs(value) > 2**53:  # type: ignore[arg-type]
+    if is_whole(value) and abs(value) > 2**53:
         return "one beyond 2^53"
     return repr(value)[:100]

@@ -16,7 +16,7 @@ from .logs import get_logger
 from .monitor import Monitor
 from .threads import LONG_WAIT, Deadline, join_all, owned_by
 
-log = get_logger("sekuire.delivery")
+log = get_logger("sekuire.lifecycle")
 
 #: Threads of one Delivery, at most.
 MAX_THREADS = 4

@@ -1,4 +1,4 @@
-"""The signals that end a process: taken over for a while, and put back."""
+"""Handle the signals that end a process for a while, and put the former handlers back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from types import FrameType
 from typing import Any, Callable, List, Optional, Sequence, Tuple, TypeVar
 
-#: Those that this system has.
+#: The signals that end a process and that this system has.
 ENDING: Tuple[int, ...] = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
 )
@@ -16,10 +16,10 @@ _Taken = TypeVar("_Taken", bound="TakenSignals")
 
 
 class TakenSignals:
-    """Inside its ``with`` block, ``note`` is called with the number of each signal, instead of what was set before.
+    """Call ``note`` with the number of each signal inside a ``with`` block, instead of the former handler.
 
-    The main thread alone may enter it, and ``note`` runs there, between any two instructions: it must take no lock and
-    not log. Even an ``Event.set()`` there can deadlock against the same thread inside ``Event.wait()``.
+    Only the main thread may enter it. ``note`` runs there, between any two instructions, so it must not log and must
+    take no lock. Even an ``Event.set()`` there can deadlock against the same thread inside ``Event.wait()``.
     """
 
     def __init__(self, note: Callable[[int], None], numbers: Sequence[int] = ENDING) -> None:
@@ -35,7 +35,7 @@ class TakenSignals:
     def __exit__(self, *exception: object) -> None:
         while self._previous:
             number, handler = self._previous.pop()
-            # None: it was not set from Python, so it cannot be put back; the default is the nearest.
+            # None: it was not set from Python, so it cannot be put back. The default is the nearest.
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _on_signal(self, number: int, frame: Optional[FrameType]) -> None:
@@ -43,14 +43,21 @@ class TakenSignals:
 
 
 class SignalQueue(TakenSignals):
-    """The signals that came, in their order. As :class:`TakenSignals`, but for who reads it: any thread."""
+    """Queue the signals that come inside a ``with`` block, for any thread to read.
+
+    ::
+
+        with SignalQueue() as signals:
+            while signals.get(0.5) is None:
+                check_the_worker()
+    """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[int] = queue.SimpleQueue()
         super().__init__(self._note)
 
     def get(self, timeout: float) -> Optional[int]:
-        """The next one, None after ``timeout`` seconds. Wait in slices: on Windows no signal interrupts a wait."""
+        """Return the next signal, or None after ``timeout`` seconds. On Windows no signal interrupts a wait."""
         try:
             return self._queue.get(timeout=timeout)
         except queue.Empty:

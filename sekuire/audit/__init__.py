@@ -1,4 +1,8 @@
-"""Record audit events and send them to the platform in batches."""
+"""Record audit events and send them to the platform in batches.
+
+``log`` notes what users and the library report, ``buffer`` holds it, ``sender`` sends it on a thread of its own, and
+``handler`` makes events of the records of Python's logging.
+"""
 
 from __future__ import annotations
 

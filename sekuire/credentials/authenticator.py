@@ -31,7 +31,7 @@ RENEWAL_PAUSE = 30.0
 #: Stands for whatever is asked with the runtime token: a 401 and a revocation mean the same to all endpoints.
 _ANY = "heartbeat"
 
-# A token is renewed early (advisory: in the background, the present one is used meanwhile) when less is left of it than
+# A token is renewed early (advisory: in the background, while the present one is used) when less is left of it than
 # the first share of its lifetime, and before use (mandatory: the caller waits) when less is left than the second.
 _EARLY_SHARE, _EARLY_MOST = 0.2, 300.0
 _BEFORE_USE_SHARE, _BEFORE_USE_MOST = 0.1, 60.0

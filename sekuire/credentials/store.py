@@ -1,4 +1,8 @@
-"""The lock-guarded credential store: immutable snapshots, a generation counter, one renewal in flight."""
+"""Store credentials for several threads, objects and processes: numbered snapshots, one renewal at a time."""
+
+# Threads: any thread may call anything. `_lock` guards the snapshot and is never held over I/O. `_write_lock` orders
+# writers (a renewal, a heartbeat's token, the user's update) and guards what only they use. It is held while the file
+# is written, because a rotated refresh token must be on disk before anyone uses it.
 
 from __future__ import annotations
 
@@ -30,9 +34,9 @@ _LOCK_TIMEOUT = 10.0
 _MOST_SEEDS = 8
 #: First and longest delay, in seconds, before a login that replaces a token which was refused at its first use.
 _LOGIN_MIN, _LOGIN_MAX = 0.5, 60.0
-#: Replaced tokens that are remembered, because a platform may take them for a while yet.
+#: Replaced tokens that are remembered, because a platform may accept them for a while yet.
 _MOST_REPLACED = 100
-#: Failures that tell of the ways which the renewing thread had, or of its own stop: another may fare better.
+#: Errors that concern the login methods of the renewing thread, or its own stop. Another thread may succeed.
 _OF_THE_LEADER = (AuthenticationError, PlanLimitError, Interrupted)
 
 
@@ -40,9 +44,9 @@ _OF_THE_LEADER = (AuthenticationError, PlanLimitError, Interrupted)
 class Snapshot:
     """The credentials at one moment.
 
-    ``generation`` rises with every change. ``ends_at`` (monotonic) and ``ends_at_wall`` (``time.time()``) are the
-    runtime token's end where it is known: the earlier of the two counts, because the one stands still during a
-    suspend and the other jumps when the clock is set. ``lifetime`` is what it had when it was obtained, in seconds.
+    ``generation`` rises with every change. ``ends_at`` (monotonic) and ``ends_at_wall`` (``time.time()``) are the end
+    of the runtime token, if it is known. The earlier of the two counts, because the first stands still during a suspend
+    and the second jumps when the clock is set. ``lifetime`` is what the token had when it was obtained, in seconds.
     """
 
     generation: int
@@ -54,7 +58,7 @@ class Snapshot:
     jitter: float = attrs.field(factory=lambda: random.uniform(0.0, 0.2))
 
     def time_left(self) -> Optional[float]:
-        """Seconds the runtime token has left (0 when none), or None where its end is unknown."""
+        """Return the seconds that the runtime token has left, at least 0. Return None if its end is unknown."""
         if self.ends_at is None or self.ends_at_wall is None:
             return None
         return max(0.0, min(self.ends_at - time.monotonic(), self.ends_at_wall - time.time()))
@@ -62,26 +66,56 @@ class Snapshot:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Renewed:
-    """What a renewal brought: a grant and when its request was sent (monotonic and wall clock)."""
+    """The result of a renewal: a grant, and when its request was sent (monotonic and wall clock)."""
 
     grant: Grant
     sent_at: float
     sent_wall: float
 
 
-class RuntimeCredentialsStore:
-    """Runtime credentials shared by all objects it is given to, such as a Beacon and a Worker.
+class _Rejections:
+    """Delay the next login while the platform rejects at once what it has just granted.
 
-    Any thread may call anything. ``_lock`` guards the snapshot and which flight is on (at most one), and is never held
-    over I/O; ``_write_lock`` orders writers (a renewal, a heartbeat's token, the user's :meth:`update`), guards what
-    only they use, and is held while the file is written, because a rotated refresh token must be on disk before anyone
-    uses it.
+    A platform that does so must not be logged in to in a loop. From the second token in a row that was never accepted,
+    the delay doubles. Needs the store's lock.
+    """
+
+    def __init__(self) -> None:
+        #: The newest generation whose runtime token the platform accepted.
+        self.proven = 0
+        self._rejected = 0
+        self._count = 0
+        self._next_login = 0.0
+
+    def note_accepted(self, generation: int) -> None:
+        if generation > self.proven:
+            self.proven = generation
+            self._count = 0
+
+    def note_rejected(self, generation: int) -> float:
+        """Return the seconds until the next login."""
+        now = time.monotonic()
+        if generation > max(self.proven, self._rejected):
+            self._rejected = generation
+            self._count += 1
+            if self._count > 1:
+                self._next_login = now + full_jitter(self._count - 2, _LOGIN_MIN, _LOGIN_MAX)
+        return max(0.0, self._next_login - now)
+
+
+class RuntimeCredentialsStore:
+    """Share runtime credentials between objects such as a Beacon and a Worker, and keep them in a file.
+
+    ::
+
+        store = RuntimeCredentialsStore(path="/var/lib/agent/credentials.json")
+        worker = create_worker(agent_id="agent-1", credentials_store=store)
 
     :param credentials: what to begin with.
-    :param path: a file that makes it last. It must be private to this user (mode 0600; it is made so), in a directory
-        that exists. Processes that share it keep each other in step. What the file holds wins over ``credentials``
-        unless those are new.
-    :raises ConfigurationError: a wrong argument, or a file that is not private or not ours.
+    :param path: a file in which the credentials outlive the process, in a directory that exists. It is created with
+        mode 0600 and must stay private to this user. Processes may share it. What it holds takes precedence over
+        ``credentials``, unless those are new.
+    :raises ConfigurationError: an argument is wrong, or the file is not private or belongs to another user.
     """
 
     def __init__(
@@ -105,11 +139,9 @@ class RuntimeCredentialsStore:
         #: The last workspace that an answer named and that was not adopted.
         self._foreign_workspace: Optional[str] = None
         self._holder: Optional[str] = None
-        #: The newest generation whose runtime token the platform accepted; others only read it.
+        self._rejections = _Rejections()
+        #: The newest generation whose runtime token the platform accepted. Others only read it.
         self.proven = 0
-        self._rejected = 0
-        self._rejections = 0
-        self._next_login = 0.0
         self._file = CredentialsFile(path) if path is not None else None
         self._snapshot = Snapshot(generation=0, credentials=RuntimeCredentials())
         self._replaced: Tuple[Secret, ...] = ()
@@ -124,23 +156,23 @@ class RuntimeCredentialsStore:
 
     @property
     def current(self) -> RuntimeCredentials:
-        """The credentials now; all fields None where there are none."""
+        """The present credentials. All fields are None if there are none."""
         return self._snapshot.credentials
 
     @property
     def generation(self) -> int:
-        """Rises with every change."""
+        """A number that rises with every change."""
         return self._snapshot.generation
 
     def update(self, credentials: RuntimeCredentials) -> None:
-        """Replace the credentials; written to the file, if there is one, before anyone sees them.
+        """Replace the credentials. They are in the file, if there is one, before anyone sees them.
 
         :raises TransportError: another process or thread holds the file for more than 10 s.
         """
         if not isinstance(credentials, RuntimeCredentials):
             raise ConfigurationError(f"must be RuntimeCredentials, got {type(credentials).__name__}", "credentials")
         with self._writing(Deadline(_LOCK_TIMEOUT)):
-            # For the revision: one that another process has passed already would be taken for old.
+            # For the revision: others ignore one that is not higher than what they have read.
             self._catch_up()
             self._store(credentials, _lifetime_of(credentials), time.monotonic(), time.time())
 
@@ -160,7 +192,7 @@ class RuntimeCredentialsStore:
 
     @property
     def secrets(self) -> Tuple[Secret, ...]:
-        """The tokens that must not be seen: those of now, and the newest of those that they replaced.
+        """The tokens that must not be seen: the present ones, and the newest of those that they replaced.
 
         A handler may have read a token just before a heartbeat or another process replaced it.
         """
@@ -168,7 +200,7 @@ class RuntimeCredentialsStore:
             return (*_tokens_of(self._snapshot.credentials), *self._replaced)
 
     def seed(self, credentials: RuntimeCredentials, install_token_hash: Optional[str]) -> None:
-        """Begin with what the user's settings give, unless this store already grew from the same settings.
+        """Start from what the user's settings give, unless this store already grew from the same settings.
 
         Rotation makes a store's content newer than the settings it began with: the same settings at a restart must
         not bring a consumed token back, and new settings must win.
@@ -203,15 +235,15 @@ class RuntimeCredentialsStore:
     def renew(
         self, used: int, action: Callable[[Snapshot], Renewed], deadline: Deadline, who: object = None
     ) -> Snapshot:
-        """The credentials that replace generation ``used``: those that are there already, or those ``action`` gets.
+        """Return the credentials that replace generation ``used``: those that are there now, or those of ``action``.
 
-        One thread runs its ``action``; the others wait for it, each until its own ``deadline``, and share its success.
-        They share its failure too, but for one that says that the leader's ways are closed (or that its owner stops)
-        where the leader was not of the same ``who``: then each ``who`` has a flight of its own, one after the other.
-        With a file, what another process has written meanwhile is taken before ``action`` is tried.
+        One thread runs its ``action``. The others wait for it, each until its own ``deadline``, and share its success.
+        They share its error too, unless it concerns only the login methods of the other thread, or its stop, and their
+        ``who`` differs. Then each ``who`` tries its own ``action``, one after the other. With a file, what another
+        process has written is read before ``action`` is tried.
 
-        :param who: whose ways, and which of them, ``action`` tries; equal where a refusal of one is a refusal of all.
-        :raises SekuireError: what ``action`` raised; each waiter gets a copy of its own.
+        :param who: who tries, and by which login methods. Equal if a refusal of one is a refusal of all.
+        :raises SekuireError: what ``action`` raised. Each thread that waits gets a copy of its own.
         :raises TransportError: ``deadline`` passed first.
         """
         snapshot = self._snapshot
@@ -228,26 +260,13 @@ class RuntimeCredentialsStore:
     def prove(self, generation: int) -> None:
         """Note that the platform accepted the runtime token of ``generation``."""
         with self._lock:
-            if generation > self.proven:
-                self.proven = generation
-                self._rejections = 0
+            self._rejections.note_accepted(generation)
+            self.proven = self._rejections.proven
 
     def reject(self, generation: int) -> float:
-        """Note a 401 to the runtime token of ``generation``. Return the seconds to wait before it is replaced.
-
-        A platform that refuses at once what it has just granted must not be logged in to in a loop: from the second
-        token in a row that was never accepted, the delay doubles.
-        """
+        """Note a 401 to the runtime token of ``generation``. Return the seconds to wait before it is replaced."""
         with self._lock:
-            if generation != self._snapshot.generation:
-                return 0.0
-            now = time.monotonic()
-            if generation > max(self.proven, self._rejected):
-                self._rejected = generation
-                self._rejections += 1
-                if self._rejections > 1:
-                    self._next_login = now + full_jitter(self._rejections - 2, _LOGIN_MIN, _LOGIN_MAX)
-            return max(0.0, self._next_login - now)
+            return self._rejections.note_rejected(generation) if generation == self._snapshot.generation else 0.0
 
     def holder(self, *, before_spending: bool = False) -> str:
         """Return the random value by which the platform tells this store's logins from those of a replica.
@@ -255,7 +274,7 @@ class RuntimeCredentialsStore:
         It is kept beside the file, so that a restart has the same one. Without a file, or with one that cannot be
         written, it belongs to this object. Needs the write lock: only the ``action`` of :meth:`renew` may call it.
 
-        :param before_spending: the login uses up a token, so what it brings must be certain to be kept.
+        :param before_spending: the login uses up a token, so what it brings must be certain to be stored.
         :raises TransportError: the directory of the file cannot be written, and a token would be used up.
         :raises ConfigurationError: what is kept beside the file is not private to this user.
         """
@@ -272,15 +291,15 @@ class RuntimeCredentialsStore:
         if before_spending:
             raise TransportError(
                 f"cannot write beside the credentials file {self._file.path} ({problem}): the install token is not "
-                "used, because the credentials it brings could not be kept; make room, or give a path that can be "
-                "written"
+                "used, because the credentials that it brings could not be stored; free some space, or give a path "
+                "that can be written"
             )
         return self._holder
 
     def offer(self, used: int, renewed: Renewed) -> bool:
-        """Take a runtime token that came unasked with a heartbeat sent with generation ``used``; whether it was taken.
+        """Store a runtime token that came with a heartbeat sent with generation ``used``. Return True if it was stored.
 
-        It is not, where the credentials have changed since: an older token never replaces a newer one.
+        It is not if the credentials have changed since, because an older token never replaces a newer one.
         """
         credentials = renewed.grant.credentials
         with self._writing(Deadline(_LOCK_TIMEOUT)):
@@ -296,14 +315,14 @@ class RuntimeCredentialsStore:
             return True
 
     def adopt_installation(self, installation_id: str) -> None:
-        """Complete credentials that had only a runtime token with the id the platform told."""
+        """Add the installation id that the platform has sent, if the credentials had only a runtime token."""
         with self._writing(Deadline(_LOCK_TIMEOUT)):
             self._catch_up()
             if self.current.installation_id is None:
                 self._complete(self._snapshot, installation_id)
 
     def reload(self) -> bool:
-        """Take from the file what another process has written; whether there was anything new."""
+        """Read from the file what another process has written. Return True if there was anything new."""
         if self._file is None:
             return False
         before = self._snapshot.generation
@@ -379,7 +398,7 @@ class RuntimeCredentialsStore:
             )
 
     def _complete(self, snapshot: Snapshot, installation_id: Optional[str]) -> None:
-        """Write ``snapshot`` anew, with an installation id where it has none. Needs the write lock."""
+        """Write ``snapshot`` again, with an installation id if it has none. Needs the write lock."""
         credentials = snapshot.credentials
         if credentials.installation_id is None and installation_id is not None:
             credentials = attrs.evolve(credentials, installation_id=installation_id)
@@ -407,7 +426,7 @@ class RuntimeCredentialsStore:
             )
 
     def _publish(self, snapshot: Snapshot) -> None:
-        """Show the new credentials to everyone. Needs both locks."""
+        """Make the new credentials the present ones. Needs both locks."""
         kept = _tokens_of(snapshot.credentials)
         replaced = [one for one in _tokens_of(self._snapshot.credentials) if one not in kept]
         if replaced:
@@ -431,7 +450,7 @@ class RuntimeCredentialsStore:
 
 
 class _Writing:
-    """The write lock and, below it, the file's, by one deadline."""
+    """Hold the write lock and, inside it, the file's lock, both by one deadline."""
 
     __slots__ = ("_deadline", "_file", "_file_lock", "_lock")
 
@@ -461,7 +480,7 @@ class _Writing:
 
 
 def fingerprint(text: str) -> str:
-    """A hash by which a secret can be recognised but not recovered."""
+    """Return a hash by which a secret can be recognised but not recovered."""
     return hashlib.sha256(b"sekuire seed\n" + text.encode()).hexdigest()
 
 
@@ -476,7 +495,7 @@ def _seed_of(credentials: RuntimeCredentials, install_token_hash: Optional[str])
 
 
 def _lifetime_of(credentials: RuntimeCredentials) -> Optional[float]:
-    """What is left by our clock; None where it is unknown, or too long to be meant (protocol.md)."""
+    """Return the seconds left by our clock. Return None if they are unknown, or too many to be meant (protocol.md)."""
     if credentials.expires_at is None:
         return None
     seconds = max(0.0, credentials.expires_at.timestamp() - time.time())

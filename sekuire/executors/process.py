@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 
 from .._internal import threads as thread_tools
+from .._internal.checks import check_whole
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError
 
@@ -86,8 +87,8 @@ class ProcessExecutor(Executor):
         max_tasks_per_child: Optional[int] = None,
         kill_after: Optional[float] = 5.0,
     ) -> None:
-        _check_count("max_workers", max_workers)
-        _check_count("max_tasks_per_child", max_tasks_per_child)
+        check_whole("max_workers", max_workers, or_none=True)
+        check_whole("max_tasks_per_child", max_tasks_per_child, or_none=True)
         if initializer is not None and not callable(initializer):
             raise ConfigurationError(f"must be callable, got {type(initializer).__name__}", "initializer")
         if not isinstance(initargs, (tuple, list)):
@@ -107,7 +108,8 @@ class ProcessExecutor(Executor):
         self.max_workers = max_workers or os.cpu_count() or 1
         self.kill_after = kill_after
         self.initializer = initializer
-        self._initargs = tuple(initargs)
+        # What each new process calls before its first call.
+        self._preparation = (initializer, tuple(initargs))
         self._calls_of_one = max_tasks_per_child
         self._condition = threading.Condition()
         self._queue: Deque[_Call] = deque()
@@ -140,7 +142,8 @@ class ProcessExecutor(Executor):
         :param on_message: called with each message in one of the pool's threads.
         """
         thread_tools.check_process(self.pid, "ProcessExecutor")
-        call = _Call(on_message)
+        call = _Call()
+        call.on_message = on_message
         try:
             call.data = pickle.dumps((fn, args, kwargs or {}))
         except Exception as error:  # noqa: BLE001  # Other executors report it by the future, too.
@@ -273,7 +276,7 @@ class ProcessExecutor(Executor):
             return self._queue.popleft() if self._queue else None
 
     def _make(self, name: str) -> _Child:
-        child = _Child(name, self.initializer, self._initargs)
+        child = _Child(name, self._preparation)
         with self._condition:
             self._children.add(child)
             is_late = self._killed
@@ -312,21 +315,21 @@ class ProcessExecutor(Executor):
 class _Call:
     __slots__ = ("data", "future", "on_message")
 
-    def __init__(self, on_message: Optional[Callable[[Any], object]]) -> None:
+    def __init__(self) -> None:
         self.data = b""
-        self.on_message = on_message
+        self.on_message: Optional[Callable[[Any], object]] = None
         self.future: Future[Any] = Future()
 
 
 class _Child:
     """Run calls in one process, through a pipe. Its own thread uses it; any thread may call :meth:`kill`."""
 
-    def __init__(self, name: str, initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
+    def __init__(self, name: str, preparation: Tuple[Any, ...]) -> None:
         self.calls = 0
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         try:
-            self._process = context.Process(target=_main, args=(theirs, initializer, initargs), name=name, daemon=True)
+            self._process = context.Process(target=_main, args=(theirs, *preparation), name=name, daemon=True)
             self._process.start()
         except BaseException:
             self._pipe.close()
@@ -515,8 +518,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-def _check_count(option: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"must be a whole number, 1 or more, or None, got {value!r}", option)

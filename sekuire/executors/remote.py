@@ -27,7 +27,7 @@ import attrs
 from .._internal import threads
 from .._internal.logs import get_logger
 from ..config import WorkerConfig
-from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskError
+from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError, TaskCancelled, TaskError
 from ..handlers.context import TaskContext, TaskControl, control_of
 from ..handlers.invoke import Handler, asked_for, call, structure_of, where, with_structure
 from ..handlers.registry import Carrier
@@ -146,7 +146,7 @@ class _RemoteHandler:
             data = future.result()
         except concurrent.futures.CancelledError:
             if context.is_cancelled():
-                raise _cancelled_before_start(context) from None
+                raise _NotBegun(context.cancel_reason or "cancelled") from None
             problem = "the executor has given the call up"
         except ProcessDied as error:
             problem = str(error)
@@ -161,7 +161,11 @@ class _RemoteHandler:
                     repeat(PolicyViolationError(*facts))
             if kind == "returned":
                 return pickle.loads(value)
-            raise load_error(value)
+            failed = load_error(value)
+            if isinstance(failed, (TaskCancelled, _NotBegun)) and failed.reason == "timeout":
+                # The other process saw the end of the task's time before the worker's timer did.
+                raise TaskError("timeout", "the task's time was over before its handler ended", retryable=True)
+            raise failed
         log.log(
             logging.INFO if is_answered else logging.ERROR,
             "[%s] the handler's process was lost: %s", context.task_id, problem,
@@ -169,11 +173,16 @@ class _RemoteHandler:
         raise TaskError("handler_error", f"the handler's process was lost: {problem}", retryable=True)
 
 
-def _cancelled_before_start(context: TaskContext) -> TaskError:
-    """Return the failure of a task that was cancelled while it waited in the executor."""
-    reason = context.cancel_reason or "cancelled"
-    code = "worker_terminated" if reason == "terminated" else "worker_shutdown"
-    return TaskError(code, f"cancelled before the task began ({reason})", retryable=True)
+class _NotBegun(TaskError):
+    """Fail a task that was cancelled while it waited in the executor."""
+
+    def __init__(self, reason: str) -> None:
+        code = "worker_terminated" if reason == "terminated" else "worker_shutdown"
+        super().__init__(code, f"cancelled before the task began ({reason})", retryable=True)
+        self.reason = reason
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return _NotBegun, (self.reason,)
 
 
 class _Watch:
@@ -357,7 +366,7 @@ def run_remote(data: bytes) -> bytes:
         if not control.flag.begin():
             raise TaskError("handler_error", "the handler's process was lost, and a task is not run twice", True)
         if context.is_cancelled():
-            raise _cancelled_before_start(context)
+            raise _NotBegun(context.cancel_reason or "cancelled")
         function = _loaded.get(code)
         if function is None:
             loaded, annotation = pickle.loads(code)

@@ -12,7 +12,7 @@ import enum
 import json
 import operator
 import typing
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from ..errors import ConfigurationError
 from .fields import bare, origin_of
@@ -44,7 +44,7 @@ _CHECKS: Dict[str, Tuple[Check, str, str]] = {
 #: Attributes of pydantic's ``Field`` that have no effect outside of a model.
 _FIELD_ATTRIBUTES = ("alias", "validation_alias", "default_factory")
 #: Packages whose metadata is a constraint, also where it is not known here.
-_PACKAGES = ("annotated_types", "pydantic", "pydantic_core", "msgspec", "attr")
+_PACKAGES = {"annotated_types", "pydantic", "pydantic_core", "msgspec"}
 #: Metadata of these packages that says nothing about a value, or that every input keeps to.
 _NOTES = ("DocInfo", "Examples", "FailFast", "Strict", "Unit", "WithJsonSchema")
 #: A value of each type that is compared, to try a bound on.
@@ -85,7 +85,7 @@ def constrained(annotation: Any, build: Callable[[Any], Any]) -> Callable[[Any],
 
 def is_field_of_pydantic(value: Any) -> bool:
     """Return True if ``value`` is what pydantic's ``Field(...)`` returns."""
-    return type(value).__name__ == "FieldInfo" and _package_of(value) == "pydantic"
+    return ("pydantic", "FieldInfo") in _classes_of(value)
 
 
 def _flattened(metadata: Sequence[Any]) -> Iterator[Any]:
@@ -108,29 +108,26 @@ def _check_of(one: Any, target: Any) -> Optional[Callable[[Any], str]]:
     """Return what says why a value breaks a constraint. Return None for a note."""
     name = type(one).__name__
     if isinstance(one, type):
-        if one.__module__.partition(".")[0] in _PACKAGES:
+        if one.__module__.partition(".")[0] in {*_PACKAGES, "attr"}:
             raise _refusal(one.__name__, "is a class", f"write {one.__name__}(...)")
         return None
-    package = _package_of(one)
+    classes = _classes_of(one)
+    packages = {package for package, _ in classes}
     found = {key: getattr(one, key, None) for key in _CHECKS}
     bounds = {key: bound for key, bound in found.items() if bound is not None and not callable(bound)}
-    if package == "annotated_types" and name == "Predicate":
+    if ("annotated_types", "Predicate") in classes:
         return _predicate(one.func)
     if name in _NOTES or (name == "Timezone" and one.tz is ...):  # Every datetime has a time zone here.
         return None
     # pydantic and msgspec keep what annotated_types has no class for, such as a pattern, in one object.
     values = getattr(one, "__dict__", None) or {key: getattr(one, key, None) for key in ("pattern", "tz")}
     others = [f"{key}={value!r}" for key, value in values.items() if value and key not in (*_CHECKS, "strict")]
-    if package in _PACKAGES and package != "attr" and (others or not bounds):
-        if name.startswith("_Pydantic"):
-            if not others:
-                return None
-            raise _refusal(", ".join(others), "is not supported outside of a pydantic model")
-        raise _refusal(
-            _shown(one), f"is not supported{' outside of a pydantic model' * package.startswith('pydantic')}"
-        )
-    if package == "attr" and not bounds:
+    if "attr" in packages and not bounds:
         raise _refusal(_shown(one), "has no effect", "write attrs.field(validator=...)")
+    is_of_pydantic = name.startswith("_Pydantic")
+    if packages & _PACKAGES and (others or not (bounds or is_of_pydantic or name == "Meta")):
+        constraint = ", ".join(others) if is_of_pydantic else _shown(one)
+        raise _refusal(constraint, f"is not supported{' outside of a pydantic model' * ('pydantic' in packages)}")
     return _bounded(one, bounds, target) if bounds else None
 
 
@@ -206,7 +203,7 @@ def _refusal(constraint: str, problem: str, instead: str = "") -> ConstraintErro
 
 def _shown(one: Any) -> str:
     text = repr(one)
-    return text if len(text) <= 80 else f"{type(one).__name__}(...)"
+    return text if len(text) <= 80 and " at 0x" not in text else f"{type(one).__name__}(...)"
 
 
 def _text_of(bound: Any) -> str:
@@ -215,5 +212,6 @@ def _text_of(bound: Any) -> str:
     return bound.isoformat() if isinstance(bound, (dt.date, dt.time)) else str(bound)
 
 
-def _package_of(value: Any) -> str:
-    return str(type(value).__module__).partition(".")[0]
+def _classes_of(value: Any) -> Set[Tuple[str, str]]:
+    """Return the top package and the name of each class that ``value`` is an instance of."""
+    return {(cl.__module__.partition(".")[0], cl.__name__) for cl in type(value).__mro__}

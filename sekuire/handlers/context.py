@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextvars
 import datetime as dt
 import logging
-import math
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import traceback
 from types import FrameType
 from typing import Any, Callable, Mapping, Optional
 
+from .._internal.checks import is_number
 from .._internal.logs import make_record
 from ..errors import TaskCancelled
 from ..wire.models import Task
@@ -43,7 +43,7 @@ class TaskControl:
 
     __slots__ = ("_event", "_progress", "_reason", "_watcher", "attempt", "end", "policy", "task")
 
-    def __init__(self, task: Task, end: Optional[float] = None, progress: Optional[ProgressSink] = None) -> None:
+    def __init__(self, task: Task, end: Optional[float] = None, *, progress: Optional[ProgressSink] = None) -> None:
         self.task = task
         self.attempt = task.attempt
         self.end = end
@@ -125,7 +125,7 @@ class TaskContext:
     def __init__(
         self, task: Task, *, deadline: Optional[float] = None, progress: Optional[ProgressSink] = None
     ) -> None:
-        self._control = TaskControl(task, deadline, progress)
+        self._control = TaskControl(task, deadline, progress=progress)
         self._logger: Optional[logging.LoggerAdapter[logging.Logger]] = None
 
     # -- identity --
@@ -239,9 +239,7 @@ class TaskContext:
         :param fraction: 0 to 1.
         :raises ValueError: ``fraction`` is not a number from 0 to 1, or ``message`` is not a str.
         """
-        if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not math.isfinite(fraction):
-            raise ValueError(f"fraction must be a number from 0 to 1, got {fraction!r}")
-        if not 0 <= fraction <= 1:
+        if not is_number(fraction) or not 0 <= fraction <= 1:
             raise ValueError(f"fraction must be a number from 0 to 1, got {fraction!r}")
         if message is not None and not isinstance(message, str):
             raise ValueError(f"message must be a str, got {type(message).__name__}")
@@ -260,15 +258,6 @@ class TaskContext:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.task_id} {self.capability} attempt {self.attempt}>"
-
-    # -- names that sekuire.worker used before TaskControl; they go when it uses control_of() --
-
-    def _cancel(self, reason: str, answered: bool = False) -> bool:
-        return self._control.cancel(reason, answered)
-
-    _attempt = property(lambda self: self._control.attempt, lambda self, to: setattr(self._control, "attempt", to))
-    _deadline = property(lambda self: self._control.end, lambda self, to: setattr(self._control, "end", to))
-    _policy = property(lambda self: self._control.policy, lambda self, to: setattr(self._control, "policy", to))
 
 
 def control_of(context: TaskContext) -> TaskControl:

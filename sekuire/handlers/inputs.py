@@ -217,13 +217,17 @@ def _make_converter() -> Any:
 
 
 def _without_type(converter: Any, make: Callable[[Any, Any], Structure], cl: Any) -> Any:
+    """Return a structure as a hook of cattrs, which is called with a type that the structure does not need."""
     structure = make(converter, cl)
-    return lambda value, cl: structure(value)
+    hook: Any = lambda value, cl: structure(value)  # noqa: E731
+    hook.structure = structure
+    return hook
 
 
 def _hook_of(converter: Any, annotation: Any) -> Structure:
     hook = converter.get_structure_hook(annotation)
-    return lambda value: hook(value, annotation)
+    structure: Optional[Structure] = getattr(hook, "structure", None)
+    return structure or (lambda value: hook(value, annotation))
 
 
 def _unsupported(cl: Any) -> Any:
@@ -462,13 +466,20 @@ def _is_typed_dict(cl: Any) -> bool:
     return isinstance(cl, type) and issubclass(cl, dict) and hasattr(cl, "__required_keys__")
 
 
+def _qualifier_of(hint: Any) -> str:
+    return str(getattr(origin_of(hint), "_name", ""))
+
+
 def _typed_dict(converter: Any, cl: Any) -> Structure:
     cl = origin_of(cl)
     hints, required = hints_of(cl, list(cl.__annotations__)), set(cl.__required_keys__)
     for name, hint in hints.items():
         # Read here: where annotations are strings, Python itself decides for every key by __total__.
-        while getattr(origin_of(hint), "_name", None) in ("Required", "NotRequired", "ReadOnly"):
-            {"Required": required.add, "NotRequired": required.discard}.get(origin_of(hint)._name, len)(name)
+        while _qualifier_of(hint) in ("Required", "NotRequired", "ReadOnly"):
+            if _qualifier_of(hint) == "Required":
+                required.add(name)
+            elif _qualifier_of(hint) == "NotRequired":
+                required.discard(name)
             hint = hints[name] = typing.get_args(hint)[0]
     _check_constraints(converter, cl, hints)
     hooks = {name: _hook_of(converter, hint) for name, hint in hints.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
 
+import attrs
+
+from .._internal.checks import check_number, check_whole
 from ..config import check_capability
 from ..errors import ConfigurationError
 from .invoke import (
@@ -33,6 +35,7 @@ Carrier = Callable[[str, Handler], Handler]
 CATCH_ALL = "*"
 
 
+@attrs.define(eq=False, repr=False)
 class HandlerEntry:
     """Keep one registered handler. The dispatcher assigns ``running`` and ``parked``, under its lock.
 
@@ -40,38 +43,20 @@ class HandlerEntry:
     its input from JSON; it is None for a handler that accepts JSON as it comes.
     """
 
-    __slots__ = (
-        "call",
-        "function",
-        "layers",
-        "max_concurrency",
-        "name",
-        "parked",
-        "running",
-        "structure",
-        "timeout",
-        "where",
-    )
+    name: str
+    function: Handler
+    timeout: Optional[float] = None
+    max_concurrency: Optional[int] = None
+    layers: Tuple[Middleware, ...] = ()
+    structure: Optional[Callable[[Any], Any]] = None
+    where: str = attrs.field(init=False)
+    call: Handler = attrs.field(init=False)
+    running: int = attrs.field(init=False, default=0)
+    parked: Deque[Any] = attrs.field(init=False, factory=deque)
 
-    def __init__(
-        self,
-        name: str,
-        function: Handler,
-        timeout: Optional[float] = None,
-        max_concurrency: Optional[int] = None,
-        layers: Tuple[Middleware, ...] = (),
-        structure: Optional[Callable[[Any], Any]] = None,
-    ) -> None:
-        self.name = name
-        self.function = function
-        self.timeout = timeout
-        self.max_concurrency = max_concurrency
-        self.layers = layers
-        self.structure = structure
-        self.where = where(function)
-        self.call = with_structure(function, structure)
-        self.running = 0
-        self.parked: Deque[Any] = deque()
+    def __attrs_post_init__(self) -> None:
+        self.where = where(self.function)
+        self.call = with_structure(self.function, self.structure)
 
     def has_room(self) -> bool:
         """Return True if one more run may begin."""
@@ -79,9 +64,7 @@ class HandlerEntry:
 
     def within(self, layers: Tuple[Middleware, ...]) -> HandlerEntry:
         """Return the same handler for another registry, with ``layers`` around the layers that it has."""
-        return HandlerEntry(
-            self.name, self.function, self.timeout, self.max_concurrency, layers + self.layers, self.structure
-        )
+        return attrs.evolve(self, layers=layers + self.layers)
 
 
 class TaskRegistry:
@@ -165,7 +148,7 @@ class TaskRegistry:
         _check(option, function, timeout, max_concurrency)
         entry = HandlerEntry(name, function, timeout, max_concurrency, structure=_structure_of(option, function))
         self._check_free(entry, option)
-        self._put(entry)
+        self.put(entry)
 
     def middleware(self, function: _M) -> _M:
         """Put ``function(ctx, input, call_next)`` around every handler of this registry; also ``@tasks.middleware``.
@@ -211,7 +194,7 @@ class TaskRegistry:
         for entry in entries:
             self._check_free(entry, f"{option}(), {entry.name!r}")
         for entry in entries:
-            self._put(entry)
+            self.put(entry)
         registry.close("the registry is included already; {} before include()")
 
     # -- used --
@@ -222,7 +205,7 @@ class TaskRegistry:
         for layer in self.layers:
             copy.middleware(layer)
         for entry in self:
-            copy._put(entry.within(()))
+            copy.put(entry.within(()))
         return copy
 
     def close(self, reason: str) -> None:
@@ -291,7 +274,8 @@ class TaskRegistry:
         if taken is not None:
             raise ConfigurationError(f"is taken by {taken.where}; cannot give it to {entry.where} too", option)
 
-    def _put(self, entry: HandlerEntry) -> None:
+    def put(self, entry: HandlerEntry) -> None:
+        """Add a handler whose name is free."""
         if entry.name == CATCH_ALL:
             self._catch_all = entry
         else:
@@ -319,11 +303,7 @@ def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> No
         raise ConfigurationError(f"the handler must be callable, got {type(function).__name__}", option)
     if not accepts(function, 2):
         raise ConfigurationError(f"{where(function)} must accept two arguments: handler(ctx, input)", option)
-    if timeout is not None and (
-        isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf
-    ):
-        raise ConfigurationError(f"timeout must be a number of seconds above 0, got {timeout!r}", option)
-    if max_concurrency is not None and (
-        isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1
-    ):
-        raise ConfigurationError(f"max_concurrency must be a whole number, 1 or more, got {max_concurrency!r}", option)
+    if timeout is not None:
+        check_number(option, timeout, subject="timeout ")
+    if max_concurrency is not None:
+        check_whole(option, max_concurrency, subject="max_concurrency ")

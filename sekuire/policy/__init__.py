@@ -1,6 +1,15 @@
-"""What the workspace's policy allows: read, verified and enforced.
+"""Read, verify and enforce the workspace's policy.
 
 Importing this package needs no extra. What needs one says so when it is used: ``pip install 'sekuire[policy]'``.
+
+A policy takes this path::
+
+    client      fetches it (source: with which credentials), verifies it and keeps the last good one (cache)
+    document    reads it strictly and checks hash, signature and version
+    loader      asks for it when a heartbeat names another one; in_force puts it in the place of the old one
+    gateway     is asked before each task; it asks the enforcer of the policy in force
+    enforcer    raises, reports and counts (limits); rulebook decides, by the lists that matching compiled
+    decision    is what a rule says, in words
 """
 
 from __future__ import annotations

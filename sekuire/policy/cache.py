@@ -8,6 +8,7 @@ import os
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 from .._internal import filelock, files
+from .._internal.checks import is_whole
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
 from ..errors import ConfigurationError
@@ -130,5 +131,5 @@ def _entry(entry: Any) -> Tuple[int, Optional[bytes]]:
     if not isinstance(entry, dict):
         return -1, None
     version, text = entry.get("version"), entry.get("policy")
-    known = version if isinstance(version, int) and not isinstance(version, bool) and version >= 0 else -1
+    known = version if is_whole(version) and version >= 0 else -1
     return known, text.encode("utf-8", "replace") if isinstance(text, str) else None

@@ -6,8 +6,7 @@ import importlib.util
 import os
 import threading
 import time
-from types import TracebackType
-from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from .._internal import fork
 from .._internal.logs import get_logger
@@ -303,7 +302,7 @@ class PolicyFetcher:
 class PolicyClient(PolicyFetcher):
     """Ask the platform for active policies over connections of its own. ::
 
-        with PolicyClient(api_key="sk-...", trusted_policy_keys=["4b6f..."]) as client:
+        with PolicyClient(os.environ["SEKUIRE_API_URL"], api_key=os.environ["SEKUIRE_API_KEY"]) as client:
             policy = client.fetch_active_policy("ws_1")
             if policy is not None:
                 print(policy.version, policy.origin)
@@ -333,10 +332,5 @@ class PolicyClient(PolicyFetcher):
     def __enter__(self) -> PolicyClient:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()

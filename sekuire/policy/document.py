@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optio
 
 import attrs
 
+from .._internal.checks import is_whole
 from ..errors import ConfigurationError, PolicyIntegrityError
 from ..wire import protocol
 from . import matching
@@ -776,7 +777,7 @@ def _version(value: Any) -> int:
         value = int(value)
     if isinstance(value, float) and value == int(value):
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
+    if not is_whole(value) or not 0 <= value <= MAX_INTEGER:
         raise _Wrong("version", f"must be a whole number, not {_show(value)}", "a whole number", _show(value))
     return value
 

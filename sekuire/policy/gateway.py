@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from types import TracebackType
-from typing import Any, Callable, Mapping, Optional, Type, Union
+from typing import Any, Callable, Mapping, Optional, Union
 
 from .._internal.logs import get_logger
 from ..config import (
@@ -53,8 +52,10 @@ _REQUIRED_AND_UNKNOWN = f"policy_required=True, and {_UNKNOWN}"
 class PolicyGateway:
     """Decide whether each task of a Worker may run, and follow the changes that heartbeats announce. ::
 
+        store = RuntimeCredentialsStore()
+        login = {"agent_id": "my-agent", "install_token": os.environ["SEKUIRE_INSTALL_TOKEN"]}
         with PolicyClient(credentials_store=store) as client, PolicyGateway(client, "ws_1") as gateway:
-            worker = create_worker(agent_id="my-agent", credentials_store=store, policy_gateway=gateway)
+            worker = create_worker(**login, credentials_store=store, policy_gateway=gateway)
             worker.on_task("echo", lambda ctx, input: input)
             worker.start(block=True)
 
@@ -170,10 +171,7 @@ class PolicyGateway:
         :raises PolicyViolationError: a limit is reached; ``retry_after`` says for how long.
         :raises PolicyUnavailableError: no policy could be loaded.
         """
-        try:
-            self._current().enforce_rate_limit("requests")
-        except PolicyViolationError as error:
-            raise _unavailable(error) from None
+        self._enforce(PolicyEnforcer.enforce_rate_limit, "requests")
 
     def check_capability(self, name: str) -> None:
         """Check that tasks of this capability may run.
@@ -181,10 +179,7 @@ class PolicyGateway:
         :raises PolicyViolationError: they may not.
         :raises PolicyUnavailableError: no policy could be loaded.
         """
-        try:
-            self._current().enforce_capability(name)
-        except PolicyViolationError as error:
-            raise _unavailable(error) from None
+        self._enforce(PolicyEnforcer.enforce_capability, name)
 
     def check_tool(self, name: str) -> None:
         """Check that this tool may be used.
@@ -192,8 +187,11 @@ class PolicyGateway:
         :raises PolicyViolationError: it may not.
         :raises PolicyUnavailableError: no policy could be loaded.
         """
+        self._enforce(PolicyEnforcer.enforce_tool, name)
+
+    def _enforce(self, question: Callable[[PolicyEnforcer, str], None], subject: str) -> None:
         try:
-            self._current().enforce_tool(name)
+            question(self._current(), subject)
         except PolicyViolationError as error:
             raise _unavailable(error) from None
 
@@ -274,12 +272,7 @@ class PolicyGateway:
     def __enter__(self) -> PolicyGateway:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[Type[BaseException]],
-        error: Optional[BaseException],
-        traceback: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from typing import Any, Callable, Deque, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
 
 from .._internal import checks, fork
 from .._internal.logs import get_logger
@@ -77,13 +77,10 @@ class RateLimiter:
 
     # Threads: `_lock` guards what is counted or noted in memory, and is never held over I/O.
 
-    def __init__(
-        self, storage_uri: Optional[str] = None, *, namespace: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, storage_uri: Optional[str] = None, *, namespace: str) -> None:
         if not isinstance(namespace, str) or not namespace:
             raise ConfigurationError("must be a non-empty str, such as the workspace's id", "namespace")
         self._namespace = namespace
-        self._clock = clock
         self._lock = threading.Lock()
         self._windows: Dict[Tuple[str, str], _Window] = {}
         #: (kind, window) → unit → when this process last counted in it, in a shared store.
@@ -107,6 +104,10 @@ class RateLimiter:
     def is_shared(self) -> bool:
         """True if other processes can share these counts."""
         return self._store is not None
+
+    def now(self) -> float:
+        """Return the time by which rates in memory are counted, in seconds."""
+        return time.monotonic()
 
     def rename(self, namespace: str) -> None:
         """Count for another namespace from now on."""
@@ -155,7 +156,7 @@ class RateLimiter:
 
     def _hit_memory(self, kind: str, limits: List[Tuple[str, int, int]], amount: int) -> Optional[Excess]:
         with self._lock:
-            now = self._clock()
+            now = self.now()
             windows = []
             for name, seconds, limit in limits:
                 window = self._windows.get((kind, name))
@@ -200,7 +201,7 @@ class RateLimiter:
         # also stays the same for most changes.
         unit = 1 if kind != "tokens" or limit <= MAX_UNITS else 1 << (-(-limit // MAX_UNITS) - 1).bit_length()
         left = limit
-        now = self._clock()
+        now = self.now()
         with self._lock:
             used = self._units.setdefault((kind, window), {})
             used[unit] = now

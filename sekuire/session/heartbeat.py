@@ -1,4 +1,4 @@
-"""The one periodic beat of an installation, and the lease it keeps alive."""
+"""Beat for an installation, and keep its lease alive."""
 
 from __future__ import annotations
 
@@ -22,34 +22,36 @@ from ..wire.verdict import NotThePlatform, Revoked, Settled, verdict
 
 log = get_logger("sekuire.heartbeat")
 
-#: Most seconds one beat may take, whatever the interval, and the fewest that it gets with a very short one.
+#: Most seconds that one beat may take, whatever the interval, and the fewest that it gets with a very short one.
 BEAT_LIMIT, BEAT_LEAST = 5.0, 1.0
 #: Least grace after a lease's end, in seconds.
 MIN_GRACE = 10.0
 
 
 class Participant(Protocol):
-    """Who a heartbeat speaks for and tells: a Beacon, a Worker. All calls but ``on_lease`` come on its thread."""
+    """What a heartbeat reports and informs: a Beacon, a Worker. All calls but ``on_lease`` come on its thread."""
 
     def heartbeat_status(self) -> str:
-        """``healthy``, ``degraded``, ``paused``, ``stopping`` or ``stopped``."""
+        """Return ``healthy``, ``degraded``, ``paused``, ``stopping`` or ``stopped``."""
 
-    def heartbeat_report(self) -> Optional[WorkerReport]: ...
+    def heartbeat_report(self) -> Optional[WorkerReport]:
+        """Return what a worker reports, None for others."""
 
     def heartbeat_interval(self) -> float:
-        """Wanted seconds between beats; the shortest of all participants counts."""
+        """Return the seconds between beats. The fewest of all participants count."""
 
     def on_lease(self) -> None:
-        """The lease has a new end; any thread, and it must not block."""
+        """Note that the lease has a new end. Any thread may call this, and it must not block."""
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
-        """Hear of an answer of the platform; ``sent_at`` is ``time.monotonic()`` of its request."""
+        """Handle an answer of the platform. ``sent_at`` is ``time.monotonic()`` of its request."""
 
-    def on_heartbeat_problem(self, error: SekuireError) -> None: ...
+    def on_heartbeat_problem(self, error: SekuireError) -> None:
+        """Handle a beat that failed."""
 
 
 class Lease:
-    """Until when the platform counts on this installation. Only the platform extends or ends it.
+    """Know until when the platform counts on this installation. Only the platform extends or ends the lease.
 
     All times are of ``clock.elapsed()``, which counts a suspend. ::
 
@@ -57,9 +59,10 @@ class Lease:
         lease.renew(60.0, None, SYSTEM_CLOCK.elapsed(), grace=10.0)
         assert lease.is_held()
 
-    Threads: those that beat, log in or take part write under ``_lock``; any may read. ``limit`` is one float, replaced
-    whole.
     """
+
+    # Threads: those that beat, log in or take part write under `_lock`. Any thread may read: `limit` is one float,
+    # replaced whole.
 
     __slots__ = ("_clock", "_end", "_lock", "expires_at", "limit")
 
@@ -76,7 +79,7 @@ class Lease:
         return self._clock.elapsed() < self.limit
 
     def time_left(self) -> float:
-        """Return the seconds until :attr:`limit`; negative after it, infinite without a lease."""
+        """Return the seconds until :attr:`limit`: negative after it, infinite without a lease."""
         return self.limit - self._clock.elapsed()
 
     def renew(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float, grace: float) -> bool:
@@ -99,20 +102,27 @@ class Lease:
             self.limit = self._end + grace
 
 
-# What an installation with several participants says: the state that most needs to be known. One that stops while
-# others go on does not make the installation stop.
+# An installation with several participants reports the first of these states that one of them has. A participant that
+# stops while others go on does not stop the installation.
 _WORST = ("degraded", "healthy", "paused", "stopping", "stopped")
 
 
 class Heartbeat:
-    """Beats for one installation, whoever takes part in it.
+    """Beat for one installation, and inform all that take part in it.
 
-    ``sekuire-heartbeat`` runs :meth:`beat`; any thread may attach, detach, start, nudge and stop. ``_lock`` guards
-    the list of participants; they are called outside it. One beat is one try within :meth:`beat_limit`; the next try
-    comes at the interval, which counts a suspend, or at once after one that was lost with a kept connection.
+    One beat is one try within :meth:`beat_limit`. The next try comes at the interval, which counts a suspend. After a
+    beat that was lost with a kept connection it comes at once. ::
+
+        heartbeat.attach(worker)
+        heartbeat.start()
+        heartbeat.nudge()
+        heartbeat.stop(Deadline(5.0))
 
     :param clock: measures the lease and the interval.
     """
+
+    # Threads: `sekuire-heartbeat` runs beat(). Any thread may attach, detach, start, nudge and stop. `_lock` guards the
+    # list of participants, which are called without it.
 
     def __init__(
         self,
@@ -143,7 +153,7 @@ class Heartbeat:
         self._started_at = time.monotonic()
         self._warned_no_id = False
         self._is_refused = False
-        #: What another call of this installation was answered; this thread takes it to the participants.
+        #: The revocation that another call of this installation was answered. The next beat informs the participants.
         self._revocation: Optional[RevokedError] = None
         # Fields of answers that were warned of. Two threads that see the same one at once may both warn.
         self._warned: Set[str] = set()
@@ -153,6 +163,7 @@ class Heartbeat:
     # -- who takes part (any thread) --
 
     def attach(self, participant: Participant) -> None:
+        """Add a participant, and beat."""
         with self._lock:
             if participant not in self._participants:
                 self._participants.append(participant)
@@ -161,14 +172,17 @@ class Heartbeat:
         self.nudge()
 
     def detach(self, participant: Participant) -> bool:
-        """Take a participant out; whether none is left."""
+        """Remove a participant. Return True if none is left."""
         with self._lock:
             if participant in self._participants:
                 self._participants.remove(participant)
             return not self._participants
 
     def start(self) -> None:
-        """Begin to beat, now and at every interval. Again after :meth:`stop` is allowed; twice does nothing."""
+        """Begin to beat, now and at every interval. Do nothing if it has begun. It may begin again after :meth:`stop`.
+
+        :raises RuntimeError: no thread can be started.
+        """
         with self._lock:
             if self._thread is None:
                 self._thread = PeriodicThread("sekuire-heartbeat", self, owner=self._owner, clock=self._clock)
@@ -186,23 +200,23 @@ class Heartbeat:
             thread.nudge()
 
     def end(self) -> None:
-        """Have the thread end after the beat in progress, without waiting; the heartbeat's own thread may call this."""
+        """Have the thread end after the beat in progress, without waiting. The thread itself may call this."""
         thread = self._thread
         if thread is not None:
             thread.stop()
 
     def stop(self, deadline: Deadline) -> bool:
-        """End the thread after the beat in progress; whether it ended before ``deadline``."""
+        """End the thread after the beat in progress. Return True if it ended before ``deadline``."""
         with self._lock:
             thread = self._thread
             if thread is not None:
-                # Before it is forgotten: an interrupt in between must not leave it running unknown.
+                # First, so that an interrupt in between does not leave it running without an owner.
                 thread.stop()
             self._thread = None
         return thread is None or thread.join(deadline)
 
     def interval(self) -> float:
-        """Seconds between beats: the shortest that a participant or the platform wants."""
+        """Return the seconds between beats: the fewest that a participant or the platform wants."""
         wanted = [participant.heartbeat_interval() for participant in self._present()]
         if self._platform_interval is not None:
             wanted.append(self._platform_interval)
@@ -230,22 +244,23 @@ class Heartbeat:
         """Warn of each field of an answer that could not be used, once. Any thread."""
         for name in ignored.keys() - self._warned:
             self._warned.add(name)
-            # An order that is not understood is not carried out: somebody must look at it.
+            # An order that is not understood is not carried out. A person must look at it.
             level = logging.WARNING if name == "lease_expires_at" else logging.ERROR
             log.log(level, "the platform sent %s, which is ignored: %s; fix it there", name, ignored[name])
 
     # -- beating --
 
     def beat_now(self, status: str, limit: float) -> bool:
-        """One beat on the calling thread, such as the last one; whether the platform took it within ``limit`` s."""
+        """Beat on the calling thread. Return True if the platform accepted it within ``limit`` seconds."""
         return self._send(status, Deadline(limit)) is not None
 
     def beat(self) -> None:
+        """Beat once, on the heartbeat's thread. Log in first where there is no token."""
         revocation, self._revocation = self._revocation, None
         if revocation is not None:
-            self._take(_revoked(revocation), time.monotonic(), 0.0, self._present())
+            self._apply(_revoked(revocation), time.monotonic(), 0.0, self._present())
             return
-        # Logging in is not a beat: it may take its own time.
+        # A login is not a beat, and may take longer.
         must_log_in = self._auth.store.current.runtime_token is None
         self._send(None, Deadline(RENEWAL_TIMEOUT if must_log_in else self.beat_limit()))
 
@@ -284,9 +299,9 @@ class Heartbeat:
             self._tried = (time.monotonic(), offset)
         if reply is not None:
             self._is_refused = False
-            self._take(reply, sent_at, offset, participants)
+            self._apply(reply, sent_at, offset, participants)
         elif problem is not None:
-            # The stream or the Beacon says that the network is gone. What somebody answered is said here, once.
+            # The stream or the Beacon logs that the network is gone. An answer that is an error is logged here, once.
             is_answered = is_foreign or not isinstance(problem, TransportError)
             level = logging.WARNING if is_answered and not self._is_refused else logging.DEBUG
             self._is_refused = self._is_refused or is_answered
@@ -294,12 +309,12 @@ class Heartbeat:
             for participant in participants:
                 participant.on_heartbeat_problem(problem)
             if isinstance(problem, TransportError) and problem.was_stale:
-                # A failover left the kept connections dead, and this beat was lost on one. The next is on a new one.
+                # A failover left the kept connections dead, and this beat was lost on one. The next uses a new one.
                 self.nudge()
         return reply
 
     def _read(self, answer: Reply) -> HeartbeatReply:
-        """Decode an answer in the platform's form. An empty one is a beat that says nothing."""
+        """Decode an answer in the platform's form. An empty body says nothing."""
         payload = answer.json() if answer.body else None
         reply = protocol.decode_heartbeat(payload, answer.date, answer.now)
         self.note_ignored(reply.ignored)
@@ -322,16 +337,16 @@ class Heartbeat:
             self._policy_hash(),
         )
 
-    def _take(self, reply: HeartbeatReply, sent_at: float, offset: float, participants: List[Participant]) -> None:
+    def _apply(self, reply: HeartbeatReply, sent_at: float, offset: float, participants: List[Participant]) -> None:
         if not reply.revoked:
             self.last_at = protocol.utc_now()
             self.note_interval(reply.heartbeat_interval)
             self._renew_lease(reply.lease_lifetime, reply.lease_expires_at, sent_at + offset)
-            self._tell_gateway(reply)
+            self._inform_gateway(reply)
         for participant in participants:
             participant.on_heartbeat(reply, sent_at)
 
-    def _tell_gateway(self, reply: HeartbeatReply) -> None:
+    def _inform_gateway(self, reply: HeartbeatReply) -> None:
         if self._gateway is None:
             return
         try:
@@ -340,7 +355,7 @@ class Heartbeat:
             log.exception("the policy gateway failed in on_heartbeat_response")
 
     def _policy_hash(self) -> Optional[str]:
-        """The hash of the policy in force, as the gateway says."""
+        """Return the hash of the policy in force, if the gateway has one."""
         if self._gateway is None:
             return None
         try:
@@ -355,12 +370,12 @@ class Heartbeat:
         self._renew_lease(grant.lease_lifetime, grant.lease_expires_at, sent_at + self._clock.offset())
 
     def _note_revocation(self, error: RevokedError) -> None:
-        """Have the participants hear of the kill switch, whatever endpoint answered with it. Any thread."""
+        """Have the next beat inform the participants of a revocation, whatever endpoint sent it. Any thread."""
         self._revocation = error
         self.nudge()
 
     def _renew_lease(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float) -> None:
-        """Apply what an answer says of the lease; ``sent_at`` is of the clock that counts a suspend."""
+        """Apply what an answer says of the lease. ``sent_at`` is of the clock that counts a suspend."""
         if self.lease.renew(lifetime, expires_at, sent_at, self._grace()):
             for participant in self._present():
                 participant.on_lease()
@@ -376,7 +391,7 @@ class Heartbeat:
         if not self._warned_no_id:
             self._warned_no_id = True
             log.warning(
-                "no heartbeats: the runtime token came without an installation_id, and the platform has not told it; "
+                "no heartbeats: the runtime token came without an installation_id, and the platform has not sent one; "
                 "give installation_id (SEKUIRE_INSTALLATION_ID)"
             )
 

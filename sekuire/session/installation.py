@@ -1,4 +1,4 @@
-"""What a Beacon and its Workers share of one installation: HTTP, credentials, heartbeat."""
+"""Share one installation between a Beacon and its Workers: HTTP, credentials, heartbeat."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from .heartbeat import Heartbeat
 
 
 class Installation:
-    """One agent's way to the platform. Made by a Beacon, or by a Worker that runs without one.
+    """Hold what connects one agent to the platform. A Beacon makes one, or a Worker that runs without a Beacon.
 
-    It owns no thread but the heartbeat's. ``stop`` ends every wait of a login; it is set by whoever made this.
+    It owns no thread but the heartbeat's. Its owner sets ``stop``, which ends every wait of a login. ::
 
-    :param pool_size: connections kept open: the threads that call.
+        installation = Installation(config, pool_size=10)
+        installation.heartbeat.start()
+        installation.close()
+
+    :param pool_size: connections kept open, as many as threads that call.
     :param clock: measures the lease.
-    :raises ConfigurationError: a wrong store, or nothing to authenticate with.
+    :raises ConfigurationError: the store is of another type, or there is nothing to authenticate with.
     """
 
     def __init__(
@@ -82,13 +86,13 @@ class Installation:
         self.heartbeat.capabilities = self._names
 
     def scrub(self, text: str) -> str:
-        """``text`` without the tokens that are live now, or were until lately."""
+        """Return ``text`` without the present tokens, and without those that they replaced lately."""
         for token in self._tokens():
             text = text.replace(token, "***")
         return text
 
     def scrub_json(self, data: bytes) -> bytes:
-        """As :meth:`scrub`, for JSON, in which a quote or a backslash of a token is escaped."""
+        """Do the same as :meth:`scrub` for JSON, in which a quote or a backslash of a token is escaped."""
         for token in self._tokens():
             data = data.replace(protocol.encode_json(token)[1:-1], b"***")
         return data
@@ -99,5 +103,6 @@ class Installation:
         return sorted(known, key=len, reverse=True)
 
     def close(self) -> None:
+        """End the waits of a login, and close the connections."""
         self.stop.set()
         self.http.close()

@@ -1,4 +1,4 @@
-"""Where this process runs: docker, kubernetes, a Lambda function or a plain machine (protocol.md, heartbeat)."""
+"""Find out where this process runs: docker, kubernetes, a Lambda function or a plain machine (docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 
 
 def _read(path: str) -> str:
-    """The beginning of a small file; empty where there is none."""
+    """Return the beginning of a small file, or an empty string if there is none."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(65536)
@@ -25,7 +25,7 @@ def detect(
     read: Callable[[str], str] = _read,
     exists: Callable[[str], bool] = os.path.exists,
 ) -> Dict[str, Any]:
-    """The ``platform`` object of a heartbeat: ``type`` and what the contract lists for it, as far as it is known.
+    """Return the ``platform`` object of a heartbeat: ``type``, and what the contract lists for it and is known.
 
     The parameters are the environment and the file system to look at, by default this process's own.
     """
@@ -60,10 +60,10 @@ def detect(
             "os": f"{platform.system()} {platform.release()}".strip(),
             "pid": os.getpid(),
         }
-    # The environment may hold bytes that are no UTF-8, which JSON cannot carry.
+    # The environment may hold bytes that are not UTF-8, which JSON cannot carry.
     return {name: value.encode("utf-8", "replace").decode() for name, value in known.items() if value}
 
 
 def runtime_info() -> Dict[str, Any]:
-    """The ``runtime_info`` of a bootstrap: host name, process id, platform."""
+    """Return the ``runtime_info`` of a bootstrap: host name, process id, platform."""
     return {"hostname": socket.gethostname(), "pid": os.getpid(), "platform": detect()}

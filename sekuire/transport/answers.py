@@ -1,4 +1,4 @@
-"""An answer's bytes below http.client: read past interim answers, within a time limit, with what lies beyond its end.
+"""Read the bytes of an answer below http.client: past interim answers, within a time limit, up to its end.
 
 Every answer of the transport is read this way: the first over a new connection, later ones over a kept connection, and
 the stream. A connection is *in step* if the next bytes on it can only belong to the next answer.
@@ -29,13 +29,13 @@ class ClosedBeforeAnswerError(ConnectionResetError):
 
 
 class Source(io.RawIOBase):
-    """The bytes that a socket receives, beginning with those that were read already. It stands for the socket.
+    """Read the bytes that a socket receives, beginning with those that were read already, in the place of the socket.
 
-    Used by one thread at a time. ``_sock`` is where :func:`~sekuire.transport.body.socket_of` finds the socket.
+    One thread at a time uses it. ``_sock`` is where :func:`~sekuire.transport.body.socket_of` finds the socket.
     ``has_more`` says that bytes had come beyond the end of the answer, ``has_received`` that any byte came at all.
 
-    :param patience: seconds that one read may take, None for any number.
-    :param end: when all must have been read (``time.monotonic()``), None where only ``patience`` counts.
+    :param patience: seconds that one read may take, or None for any number.
+    :param end: when all must have been read (``time.monotonic()``), or None if only ``patience`` counts.
     :param held: a file over the socket, which keeps the socket open while http.client has closed its connection.
     """
 
@@ -68,14 +68,14 @@ class Source(io.RawIOBase):
         return _Buffer(self, READ_SIZE)
 
     def limit_reads_only(self) -> None:
-        """Let the limit count for each read, no longer for all of them together."""
+        """Limit each read from now on, no longer all of them together."""
         if self._end is not None:
             self._end = None
             with contextlib.suppress(OSError):
                 self._sock.settimeout(self._patience)
 
     def note_rest(self, buffer: io.BufferedReader) -> None:
-        """Note whether bytes lie beyond the end of the answer; from now on ``buffer`` gets no more."""
+        """Note whether bytes lie beyond the end of the answer. From now on ``buffer`` gets no more."""
         self._is_ended = True
         self.has_more = bool(self._begun) or bool(buffer.peek(1)) or _has_decrypted(self._sock)
 
@@ -107,7 +107,7 @@ class Source(io.RawIOBase):
 
 
 def _has_decrypted(sock: Any) -> bool:
-    """Return True if TLS holds bytes that no look at the socket shows."""
+    """Return True if TLS holds bytes that have left the socket and were not read yet."""
     pending = getattr(sock, "pending", None)
     with contextlib.suppress(OSError, ValueError):
         return pending is not None and pending() > 0
@@ -115,7 +115,7 @@ def _has_decrypted(sock: Any) -> bool:
 
 
 class _Buffer(io.BufferedReader):
-    """http.client's file over a :class:`Source`; it is closed as soon as the answer has been read."""
+    """The file that http.client reads a :class:`Source` through. It is closed as soon as the answer has been read."""
 
     def close(self) -> None:
         if not self.closed:
@@ -124,7 +124,7 @@ class _Buffer(io.BufferedReader):
 
 
 class FinalResponse(http.client.HTTPResponse):
-    """A response that reads past interim answers, of which http.client knows only 100 (RFC 9110, section 15.2)."""
+    """Read past interim answers, of which http.client knows only 100 (RFC 9110, section 15.2)."""
 
     def __init__(self, source: Source, *args: Any, **options: Any) -> None:
         self.source = source
@@ -132,7 +132,7 @@ class FinalResponse(http.client.HTTPResponse):
 
     @property
     def is_in_step(self) -> bool:
-        """Return True if the answer, which was read whole, leaves its connection ready for the next one."""
+        """Return True if the connection is ready for the next answer, now that this one has been read whole."""
         return self.status >= 200 and not self.source.has_more
 
     def _read_status(self) -> Tuple[str, int, str]:
@@ -153,7 +153,7 @@ class FinalResponse(http.client.HTTPResponse):
 
 
 class ConnectionResponse(FinalResponse):
-    """The response of an http.client connection. Its head must come within the time limit of the socket."""
+    """The response class of an http.client connection. The head must come within the time limit of the socket."""
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(Source.over(sock), *args, **options)

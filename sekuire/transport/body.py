@@ -1,4 +1,4 @@
-"""Reading an answer's bytes as they arrive, undoing its content encoding, within bounds."""
+"""Read the body of an answer as it arrives, undo its content encoding, and keep within bounds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _INFLATE_STEP = 262144
 
 
 class BodyError(Exception):
-    """A body cannot be read; the text says why and quotes nothing of it."""
+    """A body cannot be read. The text says why, and quotes nothing of it."""
 
 
 def arriving(raw: Any) -> Iterator[bytes]:
-    """The decoded bytes of ``raw`` (a urllib3 response), each piece as soon as it has come.
+    """Yield the decoded bytes of ``raw`` (a urllib3 response), each piece as soon as it has come.
 
-    Iterating a response waits until a buffer is full where the answer is not chunked; ``read1`` of the http.client
-    response below it does not. It knows nothing of content encodings, so those are undone here.
+    If an answer is not chunked, an iteration over its response waits until a buffer is full. ``read1`` of the
+    http.client response below it does not. It does not decode content encodings, so this function does.
 
     :raises BodyError: an unknown content encoding, or a body that ended before its Content-Length.
     """
@@ -47,11 +47,11 @@ def arriving(raw: Any) -> Iterator[bytes]:
 
 
 def read_body(raw: Any, limit: int, end: float) -> bytes:
-    """The whole body, at most ``limit`` bytes decoded, by ``end`` (``time.monotonic()``).
+    """Return the whole body, at most ``limit`` bytes decoded, by ``end`` (``time.monotonic()``).
 
     No read waits for longer than what is left, so that a server that sends a byte now and then gets no more time.
 
-    :raises BodyError: as :func:`arriving`, or too large, or too slow.
+    :raises BodyError: as :func:`arriving`, or the body is too large or too slow.
     """
     sock = socket_of(raw)
     patience = (sock.gettimeout() if sock is not None else None) or math.inf
@@ -70,7 +70,7 @@ def read_body(raw: Any, limit: int, end: float) -> bytes:
         if size > limit:
             raise BodyError(f"the answer is larger than {limit} bytes")
         pieces.append(piece)
-    # Not every urllib3 sets it anew before it sends the next request.
+    # Not every urllib3 sets it again before it sends the next request.
     limit_reads(sock, patience)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -84,10 +84,10 @@ def limit_reads(sock: Optional[socket.socket], seconds: float) -> None:
 
 
 def socket_of(raw: Any) -> Optional[Any]:
-    """The socket below a response; http.client keeps it there even when the connection object has let it go."""
+    """Return the socket below a response. http.client keeps it there after the connection object has dropped it."""
     buffered = getattr(getattr(raw, "_fp", None), "fp", None)
     sock = getattr(getattr(buffered, "raw", None), "_sock", None)
-    # Not by its class: TLS within TLS is none of Python's sockets, and gevent puts a class of its own under that name.
+    # Not by its class: TLS within TLS does not use one of Python's, and gevent puts its own class under that name.
     return sock if hasattr(sock, "settimeout") and hasattr(sock, "gettimeout") else None
 
 
@@ -101,14 +101,14 @@ def _inflater(encoding: Optional[str]) -> Optional[_Inflater]:
 
 
 class _Inflater:
-    """gzip and zlib, member after member, in bounded steps."""
+    """Decompress gzip and zlib, member after member, in bounded steps."""
 
     def __init__(self) -> None:
         self._object = self._new()
         self._is_fed = False
 
     def is_whole(self) -> bool:
-        """Whether the data ended with a member's end, or there was none at all."""
+        """Return True if the data ended with the end of a member, or there was none at all."""
         return not self._is_fed or bool(self._object.eof)
 
     @staticmethod
@@ -116,6 +116,10 @@ class _Inflater:
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield what ``data`` decompresses to, in pieces.
+
+        :raises BodyError: it is not compressed data.
+        """
         problem = False
         is_more = bool(data)
         self._is_fed = self._is_fed or is_more
@@ -128,7 +132,7 @@ class _Inflater:
                 problem = True
                 continue
             data = self._object.unused_data if self._object.eof else self._object.unconsumed_tail
-            # A full step may have left output behind even where all input is taken.
+            # A full step may leave output behind even if all input has been read.
             is_more = bool(data) or (len(piece) == _INFLATE_STEP and not self._object.eof)
             if piece:
                 yield piece

@@ -1,8 +1,7 @@
-"""The connections that requests and urllib3 make for this package: which address they try, what they know of idle ones.
+"""Make the connections of requests and urllib3: choose the address, and drop idle connections that may be dead."""
 
-# Threads: any thread uses the adapter and its pools, one at a time uses a connection. ``_worked`` has no lock: each
-# operation on it is one step of a dict.
-"""
+# Threads: any thread uses the adapter and its pools, and one at a time uses a connection. `_worked` has no lock,
+# because each operation on it is one step of a dict.
 
 from __future__ import annotations
 
@@ -50,9 +49,9 @@ def connect(
     """Return a socket that is connected to one of the addresses of ``host``.
 
     The address that worked last comes first. While one does not answer, the next ones are tried beside it, all of them
-    in the first half of ``timeout``: a dead address costs a moment, and a slow one has the whole time.
+    within the first half of ``timeout``. So a dead address costs a moment, and a slow one has the whole time.
 
-    :raises OSError: no address accepts the connection, or none did in time.
+    :raises OSError: no address accepted the connection, or none did in time.
     """
     host = host.strip("[]") if host.startswith("[") else host
     try:
@@ -105,7 +104,7 @@ def _addresses(host: str, port: int) -> List[_Address]:
 def _race(
     addresses: Sequence[_Address], make: Callable[[_Address], socket.socket], timeout: Optional[float]
 ) -> Tuple[socket.socket, _Address]:
-    """Return the first socket that is connected, and its address; the others are closed."""
+    """Return the first socket that is connected, and its address. Close the others."""
     stagger = _STAGGER if timeout is None else min(_STAGGER, timeout / (2 * len(addresses)))
     end = math.inf if timeout is None else time.monotonic() + timeout
     waiting = list(reversed(addresses))
@@ -167,13 +166,14 @@ def _close_in_child(sock: Any) -> None:
 
 
 class Watcher(Protocol):
-    """What learns of each new socket, to end it from another thread."""
+    """What is given each new socket, to end it from another thread."""
 
-    def attach(self, sock: socket.socket) -> None: ...
+    def attach(self, sock: socket.socket) -> None:
+        """Note ``sock``, which has begun to connect. The connecting thread calls this."""
 
 
 class PooledConnection:
-    """What this package adds to a connection of urllib3; goes before its class."""
+    """Add the address choice and the answers of this package to a connection class of urllib3."""
 
     lane: Optional[Lane] = None
     watcher: Optional[Watcher] = None
@@ -243,7 +243,7 @@ class PooledConnection:
 
 
 class _Pool:
-    """What this package adds to a connection pool of urllib3; goes before its class."""
+    """Add to a pool class of urllib3 that it drops idle connections that may be dead."""
 
     lane: Optional[Lane] = None
 
@@ -251,15 +251,15 @@ class _Pool:
         found = cast(Any, super())._get_conn(timeout)
         if self.lane is None or not 0.0 < getattr(found, "answered_at", 0.0) <= self.lane.emptied_at:
             return found
-        # It was idle when another one was found dead.
+        # It was idle when another connection was found dead.
         found.close()
         return cast(Any, self)._new_conn()
 
 
 class Adapter(requests.adapters.HTTPAdapter):
-    """An adapter for one platform, directly or through a proxy, whose connections are :class:`PooledConnection`.
+    """Connect to one platform, directly or through a proxy, by connections of :class:`PooledConnection`.
 
-    :param lane: where idle connections are kept; what it finds dead, the pools of this adapter drop too.
+    :param lane: keeps idle connections. When it finds one dead, the pools of this adapter drop theirs too.
     :param watcher: gets each new socket, from the connecting thread.
     """
 

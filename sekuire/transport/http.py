@@ -1,4 +1,4 @@
-"""One bounded HTTP exchange: a ``requests.Session`` without redirects, netrc, cookies or unbounded waits."""
+"""Make HTTP calls within bounds: by ``requests``, without redirects, netrc, cookies or unbounded waits."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ log = get_logger("sekuire.http")
 #: Most bytes of a decoded answer to a call.
 MAX_ANSWER = 1024 * 1024
 
-#: Gives one header when the request is built, so that no frame outside this module holds the plain text.
+#: Returns one header when the request is built, so that no frame outside this module holds the plain text.
 Credential = Callable[[], Tuple[str, str]]
 Body = Union[bytes, Callable[[], bytes], None]
 
 
 @attrs.frozen(slots=True)
 class Reply:
-    """An answer: ``sent_at`` is ``time.monotonic()`` and ``sent_wall`` ``time.time()`` of the request's start."""
+    """The answer to a call. ``sent_at`` (monotonic) and ``sent_wall`` (``time.time()``) are when the request began."""
 
     status: int
     headers: Mapping[str, str]
@@ -56,11 +56,12 @@ class Reply:
 
     @property
     def now(self) -> datetime:
-        """Our clock when the request was sent."""
+        """The time by our clock when the request was sent."""
         return datetime.fromtimestamp(self.sent_wall, timezone.utc)
 
     @property
     def date(self) -> Optional[str]:
+        """The platform's ``Date`` header."""
         return self.headers.get("Date")
 
     @property
@@ -68,13 +69,13 @@ class Reply:
         return 200 <= self.status < 300
 
     def retry_after(self) -> Optional[float]:
-        """Seconds of ``Retry-After``, or None."""
+        """Return the seconds of ``Retry-After``, or None."""
         return protocol.retry_after(self.headers.get("Retry-After"), datetime.now(timezone.utc), self.date)
 
     def check(self) -> Reply:
-        """This reply, if its status is 2xx.
+        """Return this reply if its status is 2xx.
 
-        :raises APIError: the error the answer means (:func:`sekuire.wire.protocol.decode_error`).
+        :raises APIError: the error that the answer means (:func:`sekuire.wire.protocol.decode_error`).
         """
         if self.is_success:
             return self
@@ -84,16 +85,16 @@ class Reply:
         raise error
 
     def without(self, secret: Secret) -> Reply:
-        """This reply, or where it is an error that echoes ``secret``, one without."""
+        """Return this reply. If it is an error that echoes ``secret``, return a copy without it."""
         if self.is_success:
             return self
         return attrs.evolve(self, body=self.body.replace(secret.reveal().encode(), b"***"))
 
     def may_be_cut(self) -> bool:
-        """Whether the connection may have ended within this answer's headers, or within a body without a length.
+        """Return True if the connection may have ended inside the headers, or inside a body without a length.
 
-        Both look like an answer that was meant so: http.client takes the end of the connection for the end of the
-        headers, and a body without a length ends with the connection.
+        Both look like a whole answer, because http.client reads the end of the connection as the end of the headers,
+        and a body without a length ends with the connection.
         """
         if is_framed(self.headers):
             return False
@@ -104,14 +105,17 @@ class Reply:
         return False
 
     def json(self) -> Any:
-        """:raises sekuire.wire.protocol.Malformed: the body is not JSON."""
+        """Return the decoded body.
+
+        :raises sekuire.wire.protocol.Malformed: it is not JSON.
+        """
         return protocol.decode_body(self.body)
 
 
 class _Session(requests.Session):
-    """A session for which no answer is a redirect.
+    """Follow no redirect.
 
-    Even with ``allow_redirects=False`` requests reads the body of one, whatever its size, to prepare the next request.
+    Even with ``allow_redirects=False`` requests reads the whole body of a redirect to prepare the next request.
     """
 
     def get_redirect_target(self, resp: requests.Response) -> None:
@@ -129,10 +133,10 @@ def _environment_bundle() -> Optional[str]:
 
 
 class Route:
-    """The way to the platform, resolved once: TLS, proxies, base URL. Immutable.
+    """Resolve once how the platform is reached: TLS, proxies, base URL. Immutable.
 
-    With ``trust_env`` off, requests leaves netrc alone, which would replace our header, and the environment's CA
-    bundle, which would override even ``verify=False``; what is wanted of the environment is read here.
+    requests must not read the environment: netrc would replace our header, and a CA bundle would override even
+    ``verify=False``. So ``trust_env`` is off, and this class reads what is wanted of the environment.
 
     :raises ConfigurationError: the environment names a CA bundle that does not exist.
     """
@@ -159,7 +163,7 @@ class Route:
             log.warning("tokens travel to %s unencrypted (allow_insecure_http=True)", self.host)
 
     def session(self, adapter: requests.adapters.HTTPAdapter) -> requests.Session:
-        """A session that takes nothing from the environment and keeps no cookies."""
+        """Return a session that reads nothing from the environment and keeps no cookies."""
         session = _Session()
         session.trust_env = False
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -177,7 +181,7 @@ class Route:
         body: Optional[bytes],
         timeout: urllib3.Timeout,
     ) -> requests.Response:
-        """Send, and return as soon as the answer's headers are there."""
+        """Send a request. Return as soon as the headers of the answer are there."""
         prepared = requests.PreparedRequest()
         prepared.method = method
         prepared.url = self.base + path
@@ -200,10 +204,14 @@ class Route:
 
 
 class HttpClient:
-    """Calls to the platform, from any number of threads at once.
+    """Call the platform, from any number of threads at once.
 
-    The first call over a connection is requests' own; then its connection is kept, and the next ones go over it
-    directly (:mod:`~sekuire.transport.kept`), under the same rules.
+    requests makes the first call over a connection. Then the connection is kept, and the next calls go over it directly
+    (:mod:`~sekuire.transport.kept`), under the same rules. ::
+
+        http = HttpClient(ConnectionConfig(api_base_url="https://api.sekuire.ai"))
+        reply = http.request("GET", "/healthz", timeout=5.0)
+        http.close()
 
     :param pool_size: connections kept open, as many as threads that call.
     """
@@ -235,13 +243,13 @@ class HttpClient:
         idempotency_key: Optional[str] = None,
         timeout: Optional[float] = None,
     ) -> Reply:
-        """One exchange; any status is a reply.
+        """Make one call. Return the answer, whatever its status.
 
-        :param path: appended to the base URL; begins with ``/``.
-        :param body: JSON, or a function that builds it where it holds a token.
-        A request that a kept connection lost, because it was closed or reset before any byte of an answer, is sent
-        once more over a new connection, within the same time.
+        If a kept connection is closed or reset before any byte of an answer, the request is sent once more over a new
+        connection, within the same time.
 
+        :param path: appended to the base URL. It begins with ``/``.
+        :param body: JSON, or a function that builds it if it holds a token.
         :param idempotency_key: by default a POST gets one of its own.
         :param timeout: seconds for the whole exchange (default: connect and read timeout together).
         :raises TransportError: no whole answer came. It is a new error, so that it refers to no request.
@@ -270,7 +278,7 @@ class HttpClient:
         idempotency_key: Optional[str],
         timeout: Optional[float],
     ) -> Union[Reply, TransportError]:
-        # Errors are returned: raised from here, their traceback would keep this frame and with it the token's header.
+        # Errors are returned. A traceback would keep this frame, and with it the header with the token.
         extra: Dict[str, str] = {}
         value = ""
         if credential is not None:
@@ -310,7 +318,7 @@ class HttpClient:
     def _send_over(
         self, kept: Kept, method: str, target: str, extra: Mapping[str, str], data: bytes, end: float
     ) -> Optional[Answer]:
-        """Exchange over a kept connection. Return None where the request is to be sent once more, over a new one."""
+        """Make the call over a kept connection. Return None if it must be made once more, over a new one."""
         lines = "".join([f"\r\n{name}: {value}" for name, value in extra.items()])
         head = f"{method} {target} HTTP/1.1\r\nHost: {kept.host}{self._fixed_head}{lines}\r\n\r\n".encode("ascii")
         is_reusable = False
@@ -331,12 +339,12 @@ class HttpClient:
         return answer
 
     def _send_new(self, method: str, path: str, extra: Mapping[str, str], data: Optional[bytes], end: float) -> Answer:
-        """Exchange by requests, which makes a connection where none is open."""
+        """Make the call by requests, over a new connection."""
         headers = {**self._headers, **extra}
         try:
             return self._send_by_requests(method, path, headers, data, end)
         except Exception as error:
-            # Where a proxy is between, urllib3's pool keeps connections. It has dropped them now: the next is new.
+            # Behind a proxy, urllib3's pool keeps connections. It has dropped them now, so the next one is new.
             was_closed = any(isinstance(one, ClosedBeforeAnswerError) for one in _causes(error))
             if not was_closed or time.monotonic() >= end:
                 raise
@@ -361,12 +369,13 @@ class HttpClient:
 
 
 class _Keys:
-    """Idempotency keys: a random prefix for each process, and a number."""
+    """Make idempotency keys: a random prefix for each process, and a number."""
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
+        """Begin with another prefix, in a forked child too."""
         self._prefix = secrets.token_hex(8)
         self._numbers = itertools.count(1)
 
@@ -384,27 +393,27 @@ def make_idempotency_key() -> str:
 
 
 def _are_plain(headers: Mapping[str, str]) -> bool:
-    """Whether no value of ``headers`` could end its line; one that could is left to requests, which refuses it."""
+    """Return True if no value of ``headers`` could end its line. Others are left to requests, which refuses them."""
     values = "".join(headers.values())
     return values.isascii() and values.isprintable()
 
 
 def is_framed(headers: Mapping[str, str]) -> bool:
-    """Whether an answer's headers tell where its body ends (RFC 9112, section 6.3)."""
+    """Return True if the headers of an answer say where its body ends (RFC 9112, section 6.3)."""
     return "Content-Length" in headers or "Transfer-Encoding" in headers
 
 
 def without(header: str, content: bytes) -> bytes:
-    """Return ``content``, which goes into errors and logs, without the token of ``header``: some servers echo it.
+    """Return ``content``, which goes into errors and logs, without the token of ``header``. Some servers echo it.
 
-    A token of one or two characters is left in: it hides nothing, and its removal could change the form of an answer.
+    A token of one or two characters stays: it hides nothing, and its removal could change the form of an answer.
     """
     token = header.rpartition(" ")[2].encode()
     return content.replace(token, b"***") if len(token) > 2 else content
 
 
 def describe(error: BaseException, host: str) -> TransportError:
-    """A :class:`TransportError` that tells what ``error`` means, holding nothing of its request or its headers."""
+    """Return a :class:`TransportError` that says what ``error`` means. It refers to no request and no header."""
     chain = list(_causes(error))
     kinds = tuple(type(one) for one in chain)
 
@@ -414,7 +423,7 @@ def describe(error: BaseException, host: str) -> TransportError:
     if isinstance(error, BodyError):
         return TransportError(f"{host}: {error}")
     if is_any(ssl.SSLEOFError, ssl.SSLZeroReturnError):
-        # No verdict on a certificate or a version, but a connection that ended, such as that of a restarting platform.
+        # The platform has not refused a certificate or a version. The connection ended, as it does when it restarts.
         return TransportError(f"the TLS connection to {host} broke")
     if is_any(requests.exceptions.SSLError, urllib3.exceptions.SSLError, ssl.SSLError):
         return TransportError(f"TLS with {host} failed: {_tls_problem(chain)}", retryable=False)
@@ -439,12 +448,12 @@ def describe(error: BaseException, host: str) -> TransportError:
 def _close_half_wrapped(error: BaseException) -> None:
     """Close the socket that the ssl module leaves open when the peer resets a connection before it is wrapped.
 
-    The constructor of ``ssl.SSLSocket`` has taken the connection over by then and raises without closing it. Nobody
-    else has that socket but the frames of the error.
+    The constructor of ``ssl.SSLSocket`` owns the connection by then, and raises without closing it. Only the frames of
+    the error refer to that socket.
     """
     for one in _causes(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):
-            # No other frame's variables are looked at: they may be secrets, and the look keeps them.
+            # The variables of other frames are not read: they may be secrets, and reading them would keep them.
             if frame.f_globals is vars(ssl):
                 wrapped = frame.f_locals.get("self")
                 if isinstance(wrapped, ssl.SSLSocket):
@@ -453,10 +462,10 @@ def _close_half_wrapped(error: BaseException) -> None:
 
 def _tls_problem(chain: List[BaseException]) -> str:
     for one in chain:
-        # urllib3 1 looks at the host's name by itself, and has an error class of its own for that.
+        # urllib3 1 checks the host's name itself, and has its own error class for that.
         if isinstance(one, ssl.SSLCertVerificationError) or type(one).__name__ == "CertificateError":
             text = protocol.one_line(getattr(one, "verify_message", "") or str(one))[:200]
-            return f"{text}; where a CA of your own issued its certificate, name that CA's file with verify="
+            return f"{text}; if a CA of your own issued its certificate, name that CA's file with verify="
     reason = next((one for one in chain if isinstance(one, ssl.SSLError)), None)
     text = (reason.reason or str(reason)).replace("_", " ") if reason is not None else ""
     return protocol.one_line(text)[:200] or "the handshake failed"
@@ -472,7 +481,7 @@ _UNSENDABLE = (
 
 
 def _causes(error: BaseException) -> List[BaseException]:
-    """``error`` and all that it was made from: causes, contexts, ``reason`` and arguments."""
+    """Return ``error`` and all that it was made from: causes, contexts, ``reason`` and arguments."""
     seen: List[BaseException] = []
     pending = [error]
     while pending and len(seen) < 20:

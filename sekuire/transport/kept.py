@@ -1,9 +1,9 @@
-"""An exchange over a connection that is open already: what a healthy platform's short answers cost, and no more.
+"""Make calls over connections that are open already, at no more than the cost of short answers.
 
 requests and urllib3 make every connection: they resolve, connect, verify and speak to proxies. What they do for each
 call after that (merging settings, cookies, redirects, a response in three layers) is half of a task's cost, and of no
-use here. So a connection that has served one call is kept by a :class:`Lane`, and later calls go over its socket
-directly. Anything out of the ordinary in an answer is read by ``http.client``, as it would be below urllib3.
+use here. So a :class:`Lane` keeps a connection that has served one call, and later calls go over its socket directly.
+``http.client`` reads whatever is unusual in an answer, as it would below urllib3.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from urllib3.util.wait import wait_for_read
 from .answers import CLOSED, ClosedBeforeAnswerError, FinalResponse, Source
 from .body import read_body
 
-#: Largest body sent together with its head; a larger one is not worth the copy.
+#: Largest body that is sent together with its head. A larger one is not worth the copy.
 _TOGETHER = 65536
 #: Most bytes of an answer taken with the first read. Answers to calls are short.
 _FIRST_READ = 16384
-#: What a request's target may hold; anything else is left to urllib3, which knows how to encode it.
+#: What the target of a request may hold. Anything else is left to urllib3, which encodes it.
 _PLAIN_TARGET = re.compile(r"/(?!/)[A-Za-z0-9/_.~%:@!$&'()*+,;=?-]*")
 _DOTS = re.compile(r"/\.\.?(?:[/?]|\Z)")
 
-# The kernel keeps the time of a blocking read or write by itself, where its `struct timeval` is known to be two longs.
-# A timeout of Python's own costs a poll() before each: two more moments at which a thread loses the interpreter.
+# The kernel limits a blocking read or write by itself, where its `struct timeval` is known to be two longs. A timeout
+# of Python's own costs a poll() before each one: two more moments at which a thread loses the interpreter.
 _KERNEL_TIMES = sys.platform.startswith("linux") and struct.calcsize("l") == 8
-#: What is used of a socket. pyOpenSSL's, which urllib3 can be made to use, has not all of it.
+#: What this module uses of a socket. pyOpenSSL's, which urllib3 can be made to use, lacks some of it.
 _USED = ("recv", "recv_into", "send", "settimeout", "gettimeout", "fileno", "getsockopt")
 _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if _KERNEL_TIMES else 0
 
 
 class Answer(NamedTuple):
-    """A whole answer; the names in ``headers`` are looked up in any case."""
+    """A whole answer. The names in ``headers`` are found in upper and lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 
 class Headers(Dict[str, str]):
-    """An answer's headers by their names in lower case; a look-up takes any case."""
+    """The headers of an answer by their names in lower case. A look-up works in upper and lower case."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())
@@ -63,7 +63,7 @@ class Headers(Dict[str, str]):
 
 
 def is_plain_target(target: str) -> bool:
-    """Whether ``target`` can be sent as it stands: no character that needs encoding, no dot segments."""
+    """Return True if ``target`` can be sent as it is: no character needs encoding, and it has no dot segments."""
     return _PLAIN_TARGET.fullmatch(target) is not None and _DOTS.search(target) is None
 
 
@@ -78,7 +78,7 @@ def _is_systems(sock: Any) -> bool:
 
 
 class Kept:
-    """One open connection. Used by one thread at a time."""
+    """Make calls over one open connection. One thread at a time uses it."""
 
     __slots__ = ("_connection", "_is_plain", "_patience", "_socket", "host")
 
@@ -95,7 +95,7 @@ class Kept:
         self._limit(patience)
 
     def is_alive(self) -> bool:
-        """Whether the other side has neither closed it nor sent what nobody asked for."""
+        """Return True if the other side has neither closed the connection nor sent anything without a request."""
         try:
             if not self._is_plain:
                 return not wait_for_read(self._socket, timeout=0.0)
@@ -112,13 +112,13 @@ class Kept:
     def exchange(
         self, method: str, head: bytes, body: bytes, *, limit: int, patience: float, end: float
     ) -> Tuple[Answer, bool]:
-        """Send a request and read the answer; whether the connection can be used again.
+        """Send a request and read the answer. Return it, and True if the connection can be used again.
 
         :param limit: most bytes of the decoded answer.
         :param patience: seconds that one read or write may take.
         :param end: when all must be done (``time.monotonic()``).
         :raises ClosedBeforeAnswerError: it was closed or reset, and no byte of an answer came.
-        :raises OSError, http.client.HTTPException, BodyError: no whole answer came; the connection is of no more use.
+        :raises OSError, http.client.HTTPException, BodyError: no whole answer came, and the connection is useless.
         """
         self._limit(min(patience, end - time.monotonic()))
         try:
@@ -129,7 +129,7 @@ class Kept:
                     self._send(head, end)
                     self._send(body, end)
             except CLOSED:
-                # It may have answered before it closed: a body that is too large, for one.
+                # The other side may have answered before it closed, for example because the body is too large.
                 pass
             data = self._socket.recv(_FIRST_READ)
         except BlockingIOError:
@@ -156,7 +156,7 @@ class Kept:
             sent += self._socket.send(rest[sent:])
 
     def _read_any(self, method: str, begun: bytes, limit: int, patience: float, end: float) -> Tuple[Answer, bool]:
-        """An answer that came in pieces, or is framed or encoded in another way; ``begun`` is what has come of it."""
+        """Read an answer that came in pieces, or is not framed by one Content-Length. ``begun`` is what has come."""
         self._socket.settimeout(patience)
         response = FinalResponse(Source(self._socket, patience=patience, end=end, begun=begun), method=method)
         response.begin()
@@ -164,12 +164,12 @@ class Kept:
         if self._is_plain:
             self._socket.settimeout(None)
         self._limit(patience, always=True)
-        # As urllib3 does, which joins what comes twice.
+        # As urllib3 does, which joins headers that come twice.
         headers = cast(Mapping[str, str], HTTPHeaderDict(response.headers.items()))
         return Answer(response.status, headers, content), response.is_in_step and not response.will_close
 
     def _limit(self, seconds: float, always: bool = False) -> None:
-        """Let no read or write wait longer than ``seconds``; a call of the system only where that changes."""
+        """Let no read or write wait longer than ``seconds``. Make system calls only if that changes."""
         seconds = max(seconds, 0.001)
         if seconds == self._patience and not always:
             return
@@ -184,7 +184,7 @@ class Kept:
 
 
 def _read_simple(data: bytes) -> Optional[Answer]:
-    """The answer that ``data`` is, exactly and whole, where it is framed by one Content-Length; None otherwise."""
+    """Return the answer if ``data`` is exactly one, framed by one Content-Length. Return None otherwise."""
     end = data.find(b"\r\n\r\n")
     if end < 0 or not data.startswith(b"HTTP/1.1 "):
         return None
@@ -221,13 +221,13 @@ def _read_simple(data: bytes) -> Optional[Answer]:
 
 
 class Lane:
-    """The open connections of one client that no thread uses at the moment; the last one used is the next.
-
-    Any thread may call anything. There is no lock: a deque's ends are safe to use from any thread, and a connection
-    is either in it or in one thread's hands.
+    """Keep the open connections of one client that no thread uses. The last one used is the next.
 
     :param limit: connections kept.
     """
+
+    # Threads: any thread may call anything. There is no lock: the ends of a deque are safe to use from any thread, and
+    # a connection is either in it or used by one thread.
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -237,7 +237,7 @@ class Lane:
         self.emptied_at = 0.0
 
     def take(self) -> Optional[Kept]:
-        """A connection that is open, or None."""
+        """Remove and return a connection that is open, or None."""
         while self._idle:
             try:
                 kept = self._idle.pop()
@@ -249,7 +249,7 @@ class Lane:
         return None
 
     def keep(self, kept: Kept) -> None:
-        """Have a connection used again."""
+        """Keep a connection for the next call. Close it if there are enough, or after :meth:`close`."""
         if len(self._idle) >= self._limit:
             kept.close()
             return
@@ -258,9 +258,9 @@ class Lane:
             self.close()
 
     def adopt(self, raw: Any, patience: float) -> bool:
-        """Keep the connection of a urllib3 response that was read to its end; whether it is fit for that.
+        """Keep the connection of a urllib3 response that was read to its end. Return True if that is possible.
 
-        It is not where the answer closed it, where a proxy is between, and where the socket lacks what is used here.
+        It is not if the answer closed the connection, behind a proxy, or if the socket lacks what is used here.
         """
         connection = getattr(raw, "_connection", None)
         sock = getattr(connection, "sock", None)
@@ -274,15 +274,15 @@ class Lane:
         return True
 
     def empty(self) -> None:
-        """Close what is idle now, because one connection was found dead: the others may have died with it.
+        """Close the idle connections, because one was found dead and the others may be dead too.
 
-        After a failover each of them would be silent until the next call's time limit.
+        After a failover each of them would be silent until the time limit of the next call.
         """
         self.emptied_at = time.monotonic()
         self._close_idle()
 
     def close(self) -> None:
-        """Close what is idle now, and what is given back later."""
+        """Close the idle connections, and those that are given back later."""
         self._closed = True
         self._close_idle()
 

@@ -1,4 +1,4 @@
-"""An answer that is read as it arrives and that another thread can end at once."""
+"""Read an answer as it arrives, and let another thread end it at once."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ _MAX_ERROR = 65536
 
 
 class Waker:
-    """Ends a blocked read, handshake or wait for headers from another thread, within milliseconds.
+    """End a blocked read, handshake or wait for headers from another thread, within milliseconds.
 
-    Closing a response does not wake its reader; shutting the socket down does. A ``dup()`` of the socket, taken when
-    the connection is made, is what any thread may shut down while the reader alone closes the original.
-    ``_lock`` guards the dup and the flag; the shutdown itself does not block.
+    Closing a response does not wake its reader, but a shutdown of the socket does. So this keeps a ``dup()`` of the
+    socket, which any thread may shut down while only the reader closes the original.
     """
+
+    # Threads: the connecting thread attaches, any thread wakes. `_lock` guards the dup and the flag. The shutdown does
+    # not block.
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +38,7 @@ class Waker:
         self._woken = False
 
     def attach(self, sock: socket.socket) -> None:
-        """Called by the connecting thread with each new socket; after :meth:`wake` the socket ends at once."""
+        """Note a new socket. After :meth:`wake` it is ended at once."""
         copy = sock.dup()
         leave_to_parent(copy)
         with self._lock:
@@ -48,7 +50,7 @@ class Waker:
             self.wake()
 
     def wake(self) -> None:
-        """End the connection, now and for every later one."""
+        """End the present connection, and every later one."""
         with self._lock:
             self._woken = True
             dup, self._dup = self._dup, None
@@ -58,7 +60,7 @@ class Waker:
             dup.close()
 
     def detach(self) -> None:
-        """Called by the reader when it is done with the connection."""
+        """Forget the socket. The reader calls this when it has finished with the connection."""
         with self._lock:
             dup, self._dup = self._dup, None
         if dup is not None:
@@ -66,7 +68,7 @@ class Waker:
 
 
 class LiveAnswer:
-    """The headers of an answer and its bytes as they come. Used by the reading thread only."""
+    """Hold the headers of an answer, and read its bytes as they come. Only the reading thread uses it."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class LiveAnswer:
         patience: float,
         credential: Optional[Credential] = None,
     ) -> None:
-        # Not the response itself: it refers to its request and so to the token.
+        # Not the response itself, which refers to its request and so to the token.
         self._raw = response.raw
         self._waker = waker
         self._patience = patience
@@ -87,10 +89,10 @@ class LiveAnswer:
         self.headers: Mapping[str, str] = response.headers
 
     def chunks(self, idle_timeout: float) -> Iterator[bytes]:
-        """Pieces of the body, each as soon as it came.
+        """Yield the pieces of the body, each as soon as it comes.
 
         :param idle_timeout: seconds without a byte after which the connection counts as dead.
-        :raises TransportError: it broke, was silent for too long, or cannot be decoded.
+        :raises TransportError: the connection broke or was silent for too long, or the body cannot be decoded.
         """
         limit_reads(socket_of(self._raw), idle_timeout)
         pieces = arriving(self._raw)
@@ -113,13 +115,13 @@ class LiveAnswer:
 
     @property
     def body(self) -> bytes:
-        """What an answer that is no stream says, at most 64 KiB; empty where it cannot be read, or not in time."""
+        """The body of an answer that is not a stream, at most 64 KiB. Empty if it cannot be read in time."""
         if self._error_body is None:
             self._error_body = self._read_error()
         return self._error_body
 
     def retry_after(self) -> Optional[float]:
-        """Seconds of ``Retry-After``, or None."""
+        """Return the seconds of ``Retry-After``, or None."""
         headers = self.headers
         return protocol.retry_after(headers.get("Retry-After"), protocol.utc_now(), headers.get("Date"))
 
@@ -131,6 +133,7 @@ class LiveAnswer:
         return content if self._credential is None else without(self._credential()[1], content)
 
     def close(self) -> None:
+        """Close the connection."""
         # A frame of an error may hold this object, and what another server says may hold a token.
         self._error_body = b""
         self._raw.close()
@@ -139,7 +142,15 @@ class LiveAnswer:
 
 
 class LiveClient:
-    """Opens one stream after the other over a session of its own. Used by the stream's thread; ``wake`` by any."""
+    """Open one stream after the other, over a session of its own.
+
+    Only the stream's thread uses it, but any thread may call ``wake``. ::
+
+        live = LiveClient(config)
+        answer = live.open("/api/v1/tasks/stream", credential=None, headers={})
+        for piece in answer.chunks(60.0):
+            print(piece)
+    """
 
     def __init__(self, config: ConnectionConfig) -> None:
         self.route = Route(config)
@@ -151,7 +162,7 @@ class LiveClient:
     def open(
         self, path: str, *, credential: Optional[Credential], headers: Mapping[str, Union[str, bytes]]
     ) -> LiveAnswer:
-        """Ask for the stream and wait for the answer's headers.
+        """Request a stream. Return its answer as soon as the headers have come.
 
         :raises TransportError: no answer came.
         """
@@ -161,10 +172,11 @@ class LiveClient:
         raise outcome
 
     def wake(self) -> None:
-        """End what is open and whatever is opened later."""
+        """End the stream that is open, and every later one."""
         self._waker.wake()
 
     def close(self) -> None:
+        """Close the session. The stream's thread calls this last."""
         self._session.close()
         self._waker.detach()
 

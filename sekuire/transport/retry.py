@@ -1,4 +1,4 @@
-"""When to try again: full jitter, ``Retry-After``, tenacity built per call, and a stop that ends every wait."""
+"""Retry calls: with full jitter and ``Retry-After``, until a deadline, with a stop that ends every wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RETRY_MIN = 0.1
 RETRY_MAX = 5.0
 
 
-#: Seconds that a connection must have been open to undo one doubling of the delay before the next; and all of them.
+#: Seconds that a connection must have been open to undo one doubling of the delay, and all of them.
 HEALING = 5.0
 HEALTHY = 60.0
 
@@ -30,14 +30,14 @@ class Interrupted(SekuireError):
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether the same call may succeed later: no answer (but not TLS), 408, 425, 429 and 5xx."""
+    """Return True if the same call may succeed later: after no answer (unless TLS failed), 408, 425, 429 and 5xx."""
     if isinstance(error, TransportError):
         return error.retryable
     return isinstance(error, APIError) and protocol.is_transient(error.status) and not protocol.is_revoked(error)
 
 
 def full_jitter(attempt: int, first: float, longest: float) -> float:
-    """A delay before retry number ``attempt`` (from 0): anything from 0 to the doubled bound, in seconds.
+    """Return the seconds before retry number ``attempt`` (from 0): a random part of a bound that doubles each time.
 
     Clients that lost the same platform at the same moment must not come back at the same moment.
     """
@@ -45,10 +45,14 @@ def full_jitter(attempt: int, first: float, longest: float) -> float:
 
 
 class Backoff:
-    """The delays between reconnects of one stream: doubling, full jitter. Used by one thread.
+    """Compute the delays between reconnects of one stream: they double, with full jitter. One thread uses it.
 
-    A connection that was open for a while makes them shorter again: one that something on the way cuts every half a
-    minute is made anew at once each time, one that breaks as soon as it is open is not.
+    A connection that was open for a while makes them shorter again. So a stream that a proxy cuts every half a minute
+    reconnects at once each time, and one that breaks as soon as it is open does not. ::
+
+        backoff = Backoff(0.5, 60.0)
+        stop.wait(backoff.next(at_least=retry_after))
+        backoff.was_open(12.0)
     """
 
     def __init__(self, first: float, longest: float) -> None:
@@ -57,35 +61,36 @@ class Backoff:
         self._attempt = 0
 
     def next(self, at_least: Optional[float] = None) -> float:
-        """The next delay in seconds; ``at_least`` bounds it from below (``Retry-After``)."""
+        """Return the next delay in seconds, at least ``at_least`` (``Retry-After``)."""
         delay = full_jitter(self._attempt, self.first, max(self.longest, self.first))
         if self.first * 2.0 ** min(self._attempt, 60) < self.longest:
             self._attempt += 1
         return max(delay, at_least or 0.0)
 
     def was_open(self, seconds: float) -> None:
-        """Take into account how long the last connection was open."""
+        """Shorten the delays by how long the last connection was open, in seconds."""
         healed = self._attempt if seconds >= HEALTHY else int(seconds / HEALING)
         self._attempt = max(0, self._attempt - healed)
 
     def reset(self) -> None:
+        """Begin again with the first delay."""
         self._attempt = 0
 
 
 def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadline) -> _T:
-    """``function()``, tried again by tenacity while it fails in a way that may pass, until ``deadline``.
+    """Call ``function``, and retry it while its error is retryable, until ``deadline``. Return what it returns.
 
     :raises Interrupted: ``stop`` was set during a wait.
     :raises SekuireError: what ``function`` raised last.
     """
-    import tenacity  # It imports asyncio, which would be a tenth of this library's import.
+    import tenacity  # It imports asyncio, which would take a tenth of the time of this library's import.
 
     def wait(state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome is not None else None
         delay = full_jitter(state.attempt_number - 1, RETRY_MIN, RETRY_MAX)
         return max(delay, getattr(error, "retry_after", None) or 0.0)
 
-    def is_over(state: tenacity.RetryCallState) -> bool:
+    def must_stop(state: tenacity.RetryCallState) -> bool:
         return stop.is_set() or state.upcoming_sleep >= deadline.remaining()
 
     def sleep(seconds: float) -> None:
@@ -94,6 +99,6 @@ def call(function: Callable[[], _T], *, stop: threading.Event, deadline: Deadlin
 
     # Built per call: a Retrying shared by threads can raise a KeyError of its own (jd/tenacity#701).
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_retryable), wait=wait, stop=is_over, sleep=sleep, reraise=True
+        retry=tenacity.retry_if_exception(is_retryable), wait=wait, stop=must_stop, sleep=sleep, reraise=True
     )
     return retrying(function)

@@ -1,4 +1,4 @@
-"""Bytes to events: the parser of ``text/event-stream``, apart from any connecting.
+"""Parse ``text/event-stream``: bytes to events, apart from any connection.
 
 It follows the WHATWG HTML standard, section 9.2.6 "Interpreting an event stream"
 (https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation). Its cost is linear in
@@ -17,7 +17,8 @@ __all__ = ["DEFAULT_MAX_EVENT_BYTES", "MAX_RETRY_MS", "Event", "EventStream"]
 
 #: Size (bytes) beyond which an event is skipped.
 DEFAULT_MAX_EVENT_BYTES = 16 * 1024 * 1024
-#: What any longer ``retry:`` (milliseconds) is taken for; ``int()`` raises on thousands of digits.
+#: The highest value of ``retry:`` (milliseconds). Longer ones count as this, because ``int()`` raises on thousands of
+#: digits.
 MAX_RETRY_MS = 10**15 - 1
 
 _logger = get_logger("sekuire.stream")
@@ -32,13 +33,19 @@ _FIELDS = {name[0]: name for name in (_DATA, _EVENT, _ID, _RETRY)}
 
 
 class EventStream(SSEClient):
-    """One connection's event stream: sseclient-py's client, with a parser that is true to the standard.
+    """Parse the event stream of one connection: sseclient-py's client, with a parser that follows the standard.
+
+    ::
+
+        for event in EventStream(answer.chunks(60.0)).events():
+            print(event.event, event.data)
+
 
     :param chunks: the stream's bytes, cut anywhere, read lazily. What it raises passes through.
     :param max_event_bytes: size (bytes) beyond which an event is skipped. Every line of its block counts, with one
-        byte for the line's end, but for comments: they are never kept, so an idle stream may send them forever.
-    :param last_event_id: the id of the connection before. The standard's text begins each stream with an empty
-        one; browsers keep the old one until the server sends another, and so does this.
+        byte for the line's end. Comments do not count: they are never kept, so an idle stream may send any number.
+    :param last_event_id: the id of the connection before. By the standard's text each stream begins with an empty
+        one. Browsers keep the old one until the server sends another, and so does this.
     """
 
     def __init__(
@@ -62,10 +69,10 @@ class EventStream(SSEClient):
         self.oversized = 0
 
     def events(self) -> Generator[Event, None, None]:
-        """Yield each event as soon as its blank line has arrived. To be called once.
+        """Yield each event as soon as its blank line has arrived. Call this once.
 
         An event's ``id`` is the last event id at that moment ("" if none) and its ``event`` the type ("message" if
-        none). Its ``retry`` stays None: the standard has it apply to the stream, see :attr:`retry`.
+        none). Its ``retry`` stays None, because by the standard it applies to the stream (:attr:`retry`).
         """
         limit = self._max_event_bytes
         # The block so far. `data` is None while the standard's data buffer is empty: one empty `data` line makes an
@@ -150,7 +157,7 @@ class EventStream(SSEClient):
                     del rest[:pos]
                 else:
                     rest = bytearray(buffer[pos:])
-            # An event can be large and the next one far away: keep nothing of it meanwhile.
+            # An event can be large and the next one far away, so keep nothing of it.
             buffer = b""
 
     def close(self) -> None:
@@ -160,7 +167,7 @@ class EventStream(SSEClient):
             close()
 
     def _read(self) -> Iterator[bytes]:
-        """The chunks as they arrive, without the BOM at the start, and with LF for every CR and CRLF."""
+        """Yield the chunks as they arrive, without the BOM at the start, and with LF for every CR and CRLF."""
         head: Optional[bytes] = b""  # what may be the beginning of a BOM; None once that is settled
         after_cr = False
         for chunk in self._source:
@@ -193,7 +200,7 @@ class EventStream(SSEClient):
         _logger.warning("an event of more than %d bytes was skipped", self._max_event_bytes)
 
     def _may_count(self, buffer: _Bytes, pos: int, length: int) -> bool:
-        """Whether the beginning of a line, inside an event that is skipped, can become an ``id`` or ``retry`` line."""
+        """Return True if the beginning of a line in a skipped event can become an ``id`` or ``retry`` line."""
         if length > self._max_event_bytes:
             return False
         return length < len(_RETRY) or buffer.startswith((_ID, _RETRY), pos)

@@ -1,4 +1,4 @@
-"""The JSON form of results that are no JSON by themselves: classes, dates, UUIDs, enums, decimals, sets."""
+"""Turn results that JSON lacks into JSON: classes, dates, UUIDs, enums, decimals, sets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _TIMES = (dt.date, dt.time)  # A datetime is a date.
 
 
 def to_json(value: Any) -> Any:
-    """``value`` with everything in it that JSON lacks replaced, keys of mappings included.
+    """Return ``value`` with everything replaced that JSON lacks, keys of mappings included.
 
-    An instance of an attrs class or a dataclass becomes an object of its fields, a pydantic model what
-    ``model_dump(mode="json", by_alias=True)`` gives, an enum's member its value; a date or time its ISO 8601 text; a
-    UUID, a ``Decimal`` or a path its text; a set an array without an order.
+    An instance of an attrs class or a dataclass becomes an object of its fields. A pydantic model becomes what
+    ``model_dump(mode="json", by_alias=True)`` returns, and an enum's member its value. A date or time becomes its
+    ISO 8601 text; a UUID, a ``Decimal`` or a path becomes its text. A set becomes an array without an order.
 
-    :raises TypeError: a value that has none of these forms.
+    :raises TypeError: a value has none of these forms.
     """
     if value is None or (isinstance(value, (str, int, float)) and not isinstance(value, enum.Enum)):
         return value

@@ -1,4 +1,4 @@
-"""The values that travel between the rooms: frozen, without behaviour, without I/O."""
+"""Define the values that travel between the packages: frozen, without behaviour, without I/O."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ MAX_ID_BYTES = 256
 
 @attrs.frozen(kw_only=True, slots=True)
 class Task:
-    """One unit of work as the platform sent it (protocol.md, "Tasks"); ``timeout`` in seconds.
+    """Hold one unit of work as the platform sent it (docs/protocol.md, "Tasks"); ``timeout`` in seconds.
 
-    ``size``: characters of the JSON that it came in, 0 where it came otherwise.
+    ``size`` is the number of characters of the JSON that it came in, or 0 if it came otherwise.
     """
 
     task_id: str
@@ -56,7 +56,7 @@ class Task:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Command:
-    """An order of the platform: ``type`` is ``"pause"``, ``"resume"`` or ``"terminate"``; times in seconds."""
+    """Hold an order of the platform: ``type`` is ``"pause"``, ``"resume"`` or ``"terminate"``; times in seconds."""
 
     type: str
     reason: Optional[str] = None
@@ -66,7 +66,7 @@ class Command:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Connected:
-    """The stream's first event; ``heartbeat_interval`` in seconds."""
+    """Hold the stream's first event; ``heartbeat_interval`` in seconds."""
 
     installation_id: Optional[str] = None
     heartbeat_interval: Optional[float] = None
@@ -77,7 +77,7 @@ class Connected:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Failure:
-    """Why a task failed: a code of protocol.md (or the handler's own), a message, and advice to the requester."""
+    """Say why a task failed: a code (docs/protocol.md, or the handler's), a message, and advice to the requester."""
 
     code: str
     message: str = ""
@@ -87,7 +87,7 @@ class Failure:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Completion:
-    """The one result of a task: an ``output``, or a ``failure`` where that is not None."""
+    """Hold the one result of a task: its ``failure`` if that is not None, or else its ``output``."""
 
     task_id: str
     attempt: int
@@ -98,7 +98,7 @@ class Completion:
 
 @attrs.frozen(kw_only=True, slots=True)
 class WorkerReport:
-    """What one worker says of itself in a heartbeat."""
+    """Hold what one worker says of itself in a heartbeat."""
 
     worker_id: str
     status: str
@@ -108,9 +108,9 @@ class WorkerReport:
 
 @attrs.frozen(kw_only=True, slots=True)
 class HeartbeatReply:
-    """The platform's answer to a heartbeat; every field optional, lifetimes and intervals in seconds.
+    """Hold the platform's answer to a heartbeat. Every field is optional; lifetimes and intervals are in seconds.
 
-    A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing of it.
+    A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing about it.
     """
 
     lease_expires_at: Optional[dt.datetime] = None
@@ -140,7 +140,7 @@ def _aware(value: Optional[dt.datetime]) -> Optional[dt.datetime]:
 
 
 def is_id(value: object) -> TypeGuard[str]:
-    """Whether ``value`` can serve as an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``.
+    """Return True if ``value`` can be an id: a str of 1 to 256 bytes, no control characters, not ``.`` or ``..``.
 
     The line and paragraph separators of Unicode count as control characters: they would split a line of a log.
     """
@@ -195,9 +195,9 @@ class RuntimeCredentials:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Grant:
-    """The answer of bootstrap, recover or refresh; lifetimes in seconds, None where unknown.
+    """Hold the answer of bootstrap, recover or refresh; lifetimes in seconds, None if unknown.
 
-    A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing of it.
+    A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing about it.
     """
 
     credentials: RuntimeCredentials
@@ -211,13 +211,14 @@ class Grant:
 
 @attrs.frozen(kw_only=True, slots=True)
 class WorkerStats:
-    """Counts of one worker since its start, and where its lease stands.
+    """Count the tasks of one worker since its start, and say when its lease ends.
 
-    ``received`` counts task events; ``waiting`` (for a thread, the lease, or results to be delivered) and ``running``
-    are now; ``rejected`` counts tasks answered without running (paused, terminated, unknown capability, invalid,
-    denied); ``released`` tasks given back unbegun; ``duplicates`` deliveries of a task already known; ``dropped``
-    events or results that could not be used or were no
-    longer wanted; ``undelivered`` results still to be accepted; ``overdue`` handlers past their end that still run.
+    ``received`` counts task events. ``waiting`` counts tasks that wait now for a thread, the lease, or results to be
+    delivered, and ``running`` those that run now. ``rejected`` counts tasks answered without running (paused,
+    terminated, unknown capability, invalid, denied), and ``released`` tasks given back before they began.
+    ``duplicates`` counts deliveries of a task already known, and ``dropped`` events or results that could not be used
+    or were not wanted any more. ``undelivered`` counts results that the platform has not accepted yet. ``overdue``
+    counts handlers that still run after their task has ended.
     """
 
     received: int = 0
@@ -238,10 +239,10 @@ class WorkerStats:
 
 @attrs.frozen(kw_only=True, slots=True)
 class BeaconStatus:
-    """Where a Beacon stands.
+    """Hold the state of a Beacon.
 
-    ``state`` is ``"new"``, ``"connecting"``, ``"connected"``, ``"degraded"`` (the platform cannot be reached or
-    refuses; the agent runs on), ``"revoked"`` or ``"stopped"``; ``error`` the text of the last problem, or None.
+    ``state`` is ``"new"``, ``"connecting"``, ``"connected"``, ``"degraded"`` (the platform is unreachable or refuses;
+    the agent runs on), ``"revoked"`` or ``"stopped"``. ``error`` is the text of the last problem, or None.
     """
 
     state: str = "new"

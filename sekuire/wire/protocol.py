@@ -1,7 +1,7 @@
-"""The wire contract: paths, event names, bodies and answers. Pure; no I/O.
+"""Define the wire contract: paths, event names, bodies and answers. Pure; no I/O.
 
-docs/protocol.md tells which items the Sekuire documentation states and which are this project's decision; all of
-the latter are in this module, so that one file changes when the platform's answer becomes known.
+docs/protocol.md says which items the Sekuire documentation states and which are this project's decision. All of the
+latter are in this module, so that one file changes when the platform's answer becomes known.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
-import math
 import re
 import string
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 from urllib.parse import quote
 
+from .._internal.checks import is_number
 from ..errors import APIError, ConfigurationError, PlanLimitError, RevokedError
 from ..secret import Secret
 from ..version import __version__
@@ -54,9 +54,9 @@ COMMANDS = ("pause", "resume", "terminate")
 
 CODE_REVOKED = "INSTALLATION_REVOKED"
 
-#: The rule that denies where no policy could be loaded.
+#: The rule that denies while no policy could be loaded.
 RULE_UNAVAILABLE = "policy.unavailable"
-#: What an audit event may be about, and how grave it may be.
+#: The types and the severities of audit events.
 EVENT_TYPES = (
     "tool_execution",
     "model_call",
@@ -68,7 +68,7 @@ EVENT_TYPES = (
 )
 SEVERITIES = ("debug", "info", "warn", "error")
 
-#: Failure codes of the library's own, each with the ``retryable`` it is sent with.
+#: The library's own failure codes, each with the ``retryable`` that is sent with it.
 RETRYABLE = {
     "handler_error": False,
     "unknown_capability": False,
@@ -86,9 +86,9 @@ RETRYABLE = {
     "result_rejected": False,
 }
 
-#: Longest lifetime (seconds) a token can have; beyond it the value is taken for unknown.
+#: Longest lifetime (seconds) of a token. A longer one counts as unknown.
 MAX_TOKEN_LIFETIME = 400 * 24 * 3600.0
-#: Longest duration (seconds) of a wire field in milliseconds; beyond it the value is taken for absent.
+#: Longest duration (seconds) of a wire field in milliseconds. A longer one counts as absent.
 MAX_DURATION = 30 * 24 * 3600.0
 #: Shortest and longest interval of heartbeats (seconds) that a platform can set.
 MIN_INTERVAL, MAX_INTERVAL = 0.5, 24 * 3600.0
@@ -96,16 +96,16 @@ MIN_INTERVAL, MAX_INTERVAL = 0.5, 24 * 3600.0
 MAX_RETRY_AFTER = 300.0
 #: Longest ``Last-Event-ID`` sent back, in bytes; servers refuse larger header lines.
 MAX_EVENT_ID_BYTES = 4096
-#: How much of an error body that is not JSON is kept, in characters.
+#: How many characters of an error body that is not JSON are kept.
 MAX_ERROR_TEXT = 500
 
 
 class Malformed(ValueError):
-    """An answer or event is not what the contract says; the text names the field and never quotes a token."""
+    """Raised for an answer or event that breaks the contract. The text names the field and never quotes a token."""
 
 
 class MalformedTask(Malformed):
-    """A task that cannot run; where ``task_id`` is not None it can still be answered ``invalid_task``."""
+    """Raised for a task that cannot run. If ``task_id`` is not None it can be answered ``invalid_task``."""
 
     def __init__(self, reason: str, task_id: Optional[str] = None, attempt: int = 1) -> None:
         super().__init__(reason)
@@ -141,10 +141,10 @@ _PATH_PATTERN = re.compile(r"/(?!/)[\x21-\x7e]*\Z")
 
 
 class Endpoints:
-    """The contract's paths, with a user's overrides.
+    """Hold the contract's paths, with a user's overrides.
 
-    :param overrides: endpoint name → path appended to ``api_base_url``; it begins with one ``/`` and keeps the
-        placeholders of the path it replaces, for example ``{"refresh": "/v2/{installation_id}/renew"}``.
+    :param overrides: endpoint name → path appended to ``api_base_url``. It begins with one ``/`` and has the
+        placeholders of the path that it replaces, for example ``{"refresh": "/v2/{installation_id}/renew"}``.
     :raises ConfigurationError: an unknown name, a path with a host, a query or ``..``, or a wrong placeholder.
     """
 
@@ -159,7 +159,7 @@ class Endpoints:
             self._paths[name] = path
 
     def path(self, name: str, **ids: str) -> str:
-        """The path of endpoint ``name`` with ``ids`` percent-encoded into it.
+        """Return the path of endpoint ``name`` with ``ids`` percent-encoded into it.
 
         :raises Malformed: an id that cannot stand in a path.
         """
@@ -200,9 +200,9 @@ def _placeholders(template: str, option: str) -> List[str]:
 
 
 def encode_id(value: str) -> str:
-    """``value`` percent-encoded for a path segment or a header.
+    """Return ``value`` percent-encoded for a path segment or a header.
 
-    :raises Malformed: it is no id.
+    :raises Malformed: it is not an id.
     """
     if not is_id(value):
         raise Malformed("an id is empty, too long, '.' or '..', or holds control characters")
@@ -212,7 +212,7 @@ def encode_id(value: str) -> str:
 def stream_query(
     agent_id: str, installation_id: Optional[str], worker_id: str, max_in_flight: int, capabilities: Sequence[str]
 ) -> str:
-    """The query string of the task stream; ``capabilities`` empty means any (a catch-all handler)."""
+    """Return the query string of the task stream. No ``capabilities`` means any (a catch-all handler)."""
     pairs = [("agent_id", agent_id)]
     if installation_id:
         pairs.append(("installation_id", installation_id))
@@ -227,33 +227,33 @@ def stream_query(
 
 
 def bearer(token: Secret) -> Tuple[str, str]:
-    """The header of a runtime token. The result is plain text: build it only where the request is sent."""
+    """Return the header of a runtime token. It is plain text: build it only where the request is sent."""
     return "Authorization", f"Bearer {token.reveal()}"
 
 
 def api_key_header(key: Secret) -> Tuple[str, str]:
-    """The header of an API key. The result is plain text: build it only where the request is sent."""
+    """Return the header of an API key. It is plain text: build it only where the request is sent."""
     return "X-API-Key", key.reveal()
 
 
 def idempotency_key(endpoint: str, credential: Secret, agent_id: str, holder: str) -> str:
     """Return the ``Idempotency-Key`` of bootstrap, recover and refresh.
 
-    :param holder: the random value of whoever logs in: its retries have one key, two replicas have two.
+    :param holder: the random value of whoever logs in. Its retries have one key; two replicas have two.
     """
     return hashlib.sha256("\n".join((endpoint, credential.reveal(), agent_id, holder)).encode()).hexdigest()
 
 
 def completion_key(task_id: str, attempt: int, substituted: bool = False) -> str:
-    """The ``Idempotency-Key`` of a completion: ``{task_id}:{attempt}``, ``:2`` for a substituted one."""
+    """Return the ``Idempotency-Key`` of a completion: ``{task_id}:{attempt}``, with ``:2`` for a substituted one."""
     return f"{encode_id(task_id)}:{attempt}" + (":2" if substituted else "")
 
 
 def event_id_header(event_id: str) -> Optional[bytes]:
-    """The value of ``Last-Event-ID``, or None where there is none to send.
+    """Return the value of ``Last-Event-ID``, or None if there is none to send.
 
-    As bytes: http.client would encode a str as Latin-1, and the standard says UTF-8. An id that is too long, or holds
-    control characters, is left out: servers and proxies answer 400 to such a header, and the stream would stay shut.
+    It is bytes, because http.client would encode a str as Latin-1, and the standard says UTF-8. An id that is too long
+    or holds control characters is left out: servers answer 400 to such a header, and the stream would never open.
     """
     value = event_id.encode()
     if not value or len(value) > MAX_EVENT_ID_BYTES or any(byte < 32 or byte == 127 for byte in value):
@@ -288,12 +288,12 @@ _RFC3339 = re.compile(
 
 
 def utc_now() -> dt.datetime:
-    """Our clock, as an aware UTC datetime."""
+    """Return the time of our clock, as an aware UTC datetime."""
     return dt.datetime.now(dt.timezone.utc)
 
 
 def parse_time(value: object) -> Optional[dt.datetime]:
-    """An RFC 3339 instant as an aware UTC datetime; None where it is no such thing."""
+    """Return an RFC 3339 instant as an aware UTC datetime, or None if ``value`` is not one."""
     match = _RFC3339.match(value) if isinstance(value, str) else None
     if match is None:
         return None
@@ -306,12 +306,12 @@ def parse_time(value: object) -> Optional[dt.datetime]:
 
 
 def format_time(instant: dt.datetime) -> str:
-    """An aware datetime as RFC 3339 in UTC, with microseconds."""
+    """Return an aware datetime as RFC 3339 in UTC, with microseconds."""
     return instant.astimezone(dt.timezone.utc).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def parse_http_date(value: Optional[str]) -> Optional[dt.datetime]:
-    """A ``Date`` header as an aware UTC datetime; None where it is absent or unreadable."""
+    """Return a ``Date`` header as an aware UTC datetime, or None if it is absent or unreadable."""
     if not value:
         return None
     try:
@@ -326,7 +326,7 @@ def parse_http_date(value: Optional[str]) -> Optional[dt.datetime]:
 def token_lifetime(end: Optional[dt.datetime], date: Optional[str], now: dt.datetime) -> Optional[float]:
     """Return the seconds from an answer to the end of a token, counted by the answer's ``Date``, else by our clock.
 
-    None means unknown: no end is given, it has passed, or it is more than 400 days away. Then a 401 says it.
+    None means unknown: no end is given, it has passed, or it is more than 400 days away. Then only a 401 shows the end.
     """
     if end is None:
         return None
@@ -342,7 +342,7 @@ def lease_lifetime(
     0 seconds mean that the platform has ended the lease. Only the answer's ``Date`` can show that: without one an end
     that has passed may be the fault of our clock.
 
-    :param ignored: gets the reason where a value is not used.
+    :param ignored: gets the reason if a value is not used.
     """
     if value is None:
         return None, None
@@ -382,9 +382,9 @@ _PACK: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def decode_json(text: str) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text.
 
-    :raises Malformed: it is no JSON, holds NaN or Infinity, or is nested too deep.
+    :raises Malformed: it is not JSON, holds NaN or Infinity, or is nested too deep.
     """
     problem = "is not valid JSON"
     try:
@@ -402,7 +402,7 @@ def decode_json(text: str) -> Any:
 
 
 def encode_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON.
+    """Return ``value`` as compact UTF-8 JSON.
 
     :raises ValueError, TypeError, RecursionError, OverflowError: the value has no JSON form (NaN and lone surrogates
         included).
@@ -411,9 +411,9 @@ def encode_json(value: Any) -> bytes:
 
 
 def pack(value: Any) -> Optional[bytes]:
-    """A value that came from JSON as JSON again, from which :func:`unpack` makes the same; None where it is too deep.
+    """Return a value that came from JSON as JSON again, for :func:`unpack`, or None if it is nested too deep.
 
-    Unlike :func:`encode_json` it takes all that a decoder gives: lone surrogates, and infinity for ``1e999``.
+    Unlike :func:`encode_json` it accepts all that a decoder returns: lone surrogates, and infinity for ``1e999``.
     """
     try:
         return _PACK(value).encode("ascii")
@@ -422,12 +422,12 @@ def pack(value: Any) -> Optional[bytes]:
 
 
 def unpack(packed: bytes) -> Any:
-    """The value of :func:`pack`."""
+    """Return the value that :func:`pack` was given."""
     return json.loads(packed)
 
 
 def decode_body(body: bytes) -> Any:
-    """The JSON value of an answer's body.
+    """Return the JSON value of an answer's body.
 
     :raises Malformed: as :func:`decode_json`, or the body is not UTF-8.
     """
@@ -444,6 +444,7 @@ def decode_body(body: bytes) -> Any:
 def bootstrap_body(
     install_token: Secret, agent_id: str, capabilities: Sequence[str], runtime_info: Mapping[str, Any]
 ) -> bytes:
+    """Return the body of a bootstrap."""
     return encode_json(
         {
             "install_token": install_token.reveal(),
@@ -455,12 +456,14 @@ def bootstrap_body(
 
 
 def recover_body(agent_id: str, workspace_id: Optional[str], runtime_info: Mapping[str, Any]) -> bytes:
+    """Return the body of a recovery."""
     return encode_json(
         {"agent_id": agent_id, "workspace_id": workspace_id, "runtime_info": dict(runtime_info, sdk=SDK_INFO)}
     )
 
 
 def refresh_body(refresh_token: Secret) -> bytes:
+    """Return the body of a refresh."""
     return encode_json({"refresh_token": refresh_token.reveal()})
 
 
@@ -472,6 +475,7 @@ def heartbeat_body(
     workers: Sequence[WorkerReport],
     policy_hash: Optional[str] = None,
 ) -> bytes:
+    """Return the body of a heartbeat."""
     body: Dict[str, Any] = {
         "status": status,
         "uptime_seconds": int(uptime_seconds),
@@ -494,9 +498,9 @@ def heartbeat_body(
 
 
 def completion_head(completion: Completion) -> bytes:
-    """All of a completion's body but its end, which :func:`completion_tail` gives.
+    """Return all of a completion's body except its end, which :func:`completion_tail` returns.
 
-    The end tells the attempt, which may rise while the result waits to be delivered; the head never changes.
+    The end holds the attempt, which may rise while the result waits to be delivered. The head never changes.
 
     :raises ValueError, TypeError, RecursionError, OverflowError: the output or the details have no JSON form.
     """
@@ -519,7 +523,7 @@ def completion_head(completion: Completion) -> bytes:
     try:
         return encode_json(body)[:-1]
     except TypeError:
-        # It holds what JSON lacks: a class, a date. What is JSON already is never searched for such.
+        # It holds what JSON lacks, such as a class or a date. What is JSON already is never searched for those.
         pass
     from .jsonform import to_json
 
@@ -527,12 +531,12 @@ def completion_head(completion: Completion) -> bytes:
 
 
 def completion_tail(attempt: int, worker_id: str) -> bytes:
-    """The end of a completion's body; head and tail together are the JSON object."""
+    """Return the end of a completion's body. Head and tail together are the JSON object."""
     return f',"attempt":{attempt},"worker_id":"{worker_id}"}}'.encode()
 
 
 def is_retryable_failure(head: bytes) -> bool:
-    """Whether a completion's head (:func:`completion_head`) tells a failure that the platform may try again."""
+    """Return True if a completion's head (:func:`completion_head`) is a failure that the platform may retry."""
     try:
         error = decode_body(head + b"}").get("error")
     except (Malformed, AttributeError):
@@ -547,10 +551,12 @@ def execution_time_of(head: bytes) -> int:
 
 
 def release_body(attempt: int, worker_id: str) -> bytes:
+    """Return the body that gives a task back."""
     return encode_json({"attempt": attempt, "worker_id": worker_id})
 
 
 def progress_body(fraction: float, message: Optional[str]) -> bytes:
+    """Return the body of a progress report."""
     body: Dict[str, Any] = {"progress": fraction}
     if message is not None:
         body["message"] = message
@@ -558,14 +564,14 @@ def progress_body(fraction: float, message: Optional[str]) -> bytes:
 
 
 def submit_body(capability: str, input: Any, agent_id: str, fields: Mapping[str, Any]) -> bytes:
-    """The body that submits a task, with an API key; ``fields`` as protocol.md lists them."""
+    """Return the body that submits a task with an API key; ``fields`` as docs/protocol.md lists them."""
     return encode_json({"agent_id": agent_id, "capability": capability, "input": input, **fields})
 
 
 def audit_head(
     agent_id: str, session_id: str, environment: str, workspace_id: Optional[str], agent_name: Optional[str]
 ) -> bytes:
-    """What the events of a batch have in common: a JSON object without its end, which :func:`audit_event` adds."""
+    """Return what the events of a batch share: a JSON object without its end, which :func:`audit_event` adds."""
     head = {"sekuire_id": agent_id, "session_id": session_id, "environment": environment}
     if workspace_id is not None:
         head["workspace_id"] = workspace_id
@@ -575,14 +581,14 @@ def audit_head(
 
 
 def audit_event(head: bytes, event_type: str, severity: str, instant: dt.datetime, data: bytes) -> bytes:
-    """One audit event; ``data`` is the JSON object of its ``event_data``."""
+    """Return one audit event; ``data`` is the JSON object of its ``event_data``."""
     # Of EVENT_TYPES, SEVERITIES and digits: nothing to escape.
     fields = f',"event_type":"{event_type}","severity":"{severity}","event_timestamp":"{format_time(instant)}"'
     return b"".join((head, fields.encode(), b',"event_data":', data, b"}"))
 
 
 def audit_body(events: Sequence[bytes]) -> bytes:
-    """The body of a batch of :func:`audit_event`."""
+    """Return the body of a batch of :func:`audit_event`."""
     return b'{"events":[' + b",".join(events) + b"]}"
 
 
@@ -590,7 +596,7 @@ def audit_body(events: Sequence[bytes]) -> bytes:
 
 
 def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] = None) -> APIError:
-    """The error that an answer with a status other than 2xx means; 402 is a :class:`PlanLimitError`."""
+    """Return the error for an answer with a status other than 2xx; 402 is a :class:`PlanLimitError`."""
     code: Optional[str] = None
     message = ""
     details: Optional[Mapping[str, Any]] = None
@@ -620,32 +626,32 @@ def page_text(body: bytes) -> str:
 
 
 def one_line(text: str) -> str:
-    """``text`` fit for one log line: control characters, which could forge a line, become spaces."""
+    """Return ``text`` for one log line: control characters, which could forge a line, become spaces."""
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def is_revoked(error: APIError) -> bool:
-    """Whether this error is the kill switch (the code is read before the status)."""
+    """Return True if this error is the kill switch. The code decides, not the status."""
     return error.code == CODE_REVOKED
 
 
 def revocation(error: APIError) -> RevokedError:
-    """What an error that is the kill switch (:func:`is_revoked`) says: why, and how long running work may go on."""
+    """Return what the kill switch (:func:`is_revoked`) says: why, and how long running work may go on."""
     timeout = (error.details or {}).get("shutdown_timeout_ms")
     return RevokedError(error.message or None, milliseconds(timeout))
 
 
 def is_transient(status: int) -> bool:
-    """Whether the same request may succeed later: 408, 425, 429 and 5xx."""
+    """Return True if the same request may succeed later: 408, 425, 429 and 5xx."""
     return status in (408, 425, 429) or 500 <= status <= 599
 
 
 def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: Optional[RuntimeCredentials]) -> Grant:
-    """The answer of bootstrap, recover or refresh.
+    """Read the answer of bootstrap, recover or refresh.
 
     :param date: the answer's ``Date`` header.
     :param now: our clock when the request was sent.
-    :param previous: what a refresh started from; it fills in what the answer leaves out.
+    :param previous: the credentials before a refresh. They fill in what the answer leaves out.
     :raises Malformed: no usable runtime token, or no installation id.
     """
     if not isinstance(payload, dict):
@@ -682,8 +688,8 @@ def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: 
 def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> HeartbeatReply:
     """Read the answer to a heartbeat; None is an empty one.
 
-    Every field is optional, and one of a wrong type counts as absent. What orders something (``revoked``,
-    ``desired_state``) is read in any spelling whose meaning is plain.
+    Every field is optional, and one of a wrong type counts as absent. Orders (``revoked``, ``desired_state``) are
+    accepted in any spelling whose meaning is plain.
     """
     if not isinstance(payload, dict):
         return HeartbeatReply()
@@ -715,9 +721,9 @@ def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> Hea
 
 
 def decode_task(text: str) -> Task:
-    """A task from an event's data.
+    """Read a task from an event's data.
 
-    :raises MalformedTask: with the task's id where one could be read.
+    :raises MalformedTask: it cannot run. The error has the task's id if one could be read.
     """
     try:
         payload = decode_json(text)
@@ -727,7 +733,7 @@ def decode_task(text: str) -> Task:
 
 
 def decode_untyped_task(text: str) -> Optional[Task]:
-    """The task in an untyped ``message`` event, or None where its JSON is not one.
+    """Read the task in an untyped ``message`` event. Return None if its JSON is not a task.
 
     :raises MalformedTask: it is meant as a task (an id and an ``input``) but cannot run.
     """
@@ -758,10 +764,10 @@ _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,"]|[^\s"{}\[\]:,]+', re.
 
 
 def _outline(text: str) -> Dict[str, Any]:
-    """The plain values of the outermost object, of any others only that they are there; empty where it has no end.
+    """Return the plain values of the outermost object, and None for its others. Return nothing if it has no end.
 
-    A task that Python's decoder refuses (NaN, nesting, a number of a million digits) has an id nevertheless, and can
-    be answered instead of being delivered again and again.
+    A task that Python's decoder refuses (NaN, nesting, a number of a million digits) still has an id. It can be
+    answered instead of being delivered again and again.
     """
     found: Dict[str, Any] = {}
     path: List[str] = []
@@ -809,7 +815,7 @@ def _build_task(payload: Any, size: int) -> Task:
         raise MalformedTask("attempt must be an integer from 1", task_id)
     capability = _first(payload, "capability", "target_capability")
     if not is_id(capability):
-        # It stands in log lines, ours and the user's, and no handler can be registered under such a name.
+        # The name appears in log lines, ours and the user's, and no handler can be registered under such a name.
         raise MalformedTask(
             "capability must be a non-empty string of at most 256 bytes without control characters", task_id, attempt
         )
@@ -850,7 +856,7 @@ _TEXT_FIELDS = ("tool", "workspace_id", "requester_agent_id", "parent_task_id", 
 
 
 def decode_command(text: str) -> Command:
-    """A command from an event's data.
+    """Read a command from an event's data.
 
     :raises Malformed: it is not JSON or its type is unknown.
     """
@@ -869,7 +875,7 @@ def decode_command(text: str) -> Command:
 
 
 def decode_connected(text: str) -> Connected:
-    """The stream's ``connected`` event; tolerant, because every field is optional."""
+    """Read the stream's ``connected`` event. Every field is optional, so nothing is refused."""
     try:
         payload = decode_json(text)
     except Malformed:
@@ -887,7 +893,7 @@ def decode_connected(text: str) -> Connected:
 
 
 def failure(code: str, message: str, details: Optional[Mapping[str, Any]] = None) -> Failure:
-    """A failure with one of the library's own codes and its ``retryable``."""
+    """Return a failure with one of the library's own codes and its ``retryable``."""
     return Failure(code=code, message=message, retryable=RETRYABLE[code], details=details)
 
 
@@ -908,7 +914,7 @@ def _reason(value: Any) -> Optional[str]:
 
 
 def _line(text: str) -> str:
-    # Cut first as well: nobody needs the rest of ten megabytes looked through.
+    # Cut first as well: nobody needs ten megabytes searched.
     return one_line(text[: 4 * MAX_ERROR_TEXT])[:MAX_ERROR_TEXT]
 
 
@@ -917,22 +923,18 @@ def _is_attempt(value: object) -> TypeGuard[int]:
 
 
 def _number(value: Any, highest: float) -> Optional[float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if not 0 <= value <= highest or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(value) if is_number(value) and 0 <= value <= highest else None
 
 
 def milliseconds(value: Any) -> Optional[float]:
-    """A wire duration in milliseconds as seconds; None where it is no usable number."""
+    """Return a wire duration in milliseconds as seconds, or None if it is not a usable number."""
     number = _number(value, MAX_DURATION * 1000)
     return None if number is None else number / 1000.0
 
 
 def _interval(value: Any) -> Optional[float]:
     seconds = _number(value, MAX_INTERVAL)
-    # A platform that names a billionth of a second must not have us beat without a pause.
+    # A platform that names a billionth of a second must not make us beat without a pause.
     return max(seconds, MIN_INTERVAL) if seconds else None
 
 

@@ -3,9 +3,9 @@
 Everything that talks to the platform asks :func:`verdict` what an answer means, and reads no status itself. Pure: no
 I/O, no state but that of :class:`Support`.
 
-An answer is a verdict only in the platform's form: a JSON object where a success is expected, a JSON object with
-``error``, ``code`` or ``message`` where an error is. Everything else comes from something in between, such as an
-ingress, a captive portal or a maintenance page. It is :class:`NotThePlatform`, a kind of :class:`Retry`.
+An answer is a verdict only in the platform's form. A success must be a JSON object, and an error a JSON object with
+``error``, ``code`` or ``message``. Everything else comes from something in between, such as an ingress, a captive
+portal or a maintenance page. It is :class:`NotThePlatform`, a kind of :class:`Retry`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FOREIGN_ANSWERS = 3
 
 
 class Answer(Protocol):
-    """What :func:`verdict` reads of an answer. The body of an open stream is never read."""
+    """Describe what :func:`verdict` reads of an answer. It never reads the body of an open stream."""
 
     @property
     def status(self) -> int: ...
@@ -56,12 +56,12 @@ class Answer(Protocol):
 
 @attrs.frozen(slots=True)
 class Settled:
-    """The platform has done what was asked. For a policy with status 404: the workspace has none."""
+    """Go on: the platform has done what was asked. For a policy with status 404: the workspace has none."""
 
 
 @attrs.frozen(slots=True)
 class Failed:
-    """Base of all verdicts but :class:`Settled`; ``error`` says what came, fit for a log or to be raised."""
+    """Base of all verdicts except :class:`Settled`. ``error`` says what came; it can be logged or raised."""
 
     error: SekuireError
 
@@ -79,52 +79,52 @@ class Retry(Failed):
 
 @attrs.frozen(slots=True)
 class NotThePlatform(Retry):
-    """Another server answered: nothing follows from its answer, and the same is sent again."""
+    """Send the same again, because another server answered. Nothing else follows from its answer."""
 
 
 @attrs.frozen(slots=True)
 class Later(Failed):
-    """Repeating is unlikely to help: keep it, and try again slowly."""
+    """Keep what was sent and try again slowly, because repeating is unlikely to help."""
 
 
 @attrs.frozen(slots=True)
 class Substitute(Failed):
-    """The platform refused what was sent; send the failure ``code`` in its place (for audit events: send less)."""
+    """Send the failure ``code`` in place of what the platform refused (for audit events: send less)."""
 
     code: str = ""
 
 
 @attrs.frozen(slots=True)
 class Unsupported(Failed):
-    """The platform does not offer this optional endpoint, or ``is_foreign``: another server says so."""
+    """Do without this optional endpoint: the platform does not offer it. ``is_foreign``: another server says so."""
 
     is_foreign: bool = False
 
 
 @attrs.frozen(slots=True)
 class Dropped(Failed):
-    """The platform does not want what was sent, now or later. ``is_superseded``: another worker's result counts."""
+    """Drop what was sent: the platform will not want it later. ``is_superseded``: another worker's result counts."""
 
     is_superseded: bool = False
 
 
 @attrs.frozen(slots=True)
 class Unauthorized(Failed):
-    """The credentials of this call are not accepted: renew them and send again. ``is_foreign`` as elsewhere."""
+    """Renew the credentials, which were refused, and send again. ``is_foreign``: another server refused them."""
 
     is_foreign: bool = False
 
 
 @attrs.frozen(slots=True)
 class Refused(Failed):
-    """The platform refused, and repeating cannot help. ``is_final``: the credentials in the body are dead."""
+    """Give up: the platform refused, and repeating cannot help. ``is_final``: the credentials sent are invalid."""
 
     is_final: bool = False
 
 
 @attrs.frozen(slots=True)
 class Revoked(Failed):
-    """The kill switch: the installation is revoked; ``error`` is a :class:`~sekuire.errors.RevokedError`."""
+    """Stop everything: the installation is revoked. ``error`` is a :class:`~sekuire.errors.RevokedError`."""
 
     error: RevokedError
 
@@ -142,12 +142,12 @@ _OPTIONAL: FrozenSet[str] = frozenset(("release", "progress", "logs", "capabilit
 _NOT_THERE = (404, 405, 501)
 #: The code of a 404 that is about one task, not about the endpoint.
 _UNKNOWN_TASK = "TASK_NOT_FOUND"
-#: Endpoints that log in. Each status here says that the credentials it was given are dead.
+#: Endpoints that log in, and the statuses that say that the credentials given are invalid.
 _LOGINS: FrozenSet[str] = frozenset(("bootstrap", "recover", "refresh"))
-_DEAD = (400, 401, 403, 404, 409, 410)
+_INVALID = (400, 401, 403, 404, 409, 410)
 #: Statuses that never end a first login or stream, whoever answers so.
 _NEVER_FATAL = (401, 408, 425, 429)
-#: What a first answer of these may be fatal for.
+#: Endpoints that a foreign first answer may end.
 _FIRST: FrozenSet[str] = _LOGINS | {"task_stream"}
 
 _REVOKED = re.compile(rb'"revoked"\s*:\s*true\b')
@@ -194,7 +194,7 @@ def _of_error(error: BaseException) -> Verdict:
         return Retry(error) if error.retryable else Later(error)
     if isinstance(error, SekuireError):
         return Later(error)
-    # Not foreseen: the type alone, because the text may quote what was sent.
+    # Unforeseen: name the type alone, because the text may quote what was sent.
     return Retry(TransportError(f"sending failed in an unforeseen way ({type(error).__name__})"))
 
 
@@ -211,7 +211,7 @@ def _of_success(endpoint: str, status: int, answer: Answer) -> Verdict:
     payload = _object(body)
     if payload is None:
         if _content_type(answer) == protocol.JSON_TYPE and _REVOKED.search(body):
-            # Unreadable, and it speaks of a revocation: fail closed.
+            # It cannot be read, and it mentions a revocation: fail closed.
             return Revoked(RevokedError("an unreadable answer of the platform says so"))
         return _foreign(endpoint, answer)
     if payload.get("code") == protocol.CODE_REVOKED:
@@ -232,7 +232,7 @@ def _of_page(endpoint: str, status: int, answer: Answer) -> Verdict:
 def _of_refusal(endpoint: str, status: int, error: APIError) -> Verdict:
     """Classify an error of the platform that is neither passing nor about an endpoint that is missing."""
     if endpoint in _LOGINS:
-        return Refused(error, is_final=status in _DEAD)
+        return Refused(error, is_final=status in _INVALID)
     if status == 401:
         return Unauthorized(error)
     if endpoint == "complete":
@@ -337,7 +337,7 @@ def _says_no_policy(payload: Mapping[str, Any]) -> bool:
 
 
 class Support:
-    """Remember which optional endpoints the platform offers; one for all that share an installation.
+    """Remember which optional endpoints the platform offers. All that share an installation share one.
 
     An endpoint is switched off by an answer in the platform's form, or by three foreign ones in a row while another
     endpoint answers in the platform's form (docs/protocol.md, "Whose answer is it?", exception b). ::
@@ -345,9 +345,9 @@ class Support:
         if support.is_offered("release"):
             found = verdict("release", reply)
             support.note("release", found)
-
-    Threads: any thread may call anything. ``_lock`` guards the counts; it is taken only for what is not settled.
     """
+
+    # Threads: any thread may call anything. `_lock` guards the counts. It is taken only for what is not settled.
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

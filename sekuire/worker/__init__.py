@@ -8,31 +8,56 @@ This is the map of a task's path. Read the modules in this order::
     stream       decode an event: a task, a command or the greeting; reconnect when the stream ends
       │
       ▼
-    control      hand a task on; carry out a command, the desired state, the lease, a revocation
+    control      hand a task on; carry out a command, the desired state, a revocation
       │
       ▼
-    dispatch     drop a repeated delivery; refuse, queue or start the task
-      │          then, on a handler's thread: check the lease, ask the policy, start the clock
+    dispatch     drop a repeated delivery; then run the task, let it wait, answer it, or give it back
+      │          records knows each task's state and what it takes of the worker's limits
+      ▼
+    running      on a handler's thread: check the lease, ask the policy (gate), start the clock
+      │
       ▼
     handlers     outcome calls the handler (invoke, inputs, context) and turns its end into a completion
       │          executors.remote runs it in another process, if the worker has such an executor
       ▼
-    report       encode the completion, send it, try again until the platform has settled it
-      │          outbox keeps it on disk until then, if the worker has one
+    answers      hand the completion to the reporter, and note it in the audit log
+      │
       ▼
-    POST to the platform, by transport.http
+    report       encode the completion, send it, retry until the platform has settled it
+      │          results holds it until then, and spool keeps it in the outbox, if the worker has one
+      ▼
+    sending      POST to the platform by transport.http; wire.verdict says what the answer means
+
+A task beyond what the worker can hold (``max_waiting_bytes``) is given back: ``release`` asks the platform to accept it
+again. Only if the platform accepts no releases does the stream wait until there is room. ``progress`` sends what
+handlers report while they run.
+
+Every answer of the platform, to whatever request, passes ``wire.verdict``: settled, retry, substitute a failure, drop,
+not the platform. The callers only act on that verdict.
 
 What happens beside that path:
 
 - ``session.heartbeat`` renews the lease. Its answers bring a new token to ``credentials.store``, the policy's hash to
   ``policy.gateway``, and the desired state and a revocation to ``control``.
-- ``worker`` is the Worker itself: it owns the parts above and their threads, and defines the order of a stop.
-- ``idle`` ends a worker that has had nothing to do for a while.
+- ``lease_watch`` starts the tasks that waited for the lease, and cancels the running ones when it is lost.
+- ``policy_watch`` loads the policy before the first task, and cancels what a new policy forbids.
+- ``life`` knows the worker's phase (new, running, stopping, stopped), its link to the platform, and when and why it
+  stops. ``stream``, ``control``, ``sending`` and ``idle`` ask it to stop the worker.
+- ``shutdown`` carries out a stop: end the stream, give back what waits, drain, send the reports, beat a last time,
+  close.
+- ``announcer`` notifies the audit log and the user's callbacks of commands and of the worker's state.
+- ``profile`` describes the worker in the stream's query and in heartbeats.
+- ``idle`` stops a worker that has had nothing to do for a while.
+- ``worker`` is the Worker itself: it makes these parts, registers handlers, and starts.
 
-Threads: ``sekuire-stream`` runs ``stream``, ``control`` and the intake of ``dispatch``. It waits for room in the queue,
-never for one handler's result. ``sekuire-task-N`` runs a handler and sends the first report of its task.
-``sekuire-report-N`` sends what has to be tried again. ``sekuire-heartbeat`` belongs to the installation and serves all
-of its workers.
+Threads:
+
+- ``sekuire-stream`` runs ``stream``, ``control`` and the intake of ``dispatch``. It never waits for a handler's result.
+- ``sekuire-task_N`` runs a handler and sends the first report of its task.
+- ``sekuire-report-N`` sends releases, progress and retries.
+- ``sekuire-timer`` ends tasks at their deadline and looks at the lease.
+- ``sekuire-callback`` runs the user's callbacks, ``sekuire-shutdown`` the stop.
+- ``sekuire-heartbeat`` belongs to the installation and serves all of its workers.
 """
 
 from __future__ import annotations

@@ -10,14 +10,19 @@ from ..wire.models import Command
 
 
 class Announcer:
-    """Announce each change of a worker's state once.
+    """Announce each change of a worker's state once. ::
 
-    # Threads: any thread may call anything. ``sekuire-callback`` runs the user's callbacks, in order. Nothing here
-    # blocks: the audit log and the callbacks' thread only queue what they are given.
+        announcer = Announcer(worker_id, audit)
+        announcer.add_callback(print)
+        announcer.note_state("paused", "maintenance")
+        announcer.announce(Command(type="pause", reason="maintenance"))
 
     :param audit: the audit log that gets an event for each change; None for a worker without one.
-    :param owner: what the callbacks' thread works for.
+    :param owner: the object whose ``stop()`` a callback must not wait for.
     """
+
+    # Threads: any thread may call anything. `sekuire-callback` runs the user's callbacks, in order. Nothing here
+    # blocks: the audit log and the callbacks' thread only queue what they are given.
 
     def __init__(self, worker_id: str = "", audit: Optional[AuditLog] = None, *, owner: object = None) -> None:
         self._worker_id = worker_id

@@ -65,6 +65,25 @@ class TaskAudit(Protocol):
         """Note a task that the policy allowed."""
 
 
+class WorkerAudit:
+    """Note what becomes of one worker's tasks."""
+
+    def __init__(self, audit: TaskAudit, worker_id: str) -> None:
+        self._audit = audit
+        self._worker_id = worker_id
+
+    def note_passed(self, task: Task) -> None:
+        """Note a task that the policy allowed."""
+        self._audit.passed(task)
+
+    def note_result(self, task: Task, completion: Completion, report: Accepted) -> None:
+        """Note a result that the sink has accepted. Never raises: what is accepted must be sent."""
+        try:
+            self._audit.task(self._worker_id, task, completion, report)
+        except BaseException:
+            log.exception("[%s] noting the result in the audit log failed", task.task_id)
+
+
 class Answers:
     """Give each task exactly one end. Any thread may call anything; the lock of ``records`` guards all state.
 
@@ -73,11 +92,10 @@ class Answers:
     :param audit: notes each result that the sink has accepted.
     """
 
-    def __init__(self, records: Records, sink: ResultSink, worker_id: str, audit: Optional[TaskAudit] = None) -> None:
+    def __init__(self, records: Records, sink: ResultSink, audit: Optional[WorkerAudit] = None) -> None:
         self._records = records
         self._lock = records.lock
-        self._sink = sink
-        self._worker_id = worker_id
+        self.sink = sink
         self.audit = audit
         #: Tasks that are being given back.
         self.given_back: Dict[str, Tuple[Release, Record]] = {}
@@ -92,22 +110,23 @@ class Answers:
         # Known to the sink before it is forgotten here: a repeated delivery must always meet one of the two.
         try:
             try:
-                report = self._sink.accept(completion)
+                report = self.sink.accept(completion)
             except BaseException as error:
                 # Part of a result is code of the user's own. Whatever it does, the task is answered and its place free.
                 log.exception("[%s] the result cannot be accepted", record.task.task_id)
                 is_failed, is_rejected = True, False
                 failure = protocol.failure("handler_error", f"the worker failed ({type(error).__name__})")
                 completion = attrs.evolve(completion, output=None, failure=failure)
-                report = self._sink.accept(completion)
+                report = self.sink.accept(completion)
             if report is not None:
                 # The sink may not be able to send what the handler gave.
                 is_failed = is_failed or report.code is not None
-                self._note(record.task, completion, report)
+                if self.audit is not None:
+                    self.audit.note_result(record.task, completion, report)
         finally:
             with self._lock:
                 if record.attempt > completion.attempt:
-                    self._sink.redelivered(record.task.task_id, record.attempt)
+                    self.sink.redelivered(record.task.task_id, record.attempt)
                 records.forget(record)
                 if is_rejected:
                     counts.rejected += 1
@@ -139,16 +158,7 @@ class Answers:
     def _answer_later(self, record: Record, completion: Completion) -> None:
         report = self.answer(record, completion)
         if report is not None:
-            self._sink.enqueue(report)
-
-    def _note(self, task: Task, completion: Completion, report: Accepted) -> None:
-        if self.audit is None:
-            return
-        try:
-            self.audit.task(self._worker_id, task, completion, report)
-        except BaseException:
-            # What is accepted must be sent.
-            log.exception("[%s] noting the result in the audit log failed", task.task_id)
+            self.sink.enqueue(report)
 
     # -- giving tasks back --
 
@@ -163,7 +173,7 @@ class Answers:
             self._records.counts.released += 1
             self.given_back[release.task_id] = release, record
         log.info("[%s] %s is given back unbegun", release.task_id, record.capability)
-        self._sink.release(release, delay)
+        self.sink.release(release, delay)
 
     def call_off(self, task_id: str) -> None:
         """Stop giving a task back, because it has come again. Needs the lock."""

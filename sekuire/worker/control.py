@@ -36,11 +36,13 @@ _RESTORE_TIMEOUT = 30.0
 class Control:
     """Listen to one worker's stream and heartbeat, and act on its dispatcher and its life.
 
-    # Threads: the stream's thread and the heartbeat's thread call it. ``_lock`` orders the two where they change the
-    # same state (the pause that a command and the desired state both speak of). It is not held over a callback. The
-    # locks of the dispatcher and of the life are taken below it. Only the stream's thread writes ``is_taking`` and
-    # ``unusable``.
+    A command that it carries out is a row of ``_COMMANDS``: the function, the state that follows, and the severity of
+    the audit event.
     """
+
+    # Threads: the stream's thread and the heartbeat's thread call it. `_lock` orders the two where they change the same
+    # state (the pause that a command and the desired state both speak of). It is not held over a callback. The locks of
+    # the dispatcher and of the life are taken below it. Only the stream's thread writes `is_taking` and `unusable`.
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class Control:
     # -- the stream's thread --
 
     def on_login(self) -> None:
+        """Begin to beat, load the policy, and send what an earlier process left in the outbox."""
         self._heartbeat.attach(self)
         self._heartbeat.start()
         self._lease.renew()
@@ -103,6 +106,7 @@ class Control:
             self._reporter.restore(Deadline(_RESTORE_TIMEOUT))
 
     def on_connected(self, connected: Connected, as_of: float) -> None:
+        """Apply what the stream's first event says of the installation, the heartbeat and the desired state."""
         if connected.installation_id and self._store.current.installation_id is None:
             self._store.adopt_installation(connected.installation_id)
             self._heartbeat.nudge()
@@ -111,19 +115,23 @@ class Control:
         self._apply_desired(connected.desired_state, None, as_of)
 
     def on_task(self, task: Task) -> None:
+        """Hand a task to the dispatcher."""
         self.is_taking = True
         self._dispatcher.submit(task)
         self.is_taking = False
 
     def on_malformed_task(self, error: protocol.MalformedTask) -> None:
+        """Have a task that cannot be read answered."""
         self.is_taking = True
         self._dispatcher.answer_malformed(error)
         self.is_taking = False
 
     def on_unusable_event(self) -> None:
+        """Count an event that was skipped."""
         self.unusable += 1
 
     def on_command(self, command: Command) -> None:
+        """Carry out a command, once, and announce it. One of an unknown type is logged and counted."""
         known = _COMMANDS.get(command.type)
         if known is None:
             log.error("the platform sent a command of the unknown type %r; it is ignored", command.type[:80])
@@ -149,15 +157,18 @@ class Control:
     # -- the heartbeat's thread --
 
     def heartbeat_status(self) -> str:
+        """Return the worker's state, as heartbeats name it."""
         phase = self._life.phase
         if phase in (Phase.STOPPING, Phase.STOPPED):
             return str(phase.value)
         return "paused" if self._dispatcher.is_paused() else "healthy"
 
     def heartbeat_report(self) -> Optional[WorkerReport]:
+        """Return the worker's part of a heartbeat."""
         return self._profile.report(self.heartbeat_status(), self._dispatcher.running)
 
     def heartbeat_interval(self) -> float:
+        """Return the wanted seconds between two heartbeats."""
         return self._config.heartbeat_interval
 
     def on_lease(self) -> None:
@@ -165,6 +176,7 @@ class Control:
         self._lease.renew()
 
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
+        """Apply the platform's answer to the heartbeat that was sent at ``sent_at``."""
         if reply.revoked:
             self._life.revoke(RevokedError(reply.reason, reply.shutdown_timeout))
             return

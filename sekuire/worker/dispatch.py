@@ -15,8 +15,8 @@ from ..wire import protocol
 from ..wire.models import Failure, Task
 from . import release
 from .answers import Accepted as Accepted
-from .answers import Answers, ResultSink, TaskAudit
-from .gate import Gate
+from .answers import Answers, ResultSink, WorkerAudit
+from .calling import Caller, Scrubber
 from .records import RECEIVED, REJECTED, RELEASED, RUNNING, STARTING, WAITING, Counts, Record, Records, State, move
 from .release import Release
 from .running import Lease, Runner, terminated
@@ -37,7 +37,7 @@ _RELEASE_PAUSE = 1.0
 class Dispatcher:
     """Decide what happens to each task, and start, pause, cancel and drain their handlers. ::
 
-        dispatcher = Dispatcher(config, registry, reporter, timer=timer, lease=lease, scrub=str)
+        dispatcher = Dispatcher(config, registry, reporter, timer=timer, lease=lease, scrubber=installation)
         dispatcher.submit(task)
         dispatcher.close(False)
         dispatcher.drain(Deadline(10.0))
@@ -47,9 +47,8 @@ class Dispatcher:
     is released. Only if the platform accepts no releases does :meth:`submit` block until there is room.
 
     :param lease: the platform's permission to work, looked at when a task arrives and before its handler is called.
-    :param scrub: removes secrets from a text that goes to the platform.
+    :param scrubber: removes secrets from the texts that go to the platform; None if there are none.
     :param audit: notes the tasks that the policy allowed, and the results.
-    :param worker_id: the id under which ``audit`` notes a result.
     """
 
     # Threads: the stream's thread calls submit() and answer_malformed(); any thread may pause, cancel, close and drain.
@@ -64,17 +63,14 @@ class Dispatcher:
         *,
         timer: Timer,
         lease: Lease,
-        scrub: Callable[[str], str],
-        audit: Optional[TaskAudit] = None,
-        worker_id: str = "",
+        scrubber: Optional[Scrubber],
+        audit: Optional[WorkerAudit] = None,
         owner: object = None,
     ) -> None:
         self.records = Records(config.max_workers)
-        self.answers = Answers(self.records, sink, worker_id, audit)
-        self._runner = Runner(
-            config, self.records, self.answers, Gate(config, scrub, audit), sink,
-            timer=timer, lease=lease, scrub=scrub, owner=owner,
-        )  # fmt: skip
+        self.answers = Answers(self.records, sink, audit)
+        caller = Caller(config, scrubber, audit)
+        self._runner = Runner(config, self.records, self.answers, caller, timer=timer, lease=lease, owner=owner)
         self._registry = registry
         self._sink = sink
         self._max_waiting_bytes = config.max_waiting_bytes
@@ -333,8 +329,8 @@ class Dispatcher:
     def cancel_denied(self, is_allowed: Callable[..., bool], reason: str) -> None:
         """Cancel the context of every handler whose capability, or whose task's tool, is not allowed any more."""
         with self._lock:
-            # A record has its context before the gateway is asked: none that an older policy let pass is missed here.
-            records = [record for record in self.records.known.values() if record.context is not None]
+            # A record has its control before the gateway is asked: none that an older policy let pass is missed here.
+            records = [record for record in self.records.known.values() if record.control is not None]
         for record in records:
             if not is_allowed(record.task.capability, record.task.tool):
                 log.warning("[%s] %s is not allowed by the new policy and cancelled", record.task.task_id,

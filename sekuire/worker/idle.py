@@ -31,7 +31,8 @@ class Activity(NamedTuple):
 class Watched(Protocol):
     """Know what a worker has to do."""
 
-    def activity(self) -> Activity: ...
+    def activity(self) -> Activity:
+        """Return what it has to do now."""
 
 
 class IdleWatch:
@@ -42,8 +43,12 @@ class IdleWatch:
     counts as neither idle nor busy. So an outage ends nothing while it passes, and a stream that breaks again and again
     does not keep a worker running permanently.
 
-    # Threads: no lock. All state is the timer's thread's after :meth:`start`.
+    :param seconds: the option ``stop_when_idle``.
+    :param life: what is stopped.
+    :param watched: knows what the worker has to do.
     """
+
+    # Threads: only `sekuire-timer` reads and writes the fields after start(). No lock.
 
     def __init__(self, seconds: float, timer: Timer, life: Life, watched: Watched) -> None:
         self._seconds = seconds
@@ -59,7 +64,7 @@ class IdleWatch:
         self._away = 0
 
     def start(self) -> None:
-        """Begin to count."""
+        """Begin to watch."""
         self._look_later()
 
     def _look_later(self) -> None:

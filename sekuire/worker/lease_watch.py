@@ -21,10 +21,10 @@ class LeaseWatch:
 
     The lease counts a suspend and, on some systems, a step of the wall clock. The platform may know of neither, or
     would extend the lease if it were asked: it is asked first.
-
-    # Threads: any thread may call :meth:`renew` and :meth:`note_beat`; ``sekuire-timer`` runs :meth:`_look`. ``_lock``
-    # guards all fields and is not held over a call of the heartbeat or the dispatcher.
     """
+
+    # Threads: any thread may call renew() and note_beat(); `sekuire-timer` runs _look(). `_lock` guards all fields and
+    # is not held over a call of the heartbeat or the dispatcher.
 
     def __init__(self, heartbeat: Heartbeat, dispatcher: Dispatcher, timer: Timer, announcer: Announcer) -> None:
         self._heartbeat = heartbeat
@@ -39,7 +39,7 @@ class LeaseWatch:
         self._asked_at: Optional[float] = None
 
     def renew(self) -> None:
-        """Watch the lease that the heartbeat has now, and begin the tasks that waited for it. Do not block."""
+        """Watch the lease that the heartbeat has now, and start the tasks that waited for it. Return at once."""
         if self._heartbeat.lease.limit < math.inf:
             with self._lock:
                 self._look_in(min(max(0.0, self._heartbeat.lease.time_left()), LOOK_AGAIN))

@@ -83,12 +83,13 @@ class Life:
         life.request_stop(reason="maintenance")
         assert life.reason == "maintenance"
 
-    # Threads: any thread may call anything. ``_condition`` guards all fields. It is never held over I/O, a callback or
-    # the lock of another part. ``stop_event`` is the timer of the waits that a stop must end; the stopper sets it.
-
     :param shutdown_timeout: the seconds of a stop that names none.
-    :param owner: what the worker's threads work for, see :func:`~sekuire._internal.threads.owned_by`.
+    :param announcer: announces a revocation.
+    :param owner: the object whose ``stop()`` the worker's own threads must not wait for.
     """
+
+    # Threads: any thread may call anything. `_condition` guards all fields. It is never held over I/O, a callback or
+    # the lock of another part. `stop_event` is the timer of the waits that a stop must end; the stopper sets it.
 
     def __init__(self, shutdown_timeout: float, announcer: Announcer, *, owner: object = None) -> None:
         self.owner = owner
@@ -142,7 +143,7 @@ class Life:
         log.info("the task stream is open")
         with self._condition:
             # A stop may have left the stream's thread behind: it is too late for that one.
-            if self.phase is not Phase.STOPPED and self.link is not Link.OPEN:
+            if self.phase in (Phase.RUNNING, Phase.STOPPING) and self.link is not Link.OPEN:
                 self._move_link(Link.OPEN)
 
     def disconnect(self, is_verdict: bool) -> None:

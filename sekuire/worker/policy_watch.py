@@ -22,13 +22,13 @@ _NO_GATEWAY = (
 class PolicyWatch:
     """Connect one worker to its policy gateway.
 
-    A gateway of the user's own need only have ``check``; whatever else is used here is looked up first.
-
-    # Threads: :meth:`load` runs on the stream's thread and may block there; :meth:`note_active_policy` runs on the
-    # heartbeat's; the gateway calls its listener on a thread of its own. No locks: each field has one writer.
+    A gateway of the user's own may lack every method that is used here: each is looked up first.
 
     :param stop_event: ends the wait for a policy when it is set.
     """
+
+    # Threads: load() runs on the stream's thread and may block there; note_active_policy() runs on the heartbeat's; the
+    # gateway calls its listener on a thread of its own. No locks: each field has one writer.
 
     def __init__(self, config: WorkerConfig, dispatcher: Dispatcher, stop_event: threading.Event) -> None:
         self._gateway = config.policy_gateway

@@ -11,11 +11,10 @@ from ..wire.models import WorkerReport
 
 
 class Profile:
-    """Describe one worker: its id, its capabilities and how many tasks it can hold.
+    """Describe one worker: its id, its capabilities and how many tasks it can hold."""
 
-    # Threads: any thread may call anything. The Worker replaces ``config`` before it starts; the registry is frozen
-    # from then on.
-    """
+    # Threads: any thread may call anything. The Worker may replace `config` before it starts. From then on neither that
+    # nor the registry changes.
 
     def __init__(self, config: WorkerConfig, worker_id: str, registry: TaskRegistry) -> None:
         self.config = config

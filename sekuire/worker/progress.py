@@ -7,7 +7,7 @@ from typing import Dict, Optional, Tuple
 
 from .._internal.delivery import Delivery
 from .._internal.logs import get_logger
-from ..handlers.context import TaskContext
+from ..handlers.context import TaskContext, control_of
 from ..wire import protocol
 from ..wire.verdict import Dropped, Settled, Unsupported
 from .results import Results
@@ -77,6 +77,6 @@ class Progress:
         elif isinstance(found, Dropped) and found.is_superseded and is_open:
             # The platform gave the task to another worker, which finished first: nobody waits for this result.
             log.warning("[%s] the platform has the task's result already; the handler is cancelled", task_id)
-            context._cancel("superseded")
+            control_of(context).cancel("superseded")
         elif not isinstance(found, Settled):
             log.debug("[%s] progress was not accepted (%s)", task_id, found.error)

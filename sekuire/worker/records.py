@@ -8,7 +8,7 @@ from collections import deque
 from typing import Deque, Dict, List, Optional, Set, Tuple
 
 from .._internal.monitor import Monitor
-from ..handlers.context import TaskContext
+from ..handlers.context import TaskControl
 from ..handlers.registry import HandlerEntry
 from ..wire import protocol
 from ..wire.models import Failure, Task
@@ -55,7 +55,7 @@ class Record:
     - ``packed``: its input as JSON, if it waits without it.
     - ``cost``: what it counts of ``max_waiting_bytes``.
     - ``refusal``: its answer, if it must not run; it waits with it while results pile up.
-    - ``context``: made by its thread when that comes to it.
+    - ``control``: of its handler's context, made by its thread when that comes to it.
     - ``timer``: the number of the call that ends its time.
     - ``began``: when its handler was called (``time.monotonic()``). Only its own thread writes it, once.
     - ``holds_permit``, ``holds_place``, ``holds_thread``: what it occupies of ``max_workers``, of its handler's
@@ -65,7 +65,7 @@ class Record:
     __slots__ = (
         "attempt",
         "began",
-        "context",
+        "control",
         "cost",
         "entry",
         "holds_permit",
@@ -83,7 +83,7 @@ class Record:
         self.entry = entry
         self.attempt = task.attempt
         self.state = RECEIVED
-        self.context: Optional[TaskContext] = None
+        self.control: Optional[TaskControl] = None
         self.timer: Optional[int] = None
         self.began: Optional[float] = None
         self.packed: Optional[bytes] = None
@@ -116,15 +116,15 @@ class Record:
 
     def cancel(self, reason: str, *, is_answered: bool = False) -> None:
         """Cancel the handler's context, if its thread has come to it."""
-        if self.context is not None:
-            self.context._cancel(reason, answered=is_answered)
+        if self.control is not None:
+            self.control.cancel(reason, answered=is_answered)
 
     def raise_attempt(self, attempt: int) -> None:
         """Note a delivery under a higher attempt: its number is what the platform will accept. Needs the lock."""
         if attempt > self.attempt:
             self.attempt = attempt
-            if self.context is not None:
-                self.context._attempt = attempt
+            if self.control is not None:
+                self.control.attempt = attempt
 
 
 def move(record: Record, to: State) -> None:
@@ -260,7 +260,7 @@ class Records:
         """End a record whose handler may still run, which makes that handler overdue."""
         # One step: the handler may return at any moment after, and then it is not overdue any more.
         move(record, FINISHED)
-        if record.context is not None:
+        if record.control is not None:
             self.overdue.add(record)
 
     def pass_permits_on(self) -> None:

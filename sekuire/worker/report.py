@@ -80,11 +80,11 @@ class Reporter:
         self._lock = self.delivery.lock
         self._max_bytes = config.max_result_bytes
         self._is_flushing = False
-        self._spool: Optional[Spool] = None
+        self.spool: Optional[Spool] = None
         if outbox is not None:
             from .spool import Spool  # SQLite is for those who keep results on disk.
 
-            self._spool = Spool(outbox, config, sender, self.results, self)
+            self.spool = Spool(outbox, config, sender, self.results, self)
 
     # -- results --
 
@@ -125,11 +125,11 @@ class Reporter:
 
         The pool may come to it late: all its threads can wait for a platform that does not answer.
         """
-        if self._spool is None:
+        if self.spool is None:
             return
         with self._lock:
             attempt, head, is_substitute = report.attempt, report.head, report.is_substitute
-        self._spool.put(report, attempt, is_substitute, head)
+        self.spool.put(report, attempt, is_substitute, head)
 
     def redelivered(self, task_id: str, attempt: int) -> bool:
         """Note that a task was delivered again. Return True if it has a result, which a higher ``attempt`` gets too.
@@ -153,10 +153,10 @@ class Reporter:
                 if self.results.is_held(report):
                     self.plan(report, 0.0)
                 return has_result
-        if self._spool is None:
+        if self.spool is None:
             return False
         # Another worker of this process may have run it and be delivering it. Outside our lock, as it has its own.
-        other = self._spool.find_other_owner(task_id)
+        other = self.spool.find_other_owner(task_id)
         if other is None:
             return False
         return other.redelivered(task_id, attempt) if isinstance(other, Reporter) else True
@@ -232,7 +232,7 @@ class Reporter:
 
         :returns: how many there were. Those that are not settled by then are sent again like any other.
         """
-        reports = [] if self._spool is None else self._spool.claim()
+        reports = [] if self.spool is None else self.spool.claim()
         if not reports:
             return 0
         with self._lock:
@@ -266,12 +266,8 @@ class Reporter:
         :param at_once: plan each that no thread has; else only those that a sweep before has found so.
         """
         with self._lock:
-            for report in self.results.held.values():
-                if report.state is not HELD:
-                    continue
-                if report.is_noticed or at_once:
-                    self.plan(report, 0.0)
-                report.is_noticed = True
+            for report in self.results.notice_left(at_once):
+                self.plan(report, 0.0)
             self.delivery.start_threads()
 
     def flush(self, deadline: Deadline) -> bool:
@@ -300,14 +296,14 @@ class Reporter:
 
         For the end: what no thread of the pool has come to, such as timeouts and refusals, is in memory only.
         """
-        return self.undelivered() if self._spool is None else self._spool.put_held()
+        return self.undelivered() if self.spool is None else self.spool.put_held()
 
     def close(self, deadline: Deadline) -> List[str]:
         """End the pool's threads. Return the names of those that still send at ``deadline``."""
         self.delivery.close()
-        if self._spool is not None:
-            self._spool.put_held()
-            self._spool.disown()
+        if self.spool is not None:
+            self.spool.put_held()
+            self.spool.disown()
         return self.delivery.join(deadline)
 
     # -- inside: one result --
@@ -322,8 +318,8 @@ class Reporter:
 
     def _deliver(self, report: Report, attempt: int, body: bytes, is_substitute: bool) -> None:
         """Send what a report held when its sending began, and act on the answer."""
-        if self._spool is not None and report.stored != (attempt, is_substitute):
-            self._spool.put(report, attempt, is_substitute, body)
+        if self.spool is not None and report.stored != (attempt, is_substitute):
+            self.spool.put(report, attempt, is_substitute, body)
         key = protocol.completion_key(report.task_id, attempt, is_substitute)
         data = body + protocol.completion_tail(attempt, self.sender.worker_id)
         found = self.sender.ask("complete", report.task_id, data, key)
@@ -357,8 +353,8 @@ class Reporter:
                 self.delivery.changed.wake()
         if not is_settled:
             self.enqueue(report)
-        elif self._spool is not None and stored is not None:
-            self._spool.remove(report.task_id, newest)
+        elif self.spool is not None and stored is not None:
+            self.spool.remove(report.task_id, newest)
         if self.results.was_full and self.results.has_room_again():
             self.on_room()
 
@@ -366,17 +362,7 @@ class Reporter:
         """Send a failure in place of a result that the platform refused."""
         log.error("[%s] the platform refused the result (%s); the failure %s is sent instead",
                   report.task_id, found.error, found.code)  # fmt: skip
-        substitute = Completion(
-            task_id=report.task_id,
-            attempt=report.attempt,
-            failure=protocol.failure(found.code, f"the platform refused the result: {found.error}"),
-            execution_time_ms=protocol.execution_time_of(report.head),
-        )
-        head = protocol.completion_head(substitute)
-        with self._lock:
-            self.results.replace_head(report, head)
-            report.is_final = report.is_substitute = True
-            report.tries = 0
+        self.results.substitute(report, found.code, f"the platform refused the result: {found.error}")
         self.enqueue(report)
 
     def _retry(self, report: Report, attempt: int, found: Retry, unforeseen: bool = False) -> None:

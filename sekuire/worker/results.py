@@ -148,10 +148,31 @@ class Results:
         with self.lock:
             return list(self.held)
 
-    def replace_head(self, report: Report, head: bytes) -> None:
-        """Give a held report another body. Needs the lock."""
-        self.held_bytes += len(head) - len(report.head)
-        report.head = head
+    def notice_left(self, at_once: bool) -> List[Report]:
+        """Return the reports that no thread has and that are not planned. Needs the lock.
+
+        :param at_once: return each; else only those that a call before has found so.
+        """
+        left = [report for report in self.held.values() if report.state is HELD]
+        found = [report for report in left if report.is_noticed or at_once]
+        for report in left:
+            report.is_noticed = True
+        return found
+
+    def substitute(self, report: Report, code: str, message: str) -> None:
+        """Put a failure in place of a held result."""
+        failed = Completion(
+            task_id=report.task_id,
+            attempt=report.attempt,
+            failure=protocol.failure(code, message),
+            execution_time_ms=protocol.execution_time_of(report.head),
+        )
+        head = protocol.completion_head(failed)
+        with self.lock:
+            self.held_bytes += len(head) - len(report.head)
+            report.head = head
+            report.is_final = report.is_substitute = True
+            report.tries = 0
 
     def has_room(self) -> bool:
         """Return False if so many results are held that no more should be made."""

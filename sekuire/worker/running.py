@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Callable, Optional, Protocol
+from typing import Optional, Protocol
 
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, Timer, owned_by
 from ..config import WorkerConfig
-from ..handlers import outcome
-from ..handlers.context import TaskContext, current_task
+from ..handlers.context import TaskContext, TaskControl, control_of, current_task
 from ..wire import protocol
 from ..wire.models import Completion, Failure
-from .answers import Accepted, Answers, ResultSink
-from .gate import Gate
+from .answers import Accepted, Answers
+from .calling import Caller
 from .records import FINISHED, REJECTED, RELEASED, RUNNING, STARTING, Record, Records, move
 
 log = get_logger("sekuire.dispatch")
@@ -38,8 +37,6 @@ class Runner:
 
     The pool has room for twice ``max_workers`` threads, because a thread cannot be taken from a handler that does not
     return. Permits bound what runs: ``max_workers`` of them.
-
-    :param scrub: removes secrets from a text that goes to the platform.
     """
 
     # Threads: `sekuire-task-N`, or those of the user's executor, run _work(); `sekuire-timer` runs _expire(); any
@@ -51,24 +48,20 @@ class Runner:
         config: WorkerConfig,
         records: Records,
         answers: Answers,
-        gate: Gate,
-        sink: ResultSink,
+        caller: Caller,
         *,
         timer: Timer,
         lease: Lease,
-        scrub: Callable[[str], str],
         owner: object = None,
     ) -> None:
         self._records = records
         self._lock = records.lock
         self._answers = answers
-        self._gate = gate
-        self._sink = sink
+        self._caller = caller
+        self._sink = answers.sink
         self._timer = timer
         self._lease = lease
-        self._scrub = scrub
         self._owner = owner
-        self._expose_errors = config.expose_errors
         self._task_timeout = config.task_timeout
         # An executor of other processes is called from threads of our own, with all that is around a call (remote.py).
         self._foreign = None if _is_remote(config.executor) else config.executor
@@ -145,7 +138,7 @@ class Runner:
 
     def _note_done(self, record: Record, future: Future[None]) -> None:
         """Note that the user's executor is done with a record, which it may have cancelled instead of running it."""
-        if record.holds_thread and record.context is None:
+        if record.holds_thread and record.control is None:
             log.error("[%s] the executor has not run this task", record.task.task_id)
             self._lose_thread(record)
             # Not from here: whoever cancels may hold the executor's lock, which handing over needs.
@@ -200,29 +193,28 @@ class Runner:
     def _run(self, record: Record) -> None:
         task = record.task
         context = TaskContext(task, progress=self._sink.progress)
+        control = control_of(context)
         with self._lock:
             if record.state is not STARTING:
                 return
-            context._attempt = record.attempt
-            record.context = context
+            control.attempt = record.attempt
+            record.control = control
             has_lease = self._lease.is_held()
-            if has_lease and not self._gate.is_there:
+            if has_lease and not self._caller.has_policy:
                 move(record, RUNNING)
         current_task.set(context)
         if not has_lease:
             self._give_back(record)
             return
-        if self._gate.is_there:
-            denial = self._gate.check(task, context)
+        if self._caller.has_policy:
+            denial = self._caller.check(record, context)
             if denial is not None:
                 self._deny(record, Completion(task_id=task.task_id, attempt=record.attempt, failure=denial))
                 return
             if not self._goes_on(record):
                 return
-        began = self._start_clock(record, context)
-        completion = outcome.run(
-            record.entry, context, record.input(), began=began, expose_errors=self._expose_errors, scrub=self._scrub
-        )
+        began = self._start_clock(record, control)
+        completion = self._caller.call(record, context, began)
         if record.timer is not None:
             self._timer.cancel(record.timer)
         if self._finish(record):
@@ -261,12 +253,12 @@ class Runner:
         else:
             self._give_back(record)
 
-    def _start_clock(self, record: Record, context: TaskContext) -> float:
+    def _start_clock(self, record: Record, control: TaskControl) -> float:
         """Count the task's time from now, which is returned."""
         began = record.began = time.monotonic()
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
         if limits:
-            end = context._deadline = began + min(limits)
+            end = control.end = began + min(limits)
             record.timer = self._timer.call_at(end, functools.partial(self._expire, record))
         return began
 

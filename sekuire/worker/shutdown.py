@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Protocol
 
 from .._internal.logs import get_logger
-from .._internal.threads import Deadline, forget_exit, owned_by
+from .._internal.threads import Deadline, forget_exit, owned_by, try_start
 from ..session.installation import Installation
 from .control import Control
 from .dispatch import Dispatcher
@@ -47,14 +47,14 @@ class Shutdown:
     soon; let the running ones finish; send the reports that those have made; beat a last time, because until then the
     lease must hold; close the rest. A step that fails is logged, and the next one runs.
 
-    # Threads: any thread may call :meth:`begin`, :meth:`hurry` and :meth:`close_unstarted`. ``sekuire-shutdown`` runs
-    # the steps, because no Ctrl-C reaches a thread of its own. ``_lock`` is for starting it once. At the end of the
-    # program :meth:`leave` runs a shorter list on the thread that ends it, because no thread can be started then.
-
     :param threads: what else has a thread: closed side by side, then waited for.
     :param outbox: what keeps the results on disk; closed after the last report.
     :param is_shared: others use the installation too, so it stays open.
     """
+
+    # Threads: any thread may call begin(), hurry() and close_unstarted(). `sekuire-shutdown` runs the steps, because
+    # Ctrl-C interrupts only the main thread. `_lock` is for starting it once. At the end of the program leave() runs a
+    # shorter list on the thread that ends it, because no thread can be started then.
 
     def __init__(
         self,
@@ -92,11 +92,8 @@ class Shutdown:
         must_run_here = False
         with self._lock:
             if self._thread.ident is None and not self._is_leaving:
-                try:
-                    self._thread.start()
-                except RuntimeError:
-                    # No new thread any more: the interpreter is ending.
-                    must_run_here = self._is_leaving = True
+                # No thread can be started any more while the interpreter is ending.
+                must_run_here = self._is_leaving = not try_start(self._thread)
         if must_run_here:
             self._run()
 

@@ -1,4 +1,4 @@
-"""The task stream of one worker: connect, read, reconnect, and tell a listener what came."""
+"""Connect to one worker's task stream, read it, reconnect, and hand what comes to a listener."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ class TaskStream:
     def run(self) -> None:
         """Read until ``stop`` is set.
 
-        :raises AuthenticationError, ConfigurationError: no way of authenticating is left.
-        :raises StreamError, PlanLimitError: the platform's answer says that trying again is of no use.
+        :raises AuthenticationError, ConfigurationError: no login method is left.
+        :raises StreamError, PlanLimitError: the platform's answer says that a retry cannot help.
         :raises RevokedError: the installation was revoked.
         """
         try:
@@ -132,7 +132,7 @@ class TaskStream:
                 delay = self._backoff.next(getattr(problem, "retry_after", None))
                 log.log(
                     logging.INFO if problem is None else logging.WARNING,
-                    "the task stream %s; opening it anew in %.1f s",
+                    "the task stream %s; reconnecting in %.1f s",
                     f"is not open ({problem})" if problem else "ended",
                     delay,
                 )
@@ -144,19 +144,19 @@ class TaskStream:
             self._live.close()
 
     def wake(self) -> None:
-        """End whatever the stream's thread waits for on the network."""
+        """End what the stream's thread waits for on the network."""
         self._live.wake()
 
     # -- one connection --
 
     def _listen(self) -> Optional[SekuireError]:
-        """Open the stream and read it to its end; what was wrong, if that may pass."""
+        """Open the stream and read it to its end. Return what was wrong, if that may pass."""
         answer: Optional[LiveAnswer] = None
         self._opened_at = None
         try:
             snapshot = self._auth.snapshot(Deadline(RENEWAL_TIMEOUT))
             if self._stop.is_set():
-                # Whoever stopped has not waited for this thread; the worker is no part of anything any more.
+                # Who stopped the worker has not waited for this thread: nothing must be attached to it any more.
                 return None
             self._listener.on_login()
             answer = self._open(snapshot)
@@ -279,4 +279,4 @@ class TaskStream:
         # Bounded, because the names come from outside.
         if kind not in self._ignored and len(self._ignored) < 100:
             self._ignored.add(kind)
-            log.debug("events named %r are ignored", kind[:80])
+            log.debug("events of the unknown type %r are ignored", kind[:80])

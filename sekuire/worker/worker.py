@@ -21,6 +21,7 @@ from ..handlers.registry import Carrier, TaskRegistry
 from ..session.installation import Installation
 from ..wire.models import Command, WorkerStats
 from .announcer import Announcer
+from .answers import WorkerAudit
 from .control import Control
 from .dispatch import Dispatcher
 from .idle import IdleWatch
@@ -49,25 +50,27 @@ _SIGNAL_SLICE = 0.25
 class Worker:
     """Read an agent's task stream, run a handler for each task and report the results.
 
-    Any thread may call its methods, a handler's or a callback's too. ::
+    ``worker.start(block=True)`` runs it until a signal or the platform stops it; a test can run one handler alone:
 
-        worker = Worker(WorkerConfig(agent_id="greeter", install_token=token, api_base_url=url))
+    >>> from sekuire import Worker, WorkerConfig
+    >>> from sekuire.testing import run_task
+    >>> worker = Worker(WorkerConfig(agent_id="greeter", install_token="skt-1"))
+    >>> @worker.on_task("greet")
+    ... def greet(ctx, input):
+    ...     return "Hello, " + input["name"]
+    >>> run_task(worker, "greet", {"name": "Ada"}).output
+    'Hello, Ada'
 
-        @worker.on_task("greet")
-        def greet(ctx, input):
-            return "Hello, " + input["name"]
-
-        with worker:
-            worker.wait(timeout=60.0)
+    Any thread may call its methods, also that of a handler or a callback.
 
     :param config: the settings; :func:`create_worker` makes them from keyword arguments.
     :raises ConfigurationError: a setting is wrong, or there is nothing to authenticate with.
     """
 
-    # Threads: ``sekuire-stream`` logs in, reads and decides; ``sekuire-heartbeat`` beats; ``sekuire-task_N`` run
-    # handlers and send their first report; ``sekuire-report-N`` send the others; ``sekuire-timer`` ends tasks and
-    # watches the lease; ``sekuire-callback`` runs the user's callbacks; ``sekuire-shutdown`` runs the stop. The Worker
-    # has no lock: all that changes is in its parts, and the life's state in ``life.Life``.
+    # Threads: `sekuire-stream` logs in, reads and decides; `sekuire-heartbeat` beats; `sekuire-task_N` run handlers and
+    # send their first report; `sekuire-report-N` send the others; `sekuire-timer` ends tasks and watches the lease;
+    # `sekuire-callback` runs the user's callbacks; `sekuire-shutdown` runs the stop. The Worker has no lock: what
+    # changes is in its parts, its phase in `life.Life`.
 
     def __init__(
         self,
@@ -113,9 +116,8 @@ class Worker:
             self._reporter,
             timer=self._timer,
             lease=self._heartbeat.lease,
-            scrub=self.installation.scrub,
-            audit=_audit,
-            worker_id=self.worker_id,
+            scrubber=self.installation,
+            audit=None if _audit is None else WorkerAudit(_audit, self.worker_id),
             owner=self,
         )
         self._control = Control(
@@ -162,42 +164,44 @@ class Worker:
         timeout: Optional[float] = None,
         max_concurrency: Optional[int] = None,
     ) -> Union[_H, Callable[[_H], _H]]:
-        """Register ``handler(ctx, input)`` for a capability; as ``@worker.on_task("x")`` or ``on_task("x", f)``.
+        """Register ``handler(ctx, input)`` for a capability: ``@worker.on_task("x")`` or ``on_task("x", handler)``.
 
-        :param name: the capability, or ``"*"`` for every one without a handler of its own.
+        :param name: the capability, or ``"*"`` for each one that has no handler.
         :param timeout: seconds its run may take.
         :param max_concurrency: how many of its runs may go on at once.
-        :raises ConfigurationError: a wrong argument, a name taken, or a worker that has started.
+        :raises ConfigurationError: an argument is wrong, the name is in use, or the worker has started.
         """
         if handler is None:
             return self.handlers.task(name, timeout=timeout, max_concurrency=max_concurrency)
         return self.handlers.task(name, handler, timeout=timeout, max_concurrency=max_concurrency)
 
     def include(self, registry: TaskRegistry) -> None:
-        """Take over every handler of ``registry``, with its middleware around them; the registry is frozen by it.
+        """Add every handler of ``registry``, with its middleware around them. This freezes the registry.
 
-        :raises ConfigurationError: a name that is taken (both places are named; nothing is taken over then), or a
-            worker that has started.
+        :raises ConfigurationError: a name is in use (both places are named, and nothing is added), or the worker has
+            started.
         """
         self.handlers.include(registry)
 
     def middleware(self, function: _M) -> _M:
         """Put ``function(ctx, input, call_next)`` around every handler of this worker; also ``@worker.middleware``.
 
-        It runs in the handler's thread, within the task's time, after lease and policy have allowed the task. The
-        first one registered is outermost; that of included registries is inside. ``call_next(input)`` runs what is
-        inside it, once, and returns the output (of an async handler: awaited) or raises; what the middleware returns
-        or raises takes its place. Without a call of ``call_next`` the handler does not run.
+        It runs in the handler's thread, within the task's time, after the lease and the policy have allowed the task.
+        The first one registered is outermost. Middleware of included registries is inside.
 
-        :raises ConfigurationError: it cannot be called so, is async, or the worker has started.
+        ``call_next(input)`` runs what is inside, once, and returns its output (of an async handler, the awaited one) or
+        raises its error. The middleware's own output or error takes the place of that. Without a call of ``call_next``
+        the handler does not run.
+
+        :raises ConfigurationError: the function cannot be called so, is async, or the worker has started.
         """
         return self.handlers.middleware(function)
 
     def on_command(self, callback: _C) -> _C:
-        """Have ``callback(command)`` called after each command took effect, in order, on a thread of their own.
+        """Call ``callback(command)`` after each command took effect: in order, on a thread for callbacks only.
 
-        A revocation of the installation comes as a ``terminate`` with its reason. A change whose command was lost, and
-        which the platform's desired state made good, comes as a command without ``command_id``.
+        A revocation of the installation comes as a ``terminate`` with its reason. If a command was lost and the
+        platform's desired state repeats it, it comes without ``command_id``.
         """
         if not callable(callback):
             raise ConfigurationError(f"must be callable, got {type(callback).__name__}", "on_command")
@@ -227,7 +231,7 @@ class Worker:
             try:
                 self._begin()
                 if block:
-                    self._wait_for_end(signals)
+                    _wait_for_end(self._life, signals)
                 elif not is_owned_by(self):
                     self._life.wait_for_verdict(self.config.start_timeout)
             except BaseException:
@@ -349,11 +353,13 @@ class Worker:
 
     # -- starting --
 
-    def reconfigure(self, **options: Any) -> None:
-        """Change ``max_workers`` or ``stop_when_idle`` of a worker that has not started, as command lines do."""
+    def reconfigure(self, *, max_workers: Optional[int] = None, stop_when_idle: Optional[float] = None) -> None:
+        """Change options of a worker that has not started, as command lines do. None leaves an option as it is."""
+        given = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
+        changes: Dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self._life.phase is not Phase.NEW:
-            raise ConfigurationError("cannot be changed once the worker was started", ", ".join(options))
-        self.config = self._profile.config = attrs.evolve(self.config, **options)
+            raise ConfigurationError("cannot be changed once the worker was started", ", ".join(changes))
+        self.config = self._profile.config = attrs.evolve(self.config, **changes)
         self._dispatcher.resize(self.config)
 
     def _check_startable(self) -> None:
@@ -368,14 +374,7 @@ class Worker:
                 "policy_required",
             )
         if self._life.phase is Phase.NEW:
-            self.handlers.freeze(self._carrier())
-
-    def _carrier(self) -> Optional[Carrier]:
-        if self.config.executor is None:
-            return None
-        from ..executors.remote import carrier_of  # Only here: it loads what most workers never need.
-
-        return carrier_of(self.config)
+            self.handlers.freeze(_carrier_of(self.config))
 
     def _begin(self) -> None:
         if not self.handlers.has_catch_all:
@@ -393,30 +392,42 @@ class Worker:
         if self.config.stop_when_idle is not None:
             IdleWatch(self.config.stop_when_idle, self._timer, self._life, self._control).start()
 
-    def _wait_for_end(self, signals: Optional[SignalQueue]) -> None:
-        while not self.wait(0 if signals else None):
-            assert signals is not None
-            number = signals.get(_SIGNAL_SLICE)
-            if number is None:
-                if self.wait(0):
-                    return
-                continue
-            if self._life.phase is Phase.STOPPING:
-                log.warning("a second signal: stopping at once")
-                self._life.request_stop(0.0)
-            else:
-                log.info("signal %d: stopping; another one stops at once", number)
-                self._life.request_stop(reason=f"signal {number}")
+
+def _carrier_of(config: WorkerConfig) -> Optional[Carrier]:
+    if config.executor is None:
+        return None
+    from ..executors.remote import carrier_of  # Only here: it loads what most workers never need.
+
+    return carrier_of(config)
+
+
+def _wait_for_end(life: Life, signals: Optional[SignalQueue]) -> None:
+    """Wait until the worker has stopped, and stop it on the first signal; on a second one at once."""
+    if signals is None:
+        life.wait()
+        return
+    while not life.wait(0):
+        number = signals.get(_SIGNAL_SLICE)
+        if number is None:
+            continue
+        if life.phase is Phase.STOPPING:
+            log.warning("a second signal: stopping at once")
+            life.request_stop(0.0)
+        else:
+            log.info("signal %d: stopping; another one stops at once", number)
+            life.request_stop(reason=f"signal {number}")
 
 
 @function_of_options(WorkerConfig)
 def create_worker(options: Dict[str, Any]) -> Worker:
-    """Return a :class:`Worker` with the given options of :class:`~sekuire.WorkerConfig`. ::
+    """Return a :class:`Worker` with the given options of :class:`~sekuire.WorkerConfig`.
 
-        worker = create_worker(agent_id="greeter", install_token=token, api_base_url=url)
-        worker.on_task("greet", lambda ctx, input: "Hello, " + input["name"])
-        worker.start()
-        worker.stop()
+    >>> from sekuire import create_worker
+    >>> worker = create_worker(agent_id="greeter", install_token="skt-1", max_workers=4)
+    >>> worker.on_task("greet", lambda ctx, input: "Hello, " + input["name"])
+    <function <lambda> at ...>
+    >>> worker.capabilities
+    ('greet',)
 
     :raises ConfigurationError: an option is unknown or has a wrong value. The message names it.
     """

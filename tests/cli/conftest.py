@@ -39,7 +39,7 @@ class Process:
         program: Tuple[str, ...] = ("-m", "sekuire"),
         **options: Any,
     ) -> None:
-        # -X dev: what is left open is told on stderr.
+        # -X dev: Python reports on stderr what is left open.
         self.popen = subprocess.Popen(
             [sys.executable, "-X", "dev", *program, *args],
             cwd=str(cwd),

@@ -121,7 +121,7 @@ def test_files_that_cannot_be_used(call: Call, tmp_path: Path, name: str, conten
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_file(call: Call, file: Path) -> None:
-    """The system's reason is told."""
+    """The error gives the system's reason."""
     file.chmod(0)
     assert "Permission denied" in call("demo", file.name)[2]
 
@@ -231,7 +231,7 @@ def test_a_missing_rejection(call: Call, file: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_task_without_a_result(call: Call, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not wait for ever."""
+    """The demo gives up after a limit."""
 
     def hang(ctx: Any, input: Any) -> None:
         ctx.wait_cancelled(GUARD)
@@ -308,7 +308,7 @@ def _on_terminal(args: List[str], cwd: Path, columns: int, **env: str) -> Tuple[
             try:
                 part = os.read(parent, 65536)
             except OSError:
-                # Linux says EIO once nobody has the terminal open.
+                # Linux reports EIO once no process has the terminal open.
                 break
             if not part:
                 break

@@ -183,7 +183,7 @@ POLICY = {"agent": {"capabilities": {"denied_capabilities": ["drop"]}}}
 @pytest.mark.slow
 @POSIX_ONLY
 def test_a_policy(run: Run, tmp_path: Path) -> None:
-    """--policy makes a file's content the signed, active policy; saving the file makes it so anew."""
+    """--policy makes a file's content the signed, active policy; saving the file makes it active again."""
     path = tmp_path / "policy.json"
     path.write_text(json.dumps(POLICY))
     process = run("dev", "--port", "0", "--db", "dev.db", "--policy", "policy.json")

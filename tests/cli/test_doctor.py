@@ -169,7 +169,7 @@ def test_credentials_that_are_rejected(call: Call, platform: LocalPlatform, envi
 
 
 def test_a_revoked_installation(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
-    """Its reason is told."""
+    """The line gives the reason."""
     mine = credentials(platform)
     platform.revoke(str(mine.installation_id), "leaked")
     code, out, _ = call("doctor", env={**environ, **mine.to_env()})
@@ -179,7 +179,7 @@ def test_a_revoked_installation(call: Call, platform: LocalPlatform, environ: Di
 
 
 def test_a_paused_agent(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
-    """What the platform wants of the agent is told."""
+    """The line gives the state that the platform wants of the agent."""
     mine = credentials(platform)
     platform.command(str(mine.installation_id), "pause")
     code, out, _ = call("doctor", env={**environ, **mine.to_env()})
@@ -294,7 +294,7 @@ def of_policy(out: str) -> str:
 
 @pytest.mark.parametrize("by", ["key", "token", "file"])
 def test_a_policy(call: Call, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path, by: str) -> None:
-    """The policy is fetched with what there is, verified, and told."""
+    """The policy is fetched with the available credential, verified, and reported."""
     platform.set_policy("ws_local", {"permissions": {"unknown": 1}})
     environ["SEKUIRE_WORKSPACE_ID"] = "ws_local"
     if by == "key":
@@ -337,7 +337,7 @@ def test_a_pinned_policy(call: Call, platform: LocalPlatform, environ: Dict[str,
 def test_no_policy(
     call: Call, platform: LocalPlatform, environ: Dict[str, str], more: Dict[str, str], text: str
 ) -> None:
-    """What cannot be asked, and what is not there, is told."""
+    """A policy that cannot be fetched or does not exist is reported as such."""
     if more.get("SEKUIRE_API_KEY") == "good":
         more = {**more, "SEKUIRE_API_KEY": platform.api_key}
     assert text in call("doctor", env={**environ, **more})[1]

@@ -81,7 +81,7 @@ def test_missing_extra(tmp_path: Path, command: str, missing: str) -> None:
 @pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_pipe_is_quiet(run: Run) -> None:
-    """`sekuire demo | head`: once nobody reads stdout the command ends, without a word on stderr."""
+    """`sekuire demo | head`: once stdout is closed the command ends and writes nothing to stderr."""
     reader, writer = os.pipe()
     os.close(reader)
     process = run("demo", "--limit", "3", stdout=writer)
@@ -118,7 +118,7 @@ def test_a_full_disk_is_told(run: Run) -> None:
 @pytest.mark.slow
 @POSIX_ONLY
 def test_a_closed_stderr_changes_nothing(run: Run, tmp_path: Path) -> None:
-    """Progress and errors that nobody reads are left out."""
+    """Progress and errors are dropped."""
     (tmp_path / "a.txt").write_text("One.\n")
     reader, writer = os.pipe()
     os.close(reader)

@@ -88,7 +88,7 @@ def test_verify_a_file_that_was_changed(
 
 
 def test_show(call: Call, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path) -> None:
-    """show tells the facts and the content, from the platform and from a file."""
+    """show prints the facts and the content, from the platform and from a file."""
     platform.set_policy(WORKSPACE, CONTENT)
     code, out, _ = call("policy", "show", env=environ)
     assert code == 0
@@ -222,7 +222,7 @@ def test_wrong_usage(
     code: int,
     text: str,
 ) -> None:
-    """Each mistake is told by its name; 2 is wrong usage, 1 what was refused."""
+    """Each error names the option. Exit 2 is wrong usage, 1 a refusal."""
     platform.set_policy(WORKSPACE, {})
     (tmp_path / "content.json").write_text(json.dumps(CONTENT))
     (tmp_path / "wrong.json").write_text('{"permissions": {"tools": {"blocked_tools": 5}}}')

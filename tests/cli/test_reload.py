@@ -113,7 +113,7 @@ def test_a_save_drains_and_restarts(
 def test_a_syntax_error_waits_for_the_next_save(
     run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str]
 ) -> None:
-    """It is shown once, nothing is restarted meanwhile, and the mended file runs."""
+    """It is shown once, nothing is restarted until the next save, and the fixed file runs."""
     save(MODULE.replace("{version!r}", "'one'"))
     process = begin(run, environment)
     save("def broken(:\n")
@@ -155,7 +155,7 @@ def test_ctrl_c(
 def test_the_death_of_the_reloader(
     run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
 ) -> None:
-    """The child, which nobody could end any more, drains by itself."""
+    """The child, which no reloader could end, drains by itself."""
     save(MODULE.replace("{version!r}", "'one'"))
     process = begin(run, environment)
     (child,) = children(process)
@@ -171,7 +171,7 @@ def test_the_death_of_the_reloader(
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process has ended; nobody may have asked for its exit code yet."""
+    """Return True if the process has ended, even if its exit code was not collected."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
@@ -262,7 +262,7 @@ def test_watches_the_directories_that_are_named(
     ],
 )
 def test_wrong_usage(call: Call, arguments: List[str], text: str) -> None:
-    """It is told before anything is started."""
+    """It is reported before anything is started."""
     code, _, err = call("worker", *arguments)
     assert code == 2
     assert text in err

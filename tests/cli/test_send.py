@@ -195,14 +195,14 @@ def test_a_refused_key(call: Call, environ: Dict[str, str]) -> None:
 
 
 def test_a_refused_task(call: Call, environ: Dict[str, str]) -> None:
-    """The platform's message is told."""
+    """The error contains the platform's message."""
     code, _, err = call("send", "echo", "{}", "--max-attempts", "2000000000", env=environ)
     assert code == 1
     assert "HTTP 400 INVALID_REQUEST: max_attempts" in err
 
 
 def test_nobody_answers(call: Call, environ: Dict[str, str]) -> None:
-    """A task that may or may not have been submitted is not submitted twice; the user is told so."""
+    """A task that may or may not have been submitted is not submitted twice, and the error says so."""
     code, out, err = call("send", "echo", "{}", "--url", "http://127.0.0.1:9", env=environ)
     assert (code, out) == (1, "")
     assert "cannot reach 127.0.0.1:9: Connection refused; whether the task was submitted is not known" in err
@@ -212,7 +212,7 @@ def test_nobody_answers(call: Call, environ: Dict[str, str]) -> None:
 def test_a_submission_that_fails_on_the_way(
     call: Call, environ: Dict[str, str], platform: LocalPlatform, when: str, tasks: int
 ) -> None:
-    """After a 5xx the task may be there or not: it is not submitted twice, and the user is told."""
+    """After a 5xx the task may be there or not: it is not submitted twice, and the error says so."""
     with platform.faults.error(502, on="tasks", when=when) as fault:
         code, out, err = call("send", "echo", "{}", env=environ)
     assert (code, out) == (1, "")
@@ -277,7 +277,7 @@ def serve() -> Iterator[Callable[[Answers], str]]:
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"task_id": ".."}'])
 def test_another_server(call: Call, environ: Dict[str, str], serve: Any, body: bytes) -> None:
-    """An answer that is no task is told as such."""
+    """An answer that is not a task is reported as such."""
     code, out, err = call("send", "echo", "{}", "--url", serve(lambda method: (200, body)), env=environ)
     assert (code, out) == (1, "")
     assert "is the URL a Sekuire platform's?" in err

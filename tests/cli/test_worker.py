@@ -19,7 +19,7 @@ from sekuire.service import runner
 from ..support.waiting import GUARD, until
 from .conftest import AGENT, POSIX_ONLY, Call, Process, Run, variables
 
-#: A worker whose handler tells by its progress that it runs, and ends when a file is there.
+#: A worker whose handler reports by its progress that it runs, and ends when a file exists.
 BASE = """
 import os, time
 from sekuire import SekuireSDK, Worker, create_worker
@@ -205,7 +205,7 @@ def test_the_sdk_of_the_worker_is_shut_down(run: Run, module: Write, platform: L
 
 @pytest.mark.parametrize(("target", "parts"), [("tasks:worker", PLAIN), ("tasks:make", FACTORY)])
 def test_max_workers(run: Run, module: Write, platform: LocalPlatform, tmp_path: Path, target: str, parts: str) -> None:
-    """--max-workers is obeyed by a worker and by a function, and told to the platform."""
+    """--max-workers applies to a worker and to a function, and is sent to the platform."""
     module(BASE, parts)
     process = run("worker", target, "--max-workers", "3", env=variables(platform))
     process.line("stderr", "the task stream is open")
@@ -248,7 +248,7 @@ def test_a_signal_while_it_logs_in(run: Run, module: Write, silent_url: str, whe
 
 
 def test_a_refused_login_is_1(run: Run, module: Write, platform: LocalPlatform) -> None:
-    """The platform's refusal is told in a line."""
+    """The platform's refusal is reported in a line."""
     module(BASE, PLAIN)
     process = run("worker", "tasks:worker", env={**variables(platform), "SEKUIRE_INSTALL_TOKEN": "skt_wrong"})
     code, out, err = process.end()
@@ -366,7 +366,7 @@ def test_an_error_in_the_users_code(call: Call, module: Write, source: str, show
     ],
 )
 def test_an_error_that_needs_no_traceback(call: Call, module: Write, source: str, code: int, problem: str) -> None:
-    """The library's own errors, raised while the module is imported, are told in a line."""
+    """The library's own errors, raised while the module is imported, are reported in a line."""
     module(source)
     found, _, err = call("worker", "tasks:worker")
     _forget()

@@ -11,5 +11,5 @@ from ..cli.conftest import run as run
 
 @pytest.fixture
 def platform(make_platform: Callable[..., Any]) -> Any:
-    """One that soon gives a task anew which a worker took no notice of while it was ending."""
+    """A platform that soon redelivers a task which an ending worker has ignored."""
     return make_platform(redelivery_delay=0.2)

@@ -179,11 +179,11 @@ class TestSubmitOnCommit:
         ],
     )
     def test_a_wrong_task(self, arguments: Any, text: str) -> None:
-        """It is told at the call: after the commit it would be too late."""
+        """It is reported at the call: after the commit it would be too late."""
         with transaction.atomic():
             with pytest.raises(ConfigurationError, match=text):
                 submit_on_commit(*arguments)
-        with pytest.raises(ConfigurationError, match="is no field of a task; known are workspace_id"):
+        with pytest.raises(ConfigurationError, match="unknown field of a task; known are workspace_id"):
             submit_on_commit("look", None, priority=1)
 
     @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ class TestSubmitOnCommit:
         ],
     )
     def test_a_wrong_field(self, platform: LocalPlatform, field: str, value: Any, text: str) -> None:
-        """It is told at the call too, so that the transaction can be rolled back."""
+        """It is reported at the call too, so that the transaction can be rolled back."""
         with transaction.atomic():
             with pytest.raises(ConfigurationError, match=f"^{field}: {text}"):
                 submit_on_commit("look", None, robust=True, **{field: value})
@@ -282,13 +282,13 @@ class TestChecks:
         ("name", "value"), [("API_URL", "api.sekuire.ai"), ("OUTBOX", "/nowhere/o"), ("POLICY_PUBLIC_KEYS", "zz")]
     )
     def test_a_wrong_variable(self, name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A value from the environment is told with its variable."""
+        """A wrong value from the environment is reported with its variable."""
         monkeypatch.setenv(f"SEKUIRE_{name}", value)
         (message,) = checks.check_settings(None)
         assert f"environment variable SEKUIRE_{name}" in message.msg
 
     def test_the_policy_without_its_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A web process needs none, and cannot tell what is wrong with a key."""
+        """A web process does not need the extra, and cannot check a key without it."""
         monkeypatch.setattr("sekuire.policy.client.missing_packages", lambda: ("blake3",))
         with override_settings(SEKUIRE={"POLICY_PUBLIC_KEYS": "zz"}):
             assert self.ids(checks.check_settings) == []
@@ -382,7 +382,7 @@ class TestChecks:
         assert self.ids(checks.check_handlers) == ["sekuire.W001"]
 
     def test_deploy(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """check --deploy tells the options that are for development only."""
+        """check --deploy warns about options that are for development only."""
         monkeypatch.delenv("SEKUIRE_CREDENTIALS_FILE", raising=False)
         values = {"VERIFY": False, "ALLOW_INSECURE_HTTP": True, "INSTALL_TOKEN": "skt_x", "ENVIRONMENT": "staging"}
         with override_settings(SEKUIRE=values):
@@ -484,7 +484,7 @@ class TestCommand:
     def test_reloads(
         self, program: Tuple[str, ...], platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
     ) -> None:
-        """However it was started, a save starts the same anew, with the same options."""
+        """However it was started, a save restarts it with the same options."""
         pytest.importorskip("watchfiles")
         (project / "go").touch()
         (project / "manage.py").write_text(

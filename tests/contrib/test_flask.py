@@ -178,8 +178,8 @@ def test_settings(app: flask.Flask, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     config = worker.config
     assert (config.agent_id, config.max_workers, config.task_timeout) == (AGENT, 3, 1.5)
     assert config.outbox == str(tmp_path / "outbox.db")
-    assert worker.sdk._config.workspace_id == "ws-1"
-    assert worker.sdk._config.credentials_store is not None
+    assert worker.sdk.config.workspace_id == "ws-1"
+    assert worker.sdk.config.credentials_store is not None
     worker.stop()
     worker.sdk.shutdown()
 
@@ -214,7 +214,7 @@ def test_wrong_settings(app: flask.Flask, changed: Dict[str, Any], text: str, mo
 
 
 def test_wrong_use(app: flask.Flask) -> None:
-    """Each mistake is told where it is made."""
+    """Each mistake is reported where it is made."""
     sekuire = Sekuire()
     with pytest.raises(ConfigurationError, match=r"call init_app\(app\) first"):
         sekuire.create_worker(app)
@@ -237,7 +237,7 @@ def test_wrong_use(app: flask.Flask) -> None:
 
 
 def test_what_is_no_application(app: flask.Flask) -> None:
-    """It is told with what it is, not with what it lacks."""
+    """The error names what it is, not what it lacks."""
     calls: List[Any] = [
         (lambda: Sekuire("x"), "init_app: must be a flask.Flask, got str"),
         (lambda: Sekuire().init_app(flask.Blueprint("b", __name__)), "init_app: must be a flask.Flask, got Blueprint"),
@@ -259,7 +259,7 @@ def test_keys_named_as_the_variable(app: flask.Flask, keys: Any, monkeypatch: py
     monkeypatch.setenv("SEKUIRE_POLICY_PUBLIC_KEYS", "zz")
     app.config["SEKUIRE_POLICY_PUBLIC_KEYS"] = keys
     sdk = Sekuire(app).sdk(app)
-    assert sdk._config.trusted_policy_keys == (KEY, KEY)
+    assert sdk.config.trusted_policy_keys == (KEY, KEY)
     sdk.shutdown()
     app.config["SEKUIRE_POLICY_PUBLIC_KEYS"] = ""
     with pytest.raises(ConfigurationError, match="environment variable SEKUIRE_POLICY_PUBLIC_KEYS"):
@@ -289,7 +289,7 @@ def name_of_app(ctx: Any, input: Any) -> str:
 def test_handlers_in_other_processes(
     platform: LocalPlatform, app: flask.Flask, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning says that no context is there; an initializer that pushes one mends it."""
+    """A warning says that there is no context; an initializer that pushes one fixes it."""
     sekuire = Sekuire(app)
     sekuire.task("name")(name_of_app)
     text = "handlers run in other processes, where they have no application context"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any, Callable, Dict, Tuple
 
 import pytest
@@ -88,18 +89,21 @@ def test_a_failure_is_the_spans_error(
     provider, exporter = collected
     worker = worker_of(platform)
     worker.middleware(tracing(provider))
+    begun = threading.Event()
 
     @worker.on_task("echo")
     def echo(ctx: TaskContext, input: Any) -> Any:
         if error is not None:
             raise error
+        begun.set()
         assert ctx.wait_cancelled(GUARD)
         ctx.raise_if_cancelled()
 
     with worker:
         task_id = platform.submit("echo", None)
         if error is None:
-            until(lambda: worker.stats().running)
+            # A task that is cancelled before its handler has no span.
+            assert begun.wait(GUARD)
             platform.command(platform.installations()[0]["installation_id"], "terminate")
         failure = platform.wait(task_id, GUARD)["error"]
         until(exporter.get_finished_spans)
@@ -115,7 +119,7 @@ def test_a_failure_is_the_spans_error(
 def test_another_trace_id_is_an_attribute_only(
     scripted: Scripted, worker_of: Make, collected: Tuple[TracerProvider, InMemorySpanExporter], trace_id: Any
 ) -> None:
-    """A trace_id that is no traceparent makes no link."""
+    """A trace_id that is not a traceparent makes no link."""
     provider, exporter = collected
     worker = worker_of(scripted)
     worker.middleware(tracing(provider))

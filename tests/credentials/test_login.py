@@ -193,9 +193,9 @@ def key_of(auth: Authenticator, endpoint: str, credential: str) -> str:
     return protocol.idempotency_key(endpoint, Secret(credential), AGENT, auth.store.holder())
 
 
-def refused(auth: Authenticator, error: type = AuthenticationError) -> Any:
+def refused(auth: Authenticator, error: type = AuthenticationError, deadline: Optional[Deadline] = None) -> Any:
     with pytest.raises(error) as caught:
-        auth.snapshot(patience())
+        auth.snapshot(deadline or patience())
     assert_clean(caught.value, INSTALL, API_KEY, "skr_", "skf_")
     return caught.value
 
@@ -422,7 +422,7 @@ def test_a_passing_failure_is_tried_again(status: int, fake: Fake, make: Make) -
 
 def test_a_failure_that_does_not_pass_in_time(fake: Fake, make: Make) -> None:
     """A failure that lasts until the deadline may pass later: the ways behind it are not used up for it."""
-    fake.on["refresh"] = error(503, "BUSY", "come back")._replace(headers=[("Retry-After", "200")])
+    fake.on["refresh"] = error(503, "BUSY", "come back")._replace(headers=[("Retry-After", "300")])
     auth = make(fake, installation_id="i", refresh_token="skf_given", install_token=INSTALL)
     with pytest.raises(TransportError, match=r"failed for now: .*/refresh: HTTP 503 BUSY: come back") as caught:
         auth.snapshot(patience())
@@ -564,9 +564,10 @@ def test_the_retry_after_of_another_server_is_honoured(fake: Fake, make: Make) -
     waits = Waits()
     make(fake, installation_id="i", refresh_token="skf_given", stop=waits).snapshot(patience())
     assert waits.seconds == [7.0, 7.0]
-    pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "200")])])
-    problem = refused(make(fake, installation_id="i", refresh_token="skf_given"), TransportError)
-    assert problem.retry_after == 200.0
+    soon = Deadline(PATIENCE / 2)
+    pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "300")])])
+    problem = refused(make(fake, installation_id="i", refresh_token="skf_given"), TransportError, soon)
+    assert problem.retry_after == 300.0
 
 
 def test_an_echo_in_a_page_shows_no_token(fake: Fake, make: Make) -> None:
@@ -693,7 +694,7 @@ def test_whoever_cannot_wait_for_the_next_login_learns_when_it_is(
     beat(auth)
     for _ in range(5):
         with pytest.raises(TransportError, match="refused at its first use") as caught:
-            beat(auth)
+            beat(auth, Deadline(30.0))
         assert caught.value.retryable
         assert caught.value.retry_after is not None
     assert fake.calls.count("bootstrap") + fake.calls.count("refresh") == 2

@@ -498,6 +498,27 @@ class Gt0:
     gt = 0
 
 
+class OwnPredicate(at.Predicate):
+    """A predicate of the user's own."""
+
+
+class OwnMetadata(at.BaseMetadata):
+    """Metadata of the user's own, which nothing here knows."""
+
+    def __repr__(self) -> str:
+        return "OwnMetadata of mine"
+
+
+class Meta:
+    """What msgspec calls so: limits and notes in one object."""
+
+    __module__ = "msgspec"
+    __slots__ = ("gt", "pattern", "title")
+
+    def __init__(self, **given: Any) -> None:
+        self.gt, self.pattern, self.title = (given.get(name) for name in self.__slots__)
+
+
 @dataclasses.dataclass
 class Limits:
     count: Annotated[int, pydantic.Field(gt=0, description="a note")]
@@ -537,6 +558,7 @@ KEPT: List[Tuple[Any, Any, Any]] = [
     (Annotated[dt.datetime, at.Ge(NEW_YEAR), at.Timezone(...)], "2024-01-01T00:00:00Z", NEW_YEAR),
     (Annotated[float, at.Unit("m"), "a note", int], 1, 1.0),
     (Annotated[str, at.Predicate(str.islower)], "a", "a"),
+    (Annotated[str, Meta(title="a note")], "a", "a"),
     (Annotated[str, pydantic.StringConstraints(min_length=1)], "a", "a"),
     (Annotated[Dict[str, Any], at.MaxLen(1)], {"a": 1}, {"a": 1}),
     (Annotated[Any, at.Gt(0)], 1, 1),
@@ -553,12 +575,14 @@ BROKEN: List[Tuple[Any, Any, List[str]]] = [
     (Dozens, {"count": 13}, ["input.count: must be a multiple of 12"]),
     (Sized, {"name": SECRET, "size": 0},
      ["input.name: must have a length of 3 or less", "input.size: must be 0.5 or more"]),
+    (Annotated[int, Meta(gt=0)], 0, ["input: must be greater than 0"]),
     (Ranked, [4], ["input[0]: must be 3 or less"]),
     (Rank, 0, ["input: must be greater than 0"]),
     (Annotated[float, at.MultipleOf(0.1)], 0.35, ["input: must be a multiple of 0.1"]),
     (Annotated[dt.datetime, at.Ge(NEW_YEAR)], "2023-01-01T00:00:00Z",
      ["input: must be 2024-01-01T00:00:00+00:00 or more"]),
     (Annotated[str, at.Predicate(str.islower)], SECRET.upper(), ["input: is refused by the predicate str.islower"]),
+    (Annotated[str, OwnPredicate(str.islower)], "A", ["input: is refused by the predicate str.islower"]),
     (Annotated[str, at.Predicate(int)], SECRET, ["input: is refused by the predicate int"]),
     (Annotated[Dict[str, Any], at.MaxLen(1)], {"a": 1, "b": 2}, ["input: must have a length of 1 or less"]),
     (Dict[Annotated[str, at.MinLen(2)], int], {"a": 1}, ["input.a: must have a length of 2 or more"]),
@@ -618,6 +642,8 @@ class Unannotated:
         (Annotated[str, pydantic.AfterValidator(str.upper)], ["the constraint AfterValidator(", "is not supported"]),
         (Annotated[str, pydantic.StringConstraints(to_upper=True)], ["the constraint to_upper=True"]),
         (Annotated[int, VALIDATORS.gt(3)], ["has no effect; write attrs.field(validator=...)"]),
+        (Annotated[str, Meta(pattern="x")], ["Meta(...) of Annotated is not supported; use a pydantic model"]),
+        (Annotated[int, OwnMetadata()], ["the constraint OwnMetadata of mine of Annotated is not supported"]),
         (Dict[Annotated[int, at.Gt(0)], int], ["the keys of an object are strings in JSON, never int"]),
     ],
 )  # fmt: skip

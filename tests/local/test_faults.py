@@ -87,7 +87,7 @@ def test_an_error_before_the_platform_has_seen_the_request(platform: LocalPlatfo
 
 
 def test_an_error_after_the_platform_has_acted(platform: LocalPlatform, installation: Installation) -> None:
-    """The client is told of an error, but all was done; a repetition is answered as the first should have been."""
+    """The client gets an error, but the platform has acted. A repetition gets the answer of the first request."""
     task_id = given(installation)
     platform.faults.error(502, times=1, on="complete", when="after")
     answer = installation.complete(task_id, output=1)
@@ -99,7 +99,7 @@ def test_an_error_after_the_platform_has_acted(platform: LocalPlatform, installa
 
 @pytest.mark.parametrize("status", [301, 400, 401, 402, 404, 418, 451, 500, 503, 599])
 def test_any_failing_status(platform: LocalPlatform, installation: Installation, status: int) -> None:
-    """Each is answered with a JSON body of the contract's shape, and without a Retry-After that nobody asked for."""
+    """Each is answered with a JSON body of the contract's shape, and with a Retry-After only if the fault sets one."""
     with platform.faults.error(status, on="tasks"):
         answer = installation.client.admin("GET", "/tasks")
     assert answer.status == status
@@ -323,7 +323,7 @@ def test_latency_ends_by_itself(platform: LocalPlatform, installation: Installat
 
 
 def test_a_spent_latency_still_delays_whom_it_struck(platform: LocalPlatform, installation: Installation) -> None:
-    """times=1 is about the next request; the one that was struck goes on waiting."""
+    """times=1 applies to the next request. The one that was hit goes on waiting."""
     fault = platform.faults.latency(LONG, times=1, on="tasks")
     call = Call(lambda: submission(installation))
     platform.faults.wait("latency", timeout=GUARD)
@@ -372,7 +372,7 @@ def _luck(make: Make, seed: int, disturbed: bool = False) -> List[int]:
 
 
 def test_the_same_seed_gives_the_same_faults(make: Make) -> None:
-    """The n-th request of an endpoint meets the same fault, whatever other endpoints are asked meanwhile."""
+    """The n-th request of an endpoint meets the same fault, whatever requests other endpoints get."""
     first = _luck(make, 7)
     assert set(first) == {201, 500, 503}
     assert _luck(make, 7, disturbed=True) == first
@@ -380,7 +380,7 @@ def test_the_same_seed_gives_the_same_faults(make: Make) -> None:
 
 
 def test_a_drawn_seed_can_be_repeated(make: Make) -> None:
-    """Faults(None) draws a seed and tells it."""
+    """Faults(None) draws a seed and returns it."""
     drawn = Faults(None)
     assert drawn.seed != Faults(None).seed
     assert Faults(drawn.seed).seed == drawn.seed
@@ -399,7 +399,7 @@ def test_rates(platform: LocalPlatform, installation: Installation) -> None:
 
 
 def test_times_is_exact_for_many_at_once(platform: LocalPlatform, installation: Installation) -> None:
-    """Exactly N requests are struck, also if more come at the same time."""
+    """Exactly N requests are hit, also if more come at the same time."""
     fault = platform.faults.error(503, times=7)
     calls = [Call(lambda: [submission(installation) for _ in range(5)]) for _ in range(8)]
     statuses = [status for call in calls for status in call.result()]
@@ -434,7 +434,7 @@ def test_cut_streams_again_and_again(platform: LocalPlatform, installation: Inst
             # Cut before its first event was read.
             continue
         with stream, contextlib.suppress(TimeoutError, socket.timeout):
-            # One that was opened just after the last cut is not cut any more.
+            # A stream that was opened just after the last cut is not cut.
             stream._connection.sock.settimeout(0.2)
             assert stream.next() is None
     assert fault.injected == 2
@@ -456,7 +456,7 @@ def test_stall_streams(make: Make) -> None:
         assert platform.faults.standing == [fault]
         tasks = [installation.submit() for _ in range(3)]
         with installation.stream("w2", max_in_flight=0) as other:
-            # What was sent before the stall has passed, and a stream opened meanwhile is the clock.
+            # What was sent before the stall has passed, and a stream opened during the stall is the clock.
             for _ in range(3):
                 assert other.line() == ": keep-alive\n"
                 assert other.line() == "\n"
@@ -643,7 +643,7 @@ def test_an_outage_loses_what_is_on_its_way(platform: LocalPlatform, installatio
         for call in (first, second):
             with pytest.raises((ConnectionError, http.client.HTTPException)):
                 call.result()
-        # Neither goes on when the faults end, because neither is there any more.
+        # Neither goes on when the faults end, because both have ended.
         until(lambda: platform.count("complete", 0) == 2)
     platform.faults.clear()
     assert [platform.task(task_id)["status"] for task_id in (early, late)] == ["assigned", "completed"]
@@ -861,7 +861,7 @@ def test_text(text: str, spelled: Optional[str]) -> None:
     ],
 )
 def test_wrong_text(text: str, problem: str) -> None:
-    """What cannot be understood is told with the reason and an example that works."""
+    """Wrong text is reported with the reason and an example that works."""
     faults = Faults()
     with pytest.raises(ConfigurationError) as caught:
         faults.add(text)
@@ -890,7 +890,7 @@ def test_a_client_that_resets_its_own_connection_is_no_fault(platform: LocalPlat
 
 
 def test_faults_of_what_is_not_there(platform: LocalPlatform) -> None:
-    """A path that the platform does not know is struck by faults of any endpoint, and by no named one."""
+    """A path that the platform does not know is hit by faults of any endpoint, but not by those of a named one."""
     client = client_of(platform)
     with platform.faults.error(500, on="tasks"):
         assert client.admin("GET", "/nothing").status == 404

@@ -68,7 +68,7 @@ def test_stop_does_not_wait_for_a_client_that_reads_nothing() -> None:
     with LocalPlatform() as platform:
         installation = client_of(platform).install()
         with installation.stream() as stream:
-            # Far more than the sockets buffer; nobody reads it.
+            # Far more than the sockets buffer, and it is not read.
             installation.submit(input="x" * 20_000_000)
             slow = installation.client.connect()
             slow.putrequest("POST", "/api/v1/logs")
@@ -148,7 +148,7 @@ def test_a_wrong_option_is_named(options: Dict[str, Any], option: str) -> None:
 
 
 def test_a_taken_port_is_named(platform: LocalPlatform) -> None:
-    """A port that is taken is an error that names it and says what to do; the loser can start elsewhere later."""
+    """A port in use is an error that names it and says what to do. The platform can start on another port later."""
     port = int(platform.url.rpartition(":")[2])
     with pytest.raises(ConfigurationError, match=rf"port {port} on 127.0.0.1 is taken; stop the program") as caught:
         LocalPlatform(port=port).start()
@@ -245,7 +245,7 @@ def test_wait_outlasts_a_restart(platform: LocalPlatform, installation: Installa
 
 
 def test_delays_outlast_a_restart(platform: LocalPlatform, installation: Installation) -> None:
-    """A task that waits for its next try gets it also when the platform was started anew meanwhile."""
+    """A task that waits for its next try gets it also if the platform was restarted before that."""
     task_id = platform.submit("c", {}, max_attempts=2)
     with installation.stream() as stream:
         stream.next("task")
@@ -257,7 +257,7 @@ def test_delays_outlast_a_restart(platform: LocalPlatform, installation: Install
 
 
 def test_wait_gives_up(platform: LocalPlatform) -> None:
-    """wait() raises TimeoutError naming the task and its state, and 404 for a task nobody knows."""
+    """wait() raises TimeoutError naming the task and its state, and 404 for an unknown task."""
     task_id = platform.submit("c", {}, agent_id="a")
     with pytest.raises(TimeoutError, match=f"{task_id}.*queued"):
         platform.wait(task_id, 0.01)
@@ -271,7 +271,7 @@ def test_wait_gives_up(platform: LocalPlatform) -> None:
 
 
 def test_commands_and_revocation_of_the_unknown(platform: LocalPlatform) -> None:
-    """A command or revocation for nobody is 404, a wrong command a wrong argument."""
+    """A command or revocation for an unknown installation is 404, a wrong command a wrong argument."""
     for call in (lambda: platform.command("inst_x", "pause"), lambda: platform.revoke("inst_x")):
         with pytest.raises(APIError) as caught:
             call()
@@ -336,7 +336,7 @@ def test_revocation_ends_the_stream_in_time(platform: LocalPlatform, installatio
 
 
 def test_the_policy_hash_is_in_heartbeats(platform: LocalPlatform, installation: Installation) -> None:
-    """Heartbeats tell the active policy's hash where there is one."""
+    """Heartbeats carry the active policy's hash if there is one."""
     assert "active_policy_hash" not in installation.heartbeat().body
     policy = platform.set_policy("ws_local", {"permissions": {}})
     assert installation.heartbeat().body["active_policy_hash"] == policy["hash"]

@@ -46,7 +46,7 @@ def test_there_may_be_none(platform: LocalPlatform) -> None:
 
 
 def test_another_workspace_has_another_signature(platform: LocalPlatform) -> None:
-    """The signature tells the workspace, so that one workspace's policy cannot pass for another's."""
+    """The signature covers the workspace, so that one workspace's policy cannot pass for another's."""
     mine, other = (platform.set_policy(name, CONTENT) for name in ("ws_local", "ws_other"))
     assert mine["hash"] == other["hash"]
     with pytest.raises(InvalidSignature):
@@ -120,7 +120,7 @@ def test_a_number_that_is_none_is_refused_over_http(platform: LocalPlatform) -> 
 
 
 def test_content_must_be_a_mapping(platform: LocalPlatform) -> None:
-    """A list is no content."""
+    """A list is not a content."""
     with pytest.raises(ConfigurationError, match="mapping"):
         platform.set_policy("ws_local", [])  # type: ignore[arg-type]
 

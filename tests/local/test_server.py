@@ -88,7 +88,7 @@ def test_a_foreign_origin_is_refused(platform: LocalPlatform) -> None:
     ["nonsense\r\n\r\n", "GET /x HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n", "get / HTTP/1.1\r\n\r\n"],
 )
 def test_malformed_http_gets_a_json_error(platform: LocalPlatform, text: str) -> None:
-    """What is no HTTP is answered 400 in the usual shape, and the connection closed."""
+    """Malformed HTTP is answered 400 in the usual shape, and the connection is closed."""
     head, _, body = _raw(platform, text).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert b"Date: " in head
@@ -105,7 +105,7 @@ def test_a_body_that_ends_early(platform: LocalPlatform, caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("length", ["-5", "0"])
 def test_a_body_of_no_length(platform: LocalPlatform, length: str) -> None:
-    """A length below nothing is no reason to wait for the end of the connection."""
+    """A negative length does not make the server wait for the end of the connection."""
     client = client_of(platform)
     with socket.create_connection(client.address, timeout=GUARD) as sock:
         host = platform.url[7:]
@@ -206,7 +206,7 @@ def test_head_opens_no_stream(platform: LocalPlatform, installation: Installatio
 
 
 def test_a_thread_that_works_beyond_the_stop_ends_after_it(platform: LocalPlatform) -> None:
-    """stop() does not wait for ever for a thread that answers, and the thread ends when it has."""
+    """stop() does not wait without limit for a thread that answers, and the thread ends when it has answered."""
     begun, may_end = threading.Event(), threading.Event()
 
     class Slow:

@@ -16,6 +16,8 @@ from sekuire.errors import ConfigurationError, PolicyIntegrityError, PolicyViola
 from sekuire.policy import Decision, Policy, PolicyEnforcer, RateLimiter
 from sekuire.policy.enforcer import MESSAGES
 
+from .test_limits import Clock, limiter_at
+
 PROTOCOL = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 PAGE = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 
@@ -587,11 +589,11 @@ def test_a_limiter_outlives_its_policy() -> None:
 
 def test_a_rate_limit_says_when_to_try_again() -> None:
     """``retry_after`` is in the decision and in the error; None where waiting does not help."""
-    now = [1000.0]
-    limiter = RateLimiter(namespace="w", clock=lambda: now[0])
+    clock = Clock()
+    limiter = limiter_at(clock)
     enforcer = enforcer_of(rate("tokens", "minute", 10), limiter=limiter)
     enforcer.enforce_rate_limit("tokens", 10)
-    now[0] += 20
+    clock.now += 20
     with pytest.raises(PolicyViolationError) as caught:
         enforcer.enforce_rate_limit("tokens", 5)
     assert caught.value.retry_after == pytest.approx(40.0)

@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator, List, Optional
 import pytest
 
 from sekuire import PolicyClient, PolicyGateway
+from sekuire._internal.threads import Deadline
 from sekuire.errors import (
     APIError,
     AuthenticationError,
@@ -19,10 +20,11 @@ from sekuire.errors import (
     PolicyUnavailableError,
     PolicyViolationError,
     SekuireError,
+    TransportError,
 )
 from sekuire.policy import client as client_module
 from sekuire.policy import loader as loader_module
-from sekuire.policy.source import Workspace
+from sekuire.policy.source import InstallationSource, Workspace
 from sekuire.wire.models import HeartbeatReply
 
 from ..scripted import GUARD, Blackhole, Request, Scripted, client_threads, until
@@ -473,6 +475,15 @@ def test_a_workspace_that_nobody_tells(served: Served, pinned: bool) -> None:
                 gateway.check_task("x")
         else:
             assert gateway.check_task("x") is None
+
+
+def test_an_installation_that_is_not_there_yet() -> None:
+    """Before the installation is made nobody can be asked, and the workspace is the one that was given, or none."""
+    source = InstallationSource(None)
+    assert source.workspace_id is None
+    assert InstallationSource(WORKSPACE).workspace_id == WORKSPACE
+    with pytest.raises(TransportError, match="not there yet"):
+        source.get("/policy", Deadline(1.0))
 
 
 def test_rate_limits_outlive_a_change(served: Served, make: Make) -> None:

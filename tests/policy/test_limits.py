@@ -22,12 +22,20 @@ class Clock:
     def __init__(self) -> None:
         self.now = 5000.0
 
-    def __call__(self) -> float:
-        return self.now
+
+class TimedLimiter(RateLimiter):
+    """A limiter by a clock of the test's own."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(namespace="w")
+        self.clock = clock
+
+    def now(self) -> float:
+        return self.clock.now
 
 
 def limiter_at(clock: Clock) -> RateLimiter:
-    return RateLimiter(namespace="w", clock=clock)
+    return TimedLimiter(clock)
 
 
 def test_a_window_moves() -> None:

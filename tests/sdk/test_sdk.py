@@ -176,7 +176,7 @@ def test_wrong_uses(scripted: Scripted, sdk_of: Make) -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'max_workers'"):
         sdk.create_task_worker(max_worker=2)
     assert sdk.create_task_worker().capabilities == ("a",)
-    assert sdk.create_task_worker(["b"], read_timeout=1.5)._config.read_timeout == 1.5
+    assert sdk.create_task_worker(["b"], read_timeout=1.5).config.read_timeout == 1.5
     with sdk, pytest.raises(ConfigurationError, match="starts once"):
         sdk.start()
     with pytest.raises(ConfigurationError, match="was shut down"):
@@ -202,12 +202,12 @@ def test_from_env_takes_everything(scripted: Scripted, clean_environment: pytest
     for name, value in variables.items():
         clean_environment.setenv(name, value)
     with SekuireSDK.from_env(environment="test") as sdk:
-        assert sdk._config.environment == "test"
+        assert sdk.config.environment == "test"
         assert sdk.installation_credentials.installation_id == "inst-1"
     body = scripted.of("bootstrap")[0].json
     assert (body["agent_id"], body["install_token"]) == ("env-agent", "skt-env")
     with SekuireSDK.from_env() as sdk:
-        assert sdk._config.environment == "staging"
+        assert sdk.config.environment == "staging"
         assert sdk.is_connected()
     assert scripted.count("bootstrap") == 1
 

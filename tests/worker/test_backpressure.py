@@ -160,7 +160,7 @@ def test_a_release_that_the_platform_takes_while_the_stream_waits(scripted: Scri
         held.go.set()
         scripted.completion("t0")
         answer.set()
-        until(lambda: worker.stats().released == 1)
+        until(lambda: worker.stats().released == 1 and worker._dispatcher.records.permits == 1)
         scripted.task("t2")
         assert scripted.completion("t2")["status"] == "completed"
     assert scripted.completions("t1") == []

@@ -20,14 +20,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from sekuire._internal.monitor import Monitor
 from sekuire._internal.threads import Deadline, Timer
 from sekuire.config import WorkerConfig
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import HandlerEntry, TaskRegistry
 from sekuire.wire.models import Completion, Task
 from sekuire.wire.protocol import MalformedTask
+from sekuire.worker import release
+from sekuire.worker.answers import WorkerAudit
 from sekuire.worker.dispatch import WAITING_COST, Dispatcher
-from sekuire.worker.records import State
+from sekuire.worker.records import Record, State, move
+from sekuire.worker.release import Release
 
 from ..scripted import GUARD, until
 
@@ -198,7 +202,15 @@ def dispatcher_of(
     registry.add("narrow", handlers, None, 1)
     limits = {"max_workers": WORKERS, "max_waiting_bytes": QUEUE * WAITING_COST, "task_timeout": 1e6}
     config = WorkerConfig(agent_id="a", install_token="t", **{**limits, **options})
-    return Dispatcher(config, registry, sink, timer=timer, lease=lease or Lease(), scrub=str, audit=audit)
+    return Dispatcher(
+        config,
+        registry,
+        sink,
+        timer=timer,
+        lease=lease or Lease(),
+        scrubber=None,
+        audit=None if audit is None else WorkerAudit(audit, "w"),
+    )
 
 
 class TaskStates(RuleBasedStateMachine):
@@ -670,7 +682,7 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
     sink = Sink()
     config = WorkerConfig(agent_id="a", runtime_token="t", max_workers=1, max_queued=10)
     dispatcher = Dispatcher(
-        config, registry, sink, timer=ManualTimer(), lease=Lease(), scrub=lambda text: text
+        config, registry, sink, timer=ManualTimer(), lease=Lease(), scrubber=None
     )  # fmt: skip
     for number, value in enumerate(inputs):
         dispatcher.submit(Task(task_id=str(number), capability="a", input=value))
@@ -681,3 +693,38 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
     assert dispatcher.drain(Deadline(GUARD))
     dispatcher.end_pool(Deadline(GUARD))
     assert seen == {str(number): value for number, value in enumerate(inputs)}
+
+
+@pytest.mark.parametrize(
+    ("way", "then"),
+    [
+        ([State.REJECTED], [State.RUNNING, State.RELEASED, State.FINISHED]),
+        ([State.WAITING], [State.RECEIVED, State.RUNNING, State.FINISHED]),
+        ([State.STARTING, State.RUNNING], [State.REJECTED, State.RELEASED, State.STARTING]),
+        ([State.STARTING, State.RUNNING, State.FINISHED], list(State)),
+        ([State.RELEASED], [State.WAITING, State.STARTING, State.FINISHED]),
+    ],
+)
+def test_only_legal_edges(way: List[State], then: List[State]) -> None:
+    """A task ends once, and none that has begun is given back or rejected."""
+    record = Record(Task(task_id="t1", capability="wide"), HandlerEntry("wide", lambda ctx, input: None))
+    for state in way:
+        move(record, state)
+    for state in then:
+        with pytest.raises(AssertionError):
+            move(record, state)
+    assert record.state is way[-1]
+
+
+def test_a_release_that_was_called_off_stays_so() -> None:
+    """Neither a try that begins later nor the platform's answer to one on its way changes it."""
+    monitor = Monitor()
+    planned, sent = Release(monitor, "t1", 1), Release(monitor, "t2", 1)
+    assert sent.begin()
+    for one in (planned, sent):
+        with monitor.lock:
+            one.call_off()
+        one.postpone()
+        assert not one.begin()
+        one.end(is_released=True)
+        assert one.state is release.CALLED_OFF

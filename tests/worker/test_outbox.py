@@ -527,8 +527,10 @@ def test_a_stop_tells_what_the_outbox_lacks(
     scripted.task("t1", "work")
     scripted.wait_for("complete")
     assert stored(tmp_path) == ["t1"]
-    commit = outbox._commit
-    monkeypatch.setattr(outbox, "_commit", lambda puts, removals: "disk is full" if puts else commit(puts, removals))
+    commit = outbox.file.commit
+    monkeypatch.setattr(
+        outbox.file, "commit", lambda puts, removals: "disk is full" if puts else commit(puts, removals)
+    )
     scripted.task("t2", "unknown")
     until(lambda: worker.stats().undelivered == 2)
     worker.stop(0)

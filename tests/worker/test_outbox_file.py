@@ -23,6 +23,7 @@ from sekuire.wire import protocol
 from sekuire.wire.models import is_id
 from sekuire.worker import outbox as outbox_module
 from sekuire.worker.outbox import Outbox, Stored, open_outbox
+from sekuire.worker.outbox_file import CompletionFile
 
 from ..scripted import GUARD, until
 
@@ -34,8 +35,8 @@ def stored(task_id: str, head: bytes = b'{"task_id":"t"', attempt: int = 1) -> S
 
 
 def database_of(outbox: Outbox) -> sqlite3.Connection:
-    assert outbox._database is not None
-    return outbox._database
+    assert outbox.file.database is not None
+    return outbox.file.database
 
 
 def test_what_is_put_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
@@ -61,14 +62,14 @@ def test_a_removal_that_waits_is_not_claimed(tmp_path: Path) -> None:
     outbox = open_outbox(tmp_path / "outbox.db")
     for task_id in ("a", "b"):
         outbox.put(URL, AGENT, None, stored(task_id), "first")
-    outbox._take_lead()
+    outbox.take_lead()
     outbox.remove(URL, AGENT, "a", 1)
     claimed: List[Stored] = []
     thread = threading.Thread(target=lambda: claimed.extend(outbox.claim(URL, AGENT, "second")), daemon=True)
     thread.start()
-    until(lambda: outbox._visitors)
+    until(lambda: outbox.visitors)
     outbox.disown("first")
-    outbox._lead()
+    outbox.lead()
     thread.join(GUARD)
     assert [one.task_id for one in claimed] == ["b"]
     outbox.close()
@@ -117,7 +118,7 @@ class Opening:
             self.error = error
 
     def is_waiting(self) -> bool:
-        return len(outbox_module._registry_changed._waiters) == 1  # type: ignore[attr-defined]
+        return outbox_module.openers_waiting() == 1
 
     def finish(self) -> Outbox:
         self.thread.join(GUARD)
@@ -130,17 +131,17 @@ def test_one_that_is_opened_while_it_closes(tmp_path: Path) -> None:
     """Who wants the file while its last user closes it waits for that, and finds what was put last."""
     outbox = open_outbox(tmp_path / "outbox.db")
     outbox.put(URL, AGENT, None, stored("a"))
-    outbox._take_lead()
+    outbox.take_lead()
     closing = threading.Thread(target=outbox.close, daemon=True)
     closing.start()
-    until(lambda: outbox._visitors)
+    until(lambda: outbox.visitors)
     opening = Opening(tmp_path / "outbox.db")
     until(lambda: opening.error or opening.is_waiting())
     assert opening.error is None
     # The other files of the process are not held up.
     other = open_outbox(tmp_path / "other.db")
     other.close()
-    outbox._lead()
+    outbox.lead()
     closing.join(GUARD)
     again = opening.finish()
     assert again is not outbox
@@ -151,14 +152,14 @@ def test_one_that_is_opened_while_it_closes(tmp_path: Path) -> None:
 def test_a_close_that_does_not_end_is_not_waited_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait for another thread is bounded, and its error says what it waited for."""
     outbox = open_outbox(tmp_path / "outbox.db")
-    outbox._take_lead()
+    outbox.take_lead()
     closing = threading.Thread(target=outbox.close, daemon=True)
     closing.start()
-    until(lambda: outbox._visitors)
+    until(lambda: outbox.visitors)
     monkeypatch.setattr(outbox_module, "_TURN_TIMEOUT", 0.01)
     with pytest.raises(ConfigurationError, match="another thread of this process has been opening or closing it"):
         open_outbox(tmp_path / "outbox.db")
-    outbox._lead()
+    outbox.lead()
     closing.join(GUARD)
     open_outbox(tmp_path / "outbox.db").close()
 
@@ -167,17 +168,17 @@ def test_a_close_that_does_not_end_is_not_waited_for_ever(tmp_path: Path, monkey
 def test_one_that_is_opened_by_two_threads(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread opens the file another waits for it, and tries by itself if that failed; no other path waits."""
     entered, release = threading.Event(), threading.Event()
-    real = Outbox._open
+    real = CompletionFile.open
 
-    def slow(outbox: Outbox) -> Any:
-        if outbox.path.endswith("outbox.db") and not entered.is_set():
+    def slow(file: CompletionFile) -> Any:
+        if file.path.endswith("outbox.db") and not entered.is_set():
             entered.set()
             assert release.wait(GUARD)
             if fails:
                 raise OSError(5, "no luck")
-        return real(outbox)
+        return real(file)
 
-    monkeypatch.setattr(Outbox, "_open", slow)
+    monkeypatch.setattr(CompletionFile, "open", slow)
     first = Opening(tmp_path / "outbox.db")
     assert entered.wait(GUARD)
     other = Opening(tmp_path / "other.db")
@@ -217,7 +218,7 @@ def test_a_close_that_fails_lets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def fail() -> None:
         raise MemoryError
 
-    monkeypatch.setattr(outbox, "_write_queued", fail)
+    monkeypatch.setattr(outbox, "write_queued", fail)
     with pytest.raises(MemoryError):
         outbox.close()
     again = open_outbox(tmp_path / "outbox.db")
@@ -231,20 +232,20 @@ def test_an_interrupted_wait_for_a_turn_holds_up_no_other(
 ) -> None:
     """A thread that waits for its turn at the database and is interrupted takes none, or hands it on."""
     outbox = open_outbox(tmp_path / "outbox.db")
-    outbox._take_lead()
+    outbox.take_lead()
 
     def interrupt(ticket: Any) -> None:
         if has_turn:
-            outbox._lead()
+            outbox.lead()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(outbox_module._Ticket, "wait", interrupt)
+        patched.setattr(outbox_module.Ticket, "wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             outbox.claim(URL, AGENT, object())
     if not has_turn:
-        outbox._lead()
-    assert outbox._visitors == []
+        outbox.lead()
+    assert outbox.visitors == []
     putting = threading.Thread(target=outbox.put, args=(URL, AGENT, None, stored("a")), daemon=True)
     putting.start()
     putting.join(GUARD)
@@ -385,13 +386,13 @@ def test_a_damaged_row_holds_up_no_other(
 ) -> None:
     """A row that cannot be sent stays where it is, named in one log line; the others are delivered."""
     outbox = open_outbox(tmp_path / "outbox.db")
-    outbox._database.execute(
+    outbox.file.database.execute(
         f"INSERT INTO completion VALUES ('{URL}', '{AGENT}', {task_id}, NULL, {attempt}, 0, X'7b', 1.0)"
     )
     outbox.put(URL, AGENT, None, stored("good"))
     outbox.disown(None)
     assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["good"]
-    (count,) = outbox._database.execute("SELECT count(*) FROM completion").fetchone()
+    (count,) = outbox.file.database.execute("SELECT count(*) FROM completion").fetchone()
     outbox.close()
     (record,) = [record for record in caplog.records if "damaged row" in record.message]
     assert record.message.isprintable()
@@ -403,10 +404,10 @@ def test_an_outbox_that_cannot_be_read_does_not_stop_a_worker(tmp_path: Path, ca
     outbox = open_outbox(tmp_path / "outbox.db")
     outbox.put(URL, AGENT, None, stored("a"))
     outbox.disown(None)
-    outbox._database.execute("ALTER TABLE completion RENAME TO gone")
+    outbox.file.database.execute("ALTER TABLE completion RENAME TO gone")
     assert outbox.claim(URL, AGENT, object()) == []
     assert "cannot be read (no such table" in caplog.text
-    outbox._database.execute("ALTER TABLE gone RENAME TO completion")
+    outbox.file.database.execute("ALTER TABLE gone RENAME TO completion")
     assert [one.task_id for one in outbox.claim(URL, AGENT, object())] == ["a"]
     outbox.close()
 
@@ -431,7 +432,7 @@ class _Interrupted:
 def test_an_interrupted_writer_holds_up_no_other(tmp_path: Path) -> None:
     """Whatever ends the thread that writes for all, nobody waits for it, and the next transaction is a new one."""
     outbox = open_outbox(tmp_path / "outbox.db")
-    outbox._database = _Interrupted(outbox._database)  # type: ignore[assignment]
+    outbox.file.database = _Interrupted(outbox.file.database)  # type: ignore[assignment]
     with pytest.raises(MemoryError):
         outbox.put(URL, AGENT, None, stored("a"))
     done = []
@@ -573,7 +574,7 @@ def test_many_are_put_as_one(tmp_path: Path) -> None:
 def test_many_that_cannot_be_written_have_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the disk does not take is told as such, and nobody owns it."""
     outbox = open_outbox(tmp_path / "outbox.db")
-    monkeypatch.setattr(outbox, "_commit", lambda puts, removals: "the disk is full" if puts else None)
+    monkeypatch.setattr(outbox.file, "commit", lambda puts, removals: "the disk is full" if puts else None)
     assert not outbox.put_all("https://a", "agent", None, [Stored("t1", 1, False, b"{")], object())
     assert outbox.owner_of("https://a", "agent", "t1") is None
     outbox.close()

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
@@ -24,7 +25,7 @@ from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
 from sekuire.executors.backends import FileFlag, is_remote
 from sekuire.executors.process import load_error
-from sekuire.executors.remote import RemoteControl, run_remote
+from sekuire.executors.remote import RemoteControl, carrier_of, run_remote
 from sekuire.handlers.context import control_of
 from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.wire.models import Task
@@ -426,6 +427,23 @@ def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     assert error.message == "cancelled before the task began (timeout)"
     # This process is the worker's own, and may go on starting others.
     assert not is_in_executor()
+
+
+def until_cancelled(ctx: TaskContext, input: Any) -> None:
+    ctx.wait_cancelled(GUARD)
+    ctx.raise_if_cancelled()
+
+
+@pytest.mark.parametrize("left", [0.0, 0.1])
+def test_a_process_that_sees_the_end_of_the_time_first(left: float) -> None:
+    """The task fails as timeout, also if the worker's timer has not come to it: before the handler began, or after."""
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        carry = carrier_of(WorkerConfig(agent_id="a", executor=RemoteExecutor(threads)))
+        assert carry is not None
+        context = TaskContext(Task(task_id="t1", capability="echo"), deadline=time.monotonic() + left)
+        with pytest.raises(TaskError) as caught:
+            carry("echo", until_cancelled)(context, None)
+    assert (caught.value.code, caught.value.retryable) == ("timeout", True)
 
 
 def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:

@@ -670,7 +670,7 @@ def test_a_failure_of_our_own_parts_leaves_no_result(
         "jitter": (report, "full_jitter"),
         "schedule": (worker._reporter.delivery, "schedule"),
         "settle": (worker._reporter.results, "settle"),
-        "outbox": (worker._outbox, "put"),
+        "outbox": (worker._reporter.spool, "put"),
     }[part]
     real, failures = getattr(where, name), iter([MemoryError()] * 2)
 

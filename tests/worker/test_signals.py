@@ -191,7 +191,7 @@ def test_a_signal_during_a_backoff(scripted: Scripted, run: Callable[..., Proces
     """While the worker waits to connect anew a signal ends the process at once."""
     scripted.on["stream"] = lambda request: (503, {}, {"Retry-After": "300"})
     process = run(BLOCK, scripted.url, "skt")
-    process.expect("opening it anew")
+    process.expect("reconnecting in")
     process.signal(signal.SIGTERM)
     assert process.wait(5.0) == 0
     assert scripted.count("stream") == 1

@@ -1,41 +1,59 @@
-"""Ask the policy whether a task may begin."""
+"""Ask the policy about a task, call its handler, and turn what either does into the task's result."""
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from typing import Optional, Protocol
 
 from .._internal.logs import get_logger
 from ..config import WorkerConfig
 from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
 from ..handlers import outcome
-from ..handlers.context import TaskContext
+from ..handlers.context import TaskContext, control_of
 from ..wire import protocol
-from ..wire.models import Failure, Task
-from .answers import TaskAudit
+from ..wire.models import Completion, Failure
+from .answers import WorkerAudit
+from .records import Record
 
 log = get_logger("sekuire.dispatch")
 
 
-class Gate:
-    """The policy gateway of a worker, asked on the handler's thread before each task. It may take its time.
+class Scrubber(Protocol):
+    """Who knows the secrets that must not leave the process. An ``Installation`` is one."""
 
-    :param scrub: removes secrets from a text that goes to the platform.
+    def scrub(self, text: str) -> str:
+        """Return ``text`` without any live token in it."""
+
+
+class Caller:
+    """Ask the policy gateway about each task, and call its handler. On the handler's thread; no state of its own.
+
+    :param scrubber: removes secrets from the texts that go to the platform; None if there are none.
     :param audit: notes each task that the policy allowed.
     """
 
-    def __init__(self, config: WorkerConfig, scrub: Callable[[str], str], audit: Optional[TaskAudit] = None) -> None:
+    def __init__(self, config: WorkerConfig, scrubber: Optional[Scrubber], audit: Optional[WorkerAudit] = None) -> None:
         self._gateway = config.policy_gateway
         #: True if there is a policy to ask.
-        self.is_there = self._gateway is not None
+        self.has_policy = self._gateway is not None
         # One question, so that one policy answers all of it. A gateway of the user's own may not have it.
         self._check_task = getattr(self._gateway, "check_task", None)
         self._check_tool = getattr(self._gateway, "check_tool", None)
         self._expose_errors = config.expose_errors
-        self._scrub = scrub
+        self._scrub = str if scrubber is None else scrubber.scrub
         self._audit = audit
 
-    def check(self, task: Task, context: TaskContext) -> Optional[Failure]:
-        """Return why the policy denies a task, or None if it may begin."""
+    def call(self, record: Record, context: TaskContext, began: float) -> Completion:
+        """Call the handler and return the task's result. Raises nothing that the handler raises.
+
+        :param began: when the task's time began (``time.monotonic()``).
+        """
+        return outcome.run(
+            record.entry, context, record.input(), began=began, expose_errors=self._expose_errors, scrub=self._scrub
+        )
+
+    def check(self, record: Record, context: TaskContext) -> Optional[Failure]:
+        """Return why the policy denies a task, or None if it may begin. The gateway may take its time."""
+        task = record.task
         gateway = self._gateway
         try:
             if gateway is None:
@@ -43,9 +61,9 @@ class Gate:
             if self._check_task is not None:
                 # A gateway of the user's own that knows no tools fails for a task that names one: it is denied.
                 asked = (task.capability,) if task.tool is None else (task.capability, task.tool)
-                enforcer = context._policy = self._check_task(*asked)
+                enforcer = control_of(context).policy = self._check_task(*asked)
                 if self._audit is not None and enforcer is not None and enforcer.policy is not None:
-                    self._audit.passed(task)
+                    self._audit.note_passed(task)
             else:
                 gateway.check_request()
                 gateway.check_capability(task.capability)
