@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 from sekuire import TaskContext, TaskError, TaskRegistry
 from sekuire.executors.process import send_message
 
-GUARD = 240.0
+GUARD = 180.0
 
 tasks = TaskRegistry()
 

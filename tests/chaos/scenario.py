@@ -40,7 +40,7 @@ KINDS: Dict[str, Tuple[str, ...]] = {
 }
 
 #: Seconds for a process to begin, to answer, to stop.
-_PATIENCE = 240.0
+_PATIENCE = 180.0
 _SUBMIT_BATCH = 100
 #: Seconds without any trouble in which every task must come to its end.
 _STUCK = 30.0

@@ -16,7 +16,7 @@ from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
 
 LINES = 8
 #: The most clones that may be found. Lower it when some have been removed, never raise it.
-BOUND = 19
+BOUND = 10
 
 
 class Line(NamedTuple):
@@ -52,7 +52,7 @@ def code_lines(path: Path) -> List[Line]:
 def lines_of_no_code(tree: ast.Module) -> Set[int]:
     """Return the numbers of the lines that are docstrings or imports."""
     found: Set[int] = set()
-    for node in ast.walk(tree):
+    for node in (one for one in ast.walk(tree) if isinstance(one, ast.stmt)):
         is_text = (
             isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
         )
