@@ -387,6 +387,10 @@ def _table(results: Sequence[Result], columns: Optional[int]) -> List[str]:
     for number, one in enumerate(results[:_ROWS], start=1):
         source = terminal.clean(one.source)[:_LONGEST_SOURCE]
         rows.append([str(number), source, f"{one.milliseconds:.1f}", terminal.clean(one.text)])
+    for index in (0, 2):
+        size = max(len(row[index]) for row in rows)
+        for row in rows:
+            row[index] = row[index].rjust(size)
     rows = [[row[index] for index in shown] for row in rows]
     colours = ["bold", *("" if one.is_good else "red" for one in results)]
     lines = terminal.plain_table(rows) if columns is None else terminal.drawn_table(rows, colours, columns)

@@ -408,6 +408,10 @@ def test_the_plain_table() -> None:
     lines = demo._table(results, None)
     assert lines[0].split() == ["#", "SOURCE", "MS", "SUMMARY"]
     assert lines[1] == f"1  a.md:1  12.5  {'word ' * 39}word"
+    slow = demo.Result("a.md:3", "late", True, at, at + demo.dt.timedelta(milliseconds=1234.5))
+    lines = demo._table([*results * 9, slow], None)
+    assert lines[1].startswith(" 1  a.md:1    12.5  word")
+    assert lines[10] == "10  a.md:3  1234.5  late"
 
 
 @POSIX_ONLY
