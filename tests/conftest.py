@@ -11,7 +11,8 @@ import pytest
 
 from sekuire import Worker, create_worker
 
-from .scripted import GUARD, Blackhole, Scripted, client_threads
+from .support.scripted import Blackhole, Scripted
+from .support.waiting import GUARD, client_threads
 
 AGENT = "agent-1"
 

@@ -18,18 +18,8 @@ from sekuire.local import LocalPlatform
 from sekuire.secret import Secret
 from sekuire.wire import protocol
 
-from .servers import (
-    PATIENCE,
-    Answer,
-    Certificates,
-    Request,
-    WebServer,
-    grant_of,
-    inside,
-    refusing_url,
-    traces_of,
-    until,
-)
+from .support.servers import Answer, Certificates, Request, WebServer, grant_of, inside, refusing_url, traces_of
+from .support.waiting import GUARD, until
 
 LOGGERS = ("sekuire", "urllib3", "requests", "tenacity")
 
@@ -163,13 +153,13 @@ def test_a_whole_life(canary: Canary, tmp_path: Any) -> None:
         worker.on_command(statuses.append)
         sdk.start()
         worker.start()
-        assert worker.wait_until_connected(PATIENCE)
+        assert worker.wait_until_connected(GUARD)
         generation = store.generation
-        done = platform.wait(platform.submit("greet", {"name": "Ada"}, "agent-1"), PATIENCE)
-        leaked = platform.wait(platform.submit("leak", {}, "agent-1"), PATIENCE)
+        done = platform.wait(platform.submit("greet", {"name": "Ada"}, "agent-1"), GUARD)
+        leaked = platform.wait(platform.submit("leak", {}, "agent-1"), GUARD)
         until(lambda: store.generation > generation)
         platform.expire_tokens()
-        refused = platform.wait(platform.submit("greet", {"name": "Bob"}, "agent-1"), PATIENCE)
+        refused = platform.wait(platform.submit("greet", {"name": "Bob"}, "agent-1"), GUARD)
         until(lambda: platform.count("refresh", 200) >= 1)
         current = store.current
         canary.look_at(sdk, worker, store, store.snapshot, current, worker.stats(), sdk.beacon_status, contexts)
@@ -177,10 +167,10 @@ def test_a_whole_life(canary: Canary, tmp_path: Any) -> None:
         canary.look_at(platform.task(leaked["task_id"]), platform.completions(leaked["task_id"]))
         assert current.installation_id is not None
         platform.revoke(current.installation_id, "the canary is done", shutdown_timeout=1.0)
-        assert worker.wait(PATIENCE)
+        assert worker.wait(GUARD)
         until(lambda: sdk.beacon_status.state == "revoked")
         canary.look_at(worker, sdk.beacon_status, worker.stats(), statuses)
-        sdk.shutdown(PATIENCE)
+        sdk.shutdown(GUARD)
     assert (done["status"], refused["status"], leaked["status"]) == ("completed", "completed", "failed")
     assert leaked["error"]["message"] == "HandlerError: *** and ***"
     assert {"sekuire", "urllib3"} <= canary.names
@@ -359,7 +349,7 @@ def test_failures_shared_by_threads(canary: Canary) -> None:
 
     def action(snapshot: Any) -> Renewed:
         entered.set()
-        assert release.wait(PATIENCE)
+        assert release.wait(GUARD)
         assert secret.reveal()
         raise SekuireError("no")
 
@@ -367,17 +357,17 @@ def test_failures_shared_by_threads(canary: Canary) -> None:
         from sekuire._internal.threads import Deadline
 
         try:
-            store.renew(0, action, Deadline(PATIENCE))
+            store.renew(0, action, Deadline(GUARD))
         except SekuireError as error:
             problems.append(error)
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
         thread.start()
-    assert entered.wait(PATIENCE)
+    assert entered.wait(GUARD)
     release.set()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(GUARD)
     assert len(problems) == 8
     for problem in problems:
         assert problem is not None

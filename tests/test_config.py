@@ -34,7 +34,7 @@ from sekuire.errors import ConfigurationError
 from sekuire.secret import Secret
 from sekuire.wire.protocol import Endpoints
 
-from .servers import traces_of
+from .support.servers import traces_of
 
 TOKEN = "skt_do_not_show_me"
 URL = "https://platform.test"

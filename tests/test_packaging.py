@@ -16,6 +16,8 @@ import pytest
 
 from sekuire.version import __version__
 
+from .support.waiting import GUARD
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 NOT_SOURCE = shutil.ignore_patterns(
@@ -41,7 +43,7 @@ def build(source: pathlib.Path, kind: str, target: pathlib.Path) -> pathlib.Path
 
 
 def run(command: List[str], directory: pathlib.Path) -> str:
-    ran = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=GUARD, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
 
@@ -184,5 +186,5 @@ def test_every_public_name_is_loaded_when_it_is_used() -> None:
         "exec('from sekuire import *', scope)\n"
         "assert set(sekuire.__all__) <= set(scope)\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=GUARD, check=False)
     assert run.returncode == 0, run.stderr

@@ -16,7 +16,9 @@ from sekuire import TaskError, TaskRegistry, create_worker
 from sekuire.errors import ConfigurationError, PolicyViolationError
 from sekuire.testing import AGENT, TaskResult, Workbench, run_task, wait_idle
 
-from .scripted import GUARD, Scripted, client_threads
+from .support.gateway import FakeGateway
+from .support.scripted import Scripted
+from .support.waiting import GUARD, client_threads
 
 
 @pytest.fixture
@@ -180,30 +182,25 @@ def test_the_worker_is_not_changed(bench: Workbench) -> None:
     assert worker.stats().received == 1
 
 
-class Gateway:
-    def __init__(self, rule: str) -> None:
-        self.rule = rule
-
-    def check_request(self) -> None:
-        pass
-
-    def check_capability(self, name: str) -> None:
-        raise PolicyViolationError(self.rule, f"{name} is forbidden", retry_after=3.0)
-
-    def on_heartbeat_response(self, reply: Any) -> None:
-        pass
-
-
 def test_the_policy_gateway_is_asked() -> None:
     """The worker's gateway decides, or the one that the test gives, or none."""
     worker = create_worker(
-        agent_id="a", runtime_token="rt-1", installation_id="i", policy_gateway=Gateway("capability.blocked")
+        agent_id="a",
+        runtime_token="rt-1",
+        installation_id="i",
+        policy_gateway=FakeGateway(PolicyViolationError("capability.blocked", "work is forbidden", retry_after=3.0)),
     )
     worker.on_task("work", lambda ctx, input: "done")
     denied = run_task(worker, "work")
     assert denied.error is not None
     assert (denied.error.code, denied.error.message) == ("policy_denied", "capability.blocked: work is forbidden")
-    limited = run_task(worker, "work", policy_gateway=Gateway("rate_limit.requests_per_minute"))
+    limited = run_task(
+        worker,
+        "work",
+        policy_gateway=FakeGateway(
+            PolicyViolationError("rate_limit.requests_per_minute", "work is forbidden", retry_after=3.0)
+        ),
+    )
     assert limited.error is not None
     assert limited.error.code == "rate_limited"
     assert limited.error.details == {"rule": "rate_limit.requests_per_minute", "retry_after": 3.0}
@@ -355,7 +352,7 @@ def run_pytest(folder: pathlib.Path, code: str, *args: str) -> str:
     (folder / "test_it.py").write_text(code)
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args, "test_it.py"],
-        cwd=folder, capture_output=True, text=True, timeout=90, check=False, stdin=subprocess.DEVNULL,
+        cwd=folder, capture_output=True, text=True, timeout=GUARD, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout

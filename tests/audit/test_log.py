@@ -22,8 +22,9 @@ from sekuire.wire import protocol
 
 from ..conftest import AGENT
 from ..local.test_restart import Process
-from ..scripted import GUARD, Answer, Blackhole, Request, Scripted, client_threads, until
-from ..servers import run_python
+from ..support.scripted import Answer, Blackhole, Request, Scripted
+from ..support.servers import run_python
+from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., SekuireSDK]
 

@@ -12,7 +12,8 @@ from sekuire.errors import AuthenticationError, ConfigurationError, PlanLimitErr
 from sekuire.wire.models import HeartbeatReply
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Blackhole, Scripted, client_threads, grant, until
+from ..support.scripted import Blackhole, Scripted, grant
+from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., Beacon]
 

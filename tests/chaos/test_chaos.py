@@ -12,7 +12,8 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
 
-from tests.servers import Answer, RawServer, WebServer, read_request, until
+from tests.support.servers import Answer, RawServer, WebServer, read_request
+from tests.support.waiting import until
 
 from .invariants import FIRST_TWIN, FORBIDDEN, Accepted, End, Evidence, Process, Run, TaskRow, Verdict, judge
 from .pages import ENDPOINTS, STATUSES, draw_interim, draw_page, endpoint_of

@@ -26,7 +26,8 @@ from sekuire.credentials.file import CredentialsFile, Stored
 from sekuire.errors import ConfigurationError, TransportError
 from sekuire.wire.models import RuntimeCredentials, is_id
 
-from ..servers import PATIENCE, run_python
+from ..support.servers import run_python
+from ..support.waiting import GUARD
 
 posix = pytest.mark.skipif(os.name != "posix", reason="about POSIX permissions")
 is_root = os.name == "posix" and os.geteuid() == 0
@@ -192,7 +193,7 @@ def test_the_file_is_private(path: pathlib.Path) -> None:
     previous = os.umask(0)
     try:
         file = CredentialsFile(path)
-        with file.lock(Deadline(PATIENCE)):
+        with file.lock(Deadline(GUARD)):
             assert file.save(stored())
             file.holder("0" * 32, rewrite=False)
     finally:
@@ -417,7 +418,7 @@ def test_a_reader_never_sees_half_a_file(path: pathlib.Path) -> None:
         assert file.save(stored(number))
     done.set()
     for reader in readers:
-        reader.join(PATIENCE)
+        reader.join(GUARD)
     assert problems == []
     assert len(set(seen)) > 1
 
@@ -456,15 +457,15 @@ def test_another_process_holds_the_lock(path: pathlib.Path, holder: "subprocess.
     got = threading.Event()
 
     def wait() -> None:
-        with file.lock(Deadline(PATIENCE)):
+        with file.lock(Deadline(GUARD)):
             got.set()
 
     thread = threading.Thread(target=wait)
     thread.start()
     assert not got.is_set()
     holder.kill()
-    assert got.wait(PATIENCE)
-    thread.join(PATIENCE)
+    assert got.wait(GUARD)
+    thread.join(GUARD)
 
 
 def test_two_stores_of_one_process_exclude_each_other(path: pathlib.Path) -> None:

@@ -39,10 +39,9 @@ from sekuire.transport.retry import Interrupted
 from sekuire.wire import protocol
 from sekuire.wire.models import Grant, HeartbeatReply, RuntimeCredentials
 
-from ..scripted import Scripted
-from ..scripted import grant as scripted_grant
-from ..servers import (
-    PATIENCE,
+from ..support.scripted import Scripted
+from ..support.scripted import grant as scripted_grant
+from ..support.servers import (
     Answer,
     RawServer,
     Request,
@@ -52,9 +51,8 @@ from ..servers import (
     read_request,
     refusing_url,
     run_python,
-    until,
 )
-from ..support.waiting import SLACK
+from ..support.waiting import GUARD, SLACK, until
 
 HOUR = 3600.0
 AGENT = "agent-1"
@@ -126,7 +124,7 @@ def make() -> Iterator[Make]:
         **options: Any,
     ) -> Authenticator:
         config = AgentConfig(
-            api_base_url=getattr(url, "url", url), agent_id=AGENT, read_timeout=PATIENCE, proxies={}, **options
+            api_base_url=getattr(url, "url", url), agent_id=AGENT, read_timeout=GUARD, proxies={}, **options
         )
         client = HttpClient(config, pool_size=pool_size)
         clients.append(client)
@@ -175,7 +173,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def patience() -> Deadline:
-    return Deadline(PATIENCE)
+    return Deadline(GUARD)
 
 
 def token(snapshot: Snapshot) -> Optional[str]:
@@ -564,7 +562,7 @@ def test_the_retry_after_of_another_server_is_honoured(fake: Fake, make: Make) -
     waits = Waits()
     make(fake, installation_id="i", refresh_token="skf_given", stop=waits).snapshot(patience())
     assert waits.seconds == [7.0, 7.0]
-    soon = Deadline(PATIENCE / 2)
+    soon = Deadline(GUARD / 2)
     pages = iter([Answer(404, b"<html>", [*PAGE, ("Retry-After", "300")])])
     problem = refused(make(fake, installation_id="i", refresh_token="skf_given"), TransportError, soon)
     assert problem.retry_after == 300.0
@@ -925,7 +923,7 @@ def test_64_threads_that_get_401_together() -> None:
 
         def path_of(snapshot: Snapshot) -> str:
             if snapshot is old:
-                together.wait(PATIENCE)
+                together.wait(GUARD)
             return config.endpoints.path("heartbeat", installation_id=snapshot.credentials.installation_id or "")
 
         def call() -> None:
@@ -941,7 +939,7 @@ def test_64_threads_that_get_401_together() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(GUARD)
         client.close()
         assert statuses == [200] * count
         assert platform.count("heartbeat", 401) == count
@@ -962,7 +960,7 @@ class Refusing:
 
     def _answer(self, request: Any) -> Any:
         self.entered.set()
-        assert self.release.wait(PATIENCE)
+        assert self.release.wait(GUARD)
         return 401, {"error": "dead", "message": "unknown refresh token"}
 
 
@@ -984,7 +982,7 @@ class Calls:
 
     def finish(self) -> List[Any]:
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(GUARD)
         assert len(self._results) == len(self._threads)
         return self._results
 
@@ -1017,7 +1015,7 @@ def test_a_refused_early_renewal_is_not_the_end_of_who_has_other_ways(
     old = auth.snapshot(patience())
     clock.ahead = 1000.0 - 155
     assert token(auth.snapshot(patience())) == "skr_1"
-    assert refusing.entered.wait(PATIENCE)
+    assert refusing.entered.wait(GUARD)
     calls = Calls(lambda: auth.rejected(old.generation, patience()), count)
     until(lambda: waiting_for(auth.store, count))
     refusing.release.set()
@@ -1040,7 +1038,7 @@ def test_two_of_one_store_with_other_ways(scripted: Scripted, make: Make) -> Non
     refusing, store, poor, rich = two_of_one_store(scripted, make)
     used = store.generation
     leader = Calls(lambda: poor.rejected(used, patience()))
-    assert refusing.entered.wait(PATIENCE)
+    assert refusing.entered.wait(GUARD)
     waiter = Calls(lambda: rich.rejected(used, patience()))
     until(lambda: waiting_for(store, 1))
     refusing.release.set()
@@ -1056,7 +1054,7 @@ def test_a_success_is_shared_by_two_of_one_store(scripted: Scripted, make: Make)
     refusing, store, poor, rich = two_of_one_store(scripted, make)
     used = store.generation
     leader = Calls(lambda: rich.rejected(used, patience()))
-    assert refusing.entered.wait(PATIENCE)
+    assert refusing.entered.wait(GUARD)
     waiter = Calls(lambda: poor.rejected(used, patience()))
     until(lambda: waiting_for(store, 1))
     refusing.release.set()
@@ -1073,7 +1071,7 @@ def test_a_late_refresh_does_not_repeat_a_refusal(scripted: Scripted, make: Make
     old = auth.snapshot(patience())
     scripted.on["bootstrap"] = lambda request: (409, {"error": "consumed"})
     leader = Calls(lambda: auth.rejected(old.generation, patience()))
-    assert refusing.entered.wait(PATIENCE)
+    assert refusing.entered.wait(GUARD)
     clock.ahead = 1000.0 - 55
     waiter = Calls(lambda: auth.snapshot(patience()))
     until(lambda: waiting_for(auth.store, 1))
@@ -1104,14 +1102,14 @@ def test_an_early_refresh_is_in_the_background(fake: Fake, make: Make, clock: Cl
 
     def slow(request: Request) -> Answer:
         entered.set()
-        assert release.wait(PATIENCE)
+        assert release.wait(GUARD)
         return fake.grant()
 
     fake.on["refresh"] = slow
     clock.ahead = 1000.0 - 155
     for _ in range(5):
         assert token(auth.snapshot(patience())) == "skr_runtime_1"
-    assert entered.wait(PATIENCE)
+    assert entered.wait(GUARD)
     assert token(auth.snapshot(patience())) == "skr_runtime_1"
     # The new token counts from the real clock: to one that is ahead it would be old at once.
     clock.ahead = 0.0
@@ -1437,7 +1435,7 @@ def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.Monke
     def provide() -> str:
         calls.append(1)
         if len(calls) == 1:
-            assert release.wait(PATIENCE)
+            assert release.wait(GUARD)
         return f"skr_{len(calls)}"
 
     auth = make(fake, token_provider=provide)
@@ -1448,7 +1446,7 @@ def test_a_provider_that_hangs(fake: Fake, make: Make, monkeypatch: pytest.Monke
     provider = auth.login.token_provider
     assert provider is not None
     until(lambda: not provider.calls.is_busy())
-    monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", PATIENCE)
+    monkeypatch.setattr(login_module, "PROVIDER_TIMEOUT", GUARD)
     assert token(auth.snapshot(patience())) == "skr_2"
 
 
@@ -1484,7 +1482,7 @@ def test_many_threads_ask_a_provider_once(fake: Fake, make: Make) -> None:
     def provide() -> str:
         running.append(1)
         entered.set()
-        assert release.wait(PATIENCE)
+        assert release.wait(GUARD)
         return f"skr_{len(running)}"
 
     auth = make(fake, token_provider=provide)
@@ -1492,10 +1490,10 @@ def test_many_threads_ask_a_provider_once(fake: Fake, make: Make) -> None:
     threads = [threading.Thread(target=lambda: results.append(token(auth.snapshot(patience())))) for _ in range(16)]
     for thread in threads:
         thread.start()
-    assert entered.wait(PATIENCE)
+    assert entered.wait(GUARD)
     release.set()
     for thread in threads:
-        thread.join(PATIENCE)
+        thread.join(GUARD)
     assert results == ["skr_1"] * 16
 
 
@@ -1551,7 +1549,7 @@ def test_a_process_killed_between_the_answer_and_the_disk(path: pathlib.Path) ->
 
         def run(how: str) -> Tuple[int, str]:
             process = spawn(platform, install_token, path, how)
-            output, errors = process.communicate(timeout=PATIENCE)
+            output, errors = process.communicate(timeout=GUARD)
             assert process.returncode in (0, -9), errors
             return process.returncode, output
 
@@ -1582,7 +1580,7 @@ def test_processes_that_share_a_file_refresh_once(path: pathlib.Path) -> None:
             process.stdin.write("go\n")
             process.stdin.flush()
         for process in processes:
-            output, errors = process.communicate(timeout=PATIENCE)
+            output, errors = process.communicate(timeout=GUARD)
             assert output == "200\n", errors
         assert platform.count("refresh") == 1
         assert platform.count("bootstrap") == 1

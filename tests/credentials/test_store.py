@@ -31,8 +31,8 @@ from sekuire.errors import (
 from sekuire.transport.retry import Interrupted
 from sekuire.wire.models import Grant, RuntimeCredentials
 
-from ..servers import PATIENCE, assert_clean, run_python, until
-from ..support.waiting import SLACK
+from ..support.servers import assert_clean, run_python
+from ..support.waiting import GUARD, SLACK, until
 
 HOUR = 3600.0
 
@@ -142,7 +142,7 @@ def test_what_is_left_counts_by_the_earlier_clock(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(store_module.time, "monotonic", lambda: now["monotonic"])
     monkeypatch.setattr(store_module.time, "time", lambda: now["time"])
     store = RuntimeCredentialsStore()
-    store.renew(0, lambda snapshot: renewed(1), Deadline(PATIENCE))
+    store.renew(0, lambda snapshot: renewed(1), Deadline(GUARD))
     for monotonic, wall, left in ((0, 0, HOUR), (0, 600, HOUR - 600), (600, 0, HOUR - 600), (600, -600, HOUR - 600),
                                   (0, 2 * HOUR, 0.0), (2 * HOUR, 0, 0.0)):  # fmt: skip
         now.update(monotonic=100.0 + monotonic, time=1_900_000_000.0 + wall)
@@ -174,7 +174,7 @@ NOTHING = RuntimeCredentials()
 
 
 def rotate(store: RuntimeCredentialsStore, number: int) -> None:
-    store.renew(store.generation, lambda snapshot: renewed(number), Deadline(PATIENCE))
+    store.renew(store.generation, lambda snapshot: renewed(number), Deadline(GUARD))
 
 
 def test_the_same_seed_at_a_restart(path: pathlib.Path) -> None:
@@ -289,7 +289,7 @@ def test_a_known_seed_waits_for_nobody(path: pathlib.Path) -> None:
     store.seed(NOTHING, SKT)
     rotate(store, 2)
     other = RuntimeCredentialsStore(path=path)
-    with other._writing(Deadline(PATIENCE)):
+    with other._writing(Deadline(GUARD)):
         again = RuntimeCredentialsStore(path=path)
         again.seed(NOTHING, SKT)
         assert token(again) == "skr_2"
@@ -328,7 +328,7 @@ class Gate:
     def __call__(self, snapshot: Snapshot) -> Renewed:
         self.count += 1
         self.entered.set()
-        assert self.open.wait(PATIENCE)
+        assert self.open.wait(GUARD)
         return self._result()
 
 
@@ -347,7 +347,7 @@ class Callers:
         store: RuntimeCredentialsStore,
         action: Callable[[Snapshot], Renewed],
         count: int,
-        patience: float = PATIENCE,
+        patience: float = GUARD,
         who: object = None,
     ) -> None:
         self.results: List[Any] = []
@@ -368,7 +368,7 @@ class Callers:
 
     def finish(self) -> List[Any]:
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(GUARD)
         assert len(self.results) == len(self._threads)
         return self.results
 
@@ -379,7 +379,7 @@ def test_one_renewal_for_all(kept: bool, path: pathlib.Path) -> None:
     store = RuntimeCredentialsStore(credentials(1), path=path if kept else None)
     gate = Gate(lambda: renewed(2))
     callers = Callers(store, gate, 64)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     assert token(store) == "skr_1"
     gate.open.set()
     results = callers.finish()
@@ -404,7 +404,7 @@ def test_a_failure_is_shared() -> None:
     original = APIError(503, "BUSY", "later", 2.0)
     gate = Gate(fail_with(original))
     callers = Callers(store, gate, 16)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     gate.open.set()
     results = callers.finish()
     assert gate.count >= 1
@@ -414,7 +414,7 @@ def test_a_failure_is_shared() -> None:
     for error in waiters:
         assert_clean(error, "skr_1", "skf_1")
     assert token(store) == "skr_1"
-    assert store.renew(store.generation, lambda snapshot: renewed(3), Deadline(PATIENCE)).credentials == credentials(3)
+    assert store.renew(store.generation, lambda snapshot: renewed(3), Deadline(GUARD)).credentials == credentials(3)
 
 
 def waiting_for(store: RuntimeCredentialsStore, count: int) -> bool:
@@ -430,14 +430,14 @@ def test_what_a_leader_cannot_do_says_nothing_of_others(error: SekuireError) -> 
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(fail_with(error))
     leader = Callers(store, gate, 1, who="one")
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     other = Gate(lambda: renewed(2))
     waiting = Callers(store, other, 64, who="other")
     until(lambda: waiting_for(store, 64))
     gate.open.set()
     assert leader.finish() == [error]
     # At most one renewal at a time: now it is theirs, and each of them is in it.
-    assert other.entered.wait(PATIENCE)
+    assert other.entered.wait(GUARD)
     other.open.set()
     assert {snapshot.credentials.runtime_token.reveal() for snapshot in waiting.finish()} == {"skr_2"}
     assert (gate.count, other.count) == (1, 1)
@@ -449,7 +449,7 @@ def test_what_is_the_platforms_is_shared_by_all(error: SekuireError) -> None:
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(fail_with(error))
     leader = Callers(store, gate, 1, who="one")
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     waiting = Callers(store, never, 3, who="other")
     until(lambda: waiting_for(store, 3))
     gate.open.set()
@@ -462,8 +462,8 @@ def test_others_refusals_end_with_the_waiters_deadline() -> None:
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(fail_with(AuthenticationError("refused", 401)))
     leader = Callers(store, gate, 1, who="one")
-    assert gate.entered.wait(PATIENCE)
-    deadline = Deadline(PATIENCE)
+    assert gate.entered.wait(GUARD)
+    deadline = Deadline(GUARD)
     found: List[BaseException] = []
 
     def wait() -> None:
@@ -478,7 +478,7 @@ def test_others_refusals_end_with_the_waiters_deadline() -> None:
     deadline.shorten(0)
     gate.open.set()
     leader.finish()
-    waiter.join(PATIENCE)
+    waiter.join(GUARD)
     assert [type(error) for error in found] == [TransportError]
 
 
@@ -494,15 +494,15 @@ def test_credentials_that_came_before_the_renewal_began_are_no_renewal() -> None
             return super().remaining()
 
     results: List[Snapshot] = []
-    with store._writing(Deadline(PATIENCE)):
-        leader = threading.Thread(target=lambda: results.append(store.renew(old, never, Slow(PATIENCE))), daemon=True)
+    with store._writing(Deadline(GUARD)):
+        leader = threading.Thread(target=lambda: results.append(store.renew(old, never, Slow(GUARD))), daemon=True)
         leader.start()
-        assert began.wait(PATIENCE)
+        assert began.wait(GUARD)
         # The leader waits for the write lock; a heartbeat's token comes first.
         store._store(credentials(2), HOUR, time.monotonic(), time.time())
         waiting = Callers(store, lambda snapshot: renewed(3), 1)
         until(lambda: waiting_for(store, 1))
-    leader.join(PATIENCE)
+    leader.join(GUARD)
     assert [snapshot.credentials.runtime_token for snapshot in results] == [credentials(2).runtime_token]
     assert [snapshot.credentials for snapshot in waiting.finish()] == [credentials(3)]
 
@@ -512,7 +512,7 @@ def test_each_waiter_has_its_own_deadline() -> None:
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(lambda: renewed(2))
     leader = Callers(store, gate, 1)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     with pytest.raises(TransportError, match="another thread's renewal") as caught:
         store.renew(store.generation, never, Deadline(0.01))
     assert_clean(caught.value, "skr_1")
@@ -526,7 +526,7 @@ def test_an_interrupt_is_not_shared() -> None:
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(fail_with(KeyboardInterrupt()))
     leader = Callers(store, gate, 1)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     waiting = Callers(store, never, 3)
     until(lambda: waiting_for(store, 3))
     gate.open.set()
@@ -540,11 +540,11 @@ def test_renewing_within_a_renewal_is_refused() -> None:
     store = RuntimeCredentialsStore()
 
     def action(snapshot: Snapshot) -> Renewed:
-        store.renew(snapshot.generation, never, Deadline(PATIENCE))
+        store.renew(snapshot.generation, never, Deadline(GUARD))
         raise AssertionError("not reached")
 
     with pytest.raises(SekuireError, match="must not use the credentials"):
-        store.renew(store.generation, action, Deadline(PATIENCE))
+        store.renew(store.generation, action, Deadline(GUARD))
 
 
 def test_an_error_that_cannot_be_copied_is_shared_as_it_is() -> None:
@@ -557,7 +557,7 @@ def test_an_error_that_cannot_be_copied_is_shared_as_it_is() -> None:
     store = RuntimeCredentialsStore()
     gate = Gate(fail_with(Odd()))
     callers = Callers(store, gate, 4)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     gate.open.set()
     assert {type(error) for error in callers.finish()} == {Odd}
 
@@ -567,12 +567,12 @@ def test_an_update_waits_for_a_renewal_and_wins() -> None:
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(lambda: renewed(2))
     leader = Callers(store, gate, 1)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     user = threading.Thread(target=store.update, args=(credentials(3),))
     user.start()
     gate.open.set()
     leader.finish()
-    user.join(PATIENCE)
+    user.join(GUARD)
     assert token(store) == "skr_3"
 
 
@@ -582,7 +582,7 @@ def test_an_update_that_waits_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     store = RuntimeCredentialsStore(credentials(1))
     gate = Gate(lambda: renewed(2))
     leader = Callers(store, gate, 1)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     with pytest.raises(TransportError, match="another thread is writing"):
         store.update(credentials(3))
     gate.open.set()
@@ -616,13 +616,13 @@ def test_a_heartbeat_during_a_renewal_is_ignored() -> None:
     used = store.generation
     gate = Gate(lambda: renewed(2))
     leader = Callers(store, gate, 1)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     taken: List[bool] = []
     heartbeat = threading.Thread(target=lambda: taken.append(store.offer(used, renewed(9))))
     heartbeat.start()
     gate.open.set()
     leader.finish()
-    heartbeat.join(PATIENCE)
+    heartbeat.join(GUARD)
     assert taken == [False]
     assert store.current == credentials(2)
 
@@ -653,7 +653,7 @@ def test_stores_of_one_file_keep_in_step(path: pathlib.Path) -> None:
     assert other.current == credentials(1)
     used = other.generation
     rotate(one, 2)
-    assert other.renew(used, never, Deadline(PATIENCE)).credentials.runtime_token == credentials(2).runtime_token
+    assert other.renew(used, never, Deadline(GUARD)).credentials.runtime_token == credentials(2).runtime_token
     assert not RuntimeCredentialsStore().reload()
 
 
@@ -723,7 +723,7 @@ def test_processes_that_share_a_file_lose_no_rotation(path: pathlib.Path) -> Non
         for _ in range(3)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=PATIENCE)
+        _, errors = process.communicate(timeout=GUARD)
         assert process.returncode == 0, errors
     found = RuntimeCredentialsStore(path=path).current
     assert found.runtime_token is not None
@@ -794,7 +794,7 @@ def test_a_refusal_is_shared() -> None:
     store = RuntimeCredentialsStore()
     gate = Gate(fail_with(AuthenticationError("refused", 401, "X")))
     callers = Callers(store, gate, 8)
-    assert gate.entered.wait(PATIENCE)
+    assert gate.entered.wait(GUARD)
     gate.open.set()
     assert {(type(error), error.status, error.code) for error in callers.finish()} == {(AuthenticationError, 401, "X")}
 

@@ -20,8 +20,8 @@ from sekuire.errors import ConfigurationError, SekuireError
 from sekuire.executors import ProcessDied
 from sekuire.executors.process import RemoteError, RemoteTraceback, dump_error, load_error, send_message
 
-from .. import elsewhere
-from ..scripted import GUARD, until
+from ..support import elsewhere
+from ..support.waiting import GUARD, until
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_no_process_outlives_the_program(tmp_path: pathlib.Path, end: str) -> No
         import sys
         sys.path[:0] = {sys.path!r}
         from sekuire import ProcessExecutor
-        from tests import elsewhere
+        from tests.support import elsewhere
 
         executor = ProcessExecutor(2)
         for _ in range(2):

@@ -12,7 +12,7 @@ import subprocess
 import time
 from typing import Iterator, List
 
-from ..servers import free_port
+from ..support.servers import free_port
 from ..support.waiting import GUARD
 
 #: Where Debian has them, though not on every user's path.

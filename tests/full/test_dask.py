@@ -13,8 +13,8 @@ import pytest
 from sekuire import TaskContext, Worker
 from sekuire.executors.remote import is_remote
 
-from .. import elsewhere
 from ..conftest import AGENT
+from ..support import elsewhere
 from ..support.waiting import GUARD, until
 
 pytestmark = [

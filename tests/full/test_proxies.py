@@ -14,7 +14,7 @@ import pytest
 from sekuire.local import LocalPlatform
 
 from ..conftest import AGENT
-from ..servers import Certificates
+from ..support.servers import Certificates
 from ..support.waiting import GUARD, client_threads, until
 from .proxies import Nginx, haproxy, squid
 

@@ -15,7 +15,7 @@ from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.policy.document import Rate
 from sekuire.policy.limits import RateLimiter
 
-from .. import elsewhere
+from ..support import elsewhere
 from ..support.waiting import GUARD
 from .redis import free_port, redis_server
 

@@ -11,11 +11,11 @@ import pytest
 
 from sekuire.errors import TaskCancelled
 from sekuire.handlers.context import TaskContext, control_of
-from sekuire.wire.models import Task
 
-from ..scripted import GUARD
+from ..support.builders import task_of
+from ..support.waiting import GUARD
 
-TASK = Task(task_id="t1", capability="echo")
+TASK = task_of()
 
 
 def test_without_a_limit() -> None:

@@ -34,10 +34,10 @@ from sekuire.errors import ConfigurationError
 from sekuire.handlers.invoke import Handler, asked_for
 from sekuire.handlers.invoke import structure_of as structure_of_annotation
 from sekuire.wire.jsonform import to_json
-from sekuire.wire.models import Task
 
-from .. import forward
-from ..scripted import GUARD
+from ..support import forward
+from ..support.builders import context_of
+from ..support.waiting import GUARD
 
 if typing.TYPE_CHECKING:
     from sekuire.worker import Worker as OnlyForCheckers
@@ -835,7 +835,7 @@ def test_without_the_extra(tmp_path: pathlib.Path) -> None:
             print(error)
     """
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=GUARD, check=False
     )
     assert ran.returncode == 0, ran.stderr
     first, second = ran.stdout.splitlines()
@@ -951,5 +951,5 @@ def test_a_context_is_no_input() -> None:
     tasks.freeze()
     entry = tasks.find("echo")
     assert entry is not None
-    entry.call(TaskContext(Task(task_id="t1", capability="echo")), {"sku": "a"})
+    entry.call(context_of(), {"sku": "a"})
     assert seen == [("t1", Item("a"))]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from sekuire.errors import ConfigurationError, TaskCancelled, TaskError
-from sekuire.handlers.context import TaskContext
 from sekuire.handlers.outcome import MAX_MESSAGE, run
 from sekuire.handlers.registry import TaskRegistry
-from sekuire.wire.models import Completion, Task
+from sekuire.wire.models import Completion
+
+from ..support.builders import context_of
 
 
 def ended(function: Any, expose_errors: bool = True) -> Completion:
@@ -20,7 +21,7 @@ def ended(function: Any, expose_errors: bool = True) -> Completion:
     registry.add("echo", function)
     entry = registry.find("echo")
     assert entry is not None
-    context = TaskContext(Task(task_id="t1", capability="echo", attempt=3))
+    context = context_of("t1", "echo", attempt=3)
     return run(
         entry,
         context,

@@ -6,11 +6,11 @@ from typing import Any, Callable, List
 
 import pytest
 
-from sekuire import TaskContext, TaskRegistry, Worker
+from sekuire import TaskRegistry, Worker
 from sekuire.errors import ConfigurationError
-from sekuire.wire.models import Task
 
-from ..scripted import Scripted
+from ..support.builders import context_of
+from ..support.scripted import Scripted
 
 Make = Callable[..., Worker]
 
@@ -28,7 +28,7 @@ def run(registry: TaskRegistry, capability: str, input: Any = None) -> Any:
     registry.freeze()
     entry = registry.find(capability)
     assert entry is not None
-    return entry.call(TaskContext(Task(task_id="t1", capability=capability)), input)
+    return entry.call(context_of("t1", capability), input)
 
 
 def test_handlers_are_declared_without_a_worker() -> None:

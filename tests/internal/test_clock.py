@@ -11,7 +11,7 @@ import pytest
 
 from sekuire._internal.clock import SYSTEM_CLOCK, Clock, WallElapsed, choose_elapsed
 
-from ..servers import run_python
+from ..support.servers import run_python
 
 
 class Hand:
@@ -105,11 +105,7 @@ def test_a_suspend_of_a_real_process() -> None:
         from sekuire import create_worker
         from sekuire.local import LocalPlatform
 
-        def until(condition):
-            end = time.monotonic() + 60
-            while not condition():
-                assert time.monotonic() < end, "it did not happen"
-                time.sleep(0.01)
+        from tests.support.waiting import until
 
         seen = []
 

@@ -11,7 +11,7 @@ from sekuire._internal.delivery import MAX_THREADS, Delivery
 from sekuire._internal.monitor import Monitor
 from sekuire._internal.threads import Deadline
 
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from sekuire._internal import logs
 from sekuire._internal.logs import get_logger
 from sekuire.wire.models import Task
 
+from ..support.waiting import GUARD
+
 NAME = "sekuire.test_logs"
 ROOT = pathlib.Path(sekuire.__file__).parent
 
@@ -302,7 +304,7 @@ def test_a_forked_child_reports_for_itself(tmp_path: pathlib.Path) -> None:
         log.error("x")
         """
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=GUARD, check=True)
     assert done.stderr.count("ValueError") == 2, done.stderr
 
 

@@ -24,8 +24,8 @@ from sekuire._internal.threads import (
 )
 from sekuire.errors import SekuireError
 
-from ..servers import PATIENCE, run_python, until
-from ..support.waiting import SLACK
+from ..support.servers import run_python
+from ..support.waiting import GUARD, SLACK, until
 
 FOREVER = 3600.0
 
@@ -35,7 +35,7 @@ def timer() -> Iterator[Timer]:
     timer = Timer("test-timer")
     yield timer
     timer.close()
-    assert timer.join(Deadline(PATIENCE))
+    assert timer.join(Deadline(GUARD))
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------
@@ -85,11 +85,11 @@ def test_joins_share_one_deadline() -> None:
     quick = threading.Thread(target=lambda: None, name="quick")
     slow.start()
     quick.start()
-    quick.join(PATIENCE)
+    quick.join(GUARD)
     never = threading.Thread(name="never")
     assert join_all([quick, slow, never, threading.current_thread()], Deadline(0.01)) == ["slow"]
     release.set()
-    assert join_all([quick, slow], Deadline(PATIENCE)) == []
+    assert join_all([quick, slow], Deadline(GUARD)) == []
 
 
 def test_a_thread_knows_its_owners() -> None:
@@ -104,7 +104,7 @@ def test_a_thread_knows_its_owners() -> None:
         seen: List[bool] = []
         thread = threading.Thread(target=lambda: seen.append(is_owned_by(one)))
         thread.start()
-        thread.join(PATIENCE)
+        thread.join(GUARD)
         assert seen == [False]
     assert not is_owned_by(one)
     with pytest.raises(KeyError), owned_by(one):
@@ -138,7 +138,7 @@ class Beats:
 
     def wait_for(self, count: int) -> None:
         with self._changed:
-            assert self._changed.wait_for(lambda: self.count >= count, PATIENCE)
+            assert self._changed.wait_for(lambda: self.count >= count, GUARD)
 
 
 def test_a_periodic_thread_beats_at_once_and_when_nudged() -> None:
@@ -151,7 +151,7 @@ def test_a_periodic_thread_beats_at_once_and_when_nudged() -> None:
         periodic.nudge()
     beats.wait_for(5)
     periodic.stop()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
     assert not periodic.thread.is_alive()
 
 
@@ -163,7 +163,7 @@ def test_a_periodic_thread_beats_by_itself() -> None:
     periodic.start()
     beats.wait_for(8)
     periodic.stop()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
 
 
 @pytest.mark.parametrize("error", [ValueError("boom"), SystemExit(1)])
@@ -181,7 +181,7 @@ def test_a_failing_beat_does_not_end_it(error: BaseException, caplog: pytest.Log
     periodic.nudge()
     beats.wait_for(2)
     periodic.stop()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
     assert len(caplog.records) == 1
     assert "test-periodic" in caplog.messages[0]
 
@@ -193,16 +193,16 @@ def test_a_stop_during_a_beat_lets_it_end() -> None:
     def act(number: int) -> None:
         periodic.join(Deadline(FOREVER))
         inside.set()
-        assert release.wait(PATIENCE)
+        assert release.wait(GUARD)
 
     beats = Beats(act)
     periodic = PeriodicThread("test-periodic", beats.every(lambda: 0.0))
     periodic.start()
-    assert inside.wait(PATIENCE)
+    assert inside.wait(GUARD)
     periodic.stop()
     assert not periodic.join(Deadline(0.01))
     release.set()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
     assert beats.count == 1
 
 
@@ -218,7 +218,7 @@ def test_a_nudge_during_a_beat_is_kept() -> None:
     periodic.start()
     beats.wait_for(2)
     periodic.stop()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
 
 
 def test_a_stop_before_the_start() -> None:
@@ -228,7 +228,7 @@ def test_a_stop_before_the_start() -> None:
     assert periodic.join(Deadline(0))
     periodic.stop()
     periodic.start()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
     assert beats.count == 0
 
 
@@ -241,7 +241,7 @@ def test_a_beat_works_for_its_owner() -> None:
     periodic.start()
     until(lambda: seen)
     periodic.stop()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))
     assert seen == [True]
 
 
@@ -256,7 +256,7 @@ def test_timed_calls_come_in_order(timer: Timer) -> None:
     for number, offset in ((3, 0.02), (1, 0.0), (4, 0.03), (2, 0.0)):
         timer.call_at(start + offset, lambda number=number: seen.append(number))
     timer.call_at(start + 0.04, done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert seen == [1, 2, 3, 4]
 
 
@@ -265,7 +265,7 @@ def test_a_nearer_call_overtakes(timer: Timer) -> None:
     done = threading.Event()
     timer.call_at(time.monotonic() + FOREVER, lambda: None)
     timer.call_at(time.monotonic(), done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
 
 
 def test_a_cancelled_call_is_not_made(timer: Timer) -> None:
@@ -276,7 +276,7 @@ def test_a_cancelled_call_is_not_made(timer: Timer) -> None:
     number = timer.call_at(when, lambda: seen.append("cancelled"))
     timer.call_at(when, done.set)
     timer.cancel(number)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert seen == []
     timer.cancel(number)
     timer.cancel(12345)
@@ -292,7 +292,7 @@ def test_a_failing_call_does_not_end_the_timer(timer: Timer, caplog: pytest.LogC
         raise ValueError("boom")
 
     timer.call_at(time.monotonic(), fail)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert any(message.startswith("test-timer: a timed call failed: ") for message in caplog.messages)
 
 
@@ -313,7 +313,7 @@ def test_a_closed_timer_makes_no_calls() -> None:
     seen: List[int] = []
     timer.call_at(time.monotonic() + FOREVER, lambda: seen.append(1))
     timer.close()
-    assert timer.join(Deadline(PATIENCE))
+    assert timer.join(Deadline(GUARD))
     timer.call_at(time.monotonic(), lambda: seen.append(2))
     assert timer.join(Deadline(0))
     assert seen == []
@@ -337,7 +337,7 @@ def test_a_timer_used_by_many_threads(timer: Timer) -> None:
     threads = [threading.Thread(target=ask, args=(index * 1000,)) for index in range(8)]
     for thread in threads:
         thread.start()
-    assert join_all(threads, Deadline(PATIENCE)) == []
+    assert join_all(threads, Deadline(GUARD)) == []
     until(lambda: len(set(seen) | set(cancelled)) == 1600)
     assert len(seen) == len(set(seen))
 
@@ -381,7 +381,7 @@ def test_a_timer_whose_thread_cannot_be_started(
     timer.cancel(numbers[1])
     unstartable.error = None
     timer.call_at(time.monotonic(), done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert seen == [0, 2]
     assert unstartable.tries == 4
 
@@ -396,8 +396,8 @@ def test_a_timer_that_is_interrupted_as_it_starts(starts: bool, timer: Timer, mo
         timer.call_at(time.monotonic(), made.set)
     unstartable.error = None
     timer.call_at(time.monotonic(), done.set)
-    assert made.wait(PATIENCE)
-    assert done.wait(PATIENCE)
+    assert made.wait(GUARD)
+    assert done.wait(GUARD)
     until(lambda: len([thread for thread in threading.enumerate() if thread.name == "test-timer"]) == 1)
 
 
@@ -409,7 +409,7 @@ def callbacks() -> Iterator[CallbackThread]:
     callbacks = CallbackThread("test-callback", limit=5)
     yield callbacks
     callbacks.close()
-    assert callbacks.join(Deadline(PATIENCE))
+    assert callbacks.join(Deadline(GUARD))
 
 
 def test_callbacks_run_in_order_on_one_thread(callbacks: CallbackThread) -> None:
@@ -419,7 +419,7 @@ def test_callbacks_run_in_order_on_one_thread(callbacks: CallbackThread) -> None
     for number in range(3):
         callbacks.post(lambda *args: seen.append((*args, threading.current_thread().name)), number, "x")
     callbacks.post(done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert seen == [(number, "x", "test-callback") for number in range(3)]
 
 
@@ -435,7 +435,7 @@ def test_a_failing_callback_harms_no_other(
     done = threading.Event()
     callbacks.post(fail)
     callbacks.post(done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert len(caplog.records) == 1
     assert caplog.records[0].levelno == logging.ERROR
 
@@ -447,10 +447,10 @@ def test_a_hanging_callback_is_bounded(callbacks: CallbackThread, caplog: pytest
 
     def hang() -> None:
         running.set()
-        assert release.wait(PATIENCE)
+        assert release.wait(GUARD)
 
     callbacks.post(hang)
-    assert running.wait(PATIENCE)
+    assert running.wait(GUARD)
     for number in range(20):
         callbacks.post(seen.append, number)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -458,7 +458,7 @@ def test_a_hanging_callback_is_bounded(callbacks: CallbackThread, caplog: pytest
     until(lambda: len(seen) == 5)
     done = threading.Event()
     callbacks.post(done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -470,16 +470,16 @@ def test_what_waits_at_the_close_still_runs() -> None:
 
     def hang() -> None:
         running.set()
-        assert release.wait(PATIENCE)
+        assert release.wait(GUARD)
 
     callbacks.post(hang)
     callbacks.post(seen.append, 1)
-    assert running.wait(PATIENCE)
+    assert running.wait(GUARD)
     callbacks.close()
     callbacks.post(seen.append, 2)
     assert not callbacks.join(Deadline(0.01))
     release.set()
-    assert callbacks.join(Deadline(PATIENCE))
+    assert callbacks.join(Deadline(GUARD))
     assert seen == [1]
     unused = CallbackThread()
     unused.close()
@@ -493,7 +493,7 @@ def test_a_callback_works_for_its_owner() -> None:
     callbacks = CallbackThread("test-callback", owner=owner)
     callbacks.post(lambda: seen.append(is_owned_by(owner)))
     callbacks.close()
-    assert callbacks.join(Deadline(PATIENCE))
+    assert callbacks.join(Deadline(GUARD))
     assert seen == [True]
 
 
@@ -511,7 +511,7 @@ def test_callbacks_whose_thread_cannot_be_started(
     ]
     unstartable.error = None
     callbacks.post(done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert seen == [0, 1, 2]
     assert unstartable.tries == 4
 
@@ -529,7 +529,7 @@ def test_the_close_of_callbacks_whose_thread_could_not_be_started(
     if recovers:
         unstartable.error = None
     callbacks.close()
-    assert callbacks.join(Deadline(PATIENCE))
+    assert callbacks.join(Deadline(GUARD))
     assert seen == ([1] if recovers else [])
     left_out = [] if recovers else ["test-callback: no new thread can be started; 1 callbacks are left out"]
     assert [record.getMessage() for record in caplog.records] == left_out
@@ -549,7 +549,7 @@ def test_callbacks_that_are_interrupted_as_they_start(
     for number in range(1, 4):
         callbacks.post(lambda number=number: seen.append((number, threading.get_ident())))
     callbacks.post(done.set)
-    assert done.wait(PATIENCE)
+    assert done.wait(GUARD)
     assert [number for number, _ in seen] == [0, 1, 2, 3]
     assert len({thread for _, thread in seen}) == 1
 
@@ -651,12 +651,12 @@ def test_long_waits_are_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     periodic.start()
     timer.call_at(time.monotonic() + FOREVER, lambda: None)
     callbacks.post(first.set)
-    assert first.wait(PATIENCE)
+    assert first.wait(GUARD)
     timer.call_at(time.monotonic() + 0.05, second.set)
-    assert second.wait(PATIENCE)
+    assert second.wait(GUARD)
     assert beats.count == 1
     for one in (timer, callbacks):
         one.close()
-        assert one.join(Deadline(PATIENCE))
+        assert one.join(Deadline(GUARD))
     periodic.stop()
-    assert periodic.join(Deadline(PATIENCE))
+    assert periodic.join(Deadline(GUARD))

@@ -10,7 +10,7 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from ..scripted import Answer, Request, Scripted
+from ..support.scripted import Answer, Request, Scripted
 
 WORKSPACE = "ws"
 

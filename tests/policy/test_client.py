@@ -29,7 +29,8 @@ from sekuire.errors import (
 from sekuire.policy import client as client_module
 from sekuire.policy.document import Policy
 
-from ..scripted import GUARD, Blackhole, Request, Scripted
+from ..support.scripted import Blackhole, Request, Scripted
+from ..support.waiting import GUARD
 from .signing import WORKSPACE, Served, Signer, denying
 
 Make = Callable[..., PolicyClient]
@@ -751,7 +752,7 @@ def test_a_kill_while_writing(served: Served, make: Make, path: Path) -> None:
         return usual(request)
 
     served.scripted.on["policy"] = answer
-    done = subprocess.run([sys.executable, "-c", _KILLED, served.scripted.url, str(path)], check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", _KILLED, served.scripted.url, str(path)], check=False, timeout=GUARD)
     assert done.returncode == -9
     assert served.count == 2
     assert version_of(make(path=path).last_good_policy(WORKSPACE)) == 1

@@ -25,6 +25,8 @@ from sekuire.policy.document import (
     thaw,
 )
 
+from ..support.waiting import GUARD
+
 WORKSPACE = "ws_1"
 CONTENT = {"permissions": {"tools": {"allowed_tools": ["read"], "blocked_tools": []}}}
 PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -500,7 +502,7 @@ def without_extra(code: str) -> str:
             sys.modules[name] = None
     """
     ran = subprocess.run(
-        [sys.executable, "-c", blocker + code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", blocker + code], capture_output=True, text=True, timeout=GUARD, check=False
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout

@@ -27,7 +27,8 @@ from sekuire.policy import loader as loader_module
 from sekuire.policy.source import InstallationSource, Workspace
 from sekuire.wire.models import HeartbeatReply
 
-from ..scripted import GUARD, Blackhole, Request, Scripted, client_threads, until
+from ..support.scripted import Blackhole, Request, Scripted
+from ..support.waiting import GUARD, client_threads, until
 from .signing import WORKSPACE, Served, Signer, denying
 
 Make = Callable[..., PolicyGateway]

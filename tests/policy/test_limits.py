@@ -17,6 +17,8 @@ from sekuire.policy import Policy, PolicyEnforcer
 from sekuire.policy.document import Rate
 from sekuire.policy.limits import MAX_UNITS, Excess, RateLimiter, _Window
 
+from ..support.waiting import GUARD
+
 
 class Clock:
     def __init__(self) -> None:
@@ -229,7 +231,7 @@ def test_a_child_is_not_blocked_by_its_parents_lock() -> None:
         print(os.waitpid(child, 0)[1])
     """
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=GUARD, check=False
     )
     assert ran.stdout.strip() == "0", ran.stderr
 

@@ -22,7 +22,7 @@ from sekuire.credentials.store import Renewed
 from sekuire.errors import AuthenticationError
 from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
-from sekuire.wire.models import Completion, Grant, RuntimeCredentials, Task
+from sekuire.wire.models import Grant, RuntimeCredentials, Task
 from sekuire.worker import dispatch, release, report
 from sekuire.worker.announcer import Announcer
 from sekuire.worker.dispatch import Dispatcher
@@ -30,13 +30,14 @@ from sekuire.worker.life import Life
 from sekuire.worker.outbox import Outbox, Stored, open_outbox
 from sekuire.worker.report import Reporter
 
-from ..scripted import GUARD, until
+from ..support.builders import completion_of
+from ..support.waiting import GUARD, until
 from ..worker.test_states import Platform, Wire
 
 #: How often each race is run.
 ROUNDS = int(os.environ.get("SEKUIRE_RACES") or 1)
 
-pytestmark = [pytest.mark.usefixtures("fast_switch"), pytest.mark.timeout(0 if ROUNDS > 1 else 120)]
+pytestmark = [pytest.mark.usefixtures("fast_switch"), pytest.mark.timeout(0 if ROUNDS > 1 else 600)]
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +289,7 @@ def tell_once(outbox: Optional[Outbox]) -> None:
 
     def finish(way: int) -> None:
         for task_id in ids:
-            result = reporter.accept(Completion(task_id=task_id, attempt=1, output=way))
+            result = reporter.accept(completion_of(task_id, output=way))
             if result is not None:
                 taken.append(task_id)
                 (reporter.post if way % 2 else reporter.enqueue)(result)

@@ -11,7 +11,8 @@ import pytest
 from sekuire import TaskContext, Worker
 from sekuire.errors import SekuireError
 
-from ..scripted import GUARD, Request, Scripted, client_threads, until
+from ..support.scripted import Request, Scripted
+from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., Worker]
 

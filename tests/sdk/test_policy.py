@@ -15,7 +15,8 @@ from sekuire.policy import client as client_module
 
 from ..conftest import AGENT
 from ..policy.signing import Served, Signer, denying
-from ..scripted import GUARD, Scripted, grant, until
+from ..support.scripted import Scripted, grant
+from ..support.waiting import GUARD, until
 from .test_sdk import Make, clean_environment, echo, sdk_of  # noqa: F401
 
 WORKSPACE = "ws_local"

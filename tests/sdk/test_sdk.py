@@ -11,7 +11,8 @@ from sekuire import RuntimeCredentialsStore, SekuireSDK
 from sekuire.errors import AuthenticationError, ConfigurationError
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, client_threads, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., SekuireSDK]
 

@@ -19,7 +19,9 @@ from sekuire.session.heartbeat import Lease
 from sekuire.session.installation import Installation
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, grant, until
+from ..support.gateway import FakeGateway
+from ..support.scripted import Scripted, grant
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 
@@ -159,24 +161,13 @@ def test_a_gateway_hears_of_every_answer(scripted: Scripted, worker_of: Make, ca
     class Policy:
         hash = "h1"
 
-    class Gateway:
-        policy = Policy()
-        heard: List[Any] = []
-
-        def check_request(self) -> None: ...
-
-        def check_capability(self, name: str) -> None: ...
-
-        def on_heartbeat_response(self, response: Any) -> None:
-            self.heard.append(response.active_policy_hash)
-            raise RuntimeError("gateway")
-
     scripted.on["heartbeat"] = lambda request: (200, {"active_policy_hash": "h2"})
-    worker = worker_of(scripted, heartbeat_interval=0.03, policy_gateway=Gateway())
+    gateway = FakeGateway(heartbeat_error=RuntimeError("gateway"), policy=Policy())
+    worker = worker_of(scripted, heartbeat_interval=0.03, policy_gateway=gateway)
     worker.on_task("echo", lambda ctx, input: input)
     with worker:
         scripted.wait_for("heartbeat", 4)
-    assert set(Gateway.heard) == {"h2"}
+    assert {one.active_policy_hash for one in gateway.heard} == {"h2"}
     assert {request.json["policy_hash"] for request in scripted.of("heartbeat")} == {"h1"}
     assert any("policy gateway failed" in record.message for record in caplog.records)
 

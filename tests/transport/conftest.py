@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from ..servers import Certificates
+from ..support.servers import Certificates
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from sekuire.transport.http import HttpClient, Reply, make_idempotency_key
 from sekuire.transport.live import LiveClient
 from sekuire.wire import protocol
 
-from ..servers import PATIENCE, Answer, Certificates, RawServer, WebServer, read_request, run_python
+from ..support.servers import Answer, Certificates, RawServer, WebServer, read_request, run_python
+from ..support.waiting import GUARD
 
 TOKEN = Secret("skr_do_not_show_me")
 BEARER = functools.partial(protocol.bearer, TOKEN)
@@ -50,7 +51,7 @@ def make() -> Iterator[Make]:
 
 
 def call(one: HttpClient, method: str = "POST", **options: Any) -> Reply:
-    return one.request(method, "/x", credential=BEARER, **{"timeout": PATIENCE, **options})
+    return one.request(method, "/x", credential=BEARER, **{"timeout": GUARD, **options})
 
 
 def after(road: str, second: Callable[[socket.socket], Any]) -> Callable[[socket.socket, int], None]:
@@ -122,7 +123,7 @@ def test_interim_answers_before_a_stream(interim: bytes) -> None:
         live = LiveClient(ConnectionConfig(api_base_url=server.url))
         answer = live.open("/stream", credential=BEARER, headers={})
         assert (answer.status, answer.headers["Content-Type"]) == (200, "text/event-stream")
-        assert b"".join(answer.chunks(PATIENCE)) == b"event"
+        assert b"".join(answer.chunks(GUARD)) == b"event"
         answer.close()
         live.close()
 
@@ -147,7 +148,7 @@ def test_a_head_that_never_ends_is_bounded(road: str, piece: bytes, make: Make) 
                 live.open("/stream", credential=BEARER, headers={})
             live.close()
             return
-        one = make(server.url, road, read_timeout=PATIENCE)
+        one = make(server.url, road, read_timeout=GUARD)
         begin(one, road)
         with pytest.raises(TransportError, match="in time"):
             call(one, timeout=0.3)
@@ -276,12 +277,12 @@ def test_what_is_not_sent_once_more(road: str, is_silent: bool, begun: bytes, ma
     def second(sock: socket.socket) -> None:
         sock.sendall(begun)
         if is_silent:
-            server.ended.wait(PATIENCE)
+            server.ended.wait(GUARD)
         else:
             sock.close()
 
     with RawServer(after(road, second)) as server:
-        one = make(server.url, road, read_timeout=0.2 if is_silent else PATIENCE)
+        one = make(server.url, road, read_timeout=0.2 if is_silent else GUARD)
         begin(one, road)
         with pytest.raises(TransportError):
             call(one)
@@ -340,10 +341,10 @@ class Failover:
         while request:
             if number < self.old:
                 self.lost.append(number)
-                self.server.ended.wait(PATIENCE)
+                self.server.ended.wait(GUARD)
                 return
             if b"together" in request:
-                self._together.wait(PATIENCE)
+                self._together.wait(GUARD)
             sock.sendall(answer_of(b"%d" % number))
             request = read_request(sock)
 
@@ -353,7 +354,7 @@ class Failover:
 
         def run() -> None:
             try:
-                results.append(one.request("POST", "/together", timeout=PATIENCE).body)
+                results.append(one.request("POST", "/together", timeout=GUARD).body)
             except TransportError as error:
                 results.append(error)
 
@@ -361,7 +362,7 @@ class Failover:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(GUARD)
         return results
 
 
@@ -382,7 +383,7 @@ def test_one_dead_connection_empties_the_idle_ones(road: str, make: Make) -> Non
 
 def test_a_slow_answer_is_no_dead_connection(make: Make) -> None:
     """A time limit that ends on a new connection says nothing of the kept ones."""
-    with RawServer(after("new", lambda sock: server.ended.wait(PATIENCE))) as server:
+    with RawServer(after("new", lambda sock: server.ended.wait(GUARD))) as server:
         with pytest.raises(TransportError, match="in time") as caught:
             call(make(server.url), timeout=0.3)
         assert not caught.value.was_stale
@@ -443,16 +444,16 @@ def test_dead_addresses_before_the_living_one(
         living = ("127.0.0.1", server.port)
         names["platform.example"] = [*dead, NOWHERE, living]
         # Each dead one would take all of the time.
-        options = {"allow_insecure_http": True, "connect_timeout": PATIENCE, "read_timeout": PATIENCE}
+        options = {"allow_insecure_http": True, "connect_timeout": GUARD, "read_timeout": GUARD}
         url = f"http://platform.example:{server.port}"
         if kind == "call":
-            assert call(make(url, **options), timeout=PATIENCE).status == 200
+            assert call(make(url, **options), timeout=GUARD).status == 200
         else:
             live = LiveClient(ConnectionConfig(api_base_url=url, **options))
             live.open("/stream", credential=BEARER, headers={}).close()
             live.close()
         assert [one[3] for one in connections._addresses("platform.example", server.port)] == [living, *dead, NOWHERE]
-        assert call(make(url, **options), timeout=PATIENCE).status == 200
+        assert call(make(url, **options), timeout=GUARD).status == 200
         # Gone from the name, it is not tried any more.
         names["platform.example"] = [*dead]
         assert [one[3] for one in connections._addresses("platform.example", server.port)] == dead
@@ -477,7 +478,7 @@ def test_the_names_that_are_remembered_are_bounded(names: Dict[str, List[Any]]) 
     with WebServer(lambda request: Answer(200, b"x")) as server:
         for number in range(connections._MAX_NAMES + 5):
             names[f"host-{number}"] = [("127.0.0.2", server.port), ("127.0.0.1", server.port)]
-            connections.connect(f"host-{number}", server.port, PATIENCE).close()
+            connections.connect(f"host-{number}", server.port, GUARD).close()
     assert 0 < len(connections._worked) <= connections._MAX_NAMES
 
 

@@ -16,7 +16,8 @@ from sekuire.errors import TransportError
 from sekuire.transport.http import HttpClient
 from sekuire.transport.live import LiveClient
 
-from ..servers import PATIENCE, Certificates, RawServer, read_request, until
+from ..support.servers import Certificates, RawServer, read_request
+from ..support.waiting import GUARD, until
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork"),
@@ -36,7 +37,7 @@ class Child:
         if self._pid == 0:  # pragma: no cover  # The child.
             try:
                 os.close(self._end)
-                bodies = [client.request("POST", "/x", timeout=PATIENCE).body for _ in range(calls)]
+                bodies = [client.request("POST", "/x", timeout=GUARD).body for _ in range(calls)]
                 os.write(tell, b"".join(bodies) or b"-")
                 os.read(ends, 1)
             except BaseException as error:
@@ -126,15 +127,15 @@ def test_connections_in_use_stay_with_the_parent() -> None:
         caller = threading.Thread(target=call)
         caller.start()
         for _ in range(2):
-            assert begun.acquire(timeout=PATIENCE)
+            assert begun.acquire(timeout=GUARD)
         child = Child(HttpClient(config), 0)
         try:
             assert child.answers == b"-"
             answer.close()
             live.close()
             client.close()
-            caller.join(PATIENCE)
+            caller.join(GUARD)
             for _ in range(2):
-                assert ended.acquire(timeout=PATIENCE)
+                assert ended.acquire(timeout=GUARD)
         finally:
             child.end()

@@ -23,8 +23,7 @@ from sekuire.transport import http
 from sekuire.transport.http import MAX_ANSWER, HttpClient, Reply, Route, describe
 from sekuire.wire import protocol
 
-from ..servers import (
-    PATIENCE,
+from ..support.servers import (
     Answer,
     Certificates,
     RawServer,
@@ -34,6 +33,7 @@ from ..servers import (
     read_request,
     refusing_url,
 )
+from ..support.waiting import GUARD
 
 TOKEN = Secret("skr_do_not_show_me")
 KEY = Secret("sk_live_do_not_show_me")
@@ -59,7 +59,7 @@ def ok(request: Request) -> Answer:
     return Answer(200, {"ok": True})
 
 
-def fails(url: str, *, timeout: float = PATIENCE, **options: Any) -> TransportError:
+def fails(url: str, *, timeout: float = GUARD, **options: Any) -> TransportError:
     """The error of a call with every kind of token in it, found to be clean."""
     one = client(url, **options)
     try:
@@ -142,7 +142,7 @@ def test_the_pool_is_as_large_as_the_threads(caplog: pytest.LogCaptureFixture) -
     barrier = threading.Barrier(threads)
 
     def answer(request: Request) -> Answer:
-        barrier.wait(PATIENCE)
+        barrier.wait(GUARD)
         return Answer(200)
 
     with caplog.at_level(logging.WARNING), WebServer(answer) as server:
@@ -150,13 +150,13 @@ def test_the_pool_is_as_large_as_the_threads(caplog: pytest.LogCaptureFixture) -
 
         def work() -> None:
             for _ in range(rounds):
-                one.request("POST", "/x", body=b"{}", timeout=PATIENCE)
+                one.request("POST", "/x", body=b"{}", timeout=GUARD)
 
         workers = [threading.Thread(target=work) for _ in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(PATIENCE)
+            worker.join(GUARD)
         one.close()
     assert len(server.requests) == threads * rounds
     assert server.connections == threads
@@ -177,7 +177,7 @@ def test_a_connection_that_the_server_closed_is_replaced() -> None:
         one = client(server.url)
         for event in closed:
             assert one.request("POST", "/x", body=b"{}").status == 200
-            assert event.wait(PATIENCE)
+            assert event.wait(GUARD)
         one.close()
     assert server.accepted == 3
 
@@ -197,7 +197,7 @@ def test_netrc_does_not_replace_the_header(tmp_path: pathlib.Path, monkeypatch: 
         one.request("POST", "/x")
         one.close()
         # That this file does what the test fears:
-        requests.get(server.url, headers={"Authorization": "Bearer x"}, timeout=PATIENCE)
+        requests.get(server.url, headers={"Authorization": "Bearer x"}, timeout=GUARD)
     assert [request.headers.get("Authorization") for request in server.requests[:2]] == [
         "Bearer skr_do_not_show_me",
         None,
@@ -362,7 +362,7 @@ def test_a_dripping_body_is_bounded(chunked: bool) -> None:
             sock.sendall(b"1\r\nx\r\n" if chunked else b"x")
 
     with RawServer(talk) as server:
-        error = fails(server.url, timeout=0.3, read_timeout=PATIENCE)
+        error = fails(server.url, timeout=0.3, read_timeout=GUARD)
     assert "in time" in str(error)
     assert error.retryable
 
@@ -374,7 +374,7 @@ def test_silence_is_bounded_by_the_deadline() -> None:
         read_request(sock)
         if number % 2:
             sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nx")
-        server.ended.wait(PATIENCE)
+        server.ended.wait(GUARD)
 
     with RawServer(talk) as server:
         for _ in range(2):

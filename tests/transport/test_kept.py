@@ -20,17 +20,8 @@ from sekuire.transport import kept
 from sekuire.transport.http import MAX_ANSWER, HttpClient, Reply
 from sekuire.wire import protocol
 
-from ..servers import (
-    PATIENCE,
-    Answer,
-    Certificates,
-    RawServer,
-    WebServer,
-    assert_clean,
-    open_descriptors,
-    read_request,
-    until,
-)
+from ..support.servers import Answer, Certificates, RawServer, WebServer, assert_clean, open_descriptors, read_request
+from ..support.waiting import GUARD, until
 
 TOKEN = Secret("skr_do_not_show_me")
 BEARER = functools.partial(protocol.bearer, TOKEN)
@@ -163,7 +154,7 @@ def test_a_large_body_arrives_whole() -> None:
         one = client(server.url)
         post(one)
         body = b"0123456789abcdef" * 1_000_000
-        assert post(one, body, timeout=PATIENCE).json() == {"bytes": len(body)}
+        assert post(one, body, timeout=GUARD).json() == {"bytes": len(body)}
         one.close()
     assert server.connections == 1
     assert server.requests[1].body == body
@@ -220,16 +211,16 @@ def test_a_reset_within_an_answer_is_an_error_that_may_pass() -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nx"])
-@pytest.mark.parametrize("options", [{"timeout": 0.1, "read_timeout": 600}, {"timeout": PATIENCE, "read_timeout": 0.1}])
+@pytest.mark.parametrize("options", [{"timeout": 0.1, "read_timeout": 600}, {"timeout": GUARD, "read_timeout": 0.1}])
 def test_silence_is_bounded(begun: bytes, options: Any) -> None:
     """A server that is silent before or within its answer is given up at the deadline or the read timeout."""
-    with RawServer(after_one_call(lambda sock: sock.sendall(begun) or server.ended.wait(PATIENCE))) as server:
+    with RawServer(after_one_call(lambda sock: sock.sendall(begun) or server.ended.wait(GUARD))) as server:
         one = client(server.url, read_timeout=options["read_timeout"])
-        post(one, timeout=PATIENCE)
+        post(one, timeout=GUARD)
         with pytest.raises(TransportError, match="in time") as caught:
             post(one, timeout=options["timeout"])
         assert caught.value.retryable
-        assert post(one, timeout=PATIENCE).body == b"last"
+        assert post(one, timeout=GUARD).body == b"last"
         one.close()
 
 
@@ -243,7 +234,7 @@ def test_a_dripping_answer_is_bounded(head: bytes) -> None:
             sock.sendall(b"x")
 
     with RawServer(after_one_call(second)) as server:
-        one = client(server.url, read_timeout=PATIENCE)
+        one = client(server.url, read_timeout=GUARD)
         post(one)
         with pytest.raises(TransportError, match="in time"):
             post(one, timeout=0.3)
@@ -253,7 +244,7 @@ def test_a_dripping_answer_is_bounded(head: bytes) -> None:
 @pytest.mark.slow
 def test_a_server_that_does_not_read_is_given_up() -> None:
     """A body that nobody takes is no wait without an end."""
-    with RawServer(after_one_call(lambda sock: server.ended.wait(PATIENCE))) as server:
+    with RawServer(after_one_call(lambda sock: server.ended.wait(GUARD))) as server:
         one = client(server.url, read_timeout=0.1)
         post(one)
         with pytest.raises(TransportError, match="in time"):
@@ -273,7 +264,7 @@ def test_an_early_answer_is_read() -> None:
     with RawServer(talk) as server:
         one = client(server.url)
         post(one)
-        assert post(one, b"x" * 5_000_000, timeout=PATIENCE).status == 413
+        assert post(one, b"x" * 5_000_000, timeout=GUARD).status == 413
         one.close()
 
 

@@ -15,8 +15,7 @@ from sekuire.secret import Secret
 from sekuire.transport.live import LiveAnswer, LiveClient, Waker
 from sekuire.wire import protocol
 
-from ..servers import (
-    PATIENCE,
+from ..support.servers import (
     Answer,
     Certificates,
     RawServer,
@@ -25,8 +24,8 @@ from ..servers import (
     open_descriptors,
     read_request,
     refusing_url,
-    until,
 )
+from ..support.waiting import GUARD, until
 
 TOKEN = Secret("skr_do_not_show_me")
 BEARER = functools.partial(protocol.bearer, TOKEN)
@@ -39,7 +38,7 @@ def live() -> Iterator[Make]:
     made: List[LiveClient] = []
 
     def make(url: str, **options: Any) -> LiveClient:
-        config = ConnectionConfig(api_base_url=url, proxies={}, **{"read_timeout": PATIENCE, **options})
+        config = ConnectionConfig(api_base_url=url, proxies={}, **{"read_timeout": GUARD, **options})
         made.append(LiveClient(config))
         return made[-1]
 
@@ -55,7 +54,7 @@ def open_stream(client: LiveClient) -> LiveAnswer:
 class Reader(threading.Thread):
     """Opens a stream and reads it to its end on a thread of its own."""
 
-    def __init__(self, client: LiveClient, idle_timeout: float = PATIENCE) -> None:
+    def __init__(self, client: LiveClient, idle_timeout: float = GUARD) -> None:
         super().__init__(daemon=True)
         self.pieces: List[bytes] = []
         self.error: Optional[BaseException] = None
@@ -77,7 +76,7 @@ class Reader(threading.Thread):
             self.error = error
 
     def finish(self) -> None:
-        self.join(PATIENCE)
+        self.join(GUARD)
         assert not self.is_alive()
 
 
@@ -88,7 +87,7 @@ def streaming(server: Callable[[], RawServer], started: threading.Event, head: b
         read_request(sock)
         sock.sendall(head + b"\r\n: hello\n\n")
         started.set()
-        server().ended.wait(PATIENCE)
+        server().ended.wait(GUARD)
 
     return talk
 
@@ -110,7 +109,7 @@ def test_pieces_arrive_at_once(framing: str, live: Make) -> None:
         sock.sendall(HEAD + heads[framing] + b"\r\n")
         for piece in (b"one", b"two", b"end"):
             sock.sendall(b"3\r\n" + piece + b"\r\n" if framing == "chunked" else piece)
-            if not read.wait(PATIENCE):
+            if not read.wait(GUARD):
                 return
             read.clear()
         if framing == "chunked":
@@ -121,7 +120,7 @@ def test_pieces_arrive_at_once(framing: str, live: Make) -> None:
         assert answer.status == 200
         assert answer.headers["content-type"] == "text/event-stream"
         got = []
-        for piece in answer.chunks(PATIENCE):
+        for piece in answer.chunks(GUARD):
             got.append(piece)
             read.set()
         answer.close()
@@ -162,7 +161,7 @@ def test_broken_streams(rest: bytes, live: Make) -> None:
     with RawServer(talk) as server:
         answer = open_stream(live(server.url))
         with pytest.raises(TransportError) as caught:
-            list(answer.chunks(PATIENCE))
+            list(answer.chunks(GUARD))
         answer.close()
     assert caught.value.retryable
     assert_clean(caught.value, TOKEN.reveal())
@@ -210,7 +209,7 @@ def test_no_stream_at_all(live: Make) -> None:
         if number == 0:
             sock.sendall(b"nonsense\r\n\r\n")
         else:
-            server.ended.wait(PATIENCE)
+            server.ended.wait(GUARD)
 
     with RawServer(talk) as server:
         client = live(server.url, read_timeout=0.1)
@@ -237,7 +236,7 @@ def test_streams_over_tls(certificates: Certificates, live: Make) -> None:
     """A stream over TLS is read the same way; an unknown certificate is refused for good."""
     with WebServer(lambda request: Answer(200, b"data: x\n\n"), certificates.server_context()) as server:
         answer = open_stream(live(server.url, verify=certificates.ca))
-        assert b"".join(answer.chunks(PATIENCE)) == b"data: x\n\n"
+        assert b"".join(answer.chunks(GUARD)) == b"data: x\n\n"
         answer.close()
         with pytest.raises(TransportError, match="certificate") as caught:
             open_stream(live(server.url))
@@ -253,7 +252,7 @@ def test_a_stream_through_a_proxy() -> None:
         )
         client = LiveClient(config)
         reader = Reader(client, idle_timeout=600)
-        assert reader.got.wait(PATIENCE)
+        assert reader.got.wait(GUARD)
         client.wake()
         reader.finish()
         client.close()
@@ -272,9 +271,9 @@ def test_closing_ends_the_connection(live: Make) -> None:
 
     with RawServer(talk) as server:
         answer = open_stream(live(server.url))
-        assert next(answer.chunks(PATIENCE)) == b"one"
+        assert next(answer.chunks(GUARD)) == b"one"
         answer.close()
-        assert left.wait(PATIENCE)
+        assert left.wait(GUARD)
 
 
 # -- waking -----------------------------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ def test_wake_ends_a_blocked_read(head: bytes, live: Make) -> None:
     with RawServer(streaming(lambda: server, started, head)) as server:
         client = live(server.url)
         reader = Reader(client, idle_timeout=600)
-        assert reader.got.wait(PATIENCE)
+        assert reader.got.wait(GUARD)
         client.wake()
         reader.finish()
     assert reader.pieces == [b": hello\n\n"]
@@ -300,12 +299,12 @@ def test_wake_ends_a_wait_for_headers(live: Make) -> None:
     def talk(sock: socket.socket, number: int) -> None:
         read_request(sock)
         asked.set()
-        server.ended.wait(PATIENCE)
+        server.ended.wait(GUARD)
 
     with RawServer(talk) as server:
         client = live(server.url, read_timeout=600)
         reader = Reader(client)
-        assert asked.wait(PATIENCE)
+        assert asked.wait(GUARD)
         client.wake()
         reader.finish()
     assert reader.error is not None
@@ -319,12 +318,12 @@ def test_wake_ends_a_stalled_handshake(live: Make) -> None:
     def talk(sock: socket.socket, number: int) -> None:
         sock.recv(65536)
         greeted.set()
-        server.ended.wait(PATIENCE)
+        server.ended.wait(GUARD)
 
     with RawServer(talk) as server:
         client = live(server.url.replace("http:", "https:"), connect_timeout=600, read_timeout=600)
         reader = Reader(client)
-        assert greeted.wait(PATIENCE)
+        assert greeted.wait(GUARD)
         client.wake()
         reader.finish()
     assert reader.error is not None
@@ -342,7 +341,7 @@ def test_wake_ends_a_read_over_tls(certificates: Certificates, live: Make) -> No
     with RawServer(talk) as server:
         client = live(server.url.replace("http:", "https:"), verify=certificates.ca)
         reader = Reader(client, idle_timeout=600)
-        assert reader.got.wait(PATIENCE)
+        assert reader.got.wait(GUARD)
         client.wake()
         reader.finish()
     assert reader.pieces == [b": hello\n\n"]
@@ -383,13 +382,13 @@ def test_nothing_is_left_open(how: str, certificates: Certificates) -> None:
         read_request(sock)
         sock.sendall(HEAD + b"\r\n: hello\n\n")
         if how == "woken":
-            server.ended.wait(PATIENCE)
+            server.ended.wait(GUARD)
 
     def round_(url: str) -> None:
         client = LiveClient(ConnectionConfig(api_base_url=url, proxies={}))
         reader = Reader(client)
         if how == "woken":
-            assert reader.got.wait(PATIENCE)
+            assert reader.got.wait(GUARD)
             client.wake()
         reader.finish()
         client.close()

@@ -18,7 +18,8 @@ from sekuire.errors import TransportError
 from sekuire.transport.http import HttpClient
 from sekuire.transport.live import LiveClient
 
-from ..servers import PATIENCE, RawServer
+from ..support.servers import RawServer
+from ..support.waiting import GUARD
 
 
 def call(config: ConnectionConfig) -> None:
@@ -46,7 +47,7 @@ def test_a_reset_before_the_handshake(use: Callable[[ConnectionConfig], None], m
     resets = []
 
     def reset(sock: socket.socket, number: int) -> None:
-        assert connected.wait(PATIENCE)
+        assert connected.wait(GUARD)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()
 
@@ -54,7 +55,7 @@ def test_a_reset_before_the_handshake(use: Callable[[ConnectionConfig], None], m
         connected.set()
         poll = select.poll()
         poll.register(sock, 0)
-        assert poll.poll(PATIENCE * 1000)
+        assert poll.poll(GUARD * 1000)
         resets.append(sock.gettimeout())
         return wrap(self, sock, *args, **kwargs)
 

@@ -15,7 +15,8 @@ from sekuire.errors import APIError, PlanLimitError, SekuireError, TransportErro
 from sekuire.transport import retry
 from sekuire.transport.retry import Backoff, Interrupted, call, full_jitter, is_retryable
 
-from ..servers import PATIENCE, assert_clean
+from ..support.servers import assert_clean
+from ..support.waiting import GUARD
 
 
 class Stop(threading.Event):
@@ -166,14 +167,14 @@ def test_a_real_wait_is_woken() -> None:
         raise APIError(503, retry_after=300.0)
 
     def wake() -> None:
-        assert waiting.wait(PATIENCE)
+        assert waiting.wait(GUARD)
         stop.set()
 
     thread = threading.Thread(target=wake)
     thread.start()
     with pytest.raises((Interrupted, APIError)):
         call(fail, stop=stop, deadline=Deadline(3600))
-    thread.join(PATIENCE)
+    thread.join(GUARD)
 
 
 def test_many_threads_at_once() -> None:
@@ -194,7 +195,7 @@ def test_many_threads_at_once() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(GUARD)
     finally:
         sys.setswitchinterval(interval)
     assert results == ["done"] * 320

@@ -17,6 +17,8 @@ import pytest
 from sekuire import Beacon, PolicyClient, SekuireSDK, create_worker
 from sekuire.config import DECIDED_BY_SDK, BeaconConfig, PolicyClientConfig, SDKConfig, WorkerConfig
 
+from ..support.waiting import GUARD
+
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 SAMPLES = ("right.py", "wrong.py", "options.py")
@@ -45,7 +47,7 @@ def test_user_code_is_checked() -> None:
             sys.executable, "-m", "mypy", "--strict", "--config-file=", "--follow-imports=silent", "--no-error-summary",
             "--hide-error-context", *(str(HERE / name) for name in SAMPLES),
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=GUARD, check=False,
     )  # fmt: skip
     found = []
     for line in ran.stdout.splitlines():
@@ -61,7 +63,7 @@ def test_options_under_pyright() -> None:
     pytest.importorskip("pyright")
     ran = subprocess.run(
         [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(HERE / "options.py")],
-        cwd=ROOT, capture_output=True, text=True, timeout=110, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=GUARD, check=False,
         # It would ask for its newest version.
         env={**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
     )  # fmt: skip

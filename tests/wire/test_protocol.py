@@ -20,7 +20,6 @@ from sekuire.secret import Secret
 from sekuire.wire import protocol
 from sekuire.wire.models import (
     Command,
-    Completion,
     Connected,
     Failure,
     HeartbeatReply,
@@ -28,6 +27,8 @@ from sekuire.wire.models import (
     WorkerReport,
 )
 from sekuire.wire.protocol import Endpoints, Malformed, MalformedTask
+
+from ..support.builders import completion_of
 
 UTC = dt.timezone.utc
 NOW = dt.datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -1063,7 +1064,7 @@ def test_small_bodies() -> None:
 def test_a_result_is_one_json_object(output: Any, task_id: str, attempt: int, worker_id: str, execution: int) -> None:
     """Head and tail together are the completion's JSON object, whatever attempt is put in last."""
     assume("\\ud" not in json.dumps([output, task_id]))
-    completion = Completion(task_id=task_id, attempt=1, output=output, execution_time_ms=execution)
+    completion = completion_of(task_id, output=output, execution_time_ms=execution)
     head = protocol.completion_head(completion)
     assert json.loads(head + protocol.completion_tail(attempt, worker_id)) == {
         "task_id": task_id,
@@ -1079,7 +1080,7 @@ def test_a_result_is_one_json_object(output: Any, task_id: str, attempt: int, wo
 def test_a_failure_is_one_json_object(details: Optional[Dict[str, Any]]) -> None:
     """A failure carries code, message, advice and, where there are any, details."""
     failed = Failure(code="no_such_city", message="no", retryable=True, details=details)
-    completion = Completion(task_id="t", attempt=1, failure=failed, execution_time_ms=5)
+    completion = completion_of("t", failure=failed, execution_time_ms=5)
     body = json.loads(protocol.completion_head(completion) + protocol.completion_tail(2, "w"))
     error: Dict[str, Any] = {"code": "no_such_city", "message": "no", "retryable": True}
     if details is not None:
@@ -1099,7 +1100,7 @@ def test_any_failure_is_one_json_object(code: str, message: str, retryable: bool
     """A failure is read back as it was, and its head alone tells whether the platform may try again."""
     assume("\\ud" not in json.dumps([code, message, details]))
     failed = Failure(code=code, message=message, retryable=retryable, details=details)
-    head = protocol.completion_head(Completion(task_id="t", attempt=1, failure=failed))
+    head = protocol.completion_head(completion_of("t", failure=failed))
     assert protocol.is_retryable_failure(head) is retryable
     error = json.loads(head + protocol.completion_tail(2, "w"))["error"]
     assert error.pop("details", None) == details
@@ -1116,7 +1117,7 @@ def test_any_head_is_looked_at(head: bytes) -> None:
 def test_a_result_without_a_json_form(output: Any) -> None:
     """A result that JSON cannot hold raises, before anything is sent."""
     with pytest.raises((ValueError, TypeError)):
-        protocol.completion_head(Completion(task_id="t", attempt=1, output=output))
+        protocol.completion_head(completion_of("t", output=output))
 
 
 def test_failures_of_our_own() -> None:

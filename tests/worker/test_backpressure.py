@@ -12,7 +12,8 @@ import pytest
 from sekuire import TaskContext, Worker
 from sekuire.worker.dispatch import WAITING_COST
 
-from ..scripted import GUARD, Request, Scripted, until
+from ..support.scripted import Request, Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

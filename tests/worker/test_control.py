@@ -14,7 +14,8 @@ from sekuire.errors import RevokedError
 from sekuire.wire import protocol
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

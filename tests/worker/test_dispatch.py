@@ -33,7 +33,9 @@ from sekuire.worker.dispatch import WAITING_COST, Dispatcher
 from sekuire.worker.records import Record, State, move
 from sekuire.worker.release import Release
 
-from ..scripted import GUARD, until
+from ..support.builders import config_of, task_of
+from ..support.gateway import FakeGateway
+from ..support.waiting import GUARD, until
 
 WORKERS, QUEUE = 2, 3
 
@@ -174,21 +176,6 @@ class Handlers:
         return "done"
 
 
-class Gateway:
-    """A policy gateway of the user's own, which takes its time."""
-
-    def __init__(self) -> None:
-        self.asked, self.answer = threading.Event(), threading.Event()
-
-    def check_request(self) -> None:
-        self.asked.set()
-        assert self.answer.wait(GUARD)
-
-    def check_capability(self, name: str) -> None: ...
-
-    def on_heartbeat_response(self, reply: Any) -> None: ...
-
-
 def dispatcher_of(
     handlers: Handlers,
     sink: Sink,
@@ -201,7 +188,7 @@ def dispatcher_of(
     registry.add("wide", handlers)
     registry.add("narrow", handlers, None, 1)
     limits = {"max_workers": WORKERS, "max_waiting_bytes": QUEUE * WAITING_COST, "task_timeout": 1e6}
-    config = WorkerConfig(agent_id="a", install_token="t", **{**limits, **options})
+    config = config_of(**{**limits, **options})
     return Dispatcher(
         config,
         registry,
@@ -242,7 +229,7 @@ class TaskStates(RuleBasedStateMachine):
     def deliver(self, capability: str, input: str) -> str:
         task_id = f"t{next(self.numbers)}"
         self.attempts[task_id] = 1
-        self.dispatcher.submit(Task(task_id=task_id, capability=capability, input=input))
+        self.dispatcher.submit(task_of(task_id, capability, input=input))
         self.settle()
         return task_id
 
@@ -252,7 +239,7 @@ class TaskStates(RuleBasedStateMachine):
             return
         self.attempts[task_id] += more
         before = self.dispatcher.counts.duplicates
-        self.dispatcher.submit(Task(task_id=task_id, capability="wide", attempt=self.attempts[task_id]))
+        self.dispatcher.submit(task_of(task_id, "wide", attempt=self.attempts[task_id]))
         assert self.dispatcher.counts.duplicates == before + 1
 
     @rule(source=st.sampled_from(["command", "desired_state", "local"]))
@@ -420,7 +407,7 @@ def storm() -> None:
     for number in range(400):
         for attempt in (1, 2):
             capability = "narrow" if number % 3 == 0 else "wide"
-            dispatcher.submit(Task(task_id=f"t{number}", capability=capability, attempt=attempt))
+            dispatcher.submit(task_of(f"t{number}", capability, attempt=attempt))
     over.set()
     toggler.join(GUARD)
     assert dispatcher.drain(Deadline(GUARD))
@@ -444,13 +431,13 @@ def test_a_failure_in_the_library_costs_one_task(caplog: pytest.LogCaptureFixtur
     handlers.open = True
     dispatcher = dispatcher_of(handlers, sink, timer)
     timer.before = lambda: 1 / 0
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: "t1" in sink.results)
     failure = sink.results["t1"].failure
     assert failure is not None
     assert (failure.code, failure.message) == ("handler_error", "the worker failed (ZeroDivisionError)")
     timer.before = lambda: None
-    dispatcher.submit(Task(task_id="t2", capability="wide"))
+    dispatcher.submit(task_of("t2", "wide"))
     until(lambda: "t2" in sink.results and dispatcher.records.threads == 0)
     assert sink.results["t2"].output == "done"
     assert dispatcher.records.permits == WORKERS
@@ -462,7 +449,7 @@ def test_a_handler_that_ends_while_its_timeout_is_answered() -> None:
     """A handler that ends between its timeout and the answer to it is not overdue, and its place is free."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     dispatcher = dispatcher_of(handlers, sink, timer)
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: "t1" in handlers.inside)
 
     def end_first(completion: Completion) -> None:
@@ -495,7 +482,7 @@ def test_a_task_that_is_answered_on_the_way_to_its_handler(late: str) -> None:
         lease.on_look = abandon
     else:
         timer.before = abandon
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: sink.delivered == ["t1"] and dispatcher.records.threads == 0)
     assert (dispatcher.overdue_names(), handlers.runs) == ([], [])
     assert (dispatcher.records.permits, dispatcher.running) == (WORKERS, 0)
@@ -514,13 +501,13 @@ def test_a_task_that_comes_again_while_it_is_given_back(comes: bool) -> None:
         lease.held = threading.current_thread() is threading.main_thread()
 
     lease.on_look = hold
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: sink.released == ["t1"] and dispatcher.records.threads == 0)
     lease.on_look, lease.held = lambda: None, True
     order = sink.orders["t1"]
     assert order.begin()
     if comes:
-        dispatcher.submit(Task(task_id="t1", capability="wide"))
+        dispatcher.submit(task_of("t1", "wide"))
         until(lambda: sink.delivered == ["t1"] and dispatcher.records.threads == 0)
         assert not order.begin()
     order.end(is_released=False, is_supported=False)
@@ -547,8 +534,8 @@ def test_a_result_that_cannot_be_taken(part: str) -> None:
 
     if part == "accept":
         sink.before = fail
-    dispatcher.submit(Task(task_id="t1", capability="narrow"))
-    dispatcher.submit(Task(task_id="t2", capability="narrow"))
+    dispatcher.submit(task_of("t1", "narrow"))
+    dispatcher.submit(task_of("t2", "narrow"))
     until(lambda: sorted(sink.delivered) == ["t1", "t2"] and dispatcher.records.threads == 0)
     failure = sink.results["t1"].failure
     assert (None if failure is None else failure.code) == ("handler_error" if part == "accept" else None)
@@ -561,7 +548,7 @@ def test_a_malformed_repetition() -> None:
     """A task that comes again with what cannot be read goes on, and its own result is the answer."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     dispatcher = dispatcher_of(handlers, sink, timer)
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: "t1" in handlers.inside)
     dispatcher.answer_malformed(MalformedTask("timeout_ms must be a positive number", "t1"))
     handlers.gate("t1").set()
@@ -578,10 +565,10 @@ def test_a_malformed_repetition() -> None:
 )
 def test_a_stop_while_the_policy_is_asked(what: str, code: Optional[str]) -> None:
     """The task has not begun: it is answered, or given back, and its handler is not called."""
-    sink, handlers, timer, gateway, lease = Sink(), Handlers(), ManualTimer(), Gateway(), Lease()
+    sink, handlers, timer, gateway, lease = Sink(), Handlers(), ManualTimer(), FakeGateway(is_slow=True), Lease()
     handlers.open = True
     dispatcher = dispatcher_of(handlers, sink, timer, lease, policy_gateway=gateway)
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     assert gateway.asked.wait(GUARD)
     if what == "pause":
         dispatcher.pause("local")
@@ -614,13 +601,13 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    dispatcher.submit(Task(task_id="t0", capability="wide"))
+    dispatcher.submit(task_of("t0", "wide"))
     until(lambda: sink.delivered == ["t0"])
     monkeypatch.setattr(threading.Thread, "start", real)
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: "t1" in handlers.inside)
     monkeypatch.setattr(threading.Thread, "start", start)
-    dispatcher.submit(Task(task_id="t2", capability="wide"))
+    dispatcher.submit(task_of("t2", "wide"))
     for task_id in ("t1", "t2"):
         handlers.gate(task_id).set()
     until(lambda: set(sink.delivered) == {"t0", "t1", "t2"} and dispatcher.records.threads == 0)
@@ -637,9 +624,9 @@ def test_a_higher_attempt_while_the_result_is_taken(early: bool) -> None:
     """A delivery that comes just before the sink has the result is met with the result, under its attempt."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     dispatcher = dispatcher_of(handlers, sink, timer)
-    dispatcher.submit(Task(task_id="t1", capability="wide"))
+    dispatcher.submit(task_of("t1", "wide"))
     until(lambda: "t1" in handlers.inside)
-    sink.before = lambda completion: dispatcher.submit(Task(task_id="t1", capability="wide", attempt=7))
+    sink.before = lambda completion: dispatcher.submit(task_of("t1", "wide", attempt=7))
     if early:
         timer.fire("t1")
     handlers.gate("t1").set()
@@ -654,9 +641,9 @@ def test_a_repetition_while_the_pause_is_answered() -> None:
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     dispatcher = dispatcher_of(handlers, sink, timer, max_workers=1)
     for number in (1, 2):
-        dispatcher.submit(Task(task_id=f"t{number}", capability="wide"))
+        dispatcher.submit(task_of(f"t{number}", "wide"))
     until(lambda: "t1" in handlers.inside)
-    sink.before = lambda completion: dispatcher.submit(Task(task_id="t2", capability="wide"))
+    sink.before = lambda completion: dispatcher.submit(task_of("t2", "wide"))
     dispatcher.pause("local")
     assert (dispatcher.counts.rejected, dispatcher.counts.duplicates, sink.refused) == (1, 1, [])
     sink.before = lambda completion: None
@@ -685,7 +672,7 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
         config, registry, sink, timer=ManualTimer(), lease=Lease(), scrubber=None
     )  # fmt: skip
     for number, value in enumerate(inputs):
-        dispatcher.submit(Task(task_id=str(number), capability="a", input=value))
+        dispatcher.submit(task_of(str(number), "a", input=value))
     packed = [record.packed is not None for record in dispatcher.records.known.values()]
     assert packed == [False, False, False, True, True, True]
     assert all(record.task.input is None for record in dispatcher.records.known.values() if record.packed is not None)
@@ -707,7 +694,7 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
 )
 def test_only_legal_edges(way: List[State], then: List[State]) -> None:
     """A task ends once, and none that has begun is given back or rejected."""
-    record = Record(Task(task_id="t1", capability="wide"), HandlerEntry("wide", lambda ctx, input: None))
+    record = Record(task_of("t1", "wide"), HandlerEntry("wide", lambda ctx, input: None))
     for state in way:
         move(record, state)
     for state in then:

@@ -10,9 +10,10 @@ import pytest
 
 from sekuire import TaskContext, Worker
 from sekuire.wire import protocol
-from sekuire.wire.models import Completion
 
-from ..scripted import GUARD, Scripted, until
+from ..support.builders import completion_of
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 
@@ -89,7 +90,7 @@ def test_a_refused_result(scripted: Scripted, worker_of: Make, status: int) -> N
 @pytest.mark.parametrize("execution_time", [0, 1, 2**53])
 def test_the_time_of_a_head(output: Any, execution_time: int) -> None:
     """The time is read back from a completion's encoded head, also from one that an outbox kept."""
-    completion = Completion(task_id="t", attempt=1, output=output, execution_time_ms=execution_time)
+    completion = completion_of("t", output=output, execution_time_ms=execution_time)
     assert protocol.execution_time_of(protocol.completion_head(completion)) == execution_time
 
 

@@ -15,8 +15,9 @@ from sekuire import TaskContext, create_worker
 from sekuire.wire import protocol
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Request, Scripted, until
-from ..servers import RawServer
+from ..support.scripted import Request, Scripted
+from ..support.servers import RawServer
+from ..support.waiting import GUARD, until
 
 
 class Balancer(RawServer):

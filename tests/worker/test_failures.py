@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import urllib.parse
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List
 
 import pytest
 
@@ -18,7 +18,9 @@ from sekuire.errors import PolicyUnavailableError, PolicyViolationError
 from sekuire.transport.retry import Backoff
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, until
+from ..support.gateway import FakeGateway
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 
@@ -196,25 +198,6 @@ def test_invalid_task_without_an_id_is_counted(
     assert sum("cannot be read" in record.message for record in caplog.records) == 5
 
 
-class Gateway:
-    """A policy gateway of a user's own."""
-
-    def __init__(self, error: Optional[Exception] = None) -> None:
-        self.error = error
-        self.calls: List[str] = []
-
-    def check_request(self) -> None:
-        self.calls.append("request")
-
-    def check_capability(self, name: str) -> None:
-        self.calls.append(name)
-        if self.error is not None:
-            raise self.error
-
-    def on_heartbeat_response(self, response: Any) -> None:
-        self.calls.append("heartbeat")
-
-
 @pytest.mark.parametrize(
     ("error", "code", "retryable", "details"),
     [
@@ -236,7 +219,7 @@ def test_the_gateway_decides_before_the_handler(
 ) -> None:
     """What the policy gateway refuses is answered with its code; the handler does not run."""
     ran = threading.Event()
-    gateway = Gateway(error)
+    gateway = FakeGateway(error)
     worker = worker_of(platform, policy_gateway=gateway)
     worker.on_task("echo", lambda ctx, input: ran.set())
     with worker:

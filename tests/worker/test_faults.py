@@ -13,7 +13,7 @@ from sekuire.local import Faults
 from sekuire.worker import release, report
 
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

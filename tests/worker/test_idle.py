@@ -18,7 +18,8 @@ from sekuire.worker.idle import Activity, IdleWatch
 from sekuire.worker.life import Life
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Blackhole, Scripted, until
+from ..support.scripted import Blackhole, Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

@@ -15,7 +15,8 @@ import sekuire
 from sekuire import Beacon, SekuireSDK, Worker
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, client_threads, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., Worker]
 

@@ -14,7 +14,8 @@ from sekuire.credentials import store as store_module
 from sekuire.errors import AuthenticationError, ConfigurationError, PlanLimitError, SekuireError, StreamError
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Blackhole, Scripted, client_threads, grant, until
+from ..support.scripted import Blackhole, Scripted, grant
+from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., Worker]
 

@@ -15,7 +15,8 @@ from sekuire import TaskContext, Worker
 from sekuire._internal import logs
 from sekuire.handlers.context import current_task
 
-from ..scripted import GUARD, Scripted, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

@@ -13,7 +13,8 @@ import pytest
 from sekuire import TaskContext, TaskError, Worker
 from sekuire.errors import ConfigurationError, PolicyViolationError
 
-from ..scripted import GUARD, Scripted, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

@@ -16,12 +16,13 @@ import pytest
 
 from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
 from sekuire._internal import delivery
-from sekuire.wire.models import Task
 from sekuire.worker import outbox as outbox_module
 from sekuire.worker.outbox import Outbox, open_outbox
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, until
+from ..support.builders import task_of
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 SCRIPT = """
 import os, sys, threading
@@ -294,7 +295,7 @@ def test_a_sibling_delivers_the_next_try_too(
     with first:
         scripted.task("t1", "work")
         assert sent.wait(GUARD)
-        second._dispatcher.submit(Task(task_id="t1", capability="work", attempt=2))
+        second._dispatcher.submit(task_of("t1", "work", attempt=2))
         assert second.stats().duplicates == 1
         go.set()
         until(lambda: [request.json["attempt"] for request in scripted.completions("t1")] == [1, 2])

@@ -25,7 +25,7 @@ from sekuire.worker import outbox as outbox_module
 from sekuire.worker.outbox import Outbox, Stored, open_outbox
 from sekuire.worker.outbox_file import CompletionFile
 
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 URL, AGENT = "http://127.0.0.1:1", "agent"
 
@@ -258,7 +258,7 @@ def test_another_process_is_refused(tmp_path: Path) -> None:
     outbox = open_outbox(tmp_path / "outbox.db")
     script = "import sys; from sekuire.worker.outbox import open_outbox; open_outbox(sys.argv[1])"
     command = [sys.executable, "-c", script, str(tmp_path / "outbox.db")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=False)
     outbox.close()
     assert run.returncode != 0
     assert "another process uses it" in run.stderr
@@ -631,7 +631,7 @@ assert [one.task_id for one in again.claim("http://127.0.0.1:1", "agent", object
 again.close()
 """
     command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "outbox.db")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=False)
     assert run.returncode == 0, run.stderr
     assert "another process uses it" in run.stdout
 
@@ -665,7 +665,7 @@ assert outbox.put("http://127.0.0.1:1", "agent", None, Stored("b", 1, False, b"x
 outbox.close()
 """
     command = [sys.executable, "-c", script, str(tmp_path / "outbox.db")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("cannot be written") == 1
     outbox = open_outbox(tmp_path / "outbox.db")

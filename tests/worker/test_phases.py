@@ -14,7 +14,8 @@ from sekuire.errors import ConfigurationError, RevokedError, StreamError
 from sekuire.worker.announcer import Announcer
 from sekuire.worker.life import Life, Link, Phase
 
-from ..scripted import GUARD, Scripted, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 
 class Stop:

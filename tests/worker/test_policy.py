@@ -14,7 +14,8 @@ from sekuire.policy.enforcer import PolicyEnforcer
 
 from ..conftest import AGENT
 from ..policy.signing import Served, Signer, denying
-from ..scripted import GUARD, Blackhole, Scripted, until
+from ..support.scripted import Blackhole, Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 WORKSPACE = "ws_local"

@@ -12,8 +12,9 @@ import pytest
 from sekuire import TaskContext, Worker
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, until
-from ..servers import run_python
+from ..support.scripted import Scripted
+from ..support.servers import run_python
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

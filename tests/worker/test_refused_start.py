@@ -10,7 +10,7 @@ from sekuire import Worker
 from sekuire.errors import ConfigurationError
 from sekuire.executors import ProcessExecutor
 
-from ..scripted import Scripted
+from ..support.scripted import Scripted
 
 Make = Callable[..., Worker]
 

@@ -28,11 +28,12 @@ from sekuire.executors.process import load_error
 from sekuire.executors.remote import RemoteControl, carrier_of, run_remote
 from sekuire.handlers.context import control_of
 from sekuire.policy import Policy, PolicyEnforcer
-from sekuire.wire.models import Task
 
-from .. import elsewhere
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, until
+from ..support import elsewhere
+from ..support.builders import context_of, task_of
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 SPAWN = multiprocessing.get_context("spawn")
@@ -49,7 +50,7 @@ def processes() -> Iterator[ProcessExecutor]:
 
 @pytest.fixture
 def make(worker_of: Make, processes: ProcessExecutor) -> Make:
-    """Workers whose handlers are those of tests/elsewhere.py, in processes."""
+    """Workers whose handlers are those of tests/support/elsewhere.py, in processes."""
 
     def make(platform: Any, **options: Any) -> Worker:
         worker = worker_of(platform, **{"executor": processes, "max_workers": 2, **options})
@@ -416,7 +417,7 @@ def test_a_flag_that_cannot_be_raised(
 
 def test_a_task_that_is_cancelled_before_its_process_has_it() -> None:
     """A call that comes to a process after its task was cancelled does not begin."""
-    late = TaskContext(Task(task_id="t1", capability="echo"), deadline=0.0)
+    late = TaskContext(task_of(), deadline=0.0)
     context = remote_of(late)
     code = pickle.dumps((elsewhere.fail, None))
     kind, value, _ = pickle.loads(run_remote(pickle.dumps((code, context, "own"))))
@@ -440,7 +441,7 @@ def test_a_process_that_sees_the_end_of_the_time_first(left: float) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         carry = carrier_of(WorkerConfig(agent_id="a", executor=RemoteExecutor(threads)))
         assert carry is not None
-        context = TaskContext(Task(task_id="t1", capability="echo"), deadline=time.monotonic() + left)
+        context = TaskContext(task_of(), deadline=time.monotonic() + left)
         with pytest.raises(TaskError) as caught:
             carry("echo", until_cancelled)(context, None)
     assert (caught.value.code, caught.value.retryable) == ("timeout", True)
@@ -461,11 +462,11 @@ def test_an_input_that_cannot_travel(platform: Any, make: Make) -> None:
 
 def test_a_context_travels_further() -> None:
     """A context may be sent on; there, too, its time ends, and it is cancelled by that."""
-    context = remote_of(TaskContext(Task(task_id="t1", capability="echo", input=5)))
+    context = remote_of(context_of("t1", "echo", input=5))
     again = pickle.loads(pickle.dumps(context))
     assert (again.task_id, again.remaining(), again.deadline, again.cancel_reason) == ("t1", None, None, None)
     assert control_of(again).task.input is None
-    late = TaskContext(Task(task_id="t1", capability="echo"), deadline=0.0)
+    late = TaskContext(task_of(), deadline=0.0)
     context = remote_of(late)
     assert (context.remaining(), context.cancel_reason, context.wait_cancelled()) == (0.0, "timeout", True)
 
@@ -473,7 +474,7 @@ def test_a_context_travels_further() -> None:
 def test_the_workers_death_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A handler whose worker has died sees it in its context."""
     flag = FileFlag()
-    context = remote_of(TaskContext(Task(task_id="t1", capability="echo")), flag)
+    context = remote_of(context_of(), flag)
     monkeypatch.setattr(os, "getppid", os.getpid)
     assert flag.begin()
     assert not context.is_cancelled()

@@ -13,12 +13,13 @@ from sekuire import TaskContext, TaskError, Worker
 from sekuire._internal import delivery
 from sekuire._internal.threads import Deadline
 from sekuire.handlers.registry import HandlerEntry
-from sekuire.wire.models import Completion, Task
 from sekuire.worker import progress, release, report, results
 from sekuire.worker.records import Record, State, move
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Request, Scripted, until
+from ..support.builders import completion_of, task_of
+from ..support.scripted import Request, Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 
@@ -237,7 +238,7 @@ def test_a_lasting_refusal_does_not_hold_up_the_stop(
 
 def take(worker: Worker, task_id: str) -> results.Report:
     """A result in the reporter's hands that nobody sends yet."""
-    taken = worker._reporter.accept(Completion(task_id=task_id, attempt=1, output=1))
+    taken = worker._reporter.accept(completion_of(task_id, output=1))
     assert taken is not None
     return taken
 
@@ -613,7 +614,7 @@ def test_a_next_try_that_comes_with_the_answer(scripted: Scripted, worker_of: Ma
     def settle(report: Any, *args: Any, **options: Any) -> bool:
         # The platform is faster than its answer: the next try is here before the answer is acted upon.
         if report.attempt == 1:
-            worker._dispatcher.submit(Task(task_id="t1", capability="echo", attempt=2))
+            worker._dispatcher.submit(task_of("t1", "echo", attempt=2))
         return original(report, *args, **options)
 
     reporter.results.settle = settle  # type: ignore[method-assign]
@@ -774,7 +775,7 @@ def test_whatever_is_raised_while_releasing_plans_the_release_again(
 
     monkeypatch.setattr(reporter.sender, "ask", fail)
     worker.start()
-    given_back = Record(Task(task_id="t1", capability="echo"), HandlerEntry("echo", lambda ctx, input: input))
+    given_back = Record(task_of(), HandlerEntry("echo", lambda ctx, input: input))
     move(given_back, State.RELEASED)
     worker._dispatcher.answers.give_back(given_back)
     assert [request.task_id for request in scripted.wait_for("release")] == ["t1"]

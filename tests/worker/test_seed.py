@@ -10,7 +10,7 @@ import pytest
 from sekuire import Beacon, Command, RuntimeCredentials, RuntimeCredentialsStore, SekuireSDK, Worker, create_worker
 
 from ..conftest import AGENT
-from ..scripted import GUARD, until
+from ..support.waiting import GUARD, until
 
 
 def bootstrapped(platform: Any) -> Dict[str, str]:

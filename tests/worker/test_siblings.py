@@ -13,7 +13,8 @@ from sekuire._internal.threads import is_owned_by
 from sekuire.errors import AuthenticationError, SekuireError
 from sekuire.local import LocalPlatform
 
-from ..scripted import GUARD, Scripted, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 
 def test_a_draining_worker_keeps_what_it_runs() -> None:

@@ -12,7 +12,8 @@ from typing import Any, Callable, Iterator, List
 import pytest
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Blackhole, Scripted, until
+from ..support.scripted import Blackhole, Scripted
+from ..support.waiting import GUARD, until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="sends POSIX signals")
 # Each runs a program.

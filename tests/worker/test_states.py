@@ -7,6 +7,7 @@ tests/worker/test_states.py -n 0``.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ from sekuire.handlers.context import TaskContext
 from sekuire.handlers.registry import TaskRegistry
 from sekuire.session.installation import Installation
 from sekuire.transport.http import Reply
-from sekuire.wire.models import Completion, RuntimeCredentials, Task
+from sekuire.wire.models import RuntimeCredentials, Task
 from sekuire.wire.verdict import Support
 from sekuire.worker import answers, dispatch, life, records, release, report, results, running
 from sekuire.worker.announcer import Announcer
@@ -44,7 +45,10 @@ from sekuire.worker.dispatch import Dispatcher
 from sekuire.worker.outbox import open_outbox
 from sekuire.worker.report import Reporter
 
-from ..scripted import GUARD, Request, Scripted
+from ..support import waiting
+from ..support.builders import completion_of, config_of
+from ..support.scripted import Request, Scripted
+from ..support.waiting import GUARD
 
 WORKERS, QUEUE, BACKLOG = 2, 3, 4
 #: Examples of a long run; unset in the suite.
@@ -65,13 +69,7 @@ FATES: Dict[str, Tuple[Any, ...]] = {
 #: What it does with all of them.
 MODES = {"up": None, "down": "reset", "overloaded": 503, "forbidden": 403, "revoked": "revoked"}
 
-
-def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < end, "it did not come to rest"
-        time.sleep(0.0005)
-
+until = functools.partial(waiting.until, pause=0.0005)
 
 Arrival = Tuple[str, str, str, int]
 SOURCES = ["command", "desired_state", "local"]
@@ -808,7 +806,7 @@ def watch_moves(monkeypatch: pytest.MonkeyPatch) -> Set[Tuple[Any, Any]]:
     return seen
 
 
-@pytest.mark.timeout(0 if LONG else 120)
+@pytest.mark.timeout(0 if LONG else 600)
 def test_task_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each task is in one state, runs once, has one result; nothing is lost by an outage, a kill or a stop."""
     seen = watch_moves(monkeypatch)
@@ -818,7 +816,7 @@ def test_task_states(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(0 if LONG else 120)
+@pytest.mark.timeout(0 if LONG else 600)
 def test_task_states_over_http() -> None:
     """The same over real connections."""
     drive(TaskStatesOverHttp, 5, 25)
@@ -828,11 +826,11 @@ def test_a_raised_attempt_is_on_disk(tmp_path: pathlib.Path) -> None:
     """A result that is sent under a higher attempt is kept under it: no later process may send another one as that."""
     platform = Platform()
     platform.mode = "down"
-    config = WorkerConfig(agent_id="agent-1", install_token="skt-1", api_base_url="http://127.0.0.1:9")
+    config = config_of()
     wire: Any = Wire(platform)
     outbox = open_outbox(tmp_path / "outbox.db")
     reporter = Reporter(config, wire, "worker-1", life.Life(1.0, Announcer()), outbox=outbox)
-    result = reporter.accept(Completion(task_id="t1", attempt=1, output=1))
+    result = reporter.accept(completion_of("t1", output=1))
     assert result is not None
     reporter.post(result)
     assert reporter.redelivered("t1", 3)

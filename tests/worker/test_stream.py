@@ -11,7 +11,8 @@ from sekuire import TaskContext, Worker
 from sekuire.worker.stream import TaskStream
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Request, Scripted, until
+from ..support.scripted import Request, Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

@@ -17,8 +17,9 @@ import pytest
 from sekuire import TaskContext, Worker
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Request, Scripted, until
-from ..servers import Certificates, RawServer
+from ..support.scripted import Request, Scripted
+from ..support.servers import Certificates, RawServer
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 #: What becomes of the bytes of a stream: given each piece, and None at the end, it gives the pieces to pass on.

@@ -13,7 +13,8 @@ from sekuire import TaskContext, Worker
 from sekuire.errors import ConfigurationError
 
 from ..conftest import AGENT
-from ..scripted import GUARD, Scripted, until
+from ..support.scripted import Scripted
+from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
 

@@ -17,8 +17,7 @@ import traceback
 import types
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
-from .support.waiting import GUARD as PATIENCE
-from .support.waiting import until as until
+from .waiting import GUARD
 
 
 class Request(NamedTuple):
@@ -52,7 +51,7 @@ class WebServer:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            timeout = PATIENCE
+            timeout = GUARD
 
             def setup(self) -> None:
                 with server._lock:
@@ -119,7 +118,7 @@ class WebServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(PATIENCE)
+        self._thread.join(GUARD)
 
     def __enter__(self) -> WebServer:
         return self
@@ -150,7 +149,7 @@ class RawServer:
                 sock, _ = self._listener.accept()
             except OSError:
                 return
-            sock.settimeout(PATIENCE)
+            sock.settimeout(GUARD)
             self._open.append(sock)
             number = self.accepted
             self.accepted += 1
@@ -223,7 +222,7 @@ def run_python(script: str, *args: str, forks: bool = False) -> subprocess.Compl
         check=False,
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=GUARD,
         env=environ,
     )
     assert result.returncode == 0, result.stderr
@@ -355,7 +354,7 @@ class Certificates:
 
     @staticmethod
     def _run(*args: str) -> None:
-        subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=PATIENCE)
+        subprocess.run(["openssl", *args], check=True, capture_output=True, timeout=GUARD)
 
 
 def grant_of(number: int = 1, **fields: Any) -> Dict[str, Any]:

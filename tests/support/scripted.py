@@ -12,9 +12,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple, Union
 from urllib.parse import parse_qs, urlsplit
 
-from .support.waiting import GUARD as GUARD
-from .support.waiting import client_threads as client_threads
-from .support.waiting import until as until
+from .waiting import GUARD
 
 Answer = Union[Tuple[int, Any], Tuple[int, Any, Dict[str, str]], None]
 
