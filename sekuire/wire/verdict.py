@@ -110,9 +110,13 @@ class Dropped(Failed):
 
 @attrs.frozen(slots=True)
 class Unauthorized(Failed):
-    """Renew the credentials, which were refused, and send again. ``is_foreign``: another server refused them."""
+    """Renew the credentials, which were refused, and send again, not before ``delay`` seconds.
+
+    ``is_foreign``: another server refused them. That passes, however often it happens.
+    """
 
     is_foreign: bool = False
+    delay: float = 0.0
 
 
 @attrs.frozen(slots=True)
@@ -226,7 +230,7 @@ def _of_page(endpoint: str, status: int, answer: Answer) -> Verdict:
     """Classify an error that is not in the platform's form."""
     foreign = _foreign(endpoint, answer)
     if status == 401 and endpoint not in _LOGINS:
-        return Unauthorized(foreign.error, is_foreign=True)
+        return Unauthorized(foreign.error, is_foreign=True, delay=foreign.delay)
     if endpoint in _OPTIONAL and status in _NOT_THERE:
         return Unsupported(foreign.error, is_foreign=True)
     return foreign
@@ -237,7 +241,7 @@ def _of_refusal(endpoint: str, status: int, error: APIError) -> Verdict:
     if endpoint in _LOGINS:
         return Refused(error, is_final=status in _INVALID)
     if status == 401:
-        return Unauthorized(error)
+        return Unauthorized(error, delay=error.retry_after or 0.0)
     if endpoint == "complete":
         if status == 409:
             return SETTLED
