@@ -18,6 +18,7 @@ from ..errors import ConfigurationError, RevokedError, SekuireError, TransportEr
 from ..secret import Secret
 from ..transport.http import HttpClient, Reply, make_idempotency_key
 from ..transport.retry import Interrupted
+from ..wire import protocol
 from ..wire.models import Grant, HeartbeatReply, RuntimeCredentials
 from ..wire.verdict import Revoked, Settled, Support, Unauthorized, verdict
 from .login import RENEWAL_TIMEOUT, Login, TokenProvider, bearer_of
@@ -170,7 +171,7 @@ class Authenticator:
             idempotency_key = make_idempotency_key()
         snapshot = self.snapshot(deadline)
         reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
-        if not reply.is_success:
+        if not reply.is_success or protocol.may_revoke(reply.body):
             found = verdict(_ANY, reply)
             if isinstance(found, Unauthorized):
                 snapshot = self.rejected(snapshot.generation, deadline, is_foreign=found.is_foreign)
