@@ -154,6 +154,11 @@ _NEVER_FATAL = (401, 408, 425, 429)
 #: Endpoints that a foreign first answer may end.
 _FIRST: FrozenSet[str] = _LOGINS | {"task_stream"}
 
+#: What frameworks add to the error of a path that they do not know: NestJS, Fastify, Spring Boot and others.
+_OF_FRAMEWORKS = frozenset(
+    ("statusCode", "status_code", "status", "path", "url", "method", "timestamp", "instance", "trace", "stack")
+)
+
 _REVOKED = re.compile(rb'"revoked"\s*:\s*true\b')
 
 
@@ -332,7 +337,7 @@ def _is_error(payload: Mapping[str, Any]) -> bool:
 def _says_no_policy(payload: Mapping[str, Any]) -> bool:
     """Return True if the error of a 404 says that the workspace has no policy, which allows everything.
 
-    Without a code it must be the contract's error whole: frameworks answer an unknown path with ``error`` alone.
+    Without a code it must be the contract's error whole, and nothing that frameworks say of an unknown path.
     """
     nested = payload.get("error")
     inner = nested if isinstance(nested, dict) else payload
@@ -340,7 +345,7 @@ def _says_no_policy(payload: Mapping[str, Any]) -> bool:
     if codes:
         return all(one == "POLICY_NOT_FOUND" for one in codes)
     message = inner.get("message")
-    return isinstance(message, str) and bool(message)
+    return isinstance(message, str) and bool(message) and not _OF_FRAMEWORKS.intersection((*inner, *payload))
 
 
 class Support:
