@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
 
+from .._internal import fork
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, spawn
 from ..config import AgentConfig
@@ -86,6 +87,7 @@ class Authenticator:
         self._next_try = 0.0
         #: Called with the kill switch that an answer carries, by the thread that got it. It must not block.
         self.on_revoked: Callable[[RevokedError], None] = lambda error: None
+        fork.reset_in_child(self, Authenticator._reset)
         store.seed(
             RuntimeCredentials(
                 installation_id=config.installation_id,
@@ -275,6 +277,12 @@ class Authenticator:
             deadline,
             (self, "every method"),
         )
+
+    def _reset(self) -> None:
+        """Make this the authenticator of a forked child, in which no renewal runs."""
+        self.support = Support()
+        self._lock = threading.Lock()
+        self.is_renewing = False
 
     def _try_early(self, generation: int, deadline: Deadline) -> Snapshot:
         return self.store.renew(
