@@ -13,6 +13,7 @@ import datetime as dt
 import difflib
 import json
 import math
+import re
 import types
 from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple, Union
 
@@ -610,6 +611,7 @@ def _items(
             yield key, item
 
 
+_NOT_A_LETTER = re.compile(r"^[\W_]+")
 _LIST_NAMES = ("allow", "block", "den", "deny")
 
 
@@ -622,7 +624,8 @@ def _find_list(value: Any, path: str, key: str) -> Optional[str]:
     while waiting:
         item, where, name = waiting.pop()
         if isinstance(item, (list, tuple)):
-            if name.casefold().startswith(_LIST_NAMES):
+            # What stands before the first letter, such as a space or a byte order mark, hides nothing.
+            if _NOT_A_LETTER.sub("", matching.fold_name(name)).startswith(_LIST_NAMES):
                 return _cut(where)
             waiting.extend((one, where, "") for one in item)
         elif isinstance(item, Mapping):
