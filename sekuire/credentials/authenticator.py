@@ -151,7 +151,8 @@ class Authenticator:
                     retry_after=delay,
                 )
             if self._stop.wait(delay):
-                raise Interrupted("stopped while waiting to log in again")
+                # The stop still sends results. It has the rest of the wait as their delay.
+                raise Interrupted("stopped while waiting to log in again", retry_after=self.store.reject(generation))
         return self._renew(generation, deadline)
 
     def request(

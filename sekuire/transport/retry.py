@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Callable, Optional, TypeVar
 
 from .._internal.threads import Deadline
-from ..errors import APIError, SekuireError, TransportError
+from ..errors import APIError, TransportError
 from ..wire import protocol
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ HEALING = 5.0
 HEALTHY = 60.0
 
 
-class Interrupted(SekuireError):
-    """A wait ended because its owner is stopping."""
+class Interrupted(TransportError):
+    """A wait ended because its owner is stopping. What was to be sent can still be sent."""
 
 
 def is_retryable(error: BaseException) -> bool:

@@ -200,7 +200,7 @@ def _of_error(error: BaseException) -> Verdict:
     if isinstance(error, RevokedError):
         return Revoked(error)
     if isinstance(error, TransportError):
-        return Retry(error) if error.retryable else Later(error)
+        return Retry(error, error.retry_after or 0.0) if error.retryable else Later(error)
     if isinstance(error, SekuireError):
         return Later(error)
     # Unforeseen: name the type alone, because the text may quote what was sent.

@@ -13,6 +13,7 @@ from sekuire import TaskContext, TaskError, Worker
 from sekuire._internal import delivery
 from sekuire._internal.monitor import Monitor
 from sekuire._internal.threads import Deadline
+from sekuire.credentials import store
 from sekuire.errors import TransportError
 from sekuire.handlers.registry import HandlerEntry
 from sekuire.wire.verdict import Settled, Support, Unauthorized
@@ -21,7 +22,7 @@ from sekuire.worker.records import Record, State, move
 
 from ..conftest import AGENT
 from ..support.builders import completion_of, task_of
-from ..support.scripted import Request, Scripted
+from ..support.scripted import Request, Scripted, grant
 from ..support.waiting import GUARD, until
 
 Make = Callable[..., Worker]
@@ -186,6 +187,28 @@ def test_a_401_of_another_server_passes(
         scripted.wait_for("complete", 17)
         until(lambda: worker.stats().undelivered == 0)
     assert not any("cannot be delivered" in record.message for record in caplog.records)
+
+
+def test_a_stop_waits_for_the_next_login(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result whose login has to wait, because its tokens were refused at once, is delivered by the stop."""
+    monkeypatch.setattr(store, "full_jitter", lambda *args: 0.3)
+    tokens = iter(range(2, 100))
+    scripted.on["refresh"] = lambda request: (200, grant(f"rt-{next(tokens)}"))
+    refused = {f"Bearer rt-{number}" for number in range(1, 5)}
+    scripted.on["complete"] = lambda request: (401, {}) if request.headers["Authorization"] in refused else (200, {})
+    go, begun = threading.Event(), threading.Event()
+    worker = worker_of(scripted, heartbeat_interval=30.0)
+    worker.on_task("echo", lambda ctx, input: begun.set() or go.wait(GUARD))
+    worker.start()
+    scripted.task("t1")
+    assert begun.wait(GUARD)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    until(lambda: worker.installation.stop.is_set())
+    go.set()
+    stopper.join(GUARD)
+    assert worker.stats().undelivered == 0
+    assert scripted.of("complete")[-1].headers["Authorization"] == "Bearer rt-5"
 
 
 def test_flush_sends_until_the_platform_is_back(scripted: Scripted, worker: Worker) -> None:
