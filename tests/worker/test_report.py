@@ -204,7 +204,7 @@ def test_a_stop_waits_for_the_next_login(scripted: Scripted, worker_of: Make, mo
     assert begun.wait(GUARD)
     stopper = threading.Thread(target=worker.stop)
     stopper.start()
-    until(lambda: worker.installation.stop.is_set())
+    until(worker.installation.stop.is_set)
     go.set()
     stopper.join(GUARD)
     assert worker.stats().undelivered == 0
