@@ -248,7 +248,7 @@ class Sender:
             self._retry(batch, found.error, SLOW_RETRY)
         elif isinstance(found, (Retry, Unauthorized, Unsupported)):
             # If it has accepted some before, a 404 comes from a platform that is being replaced.
-            least = found.delay if isinstance(found, Retry) else 0.0
+            least = 0.0 if isinstance(found, Unsupported) else found.delay
             self._retry(batch, found.error, max(full_jitter(batch.tries, RETRY_MIN, RETRY_MAX), least))
         elif isinstance(found, Substitute) and len(batch.events) > 1:
             self._buffer.split(batch)

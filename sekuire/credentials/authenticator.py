@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
 
+from .._internal import fork
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, spawn
 from ..config import AgentConfig
@@ -18,6 +19,7 @@ from ..errors import ConfigurationError, RevokedError, SekuireError, TransportEr
 from ..secret import Secret
 from ..transport.http import HttpClient, Reply, make_idempotency_key
 from ..transport.retry import Interrupted
+from ..wire import protocol
 from ..wire.models import Grant, HeartbeatReply, RuntimeCredentials
 from ..wire.verdict import Revoked, Settled, Support, Unauthorized, verdict
 from .login import RENEWAL_TIMEOUT, Login, TokenProvider, bearer_of
@@ -85,6 +87,7 @@ class Authenticator:
         self._next_try = 0.0
         #: Called with the kill switch that an answer carries, by the thread that got it. It must not block.
         self.on_revoked: Callable[[RevokedError], None] = lambda error: None
+        fork.reset_in_child(self, Authenticator._reset)
         store.seed(
             RuntimeCredentials(
                 installation_id=config.installation_id,
@@ -170,7 +173,7 @@ class Authenticator:
             idempotency_key = make_idempotency_key()
         snapshot = self.snapshot(deadline)
         reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
-        if not reply.is_success:
+        if not reply.is_success or protocol.may_revoke(reply.body):
             found = verdict(_ANY, reply)
             if isinstance(found, Unauthorized):
                 snapshot = self.rejected(snapshot.generation, deadline, is_foreign=found.is_foreign)
@@ -274,6 +277,12 @@ class Authenticator:
             deadline,
             (self, "every method"),
         )
+
+    def _reset(self) -> None:
+        """Make this the authenticator of a forked child, in which no renewal runs."""
+        self.support = Support()
+        self._lock = threading.Lock()
+        self.is_renewing = False
 
     def _try_early(self, generation: int, deadline: Deadline) -> Snapshot:
         return self.store.renew(

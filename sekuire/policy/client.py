@@ -249,7 +249,7 @@ class PolicyFetcher:
         found = verdict("policy", reply)
         if not isinstance(found, Failed):
             return reply
-        if isinstance(found, Unauthorized):
+        if isinstance(found, Unauthorized) and not found.is_foreign:
             code = getattr(found.error, "code", None)
             raise AuthenticationError(f"the platform refused the credentials: {found.error}", 401, code)
         raise found.error

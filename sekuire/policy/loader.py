@@ -139,8 +139,10 @@ class Loader:
                 self._is_wanted = self._is_wanted or is_new
                 return
             self._is_wanted = True
-            # None if no thread can be started any more: the interpreter is ending.
             self._thread = spawn(self._run, "sekuire-policy")
+            if self._thread is None:
+                # Too many threads, or the interpreter is ending. The next decision or heartbeat tries again.
+                self.due = time.monotonic() + _RETRY_MIN
         finally:
             self._lock.release()
 
@@ -216,7 +218,9 @@ class Loader:
 
     def reset_in_child(self) -> None:
         """Replace what a forked child cannot use of its parent."""
-        # A forked child does not have the parent's thread.
+        # A forked child does not have the parent's thread. What that was loading, the child's next decision asks for.
+        if self._thread is not None:
+            self.due = 0.0
         self._lock = threading.Lock()
         self._answered = threading.Condition()
         self._thread = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
 import math
 import threading
 import time
-from typing import Any, List, Mapping, Optional, Protocol, Set, Tuple
+from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
 
 from .._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
 from .._internal.logs import get_logger
@@ -268,6 +269,7 @@ class Heartbeat:
         participants = self._present()
         problem: Optional[SekuireError] = None
         reply: Optional[HeartbeatReply] = None
+        accept: Callable[[], None] = _nothing
         is_foreign = False
         # Taken before the request: a suspend on the way shortens the lease, and must not prolong it.
         offset = self._clock.offset()
@@ -284,7 +286,9 @@ class Heartbeat:
             found = verdict("heartbeat", answer)
             if isinstance(found, Settled):
                 reply = self._read(answer)
-                self._auth.accept_heartbeat(reply, used.generation, answer.sent_at, answer.sent_wall)
+                accept = functools.partial(
+                    self._auth.accept_heartbeat, reply, used.generation, answer.sent_at, answer.sent_wall
+                )
             elif isinstance(found, Revoked):
                 reply = _revoked(found.error)
             else:
@@ -300,6 +304,9 @@ class Heartbeat:
         if reply is not None:
             self._is_refused = False
             self._apply(reply, sent_at, offset, participants)
+            if not reply.revoked:
+                # Last: it may wait for a renewal in progress, and neither the lease nor an order can.
+                self._accept(accept)
         elif problem is not None:
             # The stream or the Beacon logs that the network is gone. An answer that is an error is logged here, once.
             is_answered = is_foreign or not isinstance(problem, TransportError)
@@ -312,6 +319,13 @@ class Heartbeat:
                 # A failover left the kept connections dead, and this beat was lost on one. The next uses a new one.
                 self.nudge()
         return reply
+
+    def _accept(self, accept: Callable[[], None]) -> None:
+        """Store the token of an answer. Without it the present one goes on."""
+        try:
+            accept()
+        except SekuireError as error:
+            log.warning("the token of a heartbeat's answer is not stored: %s", error)
 
     def _read(self, answer: Reply) -> HeartbeatReply:
         """Decode an answer in the platform's form. An empty body says nothing."""
@@ -394,6 +408,10 @@ class Heartbeat:
                 "no heartbeats: the runtime token came without an installation_id, and the platform has not sent one; "
                 "give installation_id (SEKUIRE_INSTALLATION_ID)"
             )
+
+
+def _nothing() -> None:
+    pass
 
 
 def _revoked(error: RevokedError) -> HeartbeatReply:

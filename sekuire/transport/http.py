@@ -32,6 +32,7 @@ from ..wire import protocol
 from .answers import ClosedBeforeAnswerError
 from .body import BodyError, read_body
 from .connections import Adapter
+from .echoes import is_shown, without
 from .kept import Answer, Kept, Lane, is_plain_target
 
 log = get_logger("sekuire.http")
@@ -85,10 +86,10 @@ class Reply:
         raise error
 
     def without(self, secret: Secret) -> Reply:
-        """Return this reply. If it is an error that echoes ``secret``, return a copy without it."""
-        if self.is_success:
+        """Return this reply. If it is quoted in errors and echoes ``secret``, return a copy without it."""
+        if not is_shown(self.status, self.body):
             return self
-        return attrs.evolve(self, body=self.body.replace(secret.reveal().encode(), b"***"))
+        return attrs.evolve(self, body=without(secret.reveal(), self.body))
 
     def may_be_cut(self) -> bool:
         """Return True if the connection may have ended inside the headers, or inside a body without a length.
@@ -311,8 +312,8 @@ class HttpClient:
             problem.was_stale = self._lane.emptied_at >= sent_at
             return problem
         status, headers, content = answer
-        if not 200 <= status < 300 and credential is not None:
-            content = without(value, content)
+        if credential is not None and is_shown(status, content):
+            content = without_header(value, content)
         return Reply(status, headers, content, sent_at, sent_wall)
 
     def _send_over(
@@ -403,13 +404,9 @@ def is_framed(headers: Mapping[str, str]) -> bool:
     return "Content-Length" in headers or "Transfer-Encoding" in headers
 
 
-def without(header: str, content: bytes) -> bytes:
-    """Return ``content``, which goes into errors and logs, without the token of ``header``. Some servers echo it.
-
-    A token of one or two characters stays: it hides nothing, and its removal could change the form of an answer.
-    """
-    token = header.rpartition(" ")[2].encode()
-    return content.replace(token, b"***") if len(token) > 2 else content
+def without_header(header: str, content: bytes) -> bytes:
+    """Return ``content``, which goes into errors and logs, without the token of ``header``."""
+    return without(header.rpartition(" ")[2], content)
 
 
 def describe(error: BaseException, host: str) -> TransportError:

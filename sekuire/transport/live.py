@@ -16,7 +16,7 @@ from ..errors import TransportError
 from ..wire import protocol
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
 from .connections import Adapter, leave_to_parent
-from .http import Credential, Route, describe, without
+from .http import Credential, Route, describe, without_header
 
 #: Most bytes read of an answer that is an error, not a stream.
 _MAX_ERROR = 65536
@@ -130,7 +130,7 @@ class LiveAnswer:
             content = read_body(self._raw, _MAX_ERROR, time.monotonic() + self._patience)
         except Exception:  # noqa: BLE001
             return b""
-        return content if self._credential is None else without(self._credential()[1], content)
+        return content if self._credential is None else without_header(self._credential()[1], content)
 
     def close(self) -> None:
         """Close the connection."""

@@ -635,6 +635,11 @@ def is_revoked(error: APIError) -> bool:
     return error.code == CODE_REVOKED
 
 
+def may_revoke(body: bytes) -> bool:
+    """Return False if the body of a success is certainly not the kill switch. This costs no decoder."""
+    return b"revoked" in body or CODE_REVOKED.encode() in body
+
+
 def revocation(error: APIError) -> RevokedError:
     """Return what the kill switch (:func:`is_revoked`) says: why, and how long running work may go on."""
     timeout = (error.details or {}).get("shutdown_timeout_ms")

@@ -110,9 +110,13 @@ class Dropped(Failed):
 
 @attrs.frozen(slots=True)
 class Unauthorized(Failed):
-    """Renew the credentials, which were refused, and send again. ``is_foreign``: another server refused them."""
+    """Renew the credentials, which were refused, and send again, not before ``delay`` seconds.
+
+    ``is_foreign``: another server refused them. That passes, however often it happens.
+    """
 
     is_foreign: bool = False
+    delay: float = 0.0
 
 
 @attrs.frozen(slots=True)
@@ -149,6 +153,11 @@ _INVALID = (400, 401, 403, 404, 409, 410)
 _NEVER_FATAL = (401, 408, 425, 429)
 #: Endpoints that a foreign first answer may end.
 _FIRST: FrozenSet[str] = _LOGINS | {"task_stream"}
+
+#: What frameworks add to the error of a path that they do not know: NestJS, Fastify, Spring Boot and others.
+_OF_FRAMEWORKS = frozenset(
+    ("statusCode", "status_code", "status", "path", "url", "method", "timestamp", "instance", "trace", "stack")
+)
 
 _REVOKED = re.compile(rb'"revoked"\s*:\s*true\b')
 
@@ -226,7 +235,7 @@ def _of_page(endpoint: str, status: int, answer: Answer) -> Verdict:
     """Classify an error that is not in the platform's form."""
     foreign = _foreign(endpoint, answer)
     if status == 401 and endpoint not in _LOGINS:
-        return Unauthorized(foreign.error, is_foreign=True)
+        return Unauthorized(foreign.error, is_foreign=True, delay=foreign.delay)
     if endpoint in _OPTIONAL and status in _NOT_THERE:
         return Unsupported(foreign.error, is_foreign=True)
     return foreign
@@ -237,7 +246,7 @@ def _of_refusal(endpoint: str, status: int, error: APIError) -> Verdict:
     if endpoint in _LOGINS:
         return Refused(error, is_final=status in _INVALID)
     if status == 401:
-        return Unauthorized(error)
+        return Unauthorized(error, delay=error.retry_after or 0.0)
     if endpoint == "complete":
         if status == 409:
             return SETTLED
@@ -328,7 +337,7 @@ def _is_error(payload: Mapping[str, Any]) -> bool:
 def _says_no_policy(payload: Mapping[str, Any]) -> bool:
     """Return True if the error of a 404 says that the workspace has no policy, which allows everything.
 
-    Without a code it must be the contract's error whole: frameworks answer an unknown path with ``error`` alone.
+    Without a code it must be the contract's error whole, and nothing that frameworks say of an unknown path.
     """
     nested = payload.get("error")
     inner = nested if isinstance(nested, dict) else payload
@@ -336,7 +345,7 @@ def _says_no_policy(payload: Mapping[str, Any]) -> bool:
     if codes:
         return all(one == "POLICY_NOT_FOUND" for one in codes)
     message = inner.get("message")
-    return isinstance(message, str) and bool(message)
+    return isinstance(message, str) and bool(message) and not _OF_FRAMEWORKS.intersection((*inner, *payload))
 
 
 class Support:

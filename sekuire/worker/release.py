@@ -17,7 +17,7 @@ log = get_logger("sekuire.report")
 
 #: First and longest delay between tries of one release, in seconds.
 RETRY_MIN, RETRY_MAX = 0.1, 60.0
-#: Tries after an answer 401 before it counts as the platform's word.
+#: Tries after which a 401 of the platform counts as its word.
 REFUSALS = 5
 #: Releases under way at which no further task is released: a platform that accepts none must not fill the memory.
 RELEASES = 10_000
@@ -154,9 +154,9 @@ class Releases:
         if isinstance(found, Unsupported):
             release.end(is_released=False, is_supported=False)
             return None
-        if isinstance(found, Retry) or (isinstance(found, Unauthorized) and tries < REFUSALS):
-            least = found.delay if isinstance(found, Retry) else 0.0
-            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), least)
+        is_unproven = isinstance(found, Unauthorized) and (found.is_foreign or tries < REFUSALS)
+        if isinstance(found, Retry) or (isinstance(found, Unauthorized) and is_unproven):
+            delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), found.delay)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, found.error, delay)
             return delay
         if isinstance(found, Settled):

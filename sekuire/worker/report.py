@@ -332,10 +332,10 @@ class Reporter:
             self._settle(report, attempt, is_dropped=True)
         elif isinstance(found, Substitute) and not is_substitute:
             self._substitute(report, found)
-        elif isinstance(found, Unauthorized) and report.unauthorized < REFUSALS:
+        elif isinstance(found, Unauthorized) and (found.is_foreign or report.unauthorized < REFUSALS):
             # The token was renewed, but it can have been ended since, or one of several gateways not know it yet.
-            report.unauthorized += 1
-            self._retry(report, Retry(found.error))
+            report.unauthorized += not found.is_foreign
+            self._retry(report, Retry(found.error, found.delay))
         else:
             self._retry_slowly(report, attempt, found)
 

@@ -1326,6 +1326,24 @@ def test_a_background_refresh_that_is_interrupted_as_it_starts(
     until(lambda: fake.calls == ["bootstrap", "refresh"])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_during_a_background_refresh(fake: Fake, make: Make) -> None:
+    """A child whose parent was renewing in the background does not wait for that renewal, or for its lock."""
+    auth = make(fake, runtime_token="rt-1")
+    auth.is_renewing = True
+    with auth._lock:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = 0 if not auth.is_renewing and auth._lock.acquire(timeout=1.0) else 2
+            finally:
+                os._exit(code)
+    auth.is_renewing = False
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def test_an_unforeseen_error_in_the_background(
     fake: Fake, make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:

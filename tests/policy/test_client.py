@@ -28,6 +28,7 @@ from sekuire.errors import (
 )
 from sekuire.policy import client as client_module
 from sekuire.policy.document import Policy
+from sekuire.transport import retry
 
 from ..support.scripted import Blackhole, Request, Scripted
 from ..support.waiting import GUARD
@@ -489,6 +490,17 @@ def test_refused_credentials(served: Served, make: Make) -> None:
         make(api_key="sk_live_secret").fetch_active_policy(WORKSPACE)
     assert served.count == 1
     assert "sk_live_secret" not in f"{caught.value!r}{caught.value}"
+
+
+def test_a_401_of_another_server(served: Served, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that answers 401 says nothing of the credentials: the platform is asked again."""
+    monkeypatch.setattr(retry, "RETRY_MAX", 0.05)
+    usual = served.scripted.on["policy"]
+    served.scripted.on["policy"] = lambda request: (
+        (401, b"<html>log in</html>", {"Content-Type": "text/html"}) if served.count < 3 else usual(request)
+    )
+    assert make(api_key="sk_live_secret").fetch_active_policy(WORKSPACE) is not None
+    assert served.count == 3
 
 
 def test_an_empty_store(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

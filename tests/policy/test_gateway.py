@@ -806,6 +806,49 @@ def test_a_child_may_use_it(served: Served, make: Make) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_child_loads_what_its_parent_was_loading(served: Served, make: Make) -> None:
+    """A fork while the parent loads a newer policy: the child's next decision asks for it, without a heartbeat."""
+    gateway = make()
+    gateway.refresh()
+    served.policy = OWNER.policy(2, denying("two"))
+    forked = threading.Event()
+    usual = served.scripted.on["policy"]
+
+    def answer(request: Request) -> Any:
+        assert served.count > 2 or forked.wait(GUARD)
+        return usual(request)
+
+    served.scripted.on["policy"] = answer
+    gateway.loader.wake()
+    served.scripted.wait_for("policy", 2)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            until(lambda: gateway.check_task("two-b") and version_of(gateway) == 2, timeout=5.0)
+            code = 0
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    forked.set()
+    assert code == 0
+
+
+def test_a_load_whose_thread_cannot_be_started(
+    served: Served, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy whose time is over while no thread can be started is asked for by a later decision."""
+    gateway = make()
+    gateway.refresh()
+    served.policy = OWNER.policy(2, denying("two"))
+    gateway.loader.due = 0.0
+    with monkeypatch.context() as full:
+        full.setattr(loader_module, "spawn", lambda *args: None)
+        gateway.check_task("x")
+    until(lambda: gateway.check_task("x") and version_of(gateway) == 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 @pytest.mark.parametrize("is_known", [True, False])
 def test_a_child_gets_no_rate_budget(served: Served, make: Make, is_known: bool) -> None:
     """What is rate-limited is refused in a child, with the way out; the rest goes on, also under a newer policy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import threading
@@ -11,9 +12,10 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import pytest
 
-from sekuire import TaskContext, Worker, WorkerConfig
+from sekuire import SekuireSDK, TaskContext, Worker, WorkerConfig
 from sekuire._internal.clock import Clock
-from sekuire._internal.threads import PeriodicThread
+from sekuire._internal.threads import Deadline, PeriodicThread
+from sekuire.errors import SekuireError
 from sekuire.session import heartbeat
 from sekuire.session.heartbeat import Lease
 from sekuire.session.installation import Installation
@@ -86,6 +88,54 @@ def test_the_platform_names_the_interval(scripted: Scripted, worker_of: Make) ->
     with worker:
         scripted.wait_for("heartbeat", 4)
         assert worker.installation.heartbeat.interval() == 0.6
+
+
+def test_an_order_does_not_wait_for_the_token_beside_it(scripted: Scripted, worker_of: Make) -> None:
+    """While a renewal holds the store, a heartbeat with a token and a revocation stops the worker at once."""
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        scripted.wait_for("heartbeat", 2)
+        store = worker.installation.store
+        with store._writing(Deadline(GUARD)):
+            scripted.on["heartbeat"] = lambda request: (200, {"refreshed_token": "rt-2", "revoked": True})
+            assert worker.wait(5.0)
+    assert "revoked" in str(worker.stop_reason)
+
+
+def test_a_lease_does_not_wait_for_the_token_beside_it(scripted: Scripted, worker_of: Make) -> None:
+    """While a renewal holds the store, a heartbeat with a token and a lease renews the lease at once."""
+    worker = worker_of(scripted, heartbeat_interval=0.05)
+    worker.on_task("echo", lambda ctx, input: input)
+    with worker:
+        scripted.wait_for("heartbeat", 2)
+        with worker.installation.store._writing(Deadline(GUARD)):
+            scripted.on["heartbeat"] = lambda request: (200, lease_of(60.0, refreshed_token="rt-2"))
+            until(lambda: worker.stats().lease_expires_at, timeout=5.0)
+        scripted.on["heartbeat"] = lambda request: (200, {})
+        until(lambda: scripted.of("heartbeat")[-1].headers["Authorization"] == "Bearer rt-2")
+
+
+@pytest.mark.parametrize("endpoint", ["complete", "policy"])
+@pytest.mark.parametrize(
+    "body", [{"error": "x", "code": "INSTALLATION_REVOKED"}, b'{"revoked" : true, "reason": "cut'], ids=["code", "cut"]
+)
+def test_a_success_that_revokes(scripted: Scripted, worker_of: Make, endpoint: str, body: Any) -> None:
+    """A revocation in the answer to any call, with the status of a success, ends the Beacon and its worker."""
+    with SekuireSDK(
+        AGENT, api_base_url=scripted.url, install_token="skt_1", heartbeat_interval=30.0, workspace_id="ws"
+    ) as sdk:
+        worker = sdk.create_task_worker(heartbeat_interval=30.0)
+        worker.on_task("echo", lambda ctx, input: input)
+        worker.start()
+        scripted.on[endpoint] = lambda request: (200, body)
+        if endpoint == "complete":
+            scripted.task("t1")
+        else:
+            with contextlib.suppress(SekuireError):
+                sdk.policy_gateway.refresh()
+        assert worker.wait(5.0)
+        until(lambda: sdk.beacon_status.state == "revoked", timeout=5.0)
 
 
 @pytest.mark.parametrize("where", ["bootstrap", "connected"])

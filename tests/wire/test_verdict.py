@@ -277,6 +277,10 @@ def test_a_404_that_is_not_about_the_policy(code: Any) -> None:
         b'{"timestamp":"2026-11-25T01:00:00Z","status":404,"error":"Not Found","message":"","path":"/api/v1/x"}',
         b'{"status":404,"error":"Not Found"}',
         b'{"error":{"code":404,"message":"no"}}',
+        b'{"statusCode":404,"message":"Cannot GET /api/v1/x","error":"Not Found"}',
+        b'{"message":"Route GET:/api/v1/x not found","error":"Not Found","statusCode":404}',
+        b'{"timestamp":1,"status":404,"error":"Not Found","message":"No message available","path":"/api/v1/x"}',
+        b'{"error":{"message":"no such path","status":404}}',
         b'{"error":{"code":[],"message":"no"}}',
     ],
 )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, cast
 
 import pytest
 
 from sekuire import TaskContext, TaskError, Worker
 from sekuire._internal import delivery
+from sekuire._internal.monitor import Monitor
 from sekuire._internal.threads import Deadline
+from sekuire.errors import TransportError
 from sekuire.handlers.registry import HandlerEntry
+from sekuire.wire.verdict import Settled, Support, Unauthorized
 from sekuire.worker import progress, release, report, results
 from sekuire.worker.records import Record, State, move
 
@@ -169,6 +172,20 @@ def test_a_401_that_stays_keeps_the_result(
         take.set()
         until(lambda: worker.stats().undelivered == 0)
     assert sum("cannot be delivered" in record.message for record in caplog.records) == 1
+
+
+def test_a_401_of_another_server_passes(
+    scripted: Scripted, worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often a page answers 401, the result is sent again soon: the platform has refused nothing."""
+    monkeypatch.setattr(report, "RETRY_MAX", 0.05)
+    page = (401, b"<html>log in</html>", {"Content-Type": "text/html"})
+    scripted.on["complete"] = lambda request: (200, {}) if scripted.count("complete") > 16 else page
+    with worker:
+        scripted.task("t1")
+        scripted.wait_for("complete", 17)
+        until(lambda: worker.stats().undelivered == 0)
+    assert not any("cannot be delivered" in record.message for record in caplog.records)
 
 
 def test_flush_sends_until_the_platform_is_back(scripted: Scripted, worker: Worker) -> None:
@@ -393,6 +410,31 @@ def test_a_release_is_retried(scripted: Scripted, worker_of: Make) -> None:
     stopper.join(GUARD)
     assert [request.task_id for request in scripted.of("release")].count("t2") == 1
     assert [request.task_id for request in scripted.of("complete")] == ["t0"]
+
+
+def test_a_release_outlasts_a_401_of_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a page answers 401 to a release, it is sent again until the platform has accepted it."""
+    monkeypatch.setattr(release, "RETRY_MAX", 0.01)
+    page = Unauthorized(TransportError("a page"), is_foreign=True)
+    answers: List[Any] = [page] * (release.REFUSALS + 3) + [Settled()]
+
+    class Gateway:
+        """Answers as a proxy does that asks for a password, and at last as the platform."""
+
+        worker_id = "w"
+        support = Support()
+
+        def ask(self, endpoint: str, task_id: str, body: bytes) -> Any:
+            return answers.pop(0)
+
+    pool = delivery.Delivery("test-release")
+    releases = release.Releases(cast(Any, Gateway()), pool)
+    one = release.Release(Monitor(), "t1", 1)
+    releases.send(one)
+    until(lambda: one.state in (release.RELEASED, release.REFUSED))
+    pool.close()
+    assert one.state is release.RELEASED and not answers
+    assert pool.join(Deadline(GUARD)) == []
 
 
 def test_a_release_refused_for_good_does_not_hold_up_the_stop(scripted: Scripted, worker_of: Make) -> None:
