@@ -151,6 +151,7 @@ class Shutdown:
                     self._drain,
                     self._flush,
                     self._beat_last,
+                    self._control.close,
                     self._close,
                 )
             )
@@ -165,7 +166,7 @@ class Shutdown:
         for step in steps:
             try:
                 step()
-            except Exception:
+            except BaseException:  # noqa: BLE001  # sys.exit() in a policy gateway of the user's own, for example.
                 log.exception("stopping: a step failed (%s); going on", getattr(step, "__name__", "step"))
 
     def _end_waits(self) -> None:
@@ -228,7 +229,6 @@ class Shutdown:
 
     def _close(self) -> None:
         patience = Deadline(max(0.25, min(1.0, self._life.deadline.remaining())))
-        self._control.close()
         for thread in self._threads:
             thread.close()
         late = self._reporter.close(patience)
