@@ -252,7 +252,7 @@ class ProcessExecutor(Executor):
                         self._give(call, child)
                 except ProcessDied as died:
                     outcome = died
-                except BaseException as error:  # noqa: BLE001  # Whatever it is, somebody waits for the call.
+                except BaseException as error:  # Whatever it is, somebody waits for the call.
                     log.exception("%s: cannot start a process, or cannot reach it", name)
                     outcome = ProcessDied(f"its process could not be used ({type(error).__name__})")
                 else:
@@ -367,7 +367,7 @@ class _Child:
             if call.on_message is not None:
                 try:
                     call.on_message(pickle.loads(data))
-                except BaseException:  # noqa: BLE001
+                except BaseException:
                     log.exception("a message of a call could not be used")
 
     def kill(self) -> None:

@@ -351,7 +351,7 @@ class Heartbeat:
             return
         try:
             self._gateway.on_heartbeat_response(reply)
-        except BaseException:  # noqa: BLE001  # What the platform orders in this answer must still be carried out.
+        except BaseException:  # What the platform orders in this answer must still be carried out.
             log.exception("the policy gateway failed in on_heartbeat_response")
 
     def _policy_hash(self) -> Optional[str]:

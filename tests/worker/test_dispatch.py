@@ -808,7 +808,8 @@ def test_a_task_that_comes_again_while_its_refused_release_is_answered() -> None
     assert dispatcher.drain(Deadline(GUARD))
     assert handlers.runs == ["t0"]
     failure = sink.results["t1"].failure
-    assert failure is not None and failure.code == "worker_shutdown"
+    assert failure is not None
+    assert failure.code == "worker_shutdown"
     assert (sink.attempts["t1"], sink.refused, dispatcher.counts.duplicates) == (2, [], 1)
     assert dispatcher.records.known == {}
     dispatcher.end_pool(Deadline(GUARD))
@@ -826,6 +827,7 @@ def test_a_task_without_a_pool_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr("sekuire.worker.running.ThreadPoolExecutor", refuse)
         dispatcher.submit(task_of("t1", "wide"))
     failure = sink.results["t1"].failure
-    assert failure is not None and failure.code == "worker_shutdown"
+    assert failure is not None
+    assert failure.code == "worker_shutdown"
     assert (dispatcher.running, dispatcher.records.threads, dispatcher.records.permits) == (0, 0, WORKERS)
     dispatcher.end_pool(Deadline(GUARD))

@@ -1,8 +1,9 @@
-"""A policy gateway of the user's own that calls sys.exit(): the worker goes on, or ends with an error."""
+"""What keeps a worker from its end: a policy gateway that calls sys.exit(), a thread that cannot be started."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any, Callable
 
 import pytest
@@ -79,3 +80,34 @@ def test_orders_of_a_heartbeat_are_carried_out(scripted: Scripted, worker_of: Ma
     scripted.on["heartbeat"] = lambda request: (200, {"desired_state": "paused"})
     worker = started(worker_of, scripted, "on_heartbeat_response")
     until(worker.is_paused, min(GUARD, 10.0))
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_no_memory_for_the_thread_of_the_stop(
+    scripted: Scripted,
+    worker_of: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_started: bool,
+) -> None:
+    """The stop is carried out once, whether or not the thread has started before start() failed."""
+    caplog.set_level("INFO")
+    worker = worker_of(scripted)
+    worker.on_task("echo", lambda ctx, input: input)
+    worker.start()
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name != "sekuire-shutdown":
+            real(thread)
+            return
+        if is_started:
+            real(thread)
+        raise MemoryError
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    scripted.command("terminate")
+    assert worker.wait(10.0)
+    until(lambda: client_threads() == [])
+    assert caplog.text.count("the worker has stopped") == 1
+    assert "failed" not in caplog.text
