@@ -316,7 +316,7 @@ class Dispatcher:
             record.cancel(reason)
 
     def lose_lease(self) -> None:
-        """Give back what waits and cancel what runs: the platform gives it to others. What comes later waits."""
+        """Give back what has not begun and cancel what runs: others get it. What comes later waits."""
         with self._lock:
             taken = self.records.take_startable()
             for record in taken:

@@ -831,3 +831,30 @@ def test_a_task_without_a_pool_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure.code == "worker_shutdown"
     assert (dispatcher.running, dispatcher.records.threads, dispatcher.records.permits) == (0, 0, WORKERS)
     dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_lease_that_is_lost_and_renewed_while_the_policy_is_asked() -> None:
+    """The task goes back: the platform may have given it to others. It does not begin, cancelled from the first."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    gateway, lease = FakeGateway(), Lease()
+    asked, answer = threading.Event(), threading.Event()
+
+    def check(name: str) -> None:
+        asked.set()
+        assert answer.wait(GUARD)
+
+    gateway.check_capability = check  # type: ignore[method-assign]
+    dispatcher = dispatcher_of(handlers, sink, timer, lease, policy_gateway=gateway)
+    handlers.open = True
+    dispatcher.submit(task_of("t1", "wide"))
+    assert asked.wait(GUARD)
+    lease.held = False
+    dispatcher.lose_lease()
+    lease.held = True
+    answer.set()
+    until(lambda: dispatcher.records.threads == 0)
+    assert (sink.released, handlers.runs, sink.results) == (["t1"], [], {})
+    assert (dispatcher.running, dispatcher.records.permits, dispatcher.records.known) == (0, WORKERS, {})
+    dispatcher.submit(task_of("t1", "wide", attempt=2))
+    until(lambda: sink.delivered == ["t1"])
+    dispatcher.end_pool(Deadline(GUARD))
