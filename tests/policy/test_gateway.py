@@ -834,9 +834,7 @@ def test_a_child_loads_what_its_parent_was_loading(served: Served, make: Make) -
     assert code == 0
 
 
-def test_a_load_whose_thread_cannot_be_started(
-    served: Served, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_load_whose_thread_cannot_be_started(served: Served, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy whose time is over while no thread can be started is asked for by a later decision."""
     gateway = make()
     gateway.refresh()
