@@ -40,13 +40,16 @@ def test_each_way_to_escape(escape: Callable[[str], str]) -> None:
 
 def test_what_is_shown() -> None:
     """A success in JSON is never quoted; a page with the status of a success is."""
-    assert not is_shown(200, b"\xef\xbb\xbf {}") and not is_shown(204, b"")
-    assert is_shown(200, b"Authorization: Bearer x") and is_shown(403, b"{}")
+    assert not is_shown(200, b"\xef\xbb\xbf {}")
+    assert not is_shown(204, b"")
+    assert is_shown(200, b"Authorization: Bearer x")
+    assert is_shown(403, b"{}")
 
 
 def test_a_short_token() -> None:
     """A token of two characters stays, so that an answer keeps its form."""
-    assert without("ab", b"ab") == b"ab" and without("a\\b", b"a\\/b") == b"a\\/b"
+    assert without("ab", b"ab") == b"ab"
+    assert without("a\\b", b"a\\/b") == b"a\\/b"
 
 
 @pytest.mark.parametrize("escape", [php, dotnet])
@@ -68,7 +71,9 @@ def test_an_echo_of_a_login(
     with pytest.raises(AuthenticationError) as caught:
         worker.start()
     for text in (str(caught.value), caplog.text):
-        assert "***" in text and "rt/a" not in text and "s-e_c" not in text
+        assert "***" in text
+        assert "rt/a" not in text
+        assert "s-e_c" not in text
 
 
 @pytest.mark.parametrize("escape", [str, dotnet])
@@ -86,4 +91,5 @@ def test_an_echo_of_a_heartbeat(scripted: Scripted, caplog: pytest.LogCaptureFix
     worker.on_task("x", lambda ctx, input: input)
     with worker:
         until(lambda: "a heartbeat was not accepted" in caplog.text)
-    assert "s-e_c" not in caplog.text and "u002D" not in caplog.text
+    assert "s-e_c" not in caplog.text
+    assert "u002D" not in caplog.text

@@ -433,7 +433,8 @@ def test_a_release_outlasts_a_401_of_another_server(monkeypatch: pytest.MonkeyPa
     releases.send(one)
     until(lambda: one.state in (release.RELEASED, release.REFUSED))
     pool.close()
-    assert one.state is release.RELEASED and not answers
+    assert one.state is release.RELEASED
+    assert not answers
     assert pool.join(Deadline(GUARD)) == []
 
 
