@@ -8,6 +8,7 @@ import time
 from typing import Any, Callable, Iterator, List
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sekuire import Worker, create_worker
 
@@ -19,6 +20,12 @@ AGENT = "agent-1"
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C, and so would every process that a test starts to send it one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The same examples everywhere. A busy machine makes slow examples, which say nothing of the code.
+settings.register_profile(
+    "ci", derandomize=True, database=None, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.fixture(autouse=True)

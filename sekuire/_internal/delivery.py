@@ -107,17 +107,18 @@ class Delivery:
         """
         if len(self.threads) >= MAX_THREADS or not self.queue:
             return
-        now = time.monotonic()
-        wanted = max(1, sum(action.when <= now for action in self.queue))
-        while len(self.threads) < MAX_THREADS and len(self.threads) - self._busy < wanted:
-            name = f"{self._name}-{len(self.threads) + 1}"
-            try:
+        try:
+            now = time.monotonic()
+            wanted = max(1, sum(action.when <= now for action in self.queue))
+            while len(self.threads) < MAX_THREADS and len(self.threads) - self._busy < wanted:
+                name = f"{self._name}-{len(self.threads) + 1}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
                 thread.start()
-            except (RuntimeError, MemoryError):
-                # Too many threads, or the interpreter is ending. The next call tries again.
-                return
-            self.threads.append(thread)
+                self.threads.append(thread)
+        except (RuntimeError, MemoryError):
+            # Too many threads, or the interpreter is ending. The next call tries again. Whoever calls has queued an
+            # action, or taken one out, and must go on.
+            return
 
     def wait_until(self, is_done: Callable[[], bool], deadline: Deadline) -> bool:
         """Wait until ``is_done()``, which is called with the lock. Return False if ``deadline`` came first.

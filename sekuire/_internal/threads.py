@@ -125,7 +125,7 @@ def try_start(thread: threading.Thread) -> bool:
     """Start ``thread``. Return False if no thread can be started now."""
     try:
         thread.start()
-    except RuntimeError:
+    except (RuntimeError, MemoryError):
         return False
     return True
 

@@ -252,7 +252,7 @@ class ProcessExecutor(Executor):
                         self._give(call, child)
                 except ProcessDied as died:
                     outcome = died
-                except Exception as error:
+                except BaseException as error:  # Whatever it is, somebody waits for the call.
                     log.exception("%s: cannot start a process, or cannot reach it", name)
                     outcome = ProcessDied(f"its process could not be used ({type(error).__name__})")
                 else:
@@ -299,7 +299,7 @@ class ProcessExecutor(Executor):
         if kind == _RESULT:
             try:
                 result = pickle.loads(data)
-            except Exception as error:  # noqa: BLE001  # The other process's modules may be missing here.
+            except BaseException as error:  # noqa: BLE001  # Its modules may be missing here, or it calls sys.exit().
                 call.future.set_exception(error)
             else:
                 call.future.set_result(result)
@@ -353,7 +353,9 @@ class _Child:
         self.calls += 1
         try:
             self._pipe.send_bytes(call.data)
-            self._receive()
+            # A thread that an earlier call has left behind may have sent messages since.
+            while self._receive()[0] != _BEGUN:
+                pass
         except (OSError, ProcessDied):
             if was_idle:
                 raise _DiedIdle from None
@@ -365,7 +367,7 @@ class _Child:
             if call.on_message is not None:
                 try:
                     call.on_message(pickle.loads(data))
-                except Exception:
+                except BaseException:
                     log.exception("a message of a call could not be used")
 
     def kill(self) -> None:
@@ -436,14 +438,14 @@ def dump_error(error: BaseException) -> bytes:
     try:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         shown = str(error)
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         text, shown = "", "(its text cannot be made)"
     try:
         data = pickle.dumps(error)
         # An exception with a constructor of its own may be pickled, and yet fail to load.
         if type(pickle.loads(data)) is not type(error):
             data = b""
-    except Exception:  # noqa: BLE001
+    except BaseException:  # noqa: BLE001
         data = b""
     return pickle.dumps((data, type(error).__name__, shown, text))
 
@@ -455,7 +457,7 @@ def load_error(dumped: bytes) -> BaseException:
     if data:
         try:
             error = pickle.loads(data)
-        except Exception:  # noqa: BLE001  # Its module may exist only there.
+        except BaseException:  # noqa: BLE001  # Its module may exist only there, or it calls sys.exit().
             error = None
     if not isinstance(error, BaseException):
         error = type(name, (RemoteError,), {})(shown)
@@ -466,6 +468,8 @@ def load_error(dumped: bytes) -> BaseException:
 # -- in the process ---------------------------------------------------------------------------------------------------
 
 _pipe: Optional[Connection[Any, Any]] = None
+#: Held while something is sent: a thread that a call has left behind may send while the next call's result is sent.
+_send_lock = threading.Lock()
 
 
 def send_message(message: Any) -> bool:
@@ -475,7 +479,9 @@ def send_message(message: Any) -> bool:
     """
     if _pipe is None:
         return False
-    _pipe.send_bytes(_MESSAGE + pickle.dumps(message))
+    data = _MESSAGE + pickle.dumps(message)
+    with _send_lock:
+        _pipe.send_bytes(data)
     return True
 
 
@@ -494,12 +500,14 @@ def _main(pipe: Connection[Any, Any], initializer: Optional[Callable[..., object
     while True:
         try:
             data = pipe.recv_bytes()
-            pipe.send_bytes(_BEGUN)
+            with _send_lock:
+                pipe.send_bytes(_BEGUN)
         except (EOFError, OSError):
             return
         answer = _run(data)
         try:
-            pipe.send_bytes(answer)
+            with _send_lock:
+                pipe.send_bytes(answer)
         except OSError:
             return
 

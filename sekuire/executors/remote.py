@@ -212,7 +212,7 @@ class _Watch:
 class RemoteControl(TaskControl):
     """Hold what a :class:`RemoteTaskContext` needs in the other process. It can be pickled."""
 
-    __slots__ = ("_enforcer", "_looked_at", "_reported_at", "ends_at", "flag", "home", "violations")
+    __slots__ = ("_enforcer", "_looked_at", "_reported_at", "ends_at", "flag", "home", "is_ended", "violations")
 
     def __init__(
         self, task: Task, ends_at: Optional[float], flag: Flag, home: int, enforcer: Optional[bytes] = None
@@ -225,6 +225,8 @@ class RemoteControl(TaskControl):
         self.home = home
         #: What the policy has refused, for the enforcer of the worker's process.
         self.violations: List[PolicyViolationError] = []
+        #: The handler has ended: what a thread reports that it left behind would count for the process's next task.
+        self.is_ended = False
         # The pickled enforcer: None without one, empty if it cannot be pickled.
         self._enforcer = enforcer
         self._looked_at = -1.0
@@ -270,9 +272,9 @@ class RemoteControl(TaskControl):
         return self.policy
 
     def report(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
-        """Send a report of progress to the worker's process, unless one was sent just now."""
+        """Send a report of progress to the worker's process, unless one was sent just now or the handler has ended."""
         now = time.monotonic()
-        if now - self._reported_at >= _PROGRESS_PAUSE:
+        if not self.is_ended and now - self._reported_at >= _PROGRESS_PAUSE:
             self._reported_at = now
             send_message((fraction, message))
 
@@ -371,7 +373,10 @@ def run_remote(data: bytes) -> bytes:
         if function is None:
             loaded, annotation = pickle.loads(code)
             function = _loaded[code] = with_structure(loaded, structure_of(annotation))
-        result = call(function, context, input)
+        try:
+            result = call(function, context, input)
+        finally:
+            control.is_ended = True
         try:
             return pickle.dumps(("returned", pickle.dumps(result), _facts_of(violations)))
         except Exception as error:  # noqa: BLE001

@@ -365,7 +365,7 @@ class Heartbeat:
             return
         try:
             self._gateway.on_heartbeat_response(reply)
-        except Exception:
+        except (Exception, SystemExit):  # What the platform orders in this answer must still be carried out.
             log.exception("the policy gateway failed in on_heartbeat_response")
 
     def _policy_hash(self) -> Optional[str]:
@@ -374,7 +374,7 @@ class Heartbeat:
             return None
         try:
             found = getattr(self._gateway.policy, "hash", None)
-        except Exception:  # noqa: BLE001  # A gateway of the user's own need not have a policy.
+        except (Exception, SystemExit):  # noqa: BLE001  # A gateway of the user's own need not have a policy.
             return None
         return found if isinstance(found, str) else None
 

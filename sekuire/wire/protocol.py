@@ -53,6 +53,7 @@ EVENT_MESSAGE = "message"
 COMMANDS = ("pause", "resume", "terminate")
 
 CODE_REVOKED = "INSTALLATION_REVOKED"
+_CODE_REVOKED = CODE_REVOKED.encode()
 
 #: The rule that denies while no policy could be loaded.
 RULE_UNAVAILABLE = "policy.unavailable"
@@ -637,7 +638,7 @@ def is_revoked(error: APIError) -> bool:
 
 def may_revoke(body: bytes) -> bool:
     """Return False if the body of a success is certainly not the kill switch. This costs no decoder."""
-    return b"revoked" in body or CODE_REVOKED.encode() in body
+    return b"revoked" in body or _CODE_REVOKED in body
 
 
 def revocation(error: APIError) -> RevokedError:

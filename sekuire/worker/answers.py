@@ -125,9 +125,9 @@ class Answers:
                     self.audit.note_result(record.task, completion, report)
         finally:
             with self._lock:
+                records.forget(record)
                 if record.attempt > completion.attempt:
                     self.sink.redelivered(record.task.task_id, record.attempt)
-                records.forget(record)
                 if is_rejected:
                     counts.rejected += 1
                 elif is_failed:
@@ -138,40 +138,52 @@ class Answers:
 
     def end_early(self, record: Record, failure: Failure) -> None:
         """Answer a finished record whose handler still runs, or was never called."""
-        self._answer_later(
-            record,
-            Completion(
-                task_id=record.task.task_id,
-                attempt=record.attempt,
-                failure=failure,
-                execution_time_ms=record.elapsed_ms(),
-            ),
-        )
+        self._answer_later(record, failure, record.elapsed_ms())
 
     def reject(self, record: Record, failure: Failure) -> None:
         """Answer a rejected record. A refusal for which it waited comes before ``failure``."""
         failure = record.refusal or failure
         log.info("[%s] %s is answered %s: %s",
                  record.task.task_id, record.capability, failure.code, failure.message)  # fmt: skip
-        self._answer_later(record, Completion(task_id=record.task.task_id, attempt=record.attempt, failure=failure))
+        self._answer_later(record, failure, 0)
 
-    def _answer_later(self, record: Record, completion: Completion) -> None:
-        report = self.answer(record, completion)
+    def _answer_later(self, record: Record, failure: Failure, execution_time_ms: int) -> None:
+        try:
+            completion = Completion(
+                task_id=record.task.task_id,
+                attempt=record.attempt,
+                failure=failure,
+                execution_time_ms=execution_time_ms,
+            )
+            report = self.answer(record, completion)
+        except BaseException:
+            self._forget(record)
+            raise
         if report is not None:
             self.sink.enqueue(report)
+
+    def _forget(self, record: Record) -> None:
+        """Forget a record that could not be ended: its place is free, and a repeated delivery runs the task."""
+        with self._lock:
+            self._records.forget(record)
 
     # -- giving tasks back --
 
     def give_back(self, record: Record, delay: float = 0.0) -> None:
         """Give a released record back to the platform in ``delay`` seconds."""
-        # Without its input: many may be under way.
-        record.task = attrs.evolve(record.task, input=None)
-        record.packed = None
-        release = Release(self._records.monitor, record.task.task_id, record.attempt, self)
-        with self._lock:
-            self._records.forget(record)
-            self._records.counts.released += 1
-            self.given_back[release.task_id] = release, record
+        try:
+            # Without its input: many may be under way.
+            record.task = attrs.evolve(record.task, input=None)
+            record.packed = None
+            with self._lock:
+                # In one step, because a delivery in between could raise the attempt.
+                release = Release(self._records.monitor, record.task.task_id, record.attempt, self)
+                self.given_back[release.task_id] = release, record
+                self._records.forget(record)
+                self._records.counts.released += 1
+        except BaseException:
+            self._forget(record)
+            raise
         log.info("[%s] %s is given back unbegun", release.task_id, record.capability)
         self.sink.release(release, delay)
 
@@ -193,5 +205,7 @@ class Answers:
                 return
             record = found[1]
             move(record, REJECTED)
+            # Known again until it is answered: a delivery in between must not run it.
+            self._records.known[release.task_id] = record
             self._records.counts.released -= 1
         self.reject(record, protocol.failure("worker_shutdown", "the worker gave the task back unbegun"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, Iterable, List, Optional
 
 import attrs
 
@@ -278,8 +278,7 @@ class Dispatcher:
             taken = self.records.take_unstarted()
             for record in taken:
                 move(record, REJECTED)
-        for record in taken:
-            self.answers.reject(record, failure)
+        self._end_each(taken, lambda record: self.answers.reject(record, failure))
         self._runner.start_waiting()
         return is_new
 
@@ -304,10 +303,10 @@ class Dispatcher:
                 move(record, REJECTED)
             for record in released:
                 move(record, RELEASED)
-        for record in rejected:
-            self.answers.reject(record, terminated())
-        for record in released:
-            self.answers.give_back(record)
+        try:
+            self._end_each(rejected, lambda record: self.answers.reject(record, terminated()))
+        finally:
+            self._end_each(released, self.answers.give_back)
 
     def cancel_running(self, reason: str) -> None:
         """Cancel the context of every handler that runs."""
@@ -317,14 +316,15 @@ class Dispatcher:
             record.cancel(reason)
 
     def lose_lease(self) -> None:
-        """Give back what waits and cancel what runs: the platform gives it to others. What comes later waits."""
+        """Give back what has not begun and cancel what runs: others get it. What comes later waits."""
         with self._lock:
             taken = self.records.take_startable()
             for record in taken:
                 move(record, RELEASED)
-        for record in taken:
-            self.answers.give_back(record)
-        self.cancel_running("lease lost")
+        try:
+            self._end_each(taken, self.answers.give_back)
+        finally:
+            self.cancel_running("lease lost")
 
     def cancel_denied(self, is_allowed: Callable[..., bool], reason: str) -> None:
         """Cancel the context of every handler whose capability, or whose task's tool, is not allowed any more."""
@@ -358,10 +358,27 @@ class Dispatcher:
             for record in records:
                 self.records.end_early(record)
         failure = protocol.failure("worker_shutdown", "the worker stopped before the task ended")
-        for record in records:
-            record.cancel(reason, is_answered=True)
-            self.answers.end_early(record, failure)
+
+        def end(record: Record) -> None:
+            try:
+                record.cancel(reason, is_answered=True)
+            finally:
+                self.answers.end_early(record, failure)
+
+        self._end_each(records, end)
         return [record.name for record in records]
+
+    def _end_each(self, records: Iterable[Record], end: Callable[[Record], object]) -> None:
+        """Call ``end`` for each record, also after one for which it has failed. Raise the last failure."""
+        failed: Optional[BaseException] = None
+        for record in records:
+            try:
+                end(record)
+            except BaseException as error:  # No memory, or a Ctrl-C: the others must not be lost with this one.
+                log.exception("[%s] ending the task failed", record.task.task_id)
+                failed = error
+        if failed is not None:
+            raise failed
 
     def end_pool(self, deadline: Deadline) -> None:
         """End the pool's threads. An executor of the user's own is its owner's to end."""

@@ -219,13 +219,16 @@ class Records:
         return taken
 
     def take_startable(self) -> List[Record]:
-        """Return all records that wait to start, for the caller to end. What waits to be refused goes on waiting."""
-        taken = [record for record in self.known.values() if record.state is WAITING and record.refusal is None]
+        """Return all records whose handler was not called, except those that wait to be refused, for the caller to end.
+
+        The latter go on waiting.
+        """
+        waiting = [record for record in self.known.values() if record.state is WAITING and record.refusal is None]
         self.queue.clear()
-        for record in taken:
+        for record in waiting:
             record.entry.parked.clear()
             self.leave_queue(record)
-        return taken
+        return waiting + [record for record in self.known.values() if record.state is STARTING]
 
     # -- permits, places and threads --
 

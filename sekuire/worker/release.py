@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 from typing import Optional, Protocol, Tuple
 
 from .._internal.delivery import Delivery
@@ -10,13 +11,15 @@ from .._internal.logs import get_logger
 from .._internal.monitor import Monitor
 from ..transport.retry import full_jitter
 from ..wire import protocol
-from ..wire.verdict import Retry, Settled, Unauthorized, Unsupported
+from ..wire.verdict import Later, Retry, Settled, Unauthorized, Unsupported
 from .sending import Sender
 
 log = get_logger("sekuire.report")
 
 #: First and longest delay between tries of one release, in seconds.
 RETRY_MIN, RETRY_MAX = 0.1, 60.0
+#: Delay after a failure that repeating is unlikely to change, such as one of TLS, in seconds.
+REFUSED_PAUSE = 60.0
 #: Tries after which a 401 of the platform counts as its word.
 REFUSALS = 5
 #: Releases under way at which no further task is released: a platform that accepts none must not fill the memory.
@@ -135,30 +138,39 @@ class Releases:
 
     def _try(self, release: Release, tries: int) -> None:
         """Send a release once, and plan the next try unless there is a verdict, whatever happens."""
-        delay: Optional[float] = full_jitter(tries, RETRY_MIN, RETRY_MAX)
+        again: Optional[Tuple[float, bool]] = (full_jitter(tries, RETRY_MIN, RETRY_MAX), True)
         try:
-            delay = self._send(release, tries) if release.begin() else None
+            again = self._send(release, tries) if release.begin() else None
         finally:
-            if delay is None:
+            if again is None:
                 with self._delivery.lock:
                     self.under_way -= 1
             else:
                 release.postpone()
-                self._delivery.schedule(delay, lambda: self._try(release, tries + 1))
+                delay, is_awaited = again
+                self._delivery.schedule(delay, lambda: self._try(release, tries + 1), is_awaited=is_awaited)
 
-    def _send(self, release: Release, tries: int) -> Optional[float]:
-        """Send a release. Return the seconds until the next try, or None if the platform gave its verdict."""
+    def _send(self, release: Release, tries: int) -> Optional[Tuple[float, bool]]:
+        """Send a release. Return None if the platform gave its verdict.
+
+        Else return the seconds until the next try, and whether a stop waits for it.
+        """
         task_id = release.task_id
         found = self._sender.ask("release", task_id, protocol.release_body(release.attempt, self._sender.worker_id))
         self._sender.support.note("release", found)
         if isinstance(found, Unsupported):
             release.end(is_released=False, is_supported=False)
             return None
+        if isinstance(found, Later):
+            # The task stays this worker's until the platform has it again, and nobody else runs it.
+            level = logging.WARNING if tries == 0 else logging.DEBUG
+            log.log(level, "[%s] not released (%s); again in %g s", task_id, found.error, REFUSED_PAUSE)
+            return REFUSED_PAUSE, False
         is_unproven = isinstance(found, Unauthorized) and (found.is_foreign or tries < REFUSALS)
         if isinstance(found, Retry) or (isinstance(found, Unauthorized) and is_unproven):
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), found.delay)
             log.debug("[%s] not released (%s); again in %.1f s", task_id, found.error, delay)
-            return delay
+            return delay, True
         if isinstance(found, Settled):
             self._has_released = True
         else:

@@ -78,11 +78,11 @@ class Runner:
 
     def hand_over(self, record: Record) -> None:
         """Give a started record to a thread, or answer it if there is none. Without a lock."""
-        pool = self._pool
-        if pool is None:
-            pool = ThreadPoolExecutor(2 * self._records.max_workers, thread_name_prefix="sekuire-task")
-            self._pool = pool
         try:
+            pool = self._pool
+            if pool is None:
+                pool = ThreadPoolExecutor(2 * self._records.max_workers, thread_name_prefix="sekuire-task")
+                self._pool = pool
             future = pool.submit(self._work, record)
         except Exception as error:  # noqa: BLE001  # An executor of the user's own may refuse in its own way.
             problem = f"{type(error).__name__}: {error}"
@@ -305,9 +305,11 @@ class Runner:
             if record.state is not RUNNING:
                 return
             records.end_early(record)
-        record.cancel("timeout", is_answered=True)
-        failure = protocol.failure("timeout", "the task's time was over before its handler ended")
-        self._answers.end_early(record, failure)
+        try:
+            record.cancel("timeout", is_answered=True)
+        finally:
+            failure = protocol.failure("timeout", "the task's time was over before its handler ended")
+            self._answers.end_early(record, failure)
         with self._lock:
             records.pass_permits_on()
             count = len(records.overdue)

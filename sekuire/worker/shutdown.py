@@ -84,6 +84,7 @@ class Shutdown:
         self._thread = threading.Thread(target=self._run, name="sekuire-shutdown", daemon=True)
         #: Set when the stop needs no thread any more: the interpreter is ending.
         self._is_leaving = False
+        self._has_begun = False
 
     # -- asked for by Life --
 
@@ -142,6 +143,11 @@ class Shutdown:
     # -- the steps (sekuire-shutdown) --
 
     def _run(self) -> None:
+        with self._lock:
+            # An interrupt or a lack of memory can end start() while the thread starts all the same.
+            if self._has_begun:
+                return
+            self._has_begun = True
         with owned_by(self._life.owner):
             self._perform(
                 (
@@ -151,6 +157,7 @@ class Shutdown:
                     self._drain,
                     self._flush,
                     self._beat_last,
+                    self._control.close,
                     self._close,
                 )
             )
@@ -165,7 +172,7 @@ class Shutdown:
         for step in steps:
             try:
                 step()
-            except Exception:
+            except BaseException:  # sys.exit() in a policy gateway of the user's own, for example.
                 log.exception("stopping: a step failed (%s); going on", getattr(step, "__name__", "step"))
 
     def _end_waits(self) -> None:
@@ -228,7 +235,6 @@ class Shutdown:
 
     def _close(self) -> None:
         patience = Deadline(max(0.25, min(1.0, self._life.deadline.remaining())))
-        self._control.close()
         for thread in self._threads:
             thread.close()
         late = self._reporter.close(patience)

@@ -110,7 +110,7 @@ class TaskStream:
                 self._life.revoke(revoked)
             except SekuireError as fatal:
                 error = fatal
-            except Exception as unforeseen:
+            except BaseException as unforeseen:  # sys.exit() in a policy gateway, for example.
                 log.exception("the stream's thread failed")
                 error = SekuireError(f"the stream's thread failed ({type(unforeseen).__name__}); see the log")
             if error is not None:

@@ -78,7 +78,7 @@ def test_examples_run(documented: Any, names: Dict[str, Any]) -> None:
     runnable = example.replace('"skt_install_..."', f'{token}, api_base_url="{platform.url}"').replace("block=True", "")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(runnable, documented.__name__, "exec"), names)
+        exec(compile(runnable, f"<docstring of {documented.__name__}>", "exec"), names)
     for name in ("worker", "sdk", "beacon"):
         stop = getattr(names.get(name), "stop", None) or getattr(names.get(name), "shutdown", None)
         if stop is not None:

@@ -114,6 +114,24 @@ def test_a_result_that_does_not_load_here(shared: ProcessExecutor) -> None:
     assert shared.submit(elsewhere.square, 2).result(GUARD) == 4
 
 
+def test_what_ends_the_program_when_it_is_loaded(shared: ProcessExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    """A result, an error or a message whose class calls sys.exit() here: each call ends, and the pool goes on."""
+    assert isinstance(shared.submit(elsewhere.exits_there).exception(GUARD), SystemExit)
+    assert isinstance(shared.submit(elsewhere.raise_exiting).exception(GUARD), RemoteError)
+    assert shared.submit_call(elsewhere.send_exit, (), None, print).result(GUARD) == "done"
+    assert "a message of a call could not be used" in caplog.text
+    assert list(shared.map(elsewhere.square, range(4))) == [0, 1, 4, 9]
+
+
+def test_messages_beside_results() -> None:
+    """A thread that a call leaves behind sends while later results are sent: all arrive whole."""
+    with ProcessExecutor(1) as executor:
+        for _ in range(20):
+            call = executor.submit_call(elsewhere.send_beside_results, (200_000,), None, lambda message: None)
+            assert call.result(GUARD) == b"r" * 200_000
+        executor.kill_workers()
+
+
 def test_messages_before_the_end(shared: ProcessExecutor, caplog: pytest.LogCaptureFixture) -> None:
     """The submitter of a call receives the messages that it sends. A receiver that fails harms nothing."""
     heard: List[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any, Iterator, List
 
@@ -112,3 +113,19 @@ def test_a_monitor_wakes_only_its_own() -> None:
         thread.join(GUARD)
         assert woken[-1] is monitor
     assert one.sleepers == other.sleepers == 0
+
+
+def test_no_memory_while_an_action_is_taken_out(delivery: Delivery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that has taken an action runs it, although no further thread can be made for the next one."""
+    ran: List[str] = []
+
+    def refuse(*arguments: Any) -> None:
+        raise MemoryError
+
+    delivery.schedule(0.0, lambda: ran.append("first"))
+    until(lambda: ran == ["first"] and delivery.idle_threads == 1)
+    monkeypatch.setattr("sekuire._internal.delivery.sum", refuse, raising=False)
+    for name in ("second", "third"):
+        delivery.schedule(0.0, functools.partial(ran.append, name))
+    until(lambda: ran == ["first", "second", "third"])
+    assert delivery.wait_until(lambda: not delivery.awaited, Deadline(GUARD))

@@ -21,7 +21,7 @@ def test_examples_run(documented: Any, capsys: pytest.CaptureFixture[str]) -> No
     """An example needs no platform, and shows its result."""
     example = example_of(documented)
     names = {name: getattr(policy, name) for name in policy.__all__}
-    exec(compile(example, documented.__name__, "exec"), {**names, "Rulebook": Rulebook})
+    exec(compile(example, f"<docstring of {documented.__name__}>", "exec"), {**names, "Rulebook": Rulebook})
     said = re.findall(r"print\(.*\)  # (.+)$", example, flags=re.MULTILINE)
     assert said
     assert capsys.readouterr().out.splitlines() == said
@@ -33,5 +33,5 @@ def test_the_client_asks(platform: Any, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("SEKUIRE_API_KEY", platform.api_key)
     platform.set_policy("ws_1", {})
     names = {"os": os, "PolicyClient": policy.PolicyClient}
-    exec(compile(example_of(policy.PolicyClient), "PolicyClient", "exec"), names)
+    exec(compile(example_of(policy.PolicyClient), "<docstring of PolicyClient>", "exec"), names)
     assert capsys.readouterr().out == "1 integrity\n"

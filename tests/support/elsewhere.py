@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import os
 import signal
+import sys
+import threading
 import time
 from typing import Any, Dict, List
 
@@ -109,6 +111,20 @@ def progress(ctx: TaskContext, input: Any) -> None:
     ctx.report_progress(0.75)
 
 
+@tasks.task("leave a thread")
+def leave_a_thread(ctx: TaskContext, input: str) -> None:
+    """Leave a thread behind that reports progress without an end, and writes a file each time."""
+
+    def report() -> None:
+        while True:
+            ctx.report_progress(0.9, "left behind")
+            with open(input, "a", encoding="utf-8") as file:
+                file.write(".")
+            time.sleep(0.05)
+
+    threading.Thread(target=report, daemon=True).start()
+
+
 @tasks.task("use tools")
 def use_tools(ctx: TaskContext, input: List[str]) -> Dict[str, Any]:
     """Asks for each tool, catching refusals, then enforces the last one again."""
@@ -175,3 +191,42 @@ def send_twice() -> bool:
 def count(enforcer: Any, amount: int) -> bool:
     """Whether the policy's enforcer lets that many more tokens be used."""
     return bool(enforcer.check_rate_limit("tokens", amount))
+
+
+class ExitsThere:
+    """Ends the program that loads it."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+def exits_there() -> ExitsThere:
+    return ExitsThere()
+
+
+class ExitingError(Exception):
+    """Ends the program that loads it."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, (3,)
+
+
+def raise_exiting() -> None:
+    raise ExitingError("odd")
+
+
+def send_exit() -> str:
+    send_message(ExitsThere())
+    return "done"
+
+
+def send_beside_results(size: int) -> bytes:
+    """Leave a thread behind that sends messages without an end; return a result of ``size`` bytes."""
+
+    def send() -> None:
+        while True:
+            send_message(b"m" * 20_000)
+
+    if threading.active_count() < 4:
+        threading.Thread(target=send, daemon=True).start()
+    return b"r" * size

@@ -715,3 +715,146 @@ def test_a_release_that_was_called_off_stays_so() -> None:
         assert not one.begin()
         one.end(is_released=True)
         assert one.state is release.CALLED_OFF
+
+
+@pytest.mark.parametrize("end", ["pause", "close", "terminate", "lose the lease", "abandon"])
+def test_one_task_that_cannot_be_ended(end: str) -> None:
+    """A failure while one of many tasks is ended costs that one task: the others have their end, and all is free."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+    calls = {
+        "pause": lambda: dispatcher.pause("local"),
+        "close": lambda: dispatcher.close(False),
+        "terminate": lambda: dispatcher.close(True),
+        "lose the lease": dispatcher.lose_lease,
+        "abandon": lambda: dispatcher.abandon("shutdown"),
+    }
+    running, waiting = ["t1", "t2"], ["t3", "t4", "t5"]
+    for task_id in running + waiting:
+        dispatcher.submit(task_of(task_id, "wide"))
+    until(lambda: handlers.inside == set(running))
+    failed = "t1" if end == "abandon" else "t3"
+
+    def accept(completion: Completion) -> None:
+        if completion.task_id == failed:
+            raise MemoryError
+
+    def release(order: Any, delay: float = 0.0) -> None:
+        if order.task_id == failed:
+            raise MemoryError
+        sink.released.append(order.task_id)
+
+    sink.before = accept
+    sink.release = release  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        calls[end]()
+    ended = set(sink.delivered) | set(sink.released)
+    assert ended == ({"t2"} if end == "abandon" else {"t4", "t5"})
+    assert failed not in dispatcher.records.known
+    sink.before = lambda completion: None
+    handlers.open = True
+    for task_id in running:
+        handlers.gate(task_id).set()
+    assert dispatcher.drain(Deadline(GUARD))
+    until(lambda: dispatcher.records.threads == 0)
+    assert (dispatcher.records.permits, dispatcher.running) == (WORKERS, 0)
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_task_that_cannot_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory on the way to its release: the task keeps no place, and runs when it comes again."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    gateway, lease = FakeGateway(), Lease()
+    dispatcher = dispatcher_of(handlers, sink, timer, lease, policy_gateway=gateway)
+    check = gateway.check_capability
+
+    def end_the_lease(name: str) -> None:
+        lease.held = False
+        check(name)
+
+    gateway.check_capability = end_the_lease  # type: ignore[method-assign]
+
+    def refuse(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sekuire.worker.answers.Release", refuse)
+        dispatcher.submit(task_of("t1", "wide"))
+        until(lambda: dispatcher.records.threads == 0)
+    assert (dispatcher.running, dispatcher.records.known, dispatcher.records.permits) == (0, {}, WORKERS)
+    gateway.check_capability = check  # type: ignore[method-assign]
+    lease.held = True
+    handlers.open = True
+    dispatcher.submit(task_of("t1", "wide"))
+    until(lambda: sink.delivered == ["t1"])
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_task_that_comes_again_while_its_refused_release_is_answered() -> None:
+    """It is answered in place of a release that the platform does not offer, so it does not run as well."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer, max_workers=1)
+    dispatcher.submit(task_of("t0", "wide"))
+    until(lambda: "t0" in handlers.inside)
+    dispatcher.submit(task_of("t1", "wide"))
+    dispatcher.lose_lease()
+    assert sink.released == ["t1"]
+    handlers.gate("t0").set()
+    until(lambda: dispatcher.records.threads == 0)
+    handlers.open = True
+    sink.before = lambda completion: dispatcher.submit(task_of("t1", "wide", attempt=2))
+    assert sink.orders["t1"].begin()
+    sink.orders["t1"].end(is_released=False, is_supported=False)
+    assert dispatcher.drain(Deadline(GUARD))
+    assert handlers.runs == ["t0"]
+    failure = sink.results["t1"].failure
+    assert failure is not None
+    assert failure.code == "worker_shutdown"
+    assert (sink.attempts["t1"], sink.refused, dispatcher.counts.duplicates) == (2, [], 1)
+    assert dispatcher.records.known == {}
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_task_without_a_pool_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that cannot be made costs one task, not its permit and place."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    dispatcher = dispatcher_of(handlers, sink, timer)
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sekuire.worker.running.ThreadPoolExecutor", refuse)
+        dispatcher.submit(task_of("t1", "wide"))
+    failure = sink.results["t1"].failure
+    assert failure is not None
+    assert failure.code == "worker_shutdown"
+    assert (dispatcher.running, dispatcher.records.threads, dispatcher.records.permits) == (0, 0, WORKERS)
+    dispatcher.end_pool(Deadline(GUARD))
+
+
+def test_a_lease_that_is_lost_and_renewed_while_the_policy_is_asked() -> None:
+    """The task goes back: the platform may have given it to others. It does not begin, cancelled from the first."""
+    sink, handlers, timer = Sink(), Handlers(), ManualTimer()
+    gateway, lease = FakeGateway(), Lease()
+    asked, answer = threading.Event(), threading.Event()
+
+    def check(name: str) -> None:
+        asked.set()
+        assert answer.wait(GUARD)
+
+    gateway.check_capability = check  # type: ignore[method-assign]
+    dispatcher = dispatcher_of(handlers, sink, timer, lease, policy_gateway=gateway)
+    handlers.open = True
+    dispatcher.submit(task_of("t1", "wide"))
+    assert asked.wait(GUARD)
+    lease.held = False
+    dispatcher.lose_lease()
+    lease.held = True
+    answer.set()
+    until(lambda: dispatcher.records.threads == 0)
+    assert (sink.released, handlers.runs, sink.results) == (["t1"], [], {})
+    assert (dispatcher.running, dispatcher.records.permits, dispatcher.records.known) == (0, WORKERS, {})
+    dispatcher.submit(task_of("t1", "wide", attempt=2))
+    until(lambda: sink.delivered == ["t1"])
+    dispatcher.end_pool(Deadline(GUARD))

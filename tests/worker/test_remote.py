@@ -325,6 +325,24 @@ def test_progress(scripted: Scripted, make: Make) -> None:
         assert scripted.completion("t1")["output"] is None
 
 
+def test_a_thread_that_a_handler_leaves_behind(scripted: Scripted, worker_of: Make, tmp_path: pathlib.Path) -> None:
+    """What it reports costs the next task of its process nothing, and does not count as that task's progress."""
+    path = tmp_path / "reports"
+    with ProcessExecutor(1) as executor:
+        worker = worker_of(scripted, executor=executor, max_workers=1)
+        worker.include(elsewhere.tasks)
+        with worker:
+            scripted.task("t1", "leave a thread", str(path))
+            assert scripted.completion("t1")["status"] == "completed"
+            known = path.stat().st_size
+            # Longer than the pause between two reports that a process sends.
+            until(lambda: path.stat().st_size >= known + 15)
+            scripted.task("t2", "sum", {"numbers": [1, 2]})
+            assert scripted.completion("t2")["status"] == "completed"
+            assert all(request.task_id == "t1" for request in scripted.of("progress"))
+        executor.kill_workers()
+
+
 # -- other executors --------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from sekuire._internal.threads import Deadline
 from sekuire.credentials import store
 from sekuire.errors import TransportError
 from sekuire.handlers.registry import HandlerEntry
-from sekuire.wire.verdict import Settled, Support, Unauthorized
+from sekuire.wire.verdict import Later, Settled, Support, Unauthorized
 from sekuire.worker import progress, release, report, results
 from sekuire.worker.records import Record, State, move
 
@@ -847,6 +847,37 @@ def test_whatever_is_raised_while_releasing_plans_the_release_again(
     assert [request.task_id for request in scripted.wait_for("release")] == ["t1"]
     until(lambda: not reporter.releases.under_way)
     worker.stop()
+    assert scripted.count("release") == 1
+
+
+def test_a_release_that_a_failure_of_tls_stops(
+    scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sent again, slowly, as a result would be: until then nobody else can run the task. A stop does not wait."""
+    monkeypatch.setattr("sekuire.worker.release.REFUSED_PAUSE", 0.05)
+    reporter = worker._reporter
+    send, left = reporter.sender.ask, iter(range(2))
+    problem = Later(TransportError("TLS with api.example failed", retryable=False))
+
+    def fail(path: str, *args: Any) -> Any:
+        return send(path, *args) if path != "release" or next(left, None) is None else problem
+
+    monkeypatch.setattr(reporter.sender, "ask", fail)
+    worker.start()
+
+    def give_back(task_id: str) -> None:
+        given_back = Record(task_of(task_id), HandlerEntry("echo", lambda ctx, input: input))
+        move(given_back, State.RELEASED)
+        worker._dispatcher.answers.give_back(given_back)
+
+    give_back("t1")
+    assert scripted.wait_for("release")[0].task_id == "t1"
+    until(lambda: not reporter.releases.under_way)
+    left = iter(range(1000))
+    monkeypatch.setattr("sekuire.worker.release.REFUSED_PAUSE", 3600.0)
+    give_back("t2")
+    worker.stop(GUARD)
+    assert worker.wait(0)
     assert scripted.count("release") == 1
 
 
