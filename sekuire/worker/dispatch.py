@@ -377,6 +377,9 @@ class Dispatcher:
             except BaseException as error:  # No memory, or a Ctrl-C: the others must not be lost with this one.
                 log.exception("[%s] ending the task failed", record.task.task_id)
                 failed = error
+                with self._lock:
+                    # It must not stay known: a repeated delivery runs the task.
+                    self.records.forget(record)
         if failed is not None:
             raise failed
 

@@ -223,12 +223,14 @@ class Records:
 
         The latter go on waiting.
         """
+        # Both lists first: what fails must leave the queue as it is.
         waiting = [record for record in self.known.values() if record.state is WAITING and record.refusal is None]
+        taken = waiting + [record for record in self.known.values() if record.state is STARTING]
         self.queue.clear()
         for record in waiting:
             record.entry.parked.clear()
             self.leave_queue(record)
-        return waiting + [record for record in self.known.values() if record.state is STARTING]
+        return taken
 
     # -- permits, places and threads --
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import threading
@@ -717,8 +718,9 @@ def test_a_release_that_was_called_off_stays_so() -> None:
         assert one.state is release.CALLED_OFF
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("end", ["pause", "close", "terminate", "lose the lease", "abandon"])
-def test_one_task_that_cannot_be_ended(end: str) -> None:
+def test_one_task_that_cannot_be_ended(end: str, early: bool) -> None:
     """A failure while one of many tasks is ended costs that one task: the others have their end, and all is free."""
     sink, handlers, timer = Sink(), Handlers(), ManualTimer()
     dispatcher = dispatcher_of(handlers, sink, timer)
@@ -744,8 +746,17 @@ def test_one_task_that_cannot_be_ended(end: str) -> None:
             raise MemoryError
         sink.released.append(order.task_id)
 
+    def refuse(end: Callable[..., None], record: Record, *args: Any) -> None:
+        if record.task.task_id == failed:
+            raise MemoryError
+        end(record, *args)
+
     sink.before = accept
     sink.release = release  # type: ignore[method-assign]
+    if early:
+        # Before anything of its end is done.
+        for name in ("reject", "give_back", "end_early"):
+            setattr(dispatcher.answers, name, functools.partial(refuse, getattr(dispatcher.answers, name)))
     with pytest.raises(MemoryError):
         calls[end]()
     ended = set(sink.delivered) | set(sink.released)
