@@ -201,10 +201,14 @@ def _is_tried_again(row: TaskRow, before: Run, after: Run) -> bool:
 
 
 def _is_moved(row: TaskRow, runs: Sequence[Run], before: Run, after: Run) -> bool:
-    """Return True if the platform gave the task to the other replica, which has no result of an earlier run of it."""
+    """Return True if the platform gave the task to the other replica, which has no result of an earlier run of it.
+
+    Each of the two was given the task under a number of its own. The one with the lower number may run it last: the
+    task waited there while the platform, whose stream to it had broken, gave it to the other.
+    """
     is_other = (before.process >= FIRST_TWIN) != (after.process >= FIRST_TWIN)
     own = [run for run in runs[: runs.index(after)] if run.process == after.process]
-    return is_other and after.attempt > before.attempt and all(_is_tried_again(row, run, after) for run in own)
+    return is_other and after.attempt != before.attempt and all(_is_tried_again(row, run, after) for run in own)
 
 
 def _unexplained(

@@ -224,6 +224,9 @@ class TestChecker:
         twin = SECOND._replace(name=f"{FIRST_TWIN}-1")
         moved = verdict_of(runs=(FIRST, twin), processes=shared)
         assert (moved.extra_by_move, moved.violations) == (1, [])
+        # The other replica was given it first, and comes to it last.
+        late = (FIRST._replace(attempt=2), twin._replace(attempt=1))
+        assert verdict_of(runs=late, processes=shared).extra_by_move == 1
         same_attempt = verdict_of(runs=(FIRST, twin._replace(attempt=1)), processes=shared)
         assert same_attempt.extra_unexplained == 1
         back = Run("t", 3, 101, "1-9", 8.0)
