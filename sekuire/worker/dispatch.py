@@ -146,10 +146,12 @@ class Dispatcher:
         self._receive(record)
 
     def _receive(self, record: Record) -> None:
+        # One that may wait as it is finds its place in one step: most tasks of a busy worker wait for a moment.
+        cost = None if self._is_packed_to_wait(record.task) else WAITING_COST + record.task.size
         with self._lock:
             self.records.counts.received += 1
             self.answers.call_off(record.task.task_id)
-            state = self._place(record)
+            state = self._place(record, cost)
         if state is None:
             state = self._hold(record)
         # Not the record's own state, which other threads may have changed by now.
@@ -162,7 +164,7 @@ class Dispatcher:
         elif state is RELEASED:
             self.answers.give_back(record, _RELEASE_PAUSE if self._closed is None else 0.0)
 
-    def _place(self, record: Record, cost: Optional[int] = None) -> Optional[State]:
+    def _place(self, record: Record, cost: Optional[int]) -> Optional[State]:
         """Move a new task out of RECEIVED, and return its state then. Needs the lock.
 
         Return RECEIVED if it is known already, so that nothing is left to do; None if there is no place for it now.
@@ -219,12 +221,16 @@ class Dispatcher:
                 probe.call_off()
             return state
 
+    def _is_packed_to_wait(self, task: Task) -> bool:
+        """Return True if a task that has to wait is to wait with its input as JSON."""
+        return self.records.waiting >= _UNPACKED or task.size > _UNPACKED_BYTES
+
     def _pack(self, record: Record) -> int:
         """Pack the input of a task that is to wait, if it waits long or is large. Return its size in bytes."""
         task = record.task
         if record.refusal is not None:
             record.task = attrs.evolve(task, input=None)
-        elif self.records.waiting >= _UNPACKED or task.size > _UNPACKED_BYTES:
+        elif self._is_packed_to_wait(task):
             # Without the lock: it may be large.
             packed = protocol.pack(task.input)
             if packed is None:

@@ -127,7 +127,7 @@ def test_a_life_without_a_log(
     scripted.on["heartbeat"] = heartbeat
     problems: List[Any] = []
     worker = worker_of(scripted, max_workers=4, outbox=tmp_path / "outbox.db", heartbeat_interval=0.1)
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
 
     @worker.on_task("fine")
     def fine(ctx: TaskContext, input: Any) -> Any:
@@ -152,6 +152,7 @@ def test_a_life_without_a_log(
 
     @worker.on_task("hang")
     def hang(ctx: TaskContext, input: Any) -> Any:
+        begun.set()
         release.wait(GUARD)
 
     @worker.on_command
@@ -187,7 +188,7 @@ def test_a_life_without_a_log(
         scripted.task("again", "fine")
         scripted.completion("again")
         scripted.task("hang", "hang")
-        until(lambda: worker.stats().running == 1)
+        assert begun.wait(GUARD)
         worker.stop(0.3)
         assert worker.wait(GUARD)
     finally:
