@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import threading
 from typing import Any, Callable, Dict, List
 
@@ -218,6 +219,6 @@ def test_a_step_of_a_stop_that_fails(
 
 def test_the_example_of_a_life() -> None:
     """The example in the docstring of Life holds."""
-    block = (Life.__doc__ or "").split("::\n\n")[1].split("\n\n")[0]
-    lines = [line[8:] for line in block.splitlines()]
-    exec("\n".join(lines), {"Life": Life, "Announcer": Announcer, "Phase": Phase})
+    # Python 3.13 keeps docstrings without their indentation.
+    block = textwrap.dedent((Life.__doc__ or "").split("::\n\n")[1].split("\n\n")[0])
+    exec(block, {"Life": Life, "Announcer": Announcer, "Phase": Phase})
