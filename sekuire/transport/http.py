@@ -91,20 +91,6 @@ class Reply:
             return self
         return attrs.evolve(self, body=without(secret.reveal(), self.body))
 
-    def may_be_cut(self) -> bool:
-        """Return True if the connection may have ended inside the headers, or inside a body without a length.
-
-        Both look like a whole answer, because http.client reads the end of the connection as the end of the headers,
-        and a body without a length ends with the connection.
-        """
-        if is_framed(self.headers):
-            return False
-        try:
-            protocol.decode_body(self.body)
-        except protocol.Malformed:
-            return True
-        return False
-
     def json(self) -> Any:
         """Return the decoded body.
 
@@ -397,11 +383,6 @@ def _are_plain(headers: Mapping[str, str]) -> bool:
     """Return True if no value of ``headers`` could end its line. Others are left to requests, which refuses them."""
     values = "".join(headers.values())
     return values.isascii() and values.isprintable()
-
-
-def is_framed(headers: Mapping[str, str]) -> bool:
-    """Return True if the headers of an answer say where its body ends (RFC 9112, section 6.3)."""
-    return "Content-Length" in headers or "Transfer-Encoding" in headers
 
 
 def without_header(header: str, content: bytes) -> bytes:

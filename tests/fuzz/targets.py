@@ -26,6 +26,7 @@ from sekuire.transport.sse import MAX_RETRY_MS, EventStream
 from sekuire.wire import protocol
 from sekuire.wire.models import Completion
 from sekuire.wire.protocol import Malformed, MalformedTask
+from sekuire.wire.verdict import verdict
 from sekuire.worker.outbox import Outbox, open_outbox
 
 from ..conformance.reference import Facts, reference, without_large_events
@@ -188,7 +189,8 @@ def error(data: bytes) -> None:
     status = STATUSES[data[0] % len(STATUSES)] if data else 500
     header, _, body = data[1:].partition(b"\n")
     reply = Reply(status, {"Retry-After": header.decode("latin-1")}, body, 0.0, 0.0)
-    assert reply.may_be_cut() in (True, False)
+    for endpoint in ("complete", "refresh", "task_stream", "policy"):
+        assert verdict(endpoint, reply) is not None
     raised: Optional[APIError] = None
     try:
         reply.check()
