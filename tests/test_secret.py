@@ -13,10 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sekuire import PolicyClient, PolicyGateway, RuntimeCredentials, WorkerConfig
 from sekuire.errors import ConfigurationError
+from sekuire.policy.limits import RateLimiter
 from sekuire.secret import Secret, as_secret
 
 TOKEN = "skt_do_not_show_me"
+CLIENT = PolicyClient("http://127.0.0.1:1", api_key="sk_of_no_interest")
 VISIBLE = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1)
 
 
@@ -78,13 +81,21 @@ def test_it_cannot_be_changed_or_extended() -> None:
 
 @given(VISIBLE, VISIBLE)
 def test_equality_is_that_of_the_texts(one: str, other: str) -> None:
-    """Two secrets are equal, with equal hashes, when their texts are; a secret never equals a str."""
+    """A secret equals a secret or a str of the same text, with the same hash."""
     assert (Secret(one) == Secret(other)) is (one == other)
+    assert (Secret(one) == other) is (one == other)
+    assert (other == Secret(one)) is (one == other)
     assert Secret(one) == Secret(one)
-    assert hash(Secret(one)) == hash(Secret(one))
-    assert Secret(one) != one
-    assert {Secret(one): 1}[Secret(one)] == 1
-    assert hash(Secret(one)) != hash(one)
+    assert Secret(one) == one
+    assert {Secret(one): 1}[one] == 1
+    assert hash(Secret(one)) == hash(one)
+
+
+@pytest.mark.parametrize("other", ["\ud800", "schlüssel", "", b"token", None, 5])
+def test_equality_with_anything_else(other: object) -> None:
+    """Text that no secret can have, and other types, are unequal and raise nothing."""
+    assert Secret(TOKEN) != other
+    assert other != Secret(TOKEN)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +160,40 @@ def test_logging_shows_the_mask(caplog: pytest.LogCaptureFixture) -> None:
     frames = [frame for frame in shown.stack if frame.name == "fail"]
     assert frames[0].locals is not None
     assert frames[0].locals["token"] == "Secret('***')"
+
+
+def shown_of(build: Any) -> str:
+    """Every frame, with its variables, of the error that ``build`` raises, except the test's own."""
+    with pytest.raises(ConfigurationError) as caught:
+        build()
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    return "".join(str(frame.locals) for frame in shown.stack if frame.filename != __file__) + str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Secret(f"{TOKEN}\n"),
+        lambda: as_secret(f"{TOKEN}\n", "install_token"),
+        lambda: RuntimeCredentials(runtime_token=TOKEN, refresh_token=f"{TOKEN} "),
+        lambda: RuntimeCredentials(runtime_token=TOKEN, installation_id=".."),
+        lambda: WorkerConfig(agent_id="a", install_token=TOKEN, max_workers=0),
+        lambda: WorkerConfig(agent_id="a", proxies={"https": f"user:{TOKEN}@host"}),
+        lambda: WorkerConfig(agent_id="a", api_base_url=f"https://user:{TOKEN}@host"),
+        lambda: RateLimiter(f"nothing://user:{TOKEN}@host", namespace="ws"),
+        lambda: PolicyGateway(CLIENT, "ws", storage_uri=f"nothing://user:{TOKEN}@host"),
+    ],
+)
+def test_no_frame_of_an_error_holds_what_was_given(build: Any) -> None:
+    """A token that was given to a constructor which fails is in no frame of its error."""
+    assert TOKEN not in shown_of(build)
+
+
+def test_an_object_that_is_not_whole() -> None:
+    """What a constructor that has failed leaves behind does not hold the value that it refused."""
+    half = RuntimeCredentials.__new__(RuntimeCredentials)
+    with pytest.raises(ConfigurationError):
+        half.__init__(runtime_token=TOKEN, refresh_token=f"{TOKEN}\n")  # type: ignore[misc]
+    assert TOKEN not in repr(half) + repr(half.refresh_token)

@@ -1,4 +1,4 @@
-"""Check that what a caller gives is a number of the right kind, in the same words everywhere."""
+"""Check the numbers that a caller passes, and word the errors alike everywhere."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-import time
 from typing import Callable, List, NamedTuple, Optional
 
+from .clock import time
 from .logs import get_logger
 from .monitor import Monitor
 from .threads import LONG_WAIT, Deadline, join_all, owned_by
@@ -102,8 +102,8 @@ class Delivery:
     def start_threads(self) -> None:
         """Start threads until each due action has a free one. Needs the lock.
 
-        One more awaits what comes later. A thread that was woken and has not come to its action yet counts as free:
-        with only the waiting ones counted, the second action of a burst would wait for the answer to the first.
+        One thread at least waits for later actions. A thread that was woken but has not taken its action yet counts
+        as free, so that a burst of actions does not start more threads than it needs.
         """
         if len(self.threads) >= MAX_THREADS or not self.queue:
             return

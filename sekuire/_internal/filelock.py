@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import time
+import stat
+from typing import Optional
 
+from .clock import time
 from .threads import Deadline
 
 _HELD_ELSEWHERE = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK)
@@ -54,9 +56,36 @@ else:  # pragma: no cover  # Windows
 def open_lock(path: str) -> int:
     """Open the lock file at ``path``. Create it if there is none, for this user only.
 
-    :raises OSError: it cannot be opened.
+    :raises OSError: it cannot be opened, or is not a regular file of this user or of root.
     """
-    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    problem: Optional[str] = None
+    try:
+        # A FIFO in its place must not block this, and a link must not choose which file is made.
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        problem = "it is a symbolic link"
+    else:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            problem = "it is not a regular file"
+        elif os.name == "posix" and status.st_uid not in (0, os.geteuid()):
+            problem = "it belongs to another user"
+        if problem is not None:
+            os.close(descriptor)
+    if problem is not None:
+        raise OSError(errno.EPERM, problem, path)
+    return descriptor
+
+
+def is_at(descriptor: int, path: str) -> bool:
+    """Return True if the open file is the one at ``path``. A lock on one that was deleted excludes nobody."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
 
 
 def lock(descriptor: int, deadline: Deadline, poll: float) -> bool:

@@ -1,4 +1,4 @@
-"""Give what a forked child inherits locks, threads and sockets of its own.
+"""Replace the locks, threads and sockets that a forked child inherits.
 
 A child has only the thread that forked. A lock that another thread of the parent held is never released in the child,
 a thread that the parent started does not run there, and a socket is shared with the parent.

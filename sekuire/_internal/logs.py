@@ -6,24 +6,35 @@ library log through :func:`get_logger`. ``ctx.logger`` is the exception: it belo
 what his own log call raises.
 """
 
-# Threads: any thread may log. There is no lock; `_said` relies on dict.setdefault() being atomic.
+# Threads: any thread may log. There is no lock; `_said` relies on dict.setdefault() being atomic, and `_names` is
+# filled by imports.
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-import threading
 from types import FrameType, TracebackType
-from typing import Dict, Mapping, Optional, Tuple, Type, Union
+from typing import Dict, List, Mapping, Optional, Set, Tuple, Type, Union
+
+from .clock import time
+from .greenlets import is_main_thread, is_thrown
+from .scrub import scrub
+from .speech import HANDLERS, NOBODY, PERSON, audience, print_record
 
 _Raised = Tuple[Type[BaseException], BaseException, Optional[TracebackType]]
 _ExcInfo = Union[None, bool, BaseException, _Raised, Tuple[None, None, None]]
 
 #: Most kinds of errors that a process reports on stderr: an exception class may be made for each call.
 _MOST_SAID = 100
+#: Most exceptions of one chain that are looked at.
+_MOST_CAUSES = 20
 _LOGGING_FILE = logging.info.__code__.co_filename
 _said: Dict[Tuple[int, str], object] = {}
+_formatter = logging.Formatter()
+#: The names of the library's loggers.
+_names: Set[str] = {"sekuire"}
 
 
 class Log:
@@ -37,6 +48,7 @@ class Log:
     def __init__(self, name: str) -> None:
         self.name = name
         self._logger = logging.getLogger(name)
+        _names.add(name)
 
     # Each method calls _log() itself, and not another method, because _log() counts the frames up to the caller.
 
@@ -75,6 +87,21 @@ class Log:
     ) -> None:
         self._log(level, message, args, exc_info, extra)
 
+    def say(
+        self,
+        level: int,
+        message: str,
+        *args: object,
+        exc_info: _ExcInfo = None,
+        extra: Optional[Mapping[str, object]] = None,
+    ) -> None:
+        """Log a line that a person at the terminal wants to see. Without handlers it is printed (:mod:`.speech`)."""
+        self._log(level, message, args, exc_info, extra, True)
+
+    def is_printed(self, level: int) -> bool:
+        """Return True if a line of ``level`` is printed for a person now, because no handler gets it."""
+        return audience(self._logger, level) == PERSON
+
     def isEnabledFor(self, level: int) -> bool:  # The name of logging.Logger.
         """Return True if a record of ``level`` would be logged."""
         try:
@@ -90,25 +117,157 @@ class Log:
         args: Tuple[object, ...],
         exc_info: _ExcInfo,
         extra: Optional[Mapping[str, object]],
+        is_for_people: bool = False,
     ) -> None:
         try:
-            if self._logger.isEnabledFor(level):
-                record = make_record(self._logger, level, message, args, sys._getframe(2), exc_info=exc_info)
-                if extra is not None:
-                    record.__dict__.update(extra)
-                self._logger.handle(record)
+            logger = self._logger
+            if is_for_people:
+                whose = audience(logger, level)
+            elif logger.isEnabledFor(level):
+                # Where nobody else gets a warning, logging.lastResort prints it.
+                whose = audience(logger, level) or HANDLERS
+            else:
+                return
+            if whose is NOBODY:
+                return
+            record = make_record(logger, level, message, args, sys._getframe(2), exc_info=exc_info)
+            if extra is not None:
+                record.__dict__.update(extra)
+            if record.exc_info or level >= logging.WARNING:
+                # It may quote what a handler raised or a server said.
+                scrub_record(record)
+            if whose is PERSON:
+                print_record(logger, record)
+            else:
+                logger.handle(record)
         except Exception as error:  # noqa: BLE001
             _report(error)
         except BaseException as error:
-            # In the main thread it may be Ctrl-C, or the sys.exit() of a signal handler that ran just then.
-            if threading.current_thread() is threading.main_thread():
+            # In the main thread it may be Ctrl-C, or the sys.exit() of a signal handler that ran just then. A log call
+            # is also where gevent.kill() or a gevent.Timeout may reach a greenlet.
+            if is_main_thread() or is_thrown(error):
                 raise
             _report(error)
+
+
+class SparseLog(Log):
+    """Log at most ``most`` errors in ``seconds``: a platform may cause them as fast as it can send.
+
+    The line after the next pause says how many were left out. ::
+
+        log = SparseLog("sekuire.dispatch")
+        for event in unreadable:
+            log.error("an event cannot be read: %s", event)
+    """
+
+    # Threads: any thread may log. A race between two costs or adds a line, so there is no lock.
+
+    __slots__ = ("_left_out", "_lines", "_most", "_seconds", "_since")
+
+    def __init__(self, name: str, most: int = 10, seconds: float = 60.0) -> None:
+        super().__init__(name)
+        self._most = most
+        self._seconds = seconds
+        self._since = -math.inf
+        self._lines = self._left_out = 0
+
+    def error(
+        self, message: str, *args: object, exc_info: _ExcInfo = None, extra: Optional[Mapping[str, object]] = None
+    ) -> None:
+        now = time.monotonic()
+        if now - self._since >= self._seconds:
+            self._since, self._lines = now, 0
+        self._lines += 1
+        if self._lines > self._most:
+            self._left_out += 1
+            return
+        if self._left_out:
+            message, args = f"{message} (%d such errors before it were not logged)", (*args, self._left_out)
+            self._left_out = 0
+        if self._lines == self._most:
+            message, args = f"{message}; further ones are only counted for %d s", (*args, self._seconds)
+        self._log(logging.ERROR, message, args, exc_info, extra)
 
 
 def get_logger(name: str) -> Log:
     """Return the library's logger of that name."""
     return Log(name)
+
+
+def scrub_record(record: logging.LogRecord) -> bool:
+    """Remove the secrets of this process from a record. Return True: it is a filter, and lets each record pass.
+
+    If the text of a logged exception holds one, it is masked in the exception itself: other tools read that too. Where
+    that does not help, the record keeps the text without the secret, and not the exception.
+    """
+    try:
+        message = record.getMessage()
+        clean = scrub(message)
+        if clean != message:
+            record.msg, record.args = clean, None
+        if record.exc_info and record.exc_info[1] is not None:
+            text = _formatter.formatException(record.exc_info)
+            if scrub(text) != text:
+                _mask(record.exc_info[1])
+                text = _formatter.formatException(record.exc_info)
+                clean = scrub(text)
+                record.exc_text = clean
+                if clean != text:
+                    record.exc_info = None
+    except Exception:  # noqa: BLE001  # Arguments that do not fit: the program's handlers report them.
+        pass
+    return True
+
+
+def _mask(error: BaseException) -> None:
+    """Remove secrets from the texts that an exception holds, and from those that it came from."""
+    pending: List[Optional[BaseException]] = [error]
+    seen: List[BaseException] = []
+    while pending and len(seen) < _MOST_CAUSES:
+        one = pending.pop()
+        if one is None or any(one is other for other in seen):
+            continue
+        seen.append(one)
+        pending += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+        one.args = tuple(scrub(value) if isinstance(value, str) else value for value in one.args)
+        for name, value in list(vars(one).items()):
+            if isinstance(value, str):
+                vars(one)[name] = scrub(value)
+
+
+def scrub_loggers(*packages: str) -> None:
+    """Remove the secrets of this process from what the loggers of other packages log, as far as they exist by now.
+
+    A logger's filters see no record of the loggers below it, so each of them gets the filter. It costs nothing for a
+    record that is not logged.
+    """
+    prefixes = tuple(f"{package}." for package in packages)
+    for name, logger in logging.root.manager.loggerDict.copy().items():
+        if isinstance(logger, logging.Logger) and (name in packages or name.startswith(prefixes)):
+            # addFilter() does nothing for a filter that is there.
+            logger.addFilter(scrub_record)
+
+
+def enable_loggers() -> None:
+    """Switch on those of the library's loggers that are disabled, and say so in the log. Each ``start()`` calls it.
+
+    ``logging.config`` disables every logger that exists already and that the configuration does not name, unless
+    ``disable_existing_loggers`` is False. A program that logs by root's handlers hardly means the library by it.
+    """
+    disabled = []
+    for name in sorted(_names):
+        try:
+            logger = logging.getLogger(name)
+            if logger.disabled:
+                logger.disabled = False
+                disabled.append(name)
+        except Exception as error:  # noqa: BLE001  # A program may set a Logger class of its own.
+            _report(error)
+    if disabled:
+        _log.info(
+            "the loggers %s were disabled, as logging.config does unless disable_existing_loggers is False; they log "
+            "again (to silence them set a level)", ", ".join(disabled),
+        )  # fmt: skip
 
 
 def make_record(
@@ -138,7 +297,7 @@ def make_record(
 
 
 def _place_of(traceback: Optional[TracebackType]) -> str:
-    """Return where the code of the program that logging has called was left."""
+    """Return the place in the program's own code, called by logging, where the error was raised."""
     place = ""
     is_inside = False
     while traceback is not None:
@@ -170,6 +329,9 @@ def _report(error: BaseException) -> None:
             sys.stderr.flush()
     except Exception:  # noqa: BLE001  # A closed stderr, or one that logs what is written to it.
         return
-    except BaseException:
-        if threading.current_thread() is threading.main_thread():
+    except BaseException as problem:
+        if is_main_thread() or is_thrown(problem):
             raise
+
+
+_log = get_logger("sekuire.lifecycle")

@@ -1,4 +1,4 @@
-"""Let one thread do what several threads need at the same moment, and share what comes of it."""
+"""Let one thread do what several threads need at the same moment, and share its result or error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class Flight(Generic[_T]):
-    """One call in progress, and its result or error once it has ended. Any thread may wait for it.
+    """Hold one call in progress, and its result or error once it has ended. Any thread may wait for it.
 
     ``tag`` says what the call was made for: see ``may_share`` of :meth:`SingleFlight.run`.
     """
@@ -89,7 +89,7 @@ class SingleFlight(Generic[_T]):
         tag: object = None,
         may_share: Callable[[Flight[_T]], bool] = _share_all,
     ) -> _T:
-        """Call ``action`` on this thread, or wait for the thread that calls its own, and share what comes of that.
+        """Call ``action`` on this thread, or wait for the call in progress and share its result or error.
 
         ``action`` should look first whether it is still needed: another call may have ended just before.
 

@@ -11,14 +11,14 @@ import itertools
 import os
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Protocol, Tuple
 
 from ..errors import SekuireError
 from . import fork
-from .clock import Clock
+from .clock import Clock, time
+from .greenlets import is_thrown, patched_by
 from .logs import get_logger
 
 log = get_logger("sekuire.lifecycle")
@@ -27,12 +27,14 @@ log = get_logger("sekuire.lifecycle")
 LONG_WAIT = 3600.0
 #: Longest wait between two looks at a clock that counts a suspend. The wait itself stands still during one.
 LOOK_AGAIN = 1.0
+#: Seconds by which a periodic thread may be late before that is worth a warning.
+_LATE = 5.0
 
 _Call = Tuple[Callable[..., object], Tuple[Any, ...]]
 
 
 class Deadline:
-    """A moment on the monotonic clock, shared by all steps of one stop. It may be brought forward, never put off.
+    """Hold a moment that all steps of one stop share. It can move to an earlier time, never to a later one.
 
     ::
 
@@ -90,23 +92,33 @@ def join_all(threads: Iterable[threading.Thread], deadline: Deadline) -> List[st
 
 # -- who owns the current thread --------------------------------------------------------------------------------------
 
-_current = threading.local()
+# By the thread's number. A threading.local would be one for all greenlets if gevent or eventlet patches later.
+_owners: Dict[int, List[object]] = {}
 
 
 @contextlib.contextmanager
 def owned_by(owner: object) -> Iterator[None]:
     """Mark the current thread as working for ``owner``, so that a stop asked for from it does not wait for itself."""
-    stack: List[object] = _current.__dict__.setdefault("owners", [])
+    number = threading.get_ident()
+    stack = _owners.setdefault(number, [])
     stack.append(owner)
     try:
         yield
     finally:
         stack.pop()
+        if not stack:
+            del _owners[number]
 
 
 def is_owned_by(owner: object) -> bool:
     """Return True if the current thread works for ``owner``."""
-    return any(one is owner for one in _current.__dict__.get("owners", ()))
+    return any(one is owner for one in _owners.get(threading.get_ident(), ()))
+
+
+def owner_of_thread() -> object:
+    """Return the object that the current thread works for, None if it is not one of the library's."""
+    stack = _owners.get(threading.get_ident())
+    return stack[-1] if stack else None
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
@@ -131,13 +143,13 @@ def try_start(thread: threading.Thread) -> bool:
 
 
 class Periodic(Protocol):
-    """What a :class:`PeriodicThread` runs."""
+    """Do the work that a :class:`PeriodicThread` repeats."""
 
     def beat(self) -> None:
         """Do one round of the work."""
 
     def interval(self) -> float:
-        """Return the seconds from the begin of one round to that of the next."""
+        """Return the seconds from the start of one round to the start of the next."""
 
 
 class PeriodicThread:
@@ -200,7 +212,9 @@ class PeriodicThread:
                     self._work.beat()
                 except Exception:
                     log.exception("%s: one round failed; the next comes at its time", self.thread.name)
-                except BaseException as error:  # noqa: BLE001  # sys.exit() in a user's callback must not end it.
+                except BaseException as error:  # sys.exit() in a user's callback must not end it.
+                    if is_thrown(error):
+                        raise
                     log.error("%s: one round raised %s; ignored", self.thread.name, type(error).__name__)
                 self._wait_from(started)
 
@@ -213,7 +227,20 @@ class PeriodicThread:
             delay = started + self._work.interval() - self._now()
             if delay <= 0:
                 return
-            self._wake.wait(min(delay, self._longest_wait))
+            self._wait(min(delay, self._longest_wait))
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, and warn if this thread was kept from going on afterwards. A suspend does not count."""
+        asked_at = time.monotonic()
+        self._wake.wait(seconds)
+        late = time.monotonic() - asked_at - seconds
+        if late >= _LATE:
+            library = patched_by()
+            log.warning(
+                "%s could not run for %.0f s: %s", self.thread.name, late,
+                "the machine is overloaded, or code holds the interpreter" if library is None else
+                f"under {library} a greenlet that computes or blocks stops all others (docs/gevent.md)",
+            )  # fmt: skip
 
 
 class _CallThread(abc.ABC):
@@ -243,7 +270,7 @@ class _CallThread(abc.ABC):
 
     @abc.abstractmethod
     def _take(self) -> Optional[_Call]:
-        """Wait for the next call and take it out. Return None to end the thread. Needs the lock, which a wait frees."""
+        """Wait for the next call and take it out. Return None to end the thread. Needs the lock; a wait releases it."""
 
     def _start_thread(self) -> bool:
         """Start the thread. Return True if that fails for the first time. Needs the lock."""
@@ -274,7 +301,9 @@ class _CallThread(abc.ABC):
                     function(*args)
                 except Exception:
                     log.exception("%s: a %s failed: %r", self._name, self._calls[:-1], function)
-                except BaseException as error:  # noqa: BLE001  # sys.exit() must not end the thread of all calls.
+                except BaseException as error:  # sys.exit() must not end the thread of all calls.
+                    if is_thrown(error):
+                        raise
                     log.error("%s: a %s raised %s; ignored", self._name, self._calls[:-1], type(error).__name__)
 
 
@@ -311,6 +340,12 @@ class Timer(_CallThread):
         if must_warn:
             self._warn()
         return number
+
+    def retry(self) -> None:
+        """Start the thread if calls wait for one that could not be started."""
+        with self._condition:
+            if self._heap and self._thread is None and not self._is_closed:
+                self._start_thread()
 
     def cancel(self, number: int) -> None:
         """Forget a call that has not been made. After the call it does nothing."""
@@ -404,12 +439,14 @@ class CallbackThread(_CallThread):
 _leavers: weakref.WeakSet[Any] = weakref.WeakSet()
 _leave_lock = threading.Lock()
 _hooked = False
+_is_leaving = False
 
 
 def _after_fork() -> None:
     # A thread of the parent may have held the lock. In the child it would never be released.
-    global _leave_lock
+    global _leave_lock, _is_leaving
     _leave_lock = threading.Lock()
+    _is_leaving = False
     # A handler's thread that forks is the child's main thread. At the child's end concurrent.futures would have it join
     # itself, and multiprocessing would take the error for a failed child: exit code 1.
     thread = threading.current_thread()
@@ -435,7 +472,9 @@ def at_exit(leaver: Any) -> None:
             import concurrent.futures.thread  # noqa: F401
 
             register = getattr(threading, "_register_atexit", atexit.register)
-            register(_leave)
+            register(leave_all)
+            # eventlet replaces what calls such hooks. Each leaver leaves once all the same.
+            atexit.register(leave_all)
 
 
 def forget_exit(leaver: Any) -> None:
@@ -444,13 +483,22 @@ def forget_exit(leaver: Any) -> None:
         _leavers.discard(leaver)
 
 
-def _leave() -> None:
+def leave_all() -> None:
+    """Call ``leave()`` of all that asked for it with :func:`at_exit`, because the process ends."""
+    global _is_leaving
+    _is_leaving = True
     with _leave_lock:
         leavers = list(_leavers)
+        _leavers.clear()
     for leaver in leavers:
         if leaver.pid == os.getpid():
             with contextlib.suppress(Exception):
                 leaver.leave()
+
+
+def is_leaving() -> bool:
+    """Return True once the interpreter ends: no executor accepts work, and connections of the program may be closed."""
+    return _is_leaving
 
 
 def check_process(pid: int, what: str) -> None:
@@ -461,7 +509,7 @@ def check_process(pid: int, what: str) -> None:
     if os.getpid() != pid:
         raise SekuireError(
             f"this {what} was started in process {pid}, and its threads and sockets stayed there; "
-            f"after fork() make a new {what} in the child (in gunicorn: in post_fork, not before preload)"
+            f"after fork() make a new {what} in the child (in gunicorn: in post_worker_init)"
         )
 
 
@@ -484,12 +532,18 @@ def is_in_executor() -> bool:
 
 
 def check_starter(what: str) -> None:
-    """Refuse to start in a process that runs handlers for another one, which has imported the module that starts it.
+    """Refuse to start in a process where no thread of the library would run, or none should.
 
-    :raises SekuireError: this is such a process.
+    :raises SekuireError: it runs handlers for another process, whose main module it has imported; or uWSGI runs it
+        without threads.
     """
     if is_in_executor():
         raise SekuireError(
             f"a process that runs handlers was about to start a {what} of its own, because it imports the module that "
             "does so; start it under `if __name__ == '__main__':`, or keep handlers in a module apart (TaskRegistry)"
+        )
+    if getattr(sys.modules.get("uwsgi"), "has_threads", True) in (0, False):
+        raise SekuireError(
+            f"uWSGI runs this process without Python threads, so a {what} would stand still; start uWSGI with "
+            "enable-threads = true (--enable-threads)"
         )

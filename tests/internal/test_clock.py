@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import pathlib
 import sys
 import time
 import types
@@ -9,6 +11,7 @@ from typing import List
 
 import pytest
 
+import sekuire
 from sekuire._internal.clock import SYSTEM_CLOCK, Clock, WallElapsed, choose_elapsed
 
 from ..support.servers import run_python
@@ -87,6 +90,7 @@ def test_the_wall_clock_as_addition() -> None:
     assert clock.offset() == pytest.approx(3602.0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs CLOCK_BOOTTIME")
 def test_a_suspend_of_a_real_process() -> None:
     """A process whose machine slept beats when it wakes, keeps its work if the platform answers, else cancels it.
@@ -134,3 +138,18 @@ def test_a_suspend_of_a_real_process() -> None:
                 platform.start()
         """
     )
+
+
+def test_the_library_reads_the_real_clocks() -> None:
+    """No module but the command line's takes the clocks from where a test may freeze them."""
+    root = pathlib.Path(sekuire.__file__).parent
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if place.parts[0] == "cli" or place == pathlib.Path("_internal", "clock.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if "time" in names or (isinstance(node, ast.ImportFrom) and node.module == "time"):
+                found.append(f"{place}:{node.lineno}")
+    assert found == [], "use: from .._internal.clock import time"

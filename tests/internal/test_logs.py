@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import logging
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+import types
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
@@ -16,7 +18,8 @@ import pytest
 import sekuire
 from sekuire import TaskContext
 from sekuire._internal import logs
-from sekuire._internal.logs import get_logger
+from sekuire._internal.logs import SparseLog, get_logger
+from sekuire.secret import Secret
 from sekuire.wire.models import Task
 
 from ..support.waiting import GUARD
@@ -118,6 +121,106 @@ def test_the_search_finds_each_form(source: str) -> None:
 
 
 # -- the helper -------------------------------------------------------------------------------------------------------
+
+
+LIFE = """
+import logging, sys
+from logging.config import dictConfig, fileConfig
+from sekuire import Beacon, SekuireSDK, TaskRegistry, create_worker
+from sekuire.local import LocalPlatform
+from sekuire.testing import AGENT
+
+tasks = TaskRegistry()
+tasks.task("speak", lambda ctx, input: ctx.logger.info("the handler speaks"))
+with LocalPlatform() as platform:
+    options = {"api_base_url": platform.url, "agent_id": AGENT, "install_token": platform.create_install_token(AGENT)}
+    worker = create_worker(**options)
+    worker.include(tasks)
+    # As the documentation of Flask has it, after the library was imported.
+    if sys.argv[1] == "dict":
+        handler = {"class": "logging.StreamHandler", "formatter": "f"}
+        dictConfig({
+            "version": 1, "formatters": {"f": {"format": "%(name)s: %(message)s"}},
+            "handlers": {"o": handler}, "root": {"level": "INFO", "handlers": ["o"]},
+        })
+    else:
+        fileConfig(sys.argv[2])
+    assert logging.getLogger("sekuire.task").disabled
+    if sys.argv[1] == "beacon":
+        with Beacon(**options):
+            pass
+    elif sys.argv[1] == "sdk":
+        with SekuireSDK(**options, auto_heartbeat=False):
+            pass
+    else:
+        with worker:
+            platform.wait(platform.submit("speak", None), timeout=60)
+    names = [name for name in logging.Logger.manager.loggerDict if name.startswith("sekuire")]
+    print([name for name in names if logging.getLogger(name).disabled])
+"""
+
+FILE = """
+[loggers]
+keys=root
+[handlers]
+keys=o
+[formatters]
+keys=f
+[logger_root]
+level=INFO
+handlers=o
+[handler_o]
+class=StreamHandler
+args=()
+formatter=f
+[formatter_f]
+format=%(name)s: %(message)s
+"""
+
+
+@pytest.mark.parametrize("how", ["dict", "file", "beacon", "sdk"])
+def test_loggers_that_a_configuration_disabled(how: str, tmp_path: pathlib.Path) -> None:
+    """Each start() switches the library's loggers on again, those of its children included, and says so."""
+    (tmp_path / "life.py").write_text(LIFE)
+    (tmp_path / "logging.ini").write_text(FILE)
+    done = subprocess.run(
+        [sys.executable, "life.py", how, "logging.ini"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=GUARD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+    assert "sekuire.lifecycle: the loggers " in done.stderr
+    assert (
+        "sekuire.worker were disabled, as logging.config does unless disable_existing_loggers is False" in done.stderr
+    )
+    if how in ("dict", "file"):
+        assert re.search(r"^sekuire\.task: \[.+\] the handler speaks$", done.stderr, re.MULTILINE)
+
+
+def test_a_logger_class_that_cannot_be_enabled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a program's own Logger class raises costs one line on stderr."""
+
+    class Guarded(logging.Logger):
+        @property
+        def disabled(self) -> bool:  # type: ignore[override]
+            if is_broken:
+                raise RuntimeError
+            return False
+
+        @disabled.setter
+        def disabled(self, value: bool) -> None: ...
+
+    is_broken = True
+    monkeypatch.setattr(logs, "_said", {})
+    monkeypatch.setattr(logs, "_names", {NAME})
+    monkeypatch.setitem(logging.Logger.manager.loggerDict, NAME, Guarded(NAME))
+    logs.enable_loggers()
+    is_broken = False  # pytest looks at all loggers.
+    assert (
+        "a filter, handler, formatter or record factory of this program raised RuntimeError" in capsys.readouterr().err
+    )
 
 
 def test_a_record_names_the_line_that_logs(records: List[logging.LogRecord]) -> None:
@@ -226,6 +329,33 @@ def test_an_exit_in_the_main_thread_gets_out(records: List[logging.LogRecord]) -
             get_logger(NAME).error("x")
     finally:
         logger.removeFilter(leave)
+
+
+def test_what_is_thrown_into_a_greenlet_gets_out(
+    records: List[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill that reaches a greenlet in a log call ends it, in any thread."""
+    monkeypatch.setitem(sys.modules, "greenlet", types.SimpleNamespace(GreenletExit=Abort))
+    problems: List[BaseException] = []
+
+    def kill(record: logging.LogRecord) -> bool:
+        raise Abort
+
+    def log() -> None:
+        try:
+            get_logger(NAME).error("x")
+        except BaseException as problem:
+            problems.append(problem)
+
+    logger = logging.getLogger(NAME)
+    logger.addFilter(kill)
+    try:
+        thread = threading.Thread(target=log)
+        thread.start()
+        thread.join()
+    finally:
+        logger.removeFilter(kill)
+    assert [type(one) for one in problems] == [Abort]
 
 
 class NoOutput:
@@ -353,3 +483,122 @@ def test_what_logging_raises_reaches_the_author(records: List[logging.LogRecord]
         logger.removeFilter(refuse)
     with pytest.raises(KeyError):
         context_of().logger.info("x", extra={"message": "x"})
+
+
+def test_errors_that_a_platform_causes(caplog: pytest.LogCaptureFixture) -> None:
+    """Some are logged; the last one says that more are counted, and the next one how many were."""
+    log = SparseLog("sekuire.test", most=2, seconds=1000.0)
+    for number in range(500):
+        log.error("error %d", number)
+    log = SparseLog("sekuire.test", most=2, seconds=0.0)
+    log._left_out = 7
+    log.error("error %d", 500)
+    assert [record.getMessage() for record in caplog.records] == [
+        "error 0",
+        "error 1; further ones are only counted for 1000 s",
+        "error 500 (7 such errors before it were not logged)",
+    ]
+    assert {record.funcName for record in caplog.records} == {"test_errors_that_a_platform_causes"}
+
+
+# -- secrets in the lines of others -----------------------------------------------------------------------------------
+
+TOKEN = "skt_in-the-log-of-another"
+
+
+@pytest.fixture
+def other() -> Iterator[Tuple[logging.Logger, List[logging.LogRecord]]]:
+    """A logger below another package's, and what a handler of the root logger gets."""
+    secret = Secret(TOKEN)
+    logger = logging.getLogger("other_package.module")
+    logs.scrub_loggers("other_package")
+    handler = Records()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.root.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield logger, handler.seen
+    logging.root.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+    assert secret.reveal() == TOKEN
+
+
+def test_a_line_of_another_library(other: Any) -> None:
+    """Its message loses the secret, once however often it is asked for; a line without one is as it was."""
+    logger, seen = other
+    for _ in range(3):
+        logs.scrub_loggers("other_package")
+    logger.debug("sent %r to %s", {"Authorization": f"Bearer {TOKEN}"}, "host")
+    logger.debug("sent %d to %s, 100 %%", 5, "host")
+    assert [record.getMessage() for record in seen] == [
+        "sent {'Authorization': 'Bearer ***'} to host",
+        "sent 5 to host, 100 %",
+    ]
+    assert seen[0].args is None
+    assert seen[1].args == (5, "host")
+    assert logger.filters == [logs.scrub_record]
+
+
+def test_an_exception_of_another_library(other: Any) -> None:
+    """Its text is masked, and what it came from too. One that cannot be masked is kept as text only."""
+    logger, seen = other
+    for error in (ValueError(f"refused: {TOKEN}"), ValueError("refused"), Stubborn()):
+        try:
+            raise error from KeyError(TOKEN) if isinstance(error, Stubborn) or TOKEN in str(error) else None
+        except ValueError:
+            logger.warning("it failed", exc_info=True)
+    masked, free, stubborn = seen
+    assert masked.exc_info is not None
+    assert "ValueError: refused: ***" in logging.Formatter().format(masked)
+    assert TOKEN not in repr((masked.exc_info[1], masked.exc_info[1].__cause__))  # type: ignore[union-attr]
+    assert free.exc_info is not None
+    assert str(free.exc_info[1]) == "refused"
+    assert stubborn.exc_info is None
+    assert "Stubborn: ***" in logging.Formatter().format(stubborn)
+    assert TOKEN not in logging.Formatter().format(stubborn)
+
+
+class Stubborn(ValueError):
+    def __str__(self) -> str:
+        return TOKEN
+
+
+@pytest.mark.parametrize("message", ["%d", "%s %s", "%s"])
+def test_a_line_that_does_not_fit_its_arguments(message: str) -> None:
+    """The filter raises nothing of its own, and leaves the line to the program's handlers."""
+    record = logging.LogRecord("other", logging.WARNING, "x.py", 1, message, (Unprintable(),), None)
+    assert logs.scrub_record(record)
+    assert record.msg == message
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_it_costs_nothing_while_nothing_is_logged(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the logger's level no filter is asked."""
+    logger, _ = other
+    calls: List[str] = []
+
+    def scrubbed(text: str) -> str:
+        calls.append(text)
+        return text
+
+    monkeypatch.setattr(logs, "scrub", scrubbed)
+    logger.setLevel(logging.INFO)
+    logger.debug("not logged")
+    logger.info("logged")
+    assert calls == ["logged"]
+
+
+def test_warnings_of_our_own(records: List[logging.LogRecord]) -> None:
+    """A warning or a logged exception of the library may quote what a server or a handler says."""
+    secret = Secret(TOKEN)
+    log = get_logger(NAME)
+    log.warning("the server says %s", TOKEN)
+    try:
+        raise ValueError(secret.reveal())
+    except ValueError:
+        log.debug("it failed", exc_info=True)
+    assert records[0].getMessage() == "the server says ***"
+    assert "ValueError: ***" in logging.Formatter().format(records[1])

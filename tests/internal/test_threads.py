@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 import time
+import types
 from typing import Any, Callable, Iterator, List, Optional
 
 import pytest
@@ -18,6 +20,7 @@ from sekuire._internal.threads import (
     PeriodicThread,
     Timer,
     check_process,
+    check_starter,
     is_owned_by,
     join_all,
     owned_by,
@@ -153,6 +156,43 @@ def test_a_periodic_thread_beats_at_once_and_when_nudged() -> None:
     periodic.stop()
     assert periodic.join(Deadline(GUARD))
     assert not periodic.thread.is_alive()
+
+
+def test_a_periodic_thread_that_cannot_run(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns if it could go on only long after its wait was over. One that was woken early or in time does not."""
+    monkeypatch.setattr(thread_tools, "_LATE", -GUARD)
+    beats = Beats()
+    periodic = PeriodicThread("test-periodic", beats.every(lambda: 0.001))
+    with caplog.at_level(logging.WARNING):
+        periodic.start()
+        beats.wait_for(2)
+    monkeypatch.setattr(thread_tools, "_LATE", GUARD)
+    periodic.stop()
+    assert periodic.join(Deadline(GUARD))
+    assert "test-periodic could not run for" in caplog.text
+    assert "overloaded" in caplog.text
+
+
+def test_owners_where_threads_become_greenlets_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who owns a thread is kept by its number, and not in a threading.local, which all greenlets would share."""
+    numbers = iter([1, 1, 2, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "get_ident", lambda: next(numbers))
+        owner = object()
+        with owned_by(owner):
+            found = [is_owned_by(owner), is_owned_by(owner), is_owned_by(owner)]
+    assert found == [True, False, True]
+
+
+@pytest.mark.parametrize(("has_threads", "is_refused"), [(0, True), (1, False)])
+def test_uwsgi_without_threads(monkeypatch: pytest.MonkeyPatch, has_threads: int, is_refused: bool) -> None:
+    """In a uWSGI process whose Python has no threads nothing is started that would stand still."""
+    monkeypatch.setitem(sys.modules, "uwsgi", types.SimpleNamespace(has_threads=has_threads))
+    if not is_refused:
+        check_starter("Worker")
+        return
+    with pytest.raises(SekuireError, match="a Worker would stand still; start uWSGI with enable-threads"):
+        check_starter("Worker")
 
 
 def test_a_periodic_thread_beats_by_itself() -> None:
