@@ -6,10 +6,12 @@ token: tests/test_canary.py checks that.
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Tuple
 
 __all__ = [
     "APIError",
+    "ApprovalDenied",
+    "ApprovalExpired",
     "AuthenticationError",
     "ConfigurationError",
     "PlanLimitError",
@@ -21,6 +23,8 @@ __all__ = [
     "StreamError",
     "TaskCancelled",
     "TaskError",
+    "TaskFailed",
+    "TaskTimeout",
     "TransportError",
 ]
 
@@ -97,6 +101,10 @@ class TransportError(SekuireError):
         self.retry_after = retry_after or None
         #: True if kept connections were found dead during the call. The next call makes a new one.
         self.was_stale = False
+        #: False if nothing was sent, because no connection could be made.
+        self.was_sent = True
+        #: True if the answer has more bytes than the caller accepts.
+        self.is_too_large = False
 
     def __str__(self) -> str:
         return self.message
@@ -139,7 +147,7 @@ class PlanLimitError(APIError):
 
     @property
     def required_plan(self) -> Optional[str]:
-        """Return the plan that would allow it, or None if the platform names none."""
+        """Return the plan that the request needs, or None if the platform names none."""
         return _text((self.details or {}).get("required_plan"))
 
     @property
@@ -162,7 +170,7 @@ class PlanLimitError(APIError):
 
 
 class StreamError(SekuireError):
-    """Report a task stream that cannot be used, and that a retry would not help."""
+    """Report that the task stream cannot be used, and that a retry would not help."""
 
 
 class RevokedError(SekuireError):
@@ -205,6 +213,57 @@ class TaskError(SekuireError):
         return f"{self.code}: {self.message}" if self.message else self.code
 
 
+class ApprovalDenied(TaskError):
+    """Report that a person has denied what was asked for, or that nobody could be asked. ::
+
+        @worker.on_task("refund")
+        def refund(ctx, input):
+            try:
+                ctx.require_approval("refund", {"amount": input["amount"]})
+            except ApprovalDenied as error:
+                return {"refunded": False, "because": error.reason}
+
+    A handler that does not catch it fails its task with ``approval_denied``. ``details`` has what is known of the
+    request: ``kind``, ``name``, ``approval_id``, ``decided_by`` and ``reason``.
+    """
+
+    def __init__(self, message: str = "", details: Optional[Mapping[str, Any]] = None) -> None:
+        super().__init__("approval_denied", message, False, details)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), (self.message, self.details)
+
+    @property
+    def reason(self) -> Optional[str]:
+        """Return the reason that the person gave, None without one."""
+        return (self.details or {}).get("reason")
+
+    @property
+    def decided_by(self) -> Optional[str]:
+        """Return who says to have decided, None if that is not known."""
+        return (self.details or {}).get("decided_by")
+
+
+class ApprovalExpired(TaskError):
+    """Report that nobody decided in time, which counts as denied. ::
+
+        @worker.on_task("remind")
+        def remind(ctx, input):
+            try:
+                ctx.require_approval("remind", input, timeout=60.0)
+            except ApprovalExpired:
+                return {"sent": False}
+
+    A handler that does not catch it fails its task with ``approval_expired``, which is retryable.
+    """
+
+    def __init__(self, message: str = "", details: Optional[Mapping[str, Any]] = None) -> None:
+        super().__init__("approval_expired", message, True, details)
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        return type(self), (self.message, self.details)
+
+
 class TaskCancelled(SekuireError):
     """Report that the task's context was cancelled. ::
 
@@ -222,6 +281,64 @@ class TaskCancelled(SekuireError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class TaskFailed(SekuireError):
+    """Report that a task that this program submitted has failed. ::
+
+        try:
+            client.call("refund", {"amount": 5}, expires_in=0.5)
+        except TaskFailed as error:
+            print(error.code)  # expired
+
+    ``code``, ``message`` and ``details`` are the handler's, or the library's (docs/protocol.md). ``retryable`` is True
+    if trying again may help.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str = "",
+        details: Optional[Mapping[str, Any]] = None,
+        retryable: bool = False,
+        task_id: Optional[str] = None,
+    ) -> None:
+        super().__init__(code, message, details, retryable, task_id)
+        self.code = code
+        self.message = message
+        self.details = details
+        self.retryable = retryable
+        self.task_id = task_id
+
+    def __str__(self) -> str:
+        text = f"{self.code}: {self.message}" if self.message else self.code
+        return f"the task {self.task_id} failed: {text}" if self.task_id else text
+
+
+class TaskTimeout(SekuireError):
+    """Report that the time to wait for a task has passed. The task goes on. ::
+
+        try:
+            client.call("report", {"year": 2026}, wait=0.5)
+        except TaskTimeout as error:
+            handle = client.handle(error.task_id)  # to ask later
+            print(handle.status())  # queued
+
+    ``status`` is the task's last known one, such as ``"queued"``, or None.
+    """
+
+    def __init__(self, task_id: str, status: Optional[str] = None, problem: Optional[str] = None) -> None:
+        super().__init__(task_id, status, problem)
+        self.task_id = task_id
+        self.status = status
+        #: Why the platform could not be asked last, or None.
+        self.problem = problem
+
+    def __str__(self) -> str:
+        text = f"the task {self.task_id} has no result yet"
+        if self.status:
+            text += f" (it is {self.status})"
+        return f"{text}; {self.problem}" if self.problem else text
 
 
 class PolicyViolationError(SekuireError):

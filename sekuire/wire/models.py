@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional, Tuple
 
 import attrs
 
+from .._internal.values import Value
 from ..errors import ConfigurationError
-from ..secret import Secret, check_secret, to_secret
+from ..secret import Secret, check_secret, discreet_class, to_secret
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard
 
 __all__ = [
+    "Approval",
     "BeaconStatus",
+    "Cancel",
     "Command",
     "Completion",
     "Connected",
@@ -24,6 +27,7 @@ __all__ = [
     "HeartbeatReply",
     "RuntimeCredentials",
     "Task",
+    "WorkerHealth",
     "WorkerReport",
     "WorkerStats",
     "is_id",
@@ -33,8 +37,8 @@ __all__ = [
 MAX_ID_BYTES = 256
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Task:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Task(Value):
     """Hold one unit of work as the platform sent it (docs/protocol.md, "Tasks"); ``timeout`` in seconds.
 
     ``size`` is the number of characters of the JSON that it came in, or 0 if it came otherwise.
@@ -54,8 +58,8 @@ class Task:
     size: int = attrs.field(default=0, eq=False, repr=False)
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Command:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Command(Value):
     """Hold an order of the platform: ``type`` is ``"pause"``, ``"resume"`` or ``"terminate"``; times in seconds."""
 
     type: str
@@ -64,8 +68,32 @@ class Command:
     shutdown_timeout: Optional[float] = None
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Connected:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Cancel(Value):
+    """Hold the wish to end one task, and why."""
+
+    task_id: str
+    reason: Optional[str] = None
+
+
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Approval(Value):
+    """Hold the state of a request for approval: ``"pending"``, ``"approved"``, ``"denied"`` or ``"expired"``.
+
+    ``decided_by`` is a claim of whoever decided. Everything but ``status`` may be absent from an answer.
+    """
+
+    status: str
+    approval_id: Optional[str] = None
+    task_id: Optional[str] = None
+    decided_by: Optional[str] = None
+    reason: Optional[str] = None
+    digest: Optional[str] = None
+    expires_at: Optional[dt.datetime] = None
+
+
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Connected(Value):
     """Hold the stream's first event; ``heartbeat_interval`` in seconds."""
 
     installation_id: Optional[str] = None
@@ -75,29 +103,39 @@ class Connected:
     ignored: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Failure:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Failure(Value):
     """Say why a task failed: a code (docs/protocol.md, or the handler's), a message, and advice to the requester."""
 
     code: str
     message: str = ""
     retryable: bool = False
     details: Optional[Mapping[str, Any]] = None
+    #: A line of the log says it, with more than this does.
+    is_logged: bool = attrs.field(default=False, eq=False, repr=False)
+
+    def as_logged(self) -> Failure:
+        """Return a copy that no further line of the log repeats."""
+        return attrs.evolve(self, is_logged=True)
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Completion:
-    """Hold the one result of a task: its ``failure`` if that is not None, or else its ``output``."""
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Completion(Value):
+    """Hold the one result of a task: its ``failure`` if that is not None, or else its ``output``.
+
+    ``capability`` is for error texts. It is not sent.
+    """
 
     task_id: str
     attempt: int
-    output: Any = None
+    output: Any = attrs.field(default=None, repr=False)
     failure: Optional[Failure] = None
     execution_time_ms: int = 0
+    capability: str = ""
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class WorkerReport:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class WorkerReport(Value):
     """Hold what one worker says of itself in a heartbeat."""
 
     worker_id: str
@@ -106,8 +144,8 @@ class WorkerReport:
     capabilities: Tuple[str, ...] = ()
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class HeartbeatReply:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class HeartbeatReply(Value):
     """Hold the platform's answer to a heartbeat. Every field is optional; lifetimes and intervals are in seconds.
 
     A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing about it.
@@ -124,6 +162,8 @@ class HeartbeatReply:
     reason: Optional[str] = None
     shutdown_timeout: Optional[float] = None
     desired_state: Optional[str] = None
+    #: Tasks that were cancelled and have no result.
+    cancel_tasks: Tuple[str, ...] = ()
     #: The decoded JSON as it came, for a policy gateway of the user's own.
     raw: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
     #: Field → why its value is not used.
@@ -153,8 +193,9 @@ def is_id(value: object) -> TypeGuard[str]:
     return len(value.encode()) <= MAX_ID_BYTES
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class RuntimeCredentials:
+@discreet_class
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class RuntimeCredentials(Value):
     """Hold an installation's id, its runtime token, and the refresh token that renews it. ::
 
         credentials = RuntimeCredentials(installation_id="inst-1", runtime_token="skr_runtime_...")
@@ -182,6 +223,10 @@ class RuntimeCredentials:
                 "must be a non-empty str of at most 256 bytes without control characters", attribute.name
             )
 
+    def __bool__(self) -> bool:
+        """Return True if they name an installation. ``if sdk.installation_credentials:`` asks whether there is one."""
+        return self.installation_id is not None
+
     def to_env(self) -> Dict[str, str]:
         """Return the ``SEKUIRE_...`` variables as plain strings, without those that have no value."""
         values = {
@@ -193,8 +238,8 @@ class RuntimeCredentials:
         return {name: value for name, value in values.items() if value is not None}
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Grant:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Grant(Value):
     """Hold the answer of bootstrap, recover or refresh; lifetimes in seconds, None if unknown.
 
     A ``lease_lifetime`` of 0 means that the platform has ended the lease, None that the answer says nothing about it.
@@ -205,12 +250,14 @@ class Grant:
     lease_lifetime: Optional[float] = None
     lease_expires_at: Optional[dt.datetime] = None
     heartbeat_interval: Optional[float] = None
+    #: How many more installations the install token can make, if the platform says so.
+    install_token_uses_left: Optional[int] = None
     #: Field → why its value is not used.
     ignored: Mapping[str, str] = attrs.field(factory=dict, eq=False)
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class WorkerStats:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class WorkerStats(Value):
     """Count the tasks of one worker since its start, and say when its lease ends.
 
     ``received`` counts task events. ``waiting`` counts tasks that wait now for a thread, the lease, or results to be
@@ -237,8 +284,45 @@ class WorkerStats:
     lease_expires_at: Optional[dt.datetime] = None
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class BeaconStatus:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class WorkerHealth(Value):
+    """Say how one worker is, at one moment. ::
+
+        health = worker.health()
+        if not health.ready:
+            print(", ".join(health.reasons))  # paused, no lease
+
+    ``live`` is False if the worker's own threads have failed, so that only a restart helps. The platform has no part in
+    it. ``ready`` is True if a task that came now would run. If not, ``reasons`` holds at least one of ``"draining"``,
+    ``"paused"``, ``"stream closed"``, ``"no lease"`` and ``"policy missing"``. ``notes`` holds what is worth a look and
+    keeps nothing from running.
+
+    ``state`` is ``"new"``, ``"running"``, ``"stopping"`` or ``"stopped"``. ``lease_seconds_left`` is negative after the
+    lease's end, and None if the platform has sent no lease. ``heartbeat_age`` is the number of seconds since the last
+    heartbeat that the platform accepted, None before the first. ``error`` is the text of the error because of which the
+    worker stops.
+    """
+
+    agent_id: str
+    worker_id: str
+    state: str = "new"
+    live: bool = True
+    ready: bool = False
+    reasons: Tuple[str, ...] = ()
+    notes: Tuple[str, ...] = ()
+    installation_id: Optional[str] = None
+    capabilities: Tuple[str, ...] = ()
+    max_workers: int = 0
+    policy: str = ""
+    approvals_waiting: int = 0
+    lease_seconds_left: Optional[float] = None
+    heartbeat_age: Optional[float] = None
+    error: Optional[str] = None
+    stats: WorkerStats = WorkerStats()
+
+
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class BeaconStatus(Value):
     """Hold the state of a Beacon.
 
     ``state`` is ``"new"``, ``"connecting"``, ``"connected"``, ``"degraded"`` (the platform is unreachable or refuses;

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NoReturn, 
 from urllib.parse import quote
 
 from .._internal.checks import is_number
+from .._internal.clock import time
 from ..errors import APIError, ConfigurationError, PlanLimitError, RevokedError
 from ..secret import Secret
 from ..version import __version__
+from .canonical import canonical_json
 from .models import (
     MAX_ID_BYTES,
+    Approval,
+    Cancel,
     Command,
     Completion,
     Connected,
@@ -47,11 +51,17 @@ STREAM_TYPE = "text/event-stream"
 EVENT_TASK = "task"
 EVENT_COMMAND = "command"
 EVENT_CONNECTED = "connected"
+EVENT_CANCEL = "cancel"
+EVENT_APPROVAL = "approval"
 EVENT_PING = "ping"
 EVENT_MESSAGE = "message"
 
 COMMANDS = ("pause", "resume", "terminate")
 
+#: The code of credentials that belong to another agent.
+CODE_WRONG_AGENT = "WRONG_AGENT"
+#: The code of an install token that the platform has not made.
+CODE_UNKNOWN_INSTALL_TOKEN = "INVALID_INSTALL_TOKEN"
 CODE_REVOKED = "INSTALLATION_REVOKED"
 _CODE_REVOKED = CODE_REVOKED.encode()
 
@@ -85,12 +95,31 @@ RETRYABLE = {
     "result_not_serializable": False,
     "result_too_large": False,
     "result_rejected": False,
+    "expired": False,
+    "approval_denied": False,
+    "approval_expired": True,
 }
+
+#: What an approval is asked for, the states of a request, and what a person may decide.
+APPROVAL_KINDS = ("tool", "capability", "action")
+APPROVAL_STATES = ("pending", "approved", "denied", "expired")
+DECISIONS = ("approved", "denied")
+
+#: The last states of a task.
+FINAL_STATES = ("completed", "failed")
+#: All states of a task.
+TASK_STATES = ("queued", "assigned", *FINAL_STATES)
+#: Longest wait of one question for a task (milliseconds), and most tasks of one question.
+MAX_WAIT_MS, MAX_IDS = 20_000, 100
 
 #: Longest lifetime (seconds) of a token. A longer one counts as unknown.
 MAX_TOKEN_LIFETIME = 400 * 24 * 3600.0
-#: Longest duration (seconds) of a wire field in milliseconds. A longer one counts as absent.
+#: Longest duration (seconds) of a wire field in milliseconds, 30 days. A client ignores a longer one that it receives.
 MAX_DURATION = 30 * 24 * 3600.0
+#: Most bytes of one schema of a capability.
+MAX_SCHEMA = 64 * 1024
+#: Most bytes of the details of an approval, in their canonical form.
+MAX_DETAILS = 64 * 1024
 #: Shortest and longest interval of heartbeats (seconds) that a platform can set.
 MIN_INTERVAL, MAX_INTERVAL = 0.5, 24 * 3600.0
 #: Longest ``Retry-After`` (seconds) that is honoured.
@@ -102,11 +131,11 @@ MAX_ERROR_TEXT = 500
 
 
 class Malformed(ValueError):
-    """Raised for an answer or event that breaks the contract. The text names the field and never quotes a token."""
+    """Report an answer or event that breaks the contract. The text names the field and never quotes a token."""
 
 
 class MalformedTask(Malformed):
-    """Raised for a task that cannot run. If ``task_id`` is not None it can be answered ``invalid_task``."""
+    """Report a task that cannot run. If ``task_id`` is not None it can be answered ``invalid_task``."""
 
     def __init__(self, reason: str, task_id: Optional[str] = None, attempt: int = 1) -> None:
         super().__init__(reason)
@@ -121,6 +150,7 @@ _PATHS: Dict[str, str] = {
     "recover": "/installations/recover",
     "refresh": "/installations/{installation_id}/refresh",
     "heartbeat": "/installations/{installation_id}/heartbeat",
+    "capabilities": "/installations/{installation_id}/capabilities",
     "revoke": "/installations/{installation_id}/revoke",
     "commands": "/installations/{installation_id}/commands",
     "installations": "/installations",
@@ -128,9 +158,15 @@ _PATHS: Dict[str, str] = {
     "tasks": "/tasks",
     "task": "/tasks/{task_id}",
     "task_stream": "/tasks/stream",
+    "cancel": "/tasks/{task_id}/cancel",
+    "retry": "/tasks/{task_id}/retry",
     "complete": "/tasks/{task_id}/complete",
     "release": "/tasks/{task_id}/release",
     "progress": "/tasks/{task_id}/progress",
+    "approvals": "/tasks/{task_id}/approvals",
+    "approval": "/tasks/{task_id}/approvals/{approval_id}",
+    "approval_list": "/approvals",
+    "decision": "/approvals/{approval_id}/decision",
     "policy": "/workspaces/{workspace_id}/policy",
     "logs": "/logs",
 }
@@ -145,7 +181,8 @@ class Endpoints:
     """Hold the contract's paths, with a user's overrides.
 
     :param overrides: endpoint name → path appended to ``api_base_url``. It begins with one ``/`` and has the
-        placeholders of the path that it replaces, for example ``{"refresh": "/v2/{installation_id}/renew"}``.
+        placeholders of the path that it replaces, for example ``{"refresh": "/v2/{installation_id}/renew"}``. That of
+        ``bootstrap`` may hold ``{installation_id}``, as on older platforms.
     :raises ConfigurationError: an unknown name, a path with a host, a query or ``..``, or a wrong placeholder.
     """
 
@@ -181,9 +218,17 @@ class Endpoints:
             )
         if any(segment in (".", "..") for segment in path.split("/")):
             raise ConfigurationError("must not hold '.' or '..' segments", option)
-        if _placeholders(path, option) != _placeholders(default, option):
+        found = _placeholders(path, option)
+        # The older platform names the installation in the path of a bootstrap.
+        is_old_bootstrap = name == "bootstrap" and found == ["installation_id"]
+        if found != _placeholders(default, option) and not is_old_bootstrap:
             wanted = ", ".join(f"{{{key}}}" for key in _placeholders(default, option)) or "none"
             raise ConfigurationError(f"must hold exactly these placeholders: {wanted}", option)
+
+    @property
+    def bootstrap_names_installation(self) -> bool:
+        """Return True if the path of bootstrap holds an installation's id."""
+        return "{" in self._paths["bootstrap"]
 
 
 def _placeholders(template: str, option: str) -> List[str]:
@@ -200,11 +245,17 @@ def _placeholders(template: str, option: str) -> List[str]:
     return sorted(names)
 
 
+#: Matches an id that needs no encoding, as nearly all are.
+_is_plain_id = re.compile(f"[A-Za-z0-9_.~-]{{1,{MAX_ID_BYTES}}}").fullmatch
+
+
 def encode_id(value: str) -> str:
     """Return ``value`` percent-encoded for a path segment or a header.
 
     :raises Malformed: it is not an id.
     """
+    if _is_plain_id(value) and value not in (".", ".."):
+        return value
     if not is_id(value):
         raise Malformed("an id is empty, too long, '.' or '..', or holds control characters")
     return quote(value, safe="")
@@ -232,9 +283,13 @@ def bearer(token: Secret) -> Tuple[str, str]:
     return "Authorization", f"Bearer {token.reveal()}"
 
 
+#: The header of an API key, and the one that goes with each API key where the user names a device.
+API_KEY_HEADER, FINGERPRINT_HEADER = "X-API-Key", "X-Device-Fingerprint"
+
+
 def api_key_header(key: Secret) -> Tuple[str, str]:
     """Return the header of an API key. It is plain text: build it only where the request is sent."""
-    return "X-API-Key", key.reveal()
+    return API_KEY_HEADER, key.reveal()
 
 
 def idempotency_key(endpoint: str, credential: Secret, agent_id: str, holder: str) -> str:
@@ -290,7 +345,7 @@ _RFC3339 = re.compile(
 
 def utc_now() -> dt.datetime:
     """Return the time of our clock, as an aware UTC datetime."""
-    return dt.datetime.now(dt.timezone.utc)
+    return dt.datetime.fromtimestamp(time.time(), dt.timezone.utc)
 
 
 def parse_time(value: object) -> Optional[dt.datetime]:
@@ -371,11 +426,12 @@ def has_ended(end: Optional[dt.datetime], date: Optional[str]) -> bool:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse ``NaN`` and ``Infinity``, which Python's decoder accepts: the ``parse_constant`` of a strict one."""
     raise Malformed(f"{name} is not JSON")
 
 
-_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+_STRICT = json.JSONDecoder(parse_constant=refuse_constant)
 _ENCODE: Callable[[Any], str] = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=True
 ).encode
@@ -498,11 +554,17 @@ def heartbeat_body(
     return encode_json(body)
 
 
-def completion_head(completion: Completion) -> bytes:
+def capabilities_body(capabilities: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the body that publishes what an installation can do."""
+    return encode_json({"capabilities": list(capabilities)})
+
+
+def completion_head(completion: Completion, encoder: Optional[Callable[[Any], Any]] = None) -> bytes:
     """Return all of a completion's body except its end, which :func:`completion_tail` returns.
 
     The end holds the attempt, which may rise while the result waits to be delivered. The head never changes.
 
+    :param encoder: asked for what has no JSON form in an output (``result_encoder``).
     :raises ValueError, TypeError, RecursionError, OverflowError: the output or the details have no JSON form.
     """
     body: Dict[str, Any] = {"task_id": completion.task_id}
@@ -521,14 +583,36 @@ def completion_head(completion: Completion) -> bytes:
         body["status"] = "failed"
         body["error"] = error
     body["execution_time_ms"] = completion.execution_time_ms
+    # The details of a failure were searched for secrets before, when nobody knew their form.
+    return encode_value(body, encoder if failure is None else None)[:-1]
+
+
+def encode_value(value: Any, encoder: Optional[Callable[[Any], Any]] = None) -> bytes:
+    """Return the JSON of what a handler gave, which may hold classes, dates and more that JSON lacks.
+
+    :raises ValueError, TypeError, RecursionError, OverflowError: it has no JSON form.
+    """
     try:
-        return encode_json(body)[:-1]
+        return encode_json(value)
     except TypeError:
-        # It holds what JSON lacks, such as a class or a date. What is JSON already is never searched for those.
+        # What is JSON already is never searched for those.
         pass
     from .jsonform import to_json
 
-    return encode_json(to_json(body))[:-1]
+    return encode_json(to_json(value, encoder))
+
+
+def completion_problem(completion: Completion, encoder: Optional[Callable[[Any], Any]] = None) -> Optional[str]:
+    """Return where a completion that :func:`completion_head` refuses has no JSON form, and what to do.
+
+    None if the place is not found.
+    """
+    from .jsonform import problem_of
+
+    if completion.failure is None:
+        return problem_of(completion.output, "output", encoder)
+    details = completion.failure.details
+    return None if details is None else problem_of(dict(details), "error.details")
 
 
 def completion_tail(attempt: int, worker_id: str) -> bytes:
@@ -536,13 +620,13 @@ def completion_tail(attempt: int, worker_id: str) -> bytes:
     return f',"attempt":{attempt},"worker_id":"{worker_id}"}}'.encode()
 
 
-def is_retryable_failure(head: bytes) -> bool:
-    """Return True if a completion's head (:func:`completion_head`) is a failure that the platform may retry."""
+def failure_code(head: bytes) -> Optional[str]:
+    """Return the code of the failure in a completion's head (:func:`completion_head`), None for an output."""
     try:
         error = decode_body(head + b"}").get("error")
     except (Malformed, AttributeError):
-        return False
-    return isinstance(error, dict) and error.get("retryable") is True
+        return None
+    return str(error.get("code")) if isinstance(error, dict) else None
 
 
 def execution_time_of(head: bytes) -> int:
@@ -564,9 +648,86 @@ def progress_body(fraction: float, message: Optional[str]) -> bytes:
     return encode_json(body)
 
 
+def approval_digest(task_id: str, kind: str, name: str, details: Any, policy_hash: Optional[str] = None) -> str:
+    """Return what an approval is about, as 64 lower-case hex digits: a decision counts for this digest alone.
+
+    It is the SHA-256 of the canonical form (RFC 8785) of ``{"task_id", "subject", "details", "policy_hash"}``.
+
+    :raises ValueError: the details have no canonical form, or are longer than :data:`MAX_DETAILS`. The text says which.
+    """
+    length = len(canonical_json(details))
+    if length > MAX_DETAILS:
+        raise ValueError(f"it has {length} bytes as JSON, and may have {MAX_DETAILS}")
+    subject = {"kind": kind, "name": name}
+    asked = {"task_id": task_id, "subject": subject, "details": details, "policy_hash": policy_hash}
+    return hashlib.sha256(canonical_json(asked)).hexdigest()
+
+
+def approval_id(task_id: str, digest: str, n: int) -> str:
+    """Return the id of the ``n``-th request, from 1, that this task makes with this digest: 64 hex digits."""
+    return hashlib.sha256(f"{task_id}:{digest}:{n}".encode()).hexdigest()
+
+
+def approval_body(
+    approval_id: str,
+    attempt: int,
+    worker_id: str,
+    *,
+    kind: str,
+    name: str,
+    details: Any,
+    policy_hash: Optional[str],
+    digest: str,
+    timeout: float,
+) -> bytes:
+    """Return the body that asks for an approval; ``timeout`` in seconds.
+
+    :param details: what :func:`approval_digest` was given.
+    """
+    body: Dict[str, Any] = {
+        "approval_id": approval_id,
+        "attempt": attempt,
+        "worker_id": worker_id,
+        "subject": {"kind": kind, "name": name},
+        "details": details,
+        "digest": digest,
+        "timeout_ms": max(1, int(timeout * 1000)),
+    }
+    if policy_hash is not None:
+        body["policy_hash"] = policy_hash
+    return encode_json(body)
+
+
+def decision_body(decision: str, reason: Optional[str], decided_by: Optional[str]) -> bytes:
+    """Return the body that decides a request for approval."""
+    return reason_body(reason, decision=decision, decided_by=decided_by)
+
+
 def submit_body(capability: str, input: Any, agent_id: str, fields: Mapping[str, Any]) -> bytes:
-    """Return the body that submits a task with an API key; ``fields`` as docs/protocol.md lists them."""
+    """Return the body that submits a task; ``fields`` as docs/protocol.md lists them."""
     return encode_json({"agent_id": agent_id, "capability": capability, "input": input, **fields})
+
+
+def reason_body(reason: Optional[str], **fields: Any) -> bytes:
+    """Return the body of a cancel, a command or a revocation, without what is None."""
+    body = {"reason": reason, **fields}
+    return encode_json({name: value for name, value in body.items() if value is not None})
+
+
+def install_token_body(agent_id: str, max_uses: int) -> bytes:
+    """Return the body that asks for an install token."""
+    return encode_json({"agent_id": agent_id, "max_uses": max_uses})
+
+
+def query_of(**values: Any) -> str:
+    """Return the query string of ``values``, with its question mark, without those that are None."""
+    pairs = [f"{name}={quote(str(value), safe='')}" for name, value in values.items() if value is not None]
+    return "?" + "&".join(pairs) if pairs else ""
+
+
+def ids_query(task_ids: Sequence[str]) -> str:
+    """Return the query string that asks for the state of several tasks."""
+    return "?ids=" + ",".join(quote(one, safe="") for one in task_ids)
 
 
 def audit_head(
@@ -617,12 +778,15 @@ def decode_error(status: int, body: bytes, retry_after_seconds: Optional[float] 
     return error(status, code, _line(message), retry_after_seconds, details)
 
 
+_TITLE = re.compile("<title[^>]*>(.*?)</title", re.IGNORECASE | re.DOTALL)
 _MARKUP = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
 def page_text(body: bytes) -> str:
-    """Return the beginning of what a foreign answer says, without markup, in one line; at most 200 characters."""
+    """Return the title of a foreign page, or the beginning of what it says, in one line; at most 200 characters."""
     text = body[: 8 * MAX_ERROR_TEXT].decode("utf-8", "replace")
+    title = _TITLE.search(text)
+    text = title.group(1) if title is not None and title.group(1).strip() else text
     return " ".join(one_line(_MARKUP.sub(" ", text)).split())[:200]
 
 
@@ -687,8 +851,13 @@ def decode_grant(payload: Any, date: Optional[str], now: dt.datetime, previous: 
         lease_lifetime=lease_seconds,
         lease_expires_at=lease_end,
         heartbeat_interval=_interval(payload.get("heartbeat_interval_seconds")),
+        install_token_uses_left=_count(payload.get("install_token_uses_left")),
         ignored=ignored,
     )
+
+
+def _count(value: object) -> Optional[int]:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> HeartbeatReply:
@@ -718,6 +887,7 @@ def decode_heartbeat(payload: Any, date: Optional[str], now: dt.datetime) -> Hea
         reason=_reason(payload.get("reason")),
         shutdown_timeout=milliseconds(payload.get("shutdown_timeout_ms")),
         desired_state=_desired_state(payload, ignored),
+        cancel_tasks=_ids(payload.get("cancel_tasks")),
         raw=payload,
         ignored=ignored,
     )
@@ -735,6 +905,20 @@ def decode_task(text: str) -> Task:
         payload = decode_json(text)
     except Malformed as error:
         raise _unreadable_task(text, str(error)) from None
+    return _build_task(payload, len(text))
+
+
+def decode_pushed_task(text: str, new_id: str) -> Task:
+    """Read a task that somebody pushes, under the id that it names or else under ``new_id``.
+
+    :raises Malformed: it cannot run.
+    """
+    try:
+        payload = decode_json(text)
+    except Malformed as error:
+        raise Malformed(f"the task {error}") from None
+    if isinstance(payload, dict) and _first(payload, "task_id", "id") is None:
+        payload["task_id"] = new_id
     return _build_task(payload, len(text))
 
 
@@ -820,6 +1004,11 @@ def _build_task(payload: Any, size: int) -> Task:
     if not _is_attempt(attempt):
         raise MalformedTask("attempt must be an integer from 1", task_id)
     capability = _first(payload, "capability", "target_capability")
+    pushed = get("context")
+    if capability is None or pushed is not None:
+        payload = _with_pushed_fields(payload, pushed)
+        get = payload.get
+        capability = _first(payload, "capability", "target_capability", "tool", "target_tool", "type")
     if not is_id(capability):
         # The name appears in log lines, ours and the user's, and no handler can be registered under such a name.
         raise MalformedTask(
@@ -858,6 +1047,17 @@ def _build_task(payload: Any, size: int) -> Task:
     )
 
 
+def _with_pushed_fields(payload: Dict[str, Any], context: Any) -> Dict[str, Any]:
+    """Return a task with the fields that the pushed form has in its ``context``, unless it has its own."""
+    if not isinstance(context, dict):
+        return payload
+    names = {"workspace_id": ("workspace_id",), "requester_id": ("requester_agent_id", "requester_id")}
+    found = {name: context.get(name) for name, own in names.items() if _first(payload, *own) is None}
+    if payload.get("type") is None:
+        found["type"] = context.get("skill")
+    return {**payload, **found}
+
+
 _TEXT_FIELDS = ("tool", "workspace_id", "requester_agent_id", "parent_task_id", "workflow_id", "trace_id")
 
 
@@ -877,6 +1077,48 @@ def decode_command(text: str) -> Command:
         reason=_reason(payload.get("reason")),
         command_id=command_id if is_id(command_id) else None,
         shutdown_timeout=milliseconds(payload.get("shutdown_timeout_ms")),
+    )
+
+
+def decode_cancel(text: str) -> Cancel:
+    """Read the cancellation of one task from an event's data.
+
+    :raises Malformed: it is not JSON or names no task.
+    """
+    payload = decode_json(text)
+    task_id = payload.get("task_id") if isinstance(payload, dict) else None
+    if not is_id(task_id):
+        raise Malformed("the cancel event names no task_id")
+    return Cancel(task_id=task_id, reason=_reason(payload.get("reason")))
+
+
+def parse_approval(data: Any) -> Approval:
+    """Read the state of a request for approval from an ``approval`` event's data, a text, or from a decoded answer.
+
+    An event must name its ``approval_id`` and ``task_id``. In an answer only ``status`` is required.
+
+    :raises Malformed: it is not an object, its status is unknown, or an event names no request.
+    """
+    payload = decode_json(data) if isinstance(data, str) else data
+    if not isinstance(payload, dict):
+        raise Malformed("the approval is not a JSON object")
+    status = _word(payload.get("status"))
+    if status not in APPROVAL_STATES:
+        raise Malformed(
+            f"the approval's status must be one of {', '.join(APPROVAL_STATES)}, got {_quoted(payload.get('status'))}"
+        )
+    ids = [payload.get(name) for name in ("approval_id", "task_id")]
+    if isinstance(data, str) and not all(is_id(one) for one in ids):
+        raise Malformed("the approval event names no approval_id or no task_id")
+    approval_id, task_id = (one if is_id(one) else None for one in ids)
+    return Approval(
+        status=status,
+        approval_id=approval_id,
+        task_id=task_id,
+        decided_by=_reason(payload.get("decided_by")),
+        reason=_reason(payload.get("reason")),
+        digest=_str(payload.get("digest")),
+        expires_at=parse_time(payload.get("expires_at")),
     )
 
 
@@ -906,13 +1148,21 @@ def failure(code: str, message: str, details: Optional[Mapping[str, Any]] = None
 # -- reading single fields --------------------------------------------------------------------------------------------
 
 
-def _first(payload: Mapping[str, Any], name: str, alias: str) -> Any:
-    value = payload.get(name)
-    return payload.get(alias) if value is None else value
+def _first(payload: Mapping[str, Any], *names: str) -> Any:
+    """Return the first value that is not None, by the names of one field."""
+    for name in names:
+        value = payload.get(name)
+        if value is not None:
+            return value
+    return None
 
 
 def _str(value: Any) -> Optional[str]:
     return value if isinstance(value, str) and value else None
+
+
+def _ids(value: Any) -> Tuple[str, ...]:
+    return tuple(one for one in value if is_id(one)) if isinstance(value, list) else ()
 
 
 def _reason(value: Any) -> Optional[str]:
@@ -945,7 +1195,7 @@ def _interval(value: Any) -> Optional[float]:
 
 
 def _word(value: Any) -> Optional[str]:
-    """Return a string without the spaces and quotes around it, in lower case; None if it is not a string."""
+    """Return ``value`` in lower case, without spaces and quotes around it. Return None if it is not a str."""
     return value.strip(" \t\r\n\"'").lower() if isinstance(value, str) else None
 
 

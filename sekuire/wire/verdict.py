@@ -14,8 +14,6 @@ import re
 import threading
 from typing import Any, Dict, FrozenSet, Mapping, Optional, Protocol, Tuple, Union
 
-import attrs
-
 from ..errors import APIError, RevokedError, SekuireError, StreamError, TransportError
 from . import protocol
 
@@ -54,83 +52,129 @@ class Answer(Protocol):
     def retry_after(self) -> Optional[float]: ...
 
 
-@attrs.frozen(slots=True)
+# Plain classes, because attrs takes longer to make them than this module takes to load.
+
+
 class Settled:
     """Go on: the platform has done what was asked. For a policy with status 404: the workspace has none."""
 
+    __slots__ = ()
 
-@attrs.frozen(slots=True)
+
 class Failed:
-    """Base of all verdicts except :class:`Settled`. ``error`` says what came; it can be logged or raised."""
+    """Share ``error`` between all verdicts except :class:`Settled`. It says what came, and can be logged or raised."""
 
-    error: SekuireError
+    __slots__ = ("error",)
+
+    def __init__(self, error: SekuireError) -> None:
+        self.error = error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.error!r})"
 
 
-@attrs.frozen(slots=True)
 class Retry(Failed):
     """Send the same again after a backoff, and not before ``delay`` seconds (``Retry-After``).
 
     ``is_fatal_at_first``: the answer ends a login or a stream that has never succeeded with this URL.
     """
 
-    delay: float = 0.0
-    is_fatal_at_first: bool = False
+    __slots__ = ("delay", "is_fatal_at_first")
+
+    def __init__(self, error: SekuireError, delay: float = 0.0, is_fatal_at_first: bool = False) -> None:
+        super().__init__(error)
+        self.delay = delay
+        self.is_fatal_at_first = is_fatal_at_first
 
 
-@attrs.frozen(slots=True)
 class NotThePlatform(Retry):
-    """Send the same again, because another server answered. Nothing else follows from its answer."""
+    """Send the same again, because another server answered. Nothing else follows from its answer.
+
+    ``says`` is what it answered, in a few words.
+    """
+
+    __slots__ = ("says",)
+
+    def __init__(
+        self, error: SekuireError, delay: float = 0.0, is_fatal_at_first: bool = False, says: str = ""
+    ) -> None:
+        super().__init__(error, delay, is_fatal_at_first)
+        self.says = says
+
+    def as_other_server(self, url: str) -> str:
+        """Return the sentence for a first call that another server answered."""
+        return f"that is another server: {url} answered {self.says or self.error}"
 
 
-@attrs.frozen(slots=True)
 class Later(Failed):
     """Keep what was sent and try again slowly, because repeating is unlikely to help."""
 
+    __slots__ = ()
 
-@attrs.frozen(slots=True)
+
 class Substitute(Failed):
     """Send the failure ``code`` in place of what the platform refused (for audit events: send less)."""
 
-    code: str = ""
+    __slots__ = ("code",)
+
+    def __init__(self, error: SekuireError, code: str = "") -> None:
+        super().__init__(error)
+        self.code = code
 
 
-@attrs.frozen(slots=True)
 class Unsupported(Failed):
     """Do without this optional endpoint: the platform does not offer it. ``is_foreign``: another server says so."""
 
-    is_foreign: bool = False
+    __slots__ = ("is_foreign",)
+
+    def __init__(self, error: SekuireError, is_foreign: bool = False) -> None:
+        super().__init__(error)
+        self.is_foreign = is_foreign
 
 
-@attrs.frozen(slots=True)
 class Dropped(Failed):
     """Drop what was sent: the platform will not want it later. ``is_superseded``: another worker's result counts."""
 
-    is_superseded: bool = False
+    __slots__ = ("is_superseded",)
+
+    def __init__(self, error: SekuireError, is_superseded: bool = False) -> None:
+        super().__init__(error)
+        self.is_superseded = is_superseded
 
 
-@attrs.frozen(slots=True)
 class Unauthorized(Failed):
-    """Renew the credentials, which were refused, and send again, not before ``delay`` seconds.
+    """Renew the refused credentials. Then send again, not before ``delay`` seconds have passed.
 
-    ``is_foreign``: another server refused them. That passes, however often it happens.
+    ``is_foreign``: another server refused them. That is never final, however often it happens.
     """
 
-    is_foreign: bool = False
-    delay: float = 0.0
+    __slots__ = ("delay", "is_foreign")
+
+    def __init__(self, error: SekuireError, is_foreign: bool = False, delay: float = 0.0) -> None:
+        super().__init__(error)
+        self.is_foreign = is_foreign
+        self.delay = delay
 
 
-@attrs.frozen(slots=True)
 class Refused(Failed):
     """Give up: the platform refused, and repeating cannot help. ``is_final``: the credentials sent are invalid."""
 
-    is_final: bool = False
+    __slots__ = ("is_final",)
+
+    def __init__(self, error: SekuireError, is_final: bool = False) -> None:
+        super().__init__(error)
+        self.is_final = is_final
 
 
-@attrs.frozen(slots=True)
 class Revoked(Failed):
     """Stop everything: the installation is revoked. ``error`` is a :class:`~sekuire.errors.RevokedError`."""
 
+    __slots__ = ()
+
     error: RevokedError
+
+    def __init__(self, error: RevokedError) -> None:
+        super().__init__(error)
 
 
 Verdict = Union[Settled, Retry, NotThePlatform, Later, Substitute, Unsupported, Dropped, Unauthorized, Refused, Revoked]
@@ -271,10 +315,12 @@ def _foreign(endpoint: str, answer: Answer) -> NotThePlatform:
     if _may_be_cut(answer):
         return NotThePlatform(TransportError("the answer ended early", retry_after=delay), delay)
     what = f"{status}, {protocol.one_line(_content_type(answer))[:80] or 'no content type'}"
+    words = _words(answer)
     return NotThePlatform(
-        TransportError(f"another server answered ({what}): {_words(answer)}", retry_after=delay),
+        TransportError(f"another server answered ({what}): {words}", retry_after=delay),
         delay,
         is_fatal_at_first=is_fatal,
+        says=f"{what}: {words}",
     )
 
 

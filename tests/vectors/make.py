@@ -170,8 +170,8 @@ CONTENTS = [
     ),
     (
         "keys are sorted by UTF-16 units, not by code points",
-        '{"\\ufb33": 1, "\\ud83d\\ude00": 2, "b": 3, "B": 4, "\\u00f6": 5}',
-        '{"B":4,"b":3,"\u00f6":5,"\U0001f600":2,"\ufb33":1}',
+        '{"\\ufb33": 1, "\\ud83d\\ude00": 2, "b": 3, "B": 4, "\\u00f6": 5, "compliance": {}}',
+        '{"B":4,"b":3,"compliance":{},"\u00f6":5,"\U0001f600":2,"\ufb33":1}',
     ),
     (
         "longer than one chunk of the hash",

