@@ -1,1 +1,1 @@
-"""HTTP as this library needs it: bounded, without surprises, and wakeable."""
+"""Make HTTP calls and read streams, within limits of time and size; another thread can end a stream at once."""

@@ -12,9 +12,9 @@ import io
 import math
 import socket
 import ssl
-import time
 from typing import Any, Optional, Tuple, cast
 
+from .._internal.clock import time
 from .body import READ_SIZE
 
 #: Most header lines of an interim answer, and most bytes of one: http.client's own limits.
@@ -25,7 +25,7 @@ CLOSED = (BrokenPipeError, ConnectionResetError, ConnectionAbortedError, ssl.SSL
 
 
 class ClosedBeforeAnswerError(ConnectionResetError):
-    """A connection that had served a call before was closed or reset, and no byte of this call's answer came."""
+    """Report that a kept connection was closed or reset before any byte of this call's answer came."""
 
 
 class Source(io.RawIOBase):
@@ -115,7 +115,7 @@ def _has_decrypted(sock: Any) -> bool:
 
 
 class _Buffer(io.BufferedReader):
-    """The file that http.client reads a :class:`Source` through. It is closed as soon as the answer has been read."""
+    """Let http.client read a :class:`Source` as a file. It is closed as soon as the answer has been read."""
 
     def close(self) -> None:
         if not self.closed:
@@ -137,9 +137,10 @@ class FinalResponse(http.client.HTTPResponse):
 
     def _read_status(self) -> Tuple[str, int, str]:
         while True:
-            version, status, reason = cast(Any, super())._read_status()
+            version, status, _ = cast(Any, super())._read_status()
             if not 100 <= status < 200 or status == http.client.SWITCHING_PROTOCOLS:
-                return version, status, reason
+                # Not the server's own words, which error trackers record: they may quote the request.
+                return version, status, http.client.responses.get(status, "")
             self._skip_head()
 
     def _skip_head(self) -> None:
@@ -153,7 +154,7 @@ class FinalResponse(http.client.HTTPResponse):
 
 
 class ConnectionResponse(FinalResponse):
-    """The response class of an http.client connection. The head must come within the time limit of the socket."""
+    """Read an answer for an http.client connection. The head must come within the time limit of the socket."""
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(Source.over(sock), *args, **options)

@@ -6,34 +6,33 @@ import http.client
 import itertools
 import os
 import secrets
-import socket
-import ssl
-import time
-import traceback
 from datetime import datetime, timezone
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union, cast
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union, cast
 from urllib.parse import urlsplit
 
 import attrs
 import requests
 import requests.adapters
 import requests.structures
-import requests.utils
 import urllib3
-import urllib3.exceptions
 
 from .._internal import fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
+from .._internal.scrub import scrub_bytes
+from .._internal.values import Value
 from ..config import ConnectionConfig, is_loopback
-from ..errors import ConfigurationError, TransportError
-from ..secret import Secret
+from ..errors import ConfigurationError
+from ..secret import Secret, without_frames
 from ..wire import protocol
 from .answers import ClosedBeforeAnswerError
-from .body import BodyError, read_body
+from .body import read_body
 from .connections import Adapter
 from .echoes import is_shown, without
 from .kept import Answer, Kept, Lane, is_plain_target
+from .problems import ProxyFaultError, causes, close_half_wrapped, describe
+from .proxies import choose
 
 log = get_logger("sekuire.http")
 
@@ -43,26 +42,28 @@ MAX_ANSWER = 1024 * 1024
 #: Returns one header when the request is built, so that no frame outside this module holds the plain text.
 Credential = Callable[[], Tuple[str, str]]
 Body = Union[bytes, Callable[[], bytes], None]
+#: Most bytes of an answer, the seconds that one read may take, and when all must be done (``time.monotonic()``).
+_Limits = Tuple[int, float, float]
 
 
-@attrs.frozen(slots=True)
-class Reply:
-    """The answer to a call. ``sent_at`` (monotonic) and ``sent_wall`` (``time.time()``) are when the request began."""
+@attrs.frozen(slots=True, eq=False, repr=False)
+class Reply(Value):
+    """Hold the answer to a call. ``sent_at`` (monotonic) and ``sent_wall`` (``time.time()``) say when it began."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = attrs.field(repr=False)
     body: bytes = attrs.field(repr=False)
     sent_at: float
     sent_wall: float
 
     @property
     def now(self) -> datetime:
-        """The time by our clock when the request was sent."""
+        """Return the time by our clock when the request was sent."""
         return datetime.fromtimestamp(self.sent_wall, timezone.utc)
 
     @property
     def date(self) -> Optional[str]:
-        """The platform's ``Date`` header."""
+        """Return the platform's ``Date`` header."""
         return self.headers.get("Date")
 
     @property
@@ -71,7 +72,7 @@ class Reply:
 
     def retry_after(self) -> Optional[float]:
         """Return the seconds of ``Retry-After``, or None."""
-        return protocol.retry_after(self.headers.get("Retry-After"), datetime.now(timezone.utc), self.date)
+        return protocol.retry_after(self.headers.get("Retry-After"), protocol.utc_now(), self.date)
 
     def check(self) -> Reply:
         """Return this reply if its status is 2xx.
@@ -109,6 +110,13 @@ class _Session(requests.Session):
         return None
 
 
+class _UnmockedSession(_Session):
+    """Send over the network also while requests-mock replaces these methods of the class above."""
+
+    send = requests.Session.send
+    get_adapter = requests.Session.get_adapter
+
+
 def _environment_bundle() -> Optional[str]:
     for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
         path = os.environ.get(variable)
@@ -125,10 +133,10 @@ class Route:
     requests must not read the environment: netrc would replace our header, and a CA bundle would override even
     ``verify=False``. So ``trust_env`` is off, and this class reads what is wanted of the environment.
 
-    :raises ConfigurationError: the environment names a CA bundle that does not exist.
+    :raises ConfigurationError: the environment names a CA bundle that does not exist, or the proxy cannot be used.
     """
 
-    __slots__ = ("base", "cert", "host", "proxies", "verify")
+    __slots__ = ("_is_forwarded", "_scheme", "base", "cert", "host", "proxy", "proxy_reason", "verify")
 
     def __init__(self, config: ConnectionConfig) -> None:
         parts = urlsplit(config.api_base_url)
@@ -140,18 +148,24 @@ class Route:
             self.verify = _environment_bundle() or True
         elif config.verify is False:
             log.warning("TLS certificates of %s are not verified (verify=False)", self.host)
-        if config.proxies is not None:
-            self.proxies = dict(config.proxies)
-        elif is_loopback(parts.hostname or ""):
-            self.proxies = {}
-        else:
-            self.proxies = dict(requests.utils.get_environ_proxies(self.base))
+        self._scheme = parts.scheme
+        choice = choose(self.base, None if config.proxies is None else dict(config.proxies))
+        #: The proxy in front of the platform, or None, and why.
+        self.proxy, self.proxy_reason = choice.proxy, choice.reason
+        # The proxy reads each request and answers itself where it must: there is no tunnel.
+        self._is_forwarded = self.proxy is not None and parts.scheme == "http" and not self.proxy.is_socks
         if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             log.warning("tokens travel to %s unencrypted (allow_insecure_http=True)", self.host)
 
-    def session(self, adapter: requests.adapters.HTTPAdapter) -> requests.Session:
-        """Return a session that reads nothing from the environment and keeps no cookies."""
-        session = _Session()
+    def session(self, adapter: Adapter) -> requests.Session:
+        """Return a session that reads nothing from the environment and keeps no cookies.
+
+        No mock of requests comes between the library and a platform of this machine, which tests use for real.
+        """
+        is_local = is_loopback(urlsplit(self.base).hostname or "")
+        session = _UnmockedSession() if is_local else _Session()
+        if is_local:
+            adapter.use_no_mocks()
         session.trust_env = False
         session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         session.adapters.clear()
@@ -176,18 +190,28 @@ class Route:
         prepared.body = body
         prepared.hooks = {"response": []}
         try:
-            return session.send(
+            response = session.send(
                 prepared,
                 stream=True,
                 timeout=cast(Any, timeout),
                 verify=self.verify,
                 cert=self.cert,
-                proxies=self.proxies,
+                proxies=self._proxies(),
                 allow_redirects=False,
             )
         except Exception as error:
-            _close_half_wrapped(error)
+            close_half_wrapped(error)
             raise
+        if response.status_code == 407 and self._is_forwarded and self.proxy is not None:
+            response.close()
+            raise ProxyFaultError.login(self.proxy)
+        return response
+
+    def _proxies(self) -> Dict[str, str]:
+        """Return the proxy as requests wants it. Of a SOCKS proxy only our connections know."""
+        if self.proxy is None or self.proxy.is_socks:
+            return {}
+        return {self._scheme: self.proxy.url.reveal()}
 
 
 class HttpClient:
@@ -209,6 +233,7 @@ class HttpClient:
         self._connect_timeout = config.connect_timeout
         self._read_timeout = config.read_timeout
         self._pool_size = pool_size
+        self._fingerprint = config.device_fingerprint
         self._open()
         fork.reset_in_child(self, HttpClient._open)
         self._prefix = urlsplit(self.route.base).path
@@ -229,6 +254,8 @@ class HttpClient:
         credential: Optional[Credential] = None,
         idempotency_key: Optional[str] = None,
         timeout: Optional[float] = None,
+        max_bytes: int = MAX_ANSWER,
+        longer: float = 0.0,
     ) -> Reply:
         """Make one call. Return the answer, whatever its status.
 
@@ -239,9 +266,11 @@ class HttpClient:
         :param body: JSON, or a function that builds it if it holds a token.
         :param idempotency_key: by default a POST gets one of its own.
         :param timeout: seconds for the whole exchange (default: connect and read timeout together).
+        :param max_bytes: most bytes of the decoded answer.
+        :param longer: seconds that the platform may take before it answers, on top of these times.
         :raises TransportError: no whole answer came. It is a new error, so that it refers to no request.
         """
-        outcome = self._exchange(method, path, body, credential, idempotency_key, timeout)
+        outcome = self._exchange(method, path, body, credential, idempotency_key, timeout, (max_bytes, longer))
         if isinstance(outcome, Reply):
             return outcome
         raise outcome
@@ -254,7 +283,7 @@ class HttpClient:
     def _open(self) -> None:
         """Begin without connections. A forked child uses none of its parent's, nor the locks of their pools."""
         self._lane = Lane(self._pool_size)
-        self._session = self.route.session(Adapter(self._pool_size, lane=self._lane))
+        self._session = self.route.session(Adapter(self._pool_size, proxy=self.route.proxy, lane=self._lane))
 
     def _exchange(
         self,
@@ -264,13 +293,41 @@ class HttpClient:
         credential: Optional[Credential],
         idempotency_key: Optional[str],
         timeout: Optional[float],
-    ) -> Union[Reply, TransportError]:
-        # Errors are returned. A traceback would keep this frame, and with it the header with the token.
+        answer_limits: Tuple[int, float],
+    ) -> Union[Reply, BaseException]:
+        # Errors are returned. A traceback would keep the frames below, and with them the header with the token.
+        sent_at = time.monotonic()
+        max_bytes, longer = answer_limits
+        end = sent_at + longer + (timeout if timeout is not None else self._connect_timeout + self._read_timeout)
+        limits = (max_bytes, longer + self._read_timeout, end)
+        try:
+            return self._call(method, path, body, credential, idempotency_key, sent_at, limits)
+        except Exception as error:  # noqa: BLE001
+            problem = describe(error, self.route.host)
+            problem.was_stale = self._lane.emptied_at >= sent_at
+            # Over a kept connection it may have arrived. Behind a proxy the pool keeps connections too.
+            problem.was_sent = problem.was_sent or problem.was_stale or self.route.proxy is not None
+            return problem
+        except BaseException as error:  # noqa: BLE001  # Ctrl-C, sys.exit() in a signal handler, a limit of gevent.
+            return without_frames(error)
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Body,
+        credential: Optional[Credential],
+        idempotency_key: Optional[str],
+        sent_at: float,
+        limits: _Limits,
+    ) -> Reply:
         extra: Dict[str, str] = {}
         value = ""
         if credential is not None:
             name, value = credential()
             extra[name] = value
+            if self._fingerprint is not None and name == protocol.API_KEY_HEADER:
+                extra[protocol.FINGERPRINT_HEADER] = self._fingerprint
         if idempotency_key is None and method == "POST":
             idempotency_key = make_idempotency_key()
         if idempotency_key is not None:
@@ -282,37 +339,30 @@ class HttpClient:
         elif method not in ("GET", "HEAD"):
             extra["Content-Length"] = "0"
         sent_wall = time.time()
-        sent_at = time.monotonic()
-        end = sent_at + (timeout if timeout is not None else self._connect_timeout + self._read_timeout)
         answer: Optional[Answer] = None
-        try:
-            kept = self._lane.take()
-            if kept is not None and is_plain_target(target := self._prefix + path) and _are_plain(extra):
-                answer = self._send_over(kept, method, target, extra, data or b"", end)
-            elif kept is not None:
-                self._lane.keep(kept)
-            if answer is None:
-                answer = self._send_new(method, path, extra, data, end)
-        except Exception as error:  # noqa: BLE001
-            problem = describe(error, self.route.host)
-            problem.was_stale = self._lane.emptied_at >= sent_at
-            return problem
+        kept = self._lane.take()
+        if kept is not None and is_plain_target(target := self._prefix + path) and _are_plain(extra):
+            answer = self._send_over(kept, method, target, extra, data or b"", limits)
+        elif kept is not None:
+            self._lane.keep(kept)
+        if answer is None:
+            answer = self._send_new(method, path, extra, data, limits)
         status, headers, content = answer
-        if credential is not None and is_shown(status, content):
-            content = without_header(value, content)
+        if is_shown(status, content):
+            # A proxy may quote its own password.
+            content = scrub_bytes(without_header(value, content))
         return Reply(status, headers, content, sent_at, sent_wall)
 
     def _send_over(
-        self, kept: Kept, method: str, target: str, extra: Mapping[str, str], data: bytes, end: float
+        self, kept: Kept, method: str, target: str, extra: Mapping[str, str], data: bytes, limits: _Limits
     ) -> Optional[Answer]:
         """Make the call over a kept connection. Return None if it must be made once more, over a new one."""
+        max_bytes, patience, end = limits
         lines = "".join([f"\r\n{name}: {value}" for name, value in extra.items()])
         head = f"{method} {target} HTTP/1.1\r\nHost: {kept.host}{self._fixed_head}{lines}\r\n\r\n".encode("ascii")
         is_reusable = False
         try:
-            answer, is_reusable = kept.exchange(
-                method, head, data, limit=MAX_ANSWER, patience=self._read_timeout, end=end
-            )
+            answer, is_reusable = kept.exchange(method, head, data, limit=max_bytes, patience=patience, end=end)
         except (OSError, http.client.HTTPException) as error:
             self._lane.empty()
             if not isinstance(error, ClosedBeforeAnswerError) or time.monotonic() >= end:
@@ -325,27 +375,30 @@ class HttpClient:
                 kept.close()
         return answer
 
-    def _send_new(self, method: str, path: str, extra: Mapping[str, str], data: Optional[bytes], end: float) -> Answer:
+    def _send_new(
+        self, method: str, path: str, extra: Mapping[str, str], data: Optional[bytes], limits: _Limits
+    ) -> Answer:
         """Make the call by requests, over a new connection."""
         headers = {**self._headers, **extra}
         try:
-            return self._send_by_requests(method, path, headers, data, end)
+            return self._send_by_requests(method, path, headers, data, limits)
         except Exception as error:
             # Behind a proxy, urllib3's pool keeps connections. It has dropped them now, so the next one is new.
-            was_closed = any(isinstance(one, ClosedBeforeAnswerError) for one in _causes(error))
-            if not was_closed or time.monotonic() >= end:
+            was_closed = any(isinstance(one, ClosedBeforeAnswerError) for one in causes(error))
+            if not was_closed or time.monotonic() >= limits[2]:
                 raise
-        return self._send_by_requests(method, path, headers, data, end)
+        return self._send_by_requests(method, path, headers, data, limits)
 
     def _send_by_requests(
-        self, method: str, path: str, headers: Mapping[str, str], data: Optional[bytes], end: float
+        self, method: str, path: str, headers: Mapping[str, str], data: Optional[bytes], limits: _Limits
     ) -> Answer:
+        max_bytes, patience, end = limits
         left = max(end - time.monotonic(), 0.001)
-        limits = urllib3.Timeout(total=left, connect=self._connect_timeout, read=self._read_timeout)
-        response = self.route.send(self._session, method, path, headers, data, limits)
+        timeout = urllib3.Timeout(total=left, connect=self._connect_timeout, read=patience)
+        response = self.route.send(self._session, method, path, headers, data, timeout)
         is_reusable = False
         try:
-            content = read_body(response.raw, MAX_ANSWER, end)
+            content = read_body(response.raw, max_bytes, end)
             is_reusable = getattr(response.raw._fp, "is_in_step", True)
         finally:
             if not is_reusable:
@@ -388,85 +441,3 @@ def _are_plain(headers: Mapping[str, str]) -> bool:
 def without_header(header: str, content: bytes) -> bytes:
     """Return ``content``, which goes into errors and logs, without the token of ``header``."""
     return without(header.rpartition(" ")[2], content)
-
-
-def describe(error: BaseException, host: str) -> TransportError:
-    """Return a :class:`TransportError` that says what ``error`` means. It refers to no request and no header."""
-    chain = list(_causes(error))
-    kinds = tuple(type(one) for one in chain)
-
-    def is_any(*types: type) -> bool:
-        return any(issubclass(kind, types) for kind in kinds)
-
-    if isinstance(error, BodyError):
-        return TransportError(f"{host}: {error}")
-    if is_any(ssl.SSLEOFError, ssl.SSLZeroReturnError):
-        # The platform has not refused a certificate or a version. The connection ended, as it does when it restarts.
-        return TransportError(f"the TLS connection to {host} broke")
-    if is_any(requests.exceptions.SSLError, urllib3.exceptions.SSLError, ssl.SSLError):
-        return TransportError(f"TLS with {host} failed: {_tls_problem(chain)}", retryable=False)
-    if is_any(requests.exceptions.ProxyError, urllib3.exceptions.ProxyError):
-        return TransportError(f"cannot reach {host} through the proxy")
-    # In some versions of urllib3 a refused connection is a kind of ConnectTimeoutError.
-    is_refused = is_any(urllib3.exceptions.NewConnectionError)
-    if not is_refused and is_any(requests.exceptions.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError):
-        return TransportError(f"connecting to {host} timed out")
-    if not is_refused and is_any(requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, socket.timeout):
-        return TransportError(f"{host} did not answer in time")
-    if is_any(*_UNSENDABLE):
-        return TransportError(f"a request to {host} could not be built ({type(error).__name__})", retryable=False)
-    system = next((one for one in chain if isinstance(one, OSError) and one.errno and one.strerror), None)
-    if system is not None:
-        return TransportError(f"cannot reach {host}: {system.strerror}")
-    if is_any(http.client.HTTPException, urllib3.exceptions.HTTPError, requests.exceptions.RequestException, OSError):
-        return TransportError(f"the connection to {host} broke ({kinds[-1].__name__})")
-    return TransportError(f"a request to {host} failed ({type(error).__name__})", retryable=False)
-
-
-def _close_half_wrapped(error: BaseException) -> None:
-    """Close the socket that the ssl module leaves open when the peer resets a connection before it is wrapped.
-
-    The constructor of ``ssl.SSLSocket`` owns the connection by then, and raises without closing it. Only the frames of
-    the error refer to that socket.
-    """
-    for one in _causes(error):
-        for frame, _ in traceback.walk_tb(one.__traceback__):
-            # The variables of other frames are not read: they may be secrets, and reading them would keep them.
-            if frame.f_globals is vars(ssl):
-                wrapped = frame.f_locals.get("self")
-                if isinstance(wrapped, ssl.SSLSocket):
-                    wrapped.close()
-
-
-def _tls_problem(chain: List[BaseException]) -> str:
-    for one in chain:
-        # urllib3 1 checks the host's name itself, and has its own error class for that.
-        if isinstance(one, ssl.SSLCertVerificationError) or type(one).__name__ == "CertificateError":
-            text = protocol.one_line(getattr(one, "verify_message", "") or str(one))[:200]
-            return f"{text}; if a CA of your own issued its certificate, name that CA's file with verify="
-    reason = next((one for one in chain if isinstance(one, ssl.SSLError)), None)
-    text = (reason.reason or str(reason)).replace("_", " ") if reason is not None else ""
-    return protocol.one_line(text)[:200] or "the handshake failed"
-
-
-_UNSENDABLE = (
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidHeader,
-    requests.exceptions.InvalidSchema,
-    requests.exceptions.MissingSchema,
-    urllib3.exceptions.LocationParseError,
-)
-
-
-def _causes(error: BaseException) -> List[BaseException]:
-    """Return ``error`` and all that it was made from: causes, contexts, ``reason`` and arguments."""
-    seen: List[BaseException] = []
-    pending = [error]
-    while pending and len(seen) < 20:
-        one = pending.pop(0)
-        if any(one is other for other in seen):
-            continue
-        seen.append(one)
-        related = [one.__cause__, one.__context__, getattr(one, "reason", None), *one.args]
-        pending += [other for other in related if isinstance(other, BaseException)]
-    return seen

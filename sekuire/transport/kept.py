@@ -14,7 +14,6 @@ import re
 import socket
 import struct
 import sys
-import time
 import types
 from collections import deque
 from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Tuple, cast
@@ -22,6 +21,7 @@ from typing import Any, Deque, Dict, Mapping, NamedTuple, Optional, Tuple, cast
 from urllib3._collections import HTTPHeaderDict
 from urllib3.util.wait import wait_for_read
 
+from .._internal.clock import time
 from .answers import CLOSED, ClosedBeforeAnswerError, FinalResponse, Source
 from .body import read_body
 
@@ -42,7 +42,7 @@ _LOOK = socket.MSG_PEEK | socket.MSG_DONTWAIT if _KERNEL_TIMES else 0
 
 
 class Answer(NamedTuple):
-    """A whole answer. The names in ``headers`` are found in upper and lower case."""
+    """Hold a whole answer. The names in ``headers`` are found in upper and lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
 
 class Headers(Dict[str, str]):
-    """The headers of an answer by their names in lower case. A look-up works in upper and lower case."""
+    """Hold the headers of an answer by their names in lower case. A look-up works in upper and lower case."""
 
     def __getitem__(self, name: str) -> str:
         return super().__getitem__(name.lower())

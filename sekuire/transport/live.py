@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from typing import Any, Dict, Iterator, Mapping, Optional, Union
 
 import requests
 import urllib3
 
+from .._internal.clock import time
+from .._internal.scrub import scrub_bytes
 from ..config import ConnectionConfig
 from ..errors import TransportError
+from ..secret import without_frames
 from ..wire import protocol
 from .body import BodyError, arriving, limit_reads, read_body, socket_of
 from .connections import Adapter, leave_to_parent
-from .http import Credential, Route, describe, without_header
+from .http import Credential, Route, without_header
+from .problems import describe
 
 #: Most bytes read of an answer that is an error, not a stream.
 _MAX_ERROR = 65536
@@ -115,7 +118,7 @@ class LiveAnswer:
 
     @property
     def body(self) -> bytes:
-        """The body of an answer that is not a stream, at most 64 KiB. Empty if it cannot be read in time."""
+        """Return the body of an answer that is not a stream, at most 64 KiB. Empty if it cannot be read in time."""
         if self._error_body is None:
             self._error_body = self._read_error()
         return self._error_body
@@ -130,7 +133,7 @@ class LiveAnswer:
             content = read_body(self._raw, _MAX_ERROR, time.monotonic() + self._patience)
         except Exception:  # noqa: BLE001
             return b""
-        return content if self._credential is None else without_header(self._credential()[1], content)
+        return scrub_bytes(content if self._credential is None else without_header(self._credential()[1], content))
 
     def close(self) -> None:
         """Close the connection."""
@@ -157,7 +160,7 @@ class LiveClient:
         self.endpoints = config.endpoints
         self._waker = Waker()
         self._timeouts = (config.connect_timeout, config.read_timeout)
-        self._session = self.route.session(Adapter(1, watcher=self._waker))
+        self._session = self.route.session(Adapter(1, proxy=self.route.proxy, watcher=self._waker))
 
     def open(
         self, path: str, *, credential: Optional[Credential], headers: Mapping[str, Union[str, bytes]]
@@ -182,8 +185,20 @@ class LiveClient:
 
     def _open(
         self, path: str, credential: Optional[Credential], extra: Mapping[str, Union[str, bytes]]
-    ) -> Union[LiveAnswer, TransportError]:
+    ) -> Union[LiveAnswer, BaseException]:
         # Returned, not raised: see HttpClient._exchange.
+        try:
+            return self._request(path, credential, extra)
+        except Exception as error:  # noqa: BLE001
+            problem: BaseException = describe(error, self.route.host)
+        except BaseException as error:  # noqa: BLE001
+            problem = without_frames(error)
+        self._waker.detach()
+        return problem
+
+    def _request(
+        self, path: str, credential: Optional[Credential], extra: Mapping[str, Union[str, bytes]]
+    ) -> LiveAnswer:
         headers: Dict[str, Any] = {
             "User-Agent": protocol.USER_AGENT,
             "Accept": protocol.STREAM_TYPE,
@@ -196,9 +211,5 @@ class LiveClient:
             name, value = credential()
             headers[name] = value
         timeout = urllib3.Timeout(connect=self._timeouts[0], read=self._timeouts[1])
-        try:
-            response = self.route.send(self._session, "GET", path, headers, None, timeout)
-        except Exception as error:  # noqa: BLE001
-            self._waker.detach()
-            return describe(error, self.route.host)
+        response = self.route.send(self._session, "GET", path, headers, None, timeout)
         return LiveAnswer(response, self._waker, self.route.host, self._timeouts[1], credential)

@@ -26,7 +26,7 @@ HEALTHY = 60.0
 
 
 class Interrupted(TransportError):
-    """A wait ended because its owner is stopping. What was to be sent can still be sent."""
+    """Report that a wait ended because its owner is stopping. The request can still be sent."""
 
 
 def is_retryable(error: BaseException) -> bool:

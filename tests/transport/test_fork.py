@@ -98,6 +98,7 @@ def test_idle_connections_stay_with_the_parent(numbered: Any) -> None:
         child.end()
 
 
+@pytest.mark.slow
 def test_connections_in_use_stay_with_the_parent() -> None:
     """An open stream, and a call in progress, end when the parent ends them, whatever children live."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n:\n\n"

@@ -432,7 +432,11 @@ COMMENTS = b": ping\n" * 5_000 + b"data: x\n\n"
 EVENTS = b"event: a\nid: 1\ndata: x\n\n" * 2_000
 
 
-@pytest.mark.parametrize("size", [1, 7, 4096, 10**6], ids=["bytes", "sevens", "reads", "whole"])
+@pytest.mark.parametrize(
+    "size",
+    [pytest.param(1, marks=pytest.mark.slow), 7, 4096, 10**6],
+    ids=["bytes", "sevens", "reads", "whole"],
+)
 @pytest.mark.parametrize(
     ("stream", "limit"),
     [
