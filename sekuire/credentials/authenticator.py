@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import random
 import threading
-import time
-from typing import Any, Callable, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 from .._internal import fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
+from .._internal.tally import Tally
 from .._internal.threads import Deadline, spawn
-from ..config import AgentConfig
 from ..errors import ConfigurationError, RevokedError, SekuireError, TransportError
-from ..secret import Secret
-from ..transport.http import HttpClient, Reply, make_idempotency_key
+from ..transport.http import MAX_ANSWER, Reply, make_idempotency_key
 from ..transport.retry import Interrupted
 from ..wire import protocol
 from ..wire.models import Grant, HeartbeatReply, RuntimeCredentials
 from ..wire.verdict import Revoked, Settled, Support, Unauthorized, verdict
-from .login import RENEWAL_TIMEOUT, Login, TokenProvider, bearer_of
-from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
+from .login import RENEWAL_TIMEOUT, Login, bearer_of
+from .store import Renewed, Snapshot
 
 log = get_logger("sekuire.credentials")
 
@@ -44,59 +43,34 @@ class Authenticator:
 
     ::
 
-        auth = Authenticator(config, http, store, stop=threading.Event(), runtime_info={})
+        auth = Authenticator(Login(config, http, store, stop=threading.Event(), runtime_info={}))
         reply, used = auth.request("GET", lambda snapshot: "/api/v1/tasks", deadline=Deadline(10.0))
 
     The runtime token comes from the settings, from ``token_provider`` or from the store. A new one comes by the login
-    methods of :class:`~sekuire.credentials.login.Login`.
-
-    :param stop: ends every wait of a login when it is set.
+    methods of ``login``, whose store, connections and stop event this shares.
     """
 
-    def __init__(
-        self,
-        config: AgentConfig,
-        http: HttpClient,
-        store: RuntimeCredentialsStore,
-        *,
-        stop: threading.Event,
-        runtime_info: Mapping[str, Any],
-        token_provider: Optional[TokenProvider] = None,
-        api_key: Optional[Secret] = None,
-        workspace_id: Optional[str] = None,
-    ) -> None:
-        self.store = store
+    def __init__(self, login: Login) -> None:
+        self.store = login.store
         #: Which optional endpoints this platform offers, for all that share the installation.
         self.support = Support()
         #: The login methods.
-        self.login = Login(
-            config,
-            http,
-            store,
-            stop=stop,
-            runtime_info=runtime_info,
-            token_provider=token_provider,
-            api_key=api_key,
-            workspace_id=workspace_id,
-        )
-        self._http = http
-        self._stop = stop
+        self.login = login
+        #: Says that the platform cannot be reached, once for all that share the installation.
+        self.reach = login.reach
+        self._http = login.http
+        self._stop = login.stop
         self._lock = threading.Lock()
         #: True while a renewal runs in the background.
         self.is_renewing = False
         self._next_try = 0.0
+        #: The runtime tokens that took the place of another one, by what brought them.
+        self.refreshes = Tally()
         #: Called with the kill switch that an answer carries, by the thread that got it. It must not block.
         self.on_revoked: Callable[[RevokedError], None] = lambda error: None
+        #: True in a forked child to which greenlets of the parent were copied. They must not speak for the parent.
+        self._stays_in_parent = False
         fork.reset_in_child(self, Authenticator._reset)
-        store.seed(
-            RuntimeCredentials(
-                installation_id=config.installation_id,
-                runtime_token=config.runtime_token,
-                refresh_token=config.refresh_token,
-                workspace_id=workspace_id,
-            ),
-            fingerprint(config.install_token.reveal()) if config.install_token else None,
-        )
 
     def require_credentials(self) -> None:
         """Check that something is configured to authenticate with.
@@ -116,13 +90,20 @@ class Authenticator:
 
     # -- handing out --
 
+    def stay_in_parent(self) -> None:
+        """Refuse every call from now on, in a forked child."""
+        self._stays_in_parent = True
+
     def snapshot(self, deadline: Deadline) -> Snapshot:
         """Return credentials whose runtime token is not known to have expired. Renew the token if that is due.
 
         :raises AuthenticationError: no login method is left.
         :raises TransportError: the platform could not be reached in time, and there is no live token.
         :raises RevokedError: the installation was revoked.
+        :raises SekuireError: after :meth:`stay_in_parent`.
         """
+        if self._stays_in_parent:
+            raise SekuireError("this process was forked from the one that is logged in")
         snapshot = self.store.snapshot
         left = snapshot.time_left()
         if snapshot.credentials.runtime_token is not None:
@@ -135,8 +116,8 @@ class Authenticator:
     def rejected(self, generation: int, deadline: Deadline, *, is_foreign: bool = False) -> Snapshot:
         """Return credentials to use instead of those of ``generation``, which were answered with 401.
 
-        Threads that were refused together cause one renewal. Where the platform refuses at once what it grants, the
-        renewal waits. One that would have to wait past ``deadline`` is not begun. Errors as :meth:`snapshot`.
+        Threads that were refused together cause one renewal. If the platform refuses what it has just granted, the
+        renewal waits. One that would wait past ``deadline`` is not begun. It raises what :meth:`snapshot` raises.
 
         :param is_foreign: another server sent the 401. It starts a renewal, and says nothing of the token.
         """
@@ -163,22 +144,27 @@ class Authenticator:
         body: Optional[bytes] = None,
         idempotency_key: Optional[str] = None,
         deadline: Deadline,
+        max_bytes: int = MAX_ANSWER,
+        longer: float = 0.0,
     ) -> Tuple[Reply, Snapshot]:
         """Make a call with the runtime token. After a 401, renew the token and make the call once more.
 
+        :param max_bytes: most bytes of the answer.
+        :param longer: seconds that the platform may take before it answers, beyond ``deadline``.
         :returns: the reply, whatever its status, and the credentials that the call was made with.
         :raises RevokedError: the answer carries the kill switch.
         """
         if idempotency_key is None and method == "POST":
             # Here, so that the replay has the same one.
             idempotency_key = make_idempotency_key()
+        limits = (max_bytes, longer)
         snapshot = self.snapshot(deadline)
-        reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
+        reply = self._send(method, path, body, idempotency_key, deadline, snapshot, limits)
         if not reply.is_success or protocol.may_revoke(reply.body):
             found = verdict(_ANY, reply)
             if isinstance(found, Unauthorized):
                 snapshot = self.rejected(snapshot.generation, deadline, is_foreign=found.is_foreign)
-                reply = self._send(method, path, body, idempotency_key, deadline, snapshot)
+                reply = self._send(method, path, body, idempotency_key, deadline, snapshot, limits)
                 found = verdict(_ANY, reply)
             if isinstance(found, Revoked):
                 self.on_revoked(found.error)
@@ -196,6 +182,7 @@ class Authenticator:
         )
         grant = Grant(credentials=credentials, lifetime=reply.refreshed_token_lifetime)
         if self.store.offer(used, Renewed(grant=grant, sent_at=sent_at, sent_wall=sent_wall)):
+            self.refreshes.add("heartbeat")
             log.debug("the heartbeat brought a fresh runtime token")
 
     # -- renewing --
@@ -208,6 +195,7 @@ class Authenticator:
         idempotency_key: Optional[str],
         deadline: Deadline,
         snapshot: Snapshot,
+        limits: Tuple[int, float],
     ) -> Reply:
         return self._http.request(
             method,
@@ -216,6 +204,8 @@ class Authenticator:
             credential=bearer_of(snapshot),
             idempotency_key=idempotency_key,
             timeout=max(deadline.remaining(), 0.001),
+            max_bytes=limits[0],
+            longer=limits[1],
         )
 
     def _renew_early(self, snapshot: Snapshot, left: float, deadline: Deadline) -> Snapshot:
@@ -274,10 +264,15 @@ class Authenticator:
     def _renew(self, generation: int, deadline: Deadline) -> Snapshot:
         return self.store.renew(
             generation,
-            lambda snapshot: self.login.renew(snapshot, deadline),
+            lambda snapshot: self._count(snapshot, self.login.renew(snapshot, deadline)),
             deadline,
             (self, "every method"),
         )
+
+    def _count(self, before: Snapshot, renewed: Renewed) -> Renewed:
+        if before.credentials.runtime_token is not None:
+            self.refreshes.add("login")
+        return renewed
 
     def _reset(self) -> None:
         """Make this the authenticator of a forked child, in which no renewal runs."""
@@ -288,12 +283,12 @@ class Authenticator:
     def _try_early(self, generation: int, deadline: Deadline) -> Snapshot:
         return self.store.renew(
             generation,
-            lambda snapshot: self.login.renew_early(snapshot, deadline),
+            lambda snapshot: self._count(snapshot, self.login.renew_early(snapshot, deadline)),
             deadline,
             (self, "early"),
         )
 
 
 def is_fresh(snapshot: Snapshot, left: float) -> bool:
-    """Return True if so much is left of the runtime token, in seconds, that no renewal is due."""
+    """Return True if no renewal is due while ``left`` seconds remain of the runtime token's lifetime."""
     return left > min((snapshot.lifetime or 0.0) * _EARLY_SHARE, _EARLY_MOST) * (1.0 - snapshot.jitter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import attrs
 from .._internal import filelock, files
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline
+from .._internal.values import Value
 from ..errors import ConfigurationError, TransportError
 from ..wire.models import RuntimeCredentials
 from ..wire.protocol import format_time, parse_time
@@ -25,15 +27,17 @@ _HOLDER_LENGTH = 32
 _POLL = 0.02
 _POSIX = os.name == "posix"
 _GUARD = files.Guard("path")
+#: For a file that is only read: a mounted secret, whose owner and mode the cluster chooses.
+_SEED_GUARD = files.Guard("path", is_secret=False, trusts_root=True)
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Stored:
-    """The content of the file.
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Stored(Value):
+    """Hold the content of the file.
 
     ``revision`` counts writes. ``ends_at`` is the end of the runtime token by this machine's clock (``time.time()``),
-    so that a skewed clock does not matter. ``lifetime`` is what the token had when it was obtained, in seconds.
-    ``seeds`` are the hashes of the settings that the credentials grew from.
+    so that a skewed clock does not matter. ``lifetime`` counts the seconds that the token had when it was obtained.
+    ``seeds`` are the hashes of the settings that the credentials grew from. ``agent_id`` says whose they are.
     """
 
     credentials: RuntimeCredentials
@@ -41,6 +45,7 @@ class Stored:
     lifetime: Optional[float] = None
     ends_at: Optional[float] = None
     seeds: Tuple[str, ...] = ()
+    agent_id: Optional[str] = None
 
 
 class CredentialsFile:
@@ -53,9 +58,9 @@ class CredentialsFile:
             file.save(Stored(credentials=credentials, revision=1))
 
     Beside it are ``PATH.lock`` and ``PATH.holder``, the random value that makes the logins of all who share the file
-    those of one installation.
+    those of one installation. If ``PATH`` is a link, they are beside the file that it leads to.
 
-    :raises ConfigurationError: the directory is missing, or the file is not private to this user.
+    :raises ConfigurationError: the directory is missing, the file is not private to this user, or it is mounted alone.
     """
 
     # Threads: any thread may call anything. Every write happens inside lock().
@@ -64,9 +69,10 @@ class CredentialsFile:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise ConfigurationError(f"must be a path, got {path!r}", "path")
         self.path = os.path.abspath(os.fspath(path))
-        self._lock_path = self.path + ".lock"
         # Beside the file itself, not beside a link to it: this is the directory in which the file is replaced.
-        self._holder_path = os.path.realpath(self.path) + ".holder"
+        target = os.path.realpath(self.path)
+        self._lock_path = target + ".lock"
+        self._holder_path = target + ".holder"
         self._warned_write = False
         self._warned_lock = False
         directory = os.path.dirname(self.path)
@@ -76,11 +82,19 @@ class CredentialsFile:
             raise ConfigurationError(f"{self.path!r} is a directory; name a file in it", "path")
         self.read_only = self._is_read_only()
         if self.read_only:
+            _SEED_GUARD.check(self.path)
             log.warning(
                 "credentials file %s cannot be written: it is read once, and rotated tokens cannot be kept", self.path
             )
-        else:
-            _GUARD.check(self.path)
+            return
+        if files.is_mounted_alone(target):
+            raise ConfigurationError(
+                f"{self.path!r} is mounted as a single file, which cannot be replaced, so rotated tokens could not be "
+                "kept; mount the directory that it is in",
+                "path",
+            )
+        for path_ in (self.path, self._lock_path, self._holder_path):
+            _GUARD.check(path_)
 
     def load(self) -> Optional[Stored]:
         """Return what is in the file. Return None if there is no file, or an empty one.
@@ -88,8 +102,7 @@ class CredentialsFile:
         :raises ConfigurationError: it cannot be read or trusted, or is not a credentials file.
         """
         try:
-            # A read-only file is a mounted secret, whose owner and mode the cluster chooses.
-            with open(self.path, "rb") if self.read_only else _GUARD.open(self.path) as file:
+            with (_SEED_GUARD if self.read_only else _GUARD).open(self.path) as file:
                 text = file.read().decode("utf-8")
         except FileNotFoundError:
             return None
@@ -129,17 +142,45 @@ class CredentialsFile:
             )
         return False
 
-    def holder(self, proposed: str, *, rewrite: bool) -> str:
-        """Return the holder that is kept beside the file. Write ``proposed`` if there is none. Needs :meth:`lock`.
+    def holder(self, proposed: str, *, before_spending: Optional[str] = None) -> str:
+        """Return the holder that is kept beside the file, or ``proposed``, which is written if there is none.
 
-        :param rewrite: write it in any case, which proves that a file in this directory can be replaced now.
-        :raises OSError: it cannot be written.
-        :raises ConfigurationError: it is not private to this user.
+        Needs :meth:`lock`.
+
+        :param before_spending: what a login uses up next. Both files are then written in any case, as a proof.
+        :raises TransportError: one of them cannot be written, and a token would be used up.
+        :raises ConfigurationError: one of them is not private to this user.
         """
-        kept = _read_holder(self._holder_path, _GUARD)
-        if kept is None or rewrite:
-            files.replace(self._holder_path, f"{kept or proposed}\n".encode())
-        return kept or proposed
+        found = proposed
+        try:
+            kept = _read_holder(self._holder_path, _GUARD)
+            found = kept or proposed
+            if kept is None or before_spending is not None:
+                files.replace(self._holder_path, f"{found}\n".encode())
+            if before_spending is not None:
+                self._write_again()
+            return found
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+            is_mounted = error.errno == errno.EBUSY
+        if before_spending is None:
+            return found
+        remedy = "free some space, or give a path that can be written"
+        if is_mounted:
+            remedy = "if the file is mounted, mount the directory that it is in"
+        raise TransportError(
+            f"cannot replace the credentials file {self.path} ({problem}): {before_spending} is not used, because the "
+            f"credentials that it brings could not be stored; {remedy}"
+        )
+
+    def _write_again(self) -> None:
+        """Replace the file by one with the same content, if there is a file."""
+        try:
+            with _GUARD.open(self.path) as file:
+                content = file.read()
+        except FileNotFoundError:
+            return
+        files.replace(self.path, content)
 
     @contextlib.contextmanager
     def lock(self, deadline: Deadline) -> Iterator[None]:
@@ -150,24 +191,34 @@ class CredentialsFile:
         if self.read_only:
             yield
             return
-        descriptor = self._open_lock()
+        descriptor = self._take_lock(deadline)
         try:
-            locked = descriptor is not None and self._acquire(descriptor, deadline)
-            try:
-                yield
-            finally:
-                if locked and descriptor is not None:
-                    filelock.unlock(descriptor)
+            yield
         finally:
             if descriptor is not None:
+                filelock.unlock(descriptor)
                 os.close(descriptor)
 
-    def _open_lock(self) -> Optional[int]:
-        try:
-            return filelock.open_lock(self._lock_path)
-        except OSError as error:
-            self._warn_unlocked(error)
-            return None
+    def _take_lock(self, deadline: Deadline) -> Optional[int]:
+        """Return the locked descriptor. Return None, after one warning, if the file cannot be locked at all."""
+        while True:
+            try:
+                descriptor = filelock.open_lock(self._lock_path)
+            except OSError as error:
+                self._warn_unlocked(error)
+                return None
+            is_locked = False
+            try:
+                is_locked = self._acquire(descriptor, deadline)
+                if not is_locked:
+                    return None
+                if filelock.is_at(descriptor, self._lock_path):
+                    return descriptor
+                # Who held it has deleted it, or a cleaner has: another process may have locked a new one.
+                is_locked = False
+            finally:
+                if not is_locked:
+                    os.close(descriptor)
 
     def _acquire(self, descriptor: int, deadline: Deadline) -> bool:
         try:
@@ -219,6 +270,7 @@ def _encode(stored: Stored) -> str:
             "format": _FORMAT,
             "revision": stored.revision,
             "seeds": list(stored.seeds),
+            "agent_id": stored.agent_id,
             "installation_id": credentials.installation_id,
             "workspace_id": credentials.workspace_id,
             "runtime_token": credentials.runtime_token.reveal() if credentials.runtime_token else None,
@@ -248,6 +300,7 @@ def _decode(text: str) -> Optional[Stored]:
             lifetime=_seconds(payload.get("lifetime")),
             ends_at=_seconds(payload.get("ends_at")),
             seeds=tuple(str(seed) for seed in payload.get("seeds") or ()),
+            agent_id=None if payload.get("agent_id") is None else str(payload["agent_id"]),
         )
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, ConfigurationError):
         return None

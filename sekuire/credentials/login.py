@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import attrs
 
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.single_flight import SingleFlight
 from .._internal.threads import Deadline
@@ -19,10 +19,11 @@ from ..config import AgentConfig
 from ..errors import APIError, AuthenticationError, ConfigurationError, PlanLimitError, TransportError
 from ..secret import Secret, as_secret
 from ..transport.http import Credential, HttpClient, Reply
+from ..transport.reach import Reach
 from ..transport.retry import call
 from ..wire import protocol
 from ..wire.models import Grant, RuntimeCredentials
-from ..wire.verdict import Refused, Retry, Settled, verdict
+from ..wire.verdict import NotThePlatform, Refused, Retry, Settled, verdict
 from .store import Renewed, RuntimeCredentialsStore, Snapshot, fingerprint
 
 log = get_logger("sekuire.credentials")
@@ -34,14 +35,30 @@ RENEWAL_TIMEOUT = 30.0
 
 #: Fingerprints of refused secrets that are remembered.
 _MOST_REFUSED = 8
+#: What the advice for a used-up install token names, in the platform's words or in ours.
+_ADVICE = "SEKUIRE_CREDENTIALS_FILE"
 _CHECK_URL = "is api_base_url right, or is an endpoints= override needed?"
 
 
-class _MethodRefused(Exception):
-    """The platform refused one login method. The next one is tried."""
+_BY_PLATFORM = "the platform refused "
 
-    def __init__(self, message: str, status: Optional[int] = None, code: Optional[str] = None) -> None:
+
+class _MethodRefused(Exception):
+    """Report that the platform refused one login method. The next one is tried."""
+
+    def __init__(
+        self,
+        message: str,
+        status: Optional[int] = None,
+        code: Optional[str] = None,
+        *,
+        what: str = "",
+        problem: str = "",
+    ) -> None:
         super().__init__(message)
+        #: The credential, and what the platform said of it.
+        self.what = what
+        self.problem = problem
         self.message = message
         self.status = status
         self.code = code
@@ -51,10 +68,12 @@ class Login:
     """Get a runtime token, by the first login method that works.
 
     The methods, in their order, are ``token_provider``; ``installation_id`` with ``refresh_token``; the install token;
-    and, where an ``api_key`` was given, recovery with it. ::
+    and, where an ``api_key`` was given, recovery with it. The tokens of ``config`` are put into ``store``. ::
 
         login = Login(config, http, store, stop=threading.Event(), runtime_info={})
         store.renew(store.generation, lambda snapshot: login.renew(snapshot, deadline), deadline)
+
+    :param stop: ends every wait of a login when it is set.
     """
 
     def __init__(
@@ -73,16 +92,22 @@ class Login:
         self.capabilities: Sequence[str] = config.capabilities
         #: Called by the renewing thread with every grant and when its request was sent (monotonic).
         self.on_grant: Callable[[Grant, float], None] = lambda grant, sent_at: None
-        self._store = store
-        self._http = http
-        self._stop = stop
+        self.store = store
+        self.http = http
+        #: Ends every wait of a login when it is set.
+        self.stop = stop
+        #: Says that the platform cannot be reached, once for all that share this login.
+        self.reach = Reach(http.route.base)
         self._agent_id = config.agent_id
         self._install_token = config.install_token
+        self._installation_id = config.installation_id
         self._runtime_info = runtime_info
         self.token_provider = token_provider
         self._api_key = api_key
         self._workspace_id = workspace_id
         self._has_logged_in = False
+        #: False while a token is renewed that still works: then a failure is not an outage.
+        self._is_waited_for = True
         #: The runtime token that the platform itself refused last. Written by any thread, without a lock.
         self._rejected: Optional[Secret] = None
         #: Fingerprints of secrets that the platform has refused permanently.
@@ -92,10 +117,20 @@ class Login:
         self._useless: Dict[str, int] = {}
         #: What the last attempt was refused with, for those who ask when nothing is left to try.
         self._last_refusal: Optional[Tuple[str, Optional[int], Optional[str]]] = None
+        store.seed(
+            RuntimeCredentials(
+                installation_id=config.installation_id,
+                runtime_token=config.runtime_token,
+                refresh_token=config.refresh_token,
+                workspace_id=workspace_id,
+            ),
+            fingerprint(config.install_token.reveal()) if config.install_token else None,
+            config.agent_id,
+        )
 
     def is_possible(self) -> bool:
         """Return True if there is anything to log in with."""
-        current = self._store.current
+        current = self.store.current
         has_refresh = current.installation_id is not None and current.refresh_token is not None
         return bool(has_refresh or self._install_token or self.token_provider or self._api_key)
 
@@ -114,11 +149,15 @@ class Login:
         """
         problem: Optional[AuthenticationError] = None
         self._forget_useless(snapshot)
+        self._is_waited_for = False
         if not self.can_renew_early(snapshot):
             # Another thread's renewal, which this one has waited for, was refused with the refresh token.
             raise AuthenticationError("the refresh token has been refused before")
         try:
-            return self._provide(snapshot) if self.token_provider else self._refresh(snapshot, deadline)
+            if self.token_provider:
+                return self._provide(snapshot)
+            # A refresh rotates the refresh token. While there is time, it waits until the new one can be stored.
+            return self._refresh(snapshot, deadline, is_spending=True)
         except _MethodRefused as refusal:
             problem = AuthenticationError(refusal.message, refusal.status, refusal.code)
         raise problem
@@ -131,26 +170,32 @@ class Login:
         """
         refusals: List[_MethodRefused] = []
         self._forget_useless(snapshot)
+        self._is_waited_for = True
         for method in self._methods(snapshot, deadline):
             try:
-                return method()
+                renewed = method()
             except _MethodRefused as refusal:
-                log.warning("%s", refusal.message)
                 refusals.append(refusal)
+            else:
+                # If none works, the error that is raised names them all.
+                for one in refusals:
+                    log.warning("%s; another login method was accepted", one.message)
+                self.reach.log_in()
+                return renewed
         token = snapshot.credentials.runtime_token
         if token is not None and token != self._rejected and snapshot.time_left() != 0:
             # Whatever came of the renewal, the platform has not refused the token.
             raise TransportError("another server answered 401, and there is nothing to renew the runtime token with")
         if not refusals:
             message = "the platform refused the runtime token, and nothing else was given to authenticate with"
-            if token is not None and not self._useless:
+            if token is not None and not self._useless and self._last_refusal is None:
                 raise AuthenticationError(message, 401)
             if token is None and not self._refused and not self._useless:
                 raise TransportError("the credentials_store holds no credentials yet; waiting for them")
-            before, status, code = self._last_refusal or ("the platform refuses them", 401, None)
-            raise AuthenticationError(f"every login method has been refused before: {before}", status, code)
+            before, status, code = self._last_refusal or ("the platform refuses the credentials", 401, None)
+            raise AuthenticationError(before, status, code)
         last = refusals[-1]
-        self._last_refusal = "; ".join(refusal.message for refusal in refusals), last.status, last.code
+        self._last_refusal = _joined(refusals), last.status, last.code
         raise AuthenticationError(*self._last_refusal)
 
     # -- which methods are left --
@@ -188,28 +233,39 @@ class Login:
         credentials = attrs.evolve(snapshot.credentials, runtime_token=token, expires_at=None)
         return Renewed(grant=Grant(credentials=credentials), sent_at=time.monotonic(), sent_wall=time.time())
 
-    def _refresh(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
+    def _refresh(self, snapshot: Snapshot, deadline: Deadline, *, is_spending: bool = False) -> Renewed:
         credentials = snapshot.credentials
         assert credentials.installation_id is not None
         assert credentials.refresh_token is not None
-        path = self._http.endpoints.path("refresh", installation_id=credentials.installation_id)
+        path = self.http.endpoints.path("refresh", installation_id=credentials.installation_id)
         secret = credentials.refresh_token
         body = functools.partial(protocol.refresh_body, secret)
-        return self._post("refresh", "the refresh token", path, secret, body, credentials, deadline)
+        return self._post(
+            "refresh", "the refresh token", path, secret, body, credentials, deadline, is_spending=is_spending
+        )
 
     def _bootstrap(self, deadline: Deadline) -> Renewed:
         secret = self._install_token
         assert secret is not None
+        if self.store.is_read_only:
+            raise _MethodRefused(
+                "the install token is not used, because the credentials file cannot be written and a restart would "
+                "need another token; give a file that can be written, or no file"
+            )
         body = functools.partial(protocol.bootstrap_body, secret, self._agent_id, self.capabilities, self._runtime_info)
-        path = self._http.endpoints.path("bootstrap")
-        return self._post("bootstrap", "the install token", path, secret, body, None, deadline)
+        endpoints = self.http.endpoints
+        if endpoints.bootstrap_names_installation:
+            path = endpoints.path("bootstrap", installation_id=self._installation_id or "")
+        else:
+            path = endpoints.path("bootstrap")
+        return self._post("bootstrap", "the install token", path, secret, body, None, deadline, is_spending=True)
 
     def _recover(self, snapshot: Snapshot, deadline: Deadline) -> Renewed:
         secret = self._api_key
         assert secret is not None
         workspace_id = self._workspace_id or snapshot.credentials.workspace_id
         body = functools.partial(protocol.recover_body, self._agent_id, workspace_id, self._runtime_info)
-        path = self._http.endpoints.path("recover")
+        path = self.http.endpoints.path("recover")
         header = functools.partial(protocol.api_key_header, secret)
         return self._post("recover", "the API key", path, secret, body, None, deadline, header)
 
@@ -223,33 +279,44 @@ class Login:
         previous: Optional[RuntimeCredentials],
         deadline: Deadline,
         credential: Optional[Credential] = None,
+        *,
+        is_spending: bool = False,
     ) -> Renewed:
-        holder = self._store.holder(before_spending=endpoint == "bootstrap")
+        holder = self.store.holder(before_spending=what if is_spending else None)
         key = protocol.idempotency_key(endpoint, secret, self._agent_id, holder)
 
         def attempt() -> Union[Renewed, Exception]:
             timeout = max(deadline.remaining(), 0.001)
-            # The same key at every try: a lost answer is repeated, not spent.
-            outcome = self._read_answer(
-                endpoint,
-                what,
-                secret,
-                previous,
-                # Frameworks that validate bodies quote them in their errors.
-                self._http.request(
+            outcome: Union[Renewed, Exception]
+            try:
+                # The same key at every try: a lost answer is repeated, not spent.
+                reply = self.http.request(
                     "POST", path, body=body, credential=credential, idempotency_key=key, timeout=timeout
-                ).without(secret),
-                self._http.route.base + path,
-            )
+                )
+            except TransportError as error:
+                outcome = error
+            else:
+                # Frameworks that validate bodies quote them in their errors.
+                outcome = self._read_answer(
+                    endpoint, what, secret, previous, reply.without(secret), self.http.route.base + path
+                )
             if isinstance(outcome, TransportError):
+                if outcome.retryable and self._is_waited_for:
+                    # At once: the tries may go on for half a minute.
+                    self.reach.note(outcome)
                 raise outcome
             return outcome
 
-        renewed = call(attempt, stop=self._stop, deadline=deadline)
+        renewed = call(attempt, stop=self.stop, deadline=deadline)
         if isinstance(renewed, Exception):
             raise renewed
         self._has_logged_in = True
         log.info("authenticated with %s as installation %s", what, renewed.grant.credentials.installation_id)
+        if renewed.grant.install_token_uses_left == 0 and not self.store.has_file:
+            log.warning(
+                "the install token is used up, and the credentials are in memory only: a restart needs another token; "
+                "set SEKUIRE_CREDENTIALS_FILE, or give credentials_store a RuntimeCredentialsStore with a path"
+            )
         self.on_grant(renewed.grant, renewed.sent_at)
         return renewed
 
@@ -277,6 +344,8 @@ class Login:
         if isinstance(found, Retry):
             problem = f"authenticating with {what} failed for now: {url}: {found.error}"
             if found.is_fatal_at_first and not self._has_answered():
+                if isinstance(found, NotThePlatform):
+                    return _fatal(found.as_other_server(url), reply.status)
                 return _fatal(f"{url} cannot be logged in to: {found.error}", reply.status)
             return TransportError(problem, retry_after=found.delay)
         if isinstance(found, Refused) and not isinstance(found.error, PlanLimitError):
@@ -285,7 +354,7 @@ class Login:
 
     def _has_answered(self) -> bool:
         """Return True if the platform is known to be at this URL, because it has granted credentials before."""
-        current = self._store.current
+        current = self.store.current
         return self._has_logged_in or (current.installation_id is not None and current.refresh_token is not None)
 
     def _refuse_useless(
@@ -299,22 +368,37 @@ class Login:
             problem = f"the answer to {what} brought a runtime token that has expired already"
         else:
             return None
-        self._useless[fingerprint(secret.reveal())] = self._store.generation
+        self._useless[fingerprint(secret.reveal())] = self.store.generation
         return _MethodRefused(problem)
 
     def _refuse(self, what: str, secret: Secret, found: Refused, status: int) -> _MethodRefused:
         if found.is_final:
             self._refused = [*self._refused, fingerprint(secret.reveal())][-_MOST_REFUSED:]
         hint = ""
-        if what == "the install token" and status in (401, 409, 410):
+        code = found.error.code if isinstance(found.error, APIError) else None
+        if code == protocol.CODE_WRONG_AGENT:
+            hint = f"; here agent_id is {self._agent_id!r}"
+        elif code == protocol.CODE_UNKNOWN_INSTALL_TOKEN:
+            hint = "; make a new one, and set SEKUIRE_CREDENTIALS_FILE so that restarts need none"
+        elif what == "the install token" and status in (401, 409, 410) and _ADVICE not in str(found.error):
             hint = (
                 "; an install token works once: set SEKUIRE_CREDENTIALS_FILE so that a restart needs none, use one "
                 "token per replica, or make it with max_uses"
             )
         elif status == 404:
             hint = f"; {_CHECK_URL}"
-        code = found.error.code if isinstance(found.error, APIError) else None
-        return _MethodRefused(f"the platform refused {what}: {found.error}{hint}", status, code)
+        problem = str(found.error)
+        return _MethodRefused(f"{_BY_PLATFORM}{what}: {problem}{hint}", status, code, what=what, problem=problem)
+
+
+def _joined(refusals: Sequence[_MethodRefused]) -> str:
+    """Return one sentence for all refusals of a login. What to do about it is said once, for the last method."""
+    *others, last = refusals
+    if not others or not all(one.problem for one in refusals):
+        return "; ".join(one.message for one in refusals)
+    # Not each platform's sentence: as a rule all are refused for one cause, and the last one names it.
+    named = ", ".join(f"{one.what} ({one.problem.partition('; ')[0]})" for one in others)
+    return f"{_BY_PLATFORM}{named} and {last.message[len(_BY_PLATFORM) :]}"
 
 
 def _fatal(problem: str, status: int) -> AuthenticationError:
@@ -357,7 +441,7 @@ class TokenProvider:
 
 
 def bearer_of(snapshot: Snapshot) -> Optional[Credential]:
-    """Return what makes the header of a snapshot's runtime token when a request is built. None without a token."""
+    """Return a function that builds the header of a snapshot's runtime token. Return None if it has no token."""
     token = snapshot.credentials.runtime_token
     return None if token is None else functools.partial(protocol.bearer, token)
 

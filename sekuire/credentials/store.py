@@ -11,15 +11,16 @@ import os
 import random
 import secrets
 import threading
-import time
 from typing import Callable, List, Optional, Tuple, Union
 
 import attrs
 
 from .._internal import fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.single_flight import Flight, SingleFlight
 from .._internal.threads import Deadline
+from .._internal.values import Value
 from ..errors import AuthenticationError, ConfigurationError, PlanLimitError, TransportError
 from ..secret import Secret
 from ..transport.retry import Interrupted, full_jitter
@@ -40,13 +41,13 @@ _MOST_REPLACED = 100
 _OF_THE_LEADER = (AuthenticationError, PlanLimitError, Interrupted)
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Snapshot:
-    """The credentials at one moment.
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Snapshot(Value):
+    """Hold the credentials at one moment.
 
     ``generation`` rises with every change. ``ends_at`` (monotonic) and ``ends_at_wall`` (``time.time()``) are the end
     of the runtime token, if it is known. The earlier of the two counts, because the first stands still during a suspend
-    and the second jumps when the clock is set. ``lifetime`` is what the token had when it was obtained, in seconds.
+    and the second jumps when the clock is set. ``lifetime`` counts the seconds that the token had when it was obtained.
     """
 
     generation: int
@@ -64,9 +65,9 @@ class Snapshot:
         return max(0.0, min(self.ends_at - time.monotonic(), self.ends_at_wall - time.time()))
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class Renewed:
-    """The result of a renewal: a grant, and when its request was sent (monotonic and wall clock)."""
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class Renewed(Value):
+    """Hold the result of a renewal: a grant, and when its request was sent (monotonic and wall clock)."""
 
     grant: Grant
     sent_at: float
@@ -115,19 +116,16 @@ class RuntimeCredentialsStore:
     :param path: a file in which the credentials outlive the process, in a directory that exists. It is created with
         mode 0600 and must stay private to this user. Processes may share it. What it holds takes precedence over
         ``credentials``, unless those are new.
-    :raises ConfigurationError: an argument is wrong, or the file is not private or belongs to another user.
+    :raises ConfigurationError: an argument is wrong, or the file is not private, belongs to another user, or is mounted
+        as a single file.
     """
 
     def __init__(
-        self,
-        credentials: Optional[RuntimeCredentials] = None,
-        *,
-        path: Union[str, os.PathLike[str], None] = None,
+        self, credentials: Optional[RuntimeCredentials] = None, *, path: Union[str, os.PathLike[str], None] = None
     ) -> None:
         if credentials is not None and not isinstance(credentials, RuntimeCredentials):
             raise ConfigurationError(f"must be RuntimeCredentials, got {type(credentials).__name__}", "credentials")
-        self._lock = threading.Lock()
-        self._write_lock = threading.Lock()
+        self._lock, self._write_lock = threading.Lock(), threading.Lock()
         #: The renewal in progress, which all objects that share this store wait for.
         self.renewals = SingleFlight[Snapshot](
             "renewal of the credentials", misuse="a token_provider must not use the credentials that it provides"
@@ -135,6 +133,9 @@ class RuntimeCredentialsStore:
         self._seeds: Tuple[str, ...] = ()
         self._offered: Tuple[str, ...] = ()
         self._revision = 0
+        #: Who uses this store, and which agent's the credentials of which installation are.
+        self._agent_id: Optional[str] = None
+        self._owner: Tuple[Optional[str], Optional[str]] = (None, None)
         self._is_from_file = False
         #: The last workspace that an answer named and that was not adopted.
         self._foreign_workspace: Optional[str] = None
@@ -156,12 +157,12 @@ class RuntimeCredentialsStore:
 
     @property
     def current(self) -> RuntimeCredentials:
-        """The present credentials. All fields are None if there are none."""
+        """Return the present credentials. All fields are None if there are none."""
         return self._snapshot.credentials
 
     @property
     def generation(self) -> int:
-        """A number that rises with every change."""
+        """Return a number that rises with every change."""
         return self._snapshot.generation
 
     def update(self, credentials: RuntimeCredentials) -> None:
@@ -192,14 +193,22 @@ class RuntimeCredentialsStore:
 
     @property
     def secrets(self) -> Tuple[Secret, ...]:
-        """The tokens that must not be seen: the present ones, and the newest of those that they replaced.
+        """Return the tokens that must not be shown: the present ones, and the newest of those that they replaced.
 
         A handler may have read a token just before a heartbeat or another process replaced it.
         """
         with self._lock:
             return (*_tokens_of(self._snapshot.credentials), *self._replaced)
 
-    def seed(self, credentials: RuntimeCredentials, install_token_hash: Optional[str]) -> None:
+    @property
+    def origin(self) -> str:
+        """Return where the credentials are and whose, for an error that says that they are another agent's."""
+        where = f" in {self._file.path}" if self._file is not None else ""
+        return f"the credentials{where} belong to " + (f"the agent {self._owner[1]!r}" if self._owner[1] else "another")
+
+    def seed(
+        self, credentials: RuntimeCredentials, install_token_hash: Optional[str], agent_id: Optional[str] = None
+    ) -> None:
         """Start from what the user's settings give, unless this store already grew from the same settings.
 
         Rotation makes a store's content newer than the settings it began with: the same settings at a restart must
@@ -207,7 +216,9 @@ class RuntimeCredentialsStore:
 
         :raises TransportError: the settings are new, and another holds the file for more than 10 s.
         :param install_token_hash: a hash of the install token given, so that a new one counts as new settings.
+        :param agent_id: whose settings they are.
         """
+        self._agent_id = agent_id or self._agent_id
         mark = _seed_of(credentials, install_token_hash)
         if mark is None:
             return
@@ -268,32 +279,32 @@ class RuntimeCredentialsStore:
         with self._lock:
             return self._rejections.note_rejected(generation) if generation == self._snapshot.generation else 0.0
 
-    def holder(self, *, before_spending: bool = False) -> str:
+    @property
+    def has_file(self) -> bool:
+        """Return True if the credentials are kept in a file."""
+        return self._file is not None
+
+    @property
+    def is_read_only(self) -> bool:
+        """Return True if there is a file and it cannot be written, so that a restart finds no newer credentials."""
+        return self._file is not None and self._file.read_only
+
+    def holder(self, *, before_spending: Optional[str] = None) -> str:
         """Return the random value by which the platform tells this store's logins from those of a replica.
 
         It is kept beside the file, so that a restart has the same one. Without a file, or with one that cannot be
         written, it belongs to this object. Needs the write lock: only the ``action`` of :meth:`renew` may call it.
 
-        :param before_spending: the login uses up a token, so what it brings must be certain to be stored.
-        :raises TransportError: the directory of the file cannot be written, and a token would be used up.
+        :param before_spending: what the login uses up. What it brings must be certain to be stored, so the file is
+            replaced by one with the same content, as a proof.
+        :raises TransportError: the file cannot be replaced, and a token would be used up.
         :raises ConfigurationError: what is kept beside the file is not private to this user.
         """
         if self._holder is None:
             self._holder = secrets.token_hex(16)
         if self._file is None or self._file.read_only:
             return self._holder
-        try:
-            self._holder = self._file.holder(self._holder, rewrite=before_spending)
-        except OSError as error:
-            problem = error.strerror or type(error).__name__
-        else:
-            return self._holder
-        if before_spending:
-            raise TransportError(
-                f"cannot write beside the credentials file {self._file.path} ({problem}): the install token is not "
-                "used, because the credentials that it brings could not be stored; free some space, or give a path "
-                "that can be written"
-            )
+        self._holder = self._file.holder(self._holder, before_spending=before_spending)
         return self._holder
 
     def offer(self, used: int, renewed: Renewed) -> bool:
@@ -360,10 +371,7 @@ class RuntimeCredentialsStore:
             return credentials
         if named is not None and named != self._foreign_workspace:
             self._foreign_workspace = named
-            log.error(
-                "the platform names the workspace %s, and the agent is of %s, which stays; an agent that has really "
-                "moved needs a new install token", named, known,
-            )  # fmt: skip
+            _warn_of_workspace(named, known)
         return attrs.evolve(credentials, workspace_id=known)
 
     def _writing(self, deadline: Deadline) -> _Writing:
@@ -385,6 +393,7 @@ class RuntimeCredentialsStore:
         self._revision = stored.revision
         self._seeds = stored.seeds
         self._is_from_file = True
+        self._owner = (stored.credentials.installation_id, stored.agent_id)
         with self._lock:
             left = None if stored.ends_at is None else stored.ends_at - time.time()
             self._publish(
@@ -435,17 +444,15 @@ class RuntimeCredentialsStore:
 
     def _write(self, credentials: RuntimeCredentials, lifetime: Optional[float], ends_at: Optional[float]) -> None:
         """Write to the file, if there is one. Needs the write lock."""
+        if credentials.installation_id != self._owner[0]:
+            self._owner = (credentials.installation_id, self._agent_id)
         if self._file is None:
             return
         self._revision += 1
+        times = {"lifetime": lifetime, "ends_at": ends_at}
+        revision, agent_id = self._revision, self._owner[1]
         self._file.save(
-            Stored(
-                credentials=credentials,
-                revision=self._revision,
-                lifetime=lifetime,
-                ends_at=ends_at,
-                seeds=self._seeds,
-            )
+            Stored(credentials=credentials, revision=revision, seeds=self._seeds, agent_id=agent_id, **times)
         )
 
 
@@ -479,9 +486,28 @@ class _Writing:
             self._lock.release()
 
 
+def _warn_of_workspace(named: str, known: str) -> None:
+    log.error(
+        "the platform names the workspace %s, and the agent is of %s, which stays; an agent that has really moved "
+        "needs a new install token", named, known,
+    )  # fmt: skip
+
+
 def fingerprint(text: str) -> str:
     """Return a hash by which a secret can be recognised but not recovered."""
     return hashlib.sha256(b"sekuire seed\n" + text.encode()).hexdigest()
+
+
+def mark_of(
+    install_token: Optional[str], runtime_token: Optional[str], installation_id: Optional[str], refresh: Optional[str]
+) -> Optional[str]:
+    """Return the mark that a file of credentials keeps of the settings it grew from, or None if these are none."""
+    given = RuntimeCredentials(
+        installation_id=installation_id,
+        runtime_token=None if runtime_token is None else Secret(runtime_token),
+        refresh_token=None if refresh is None else Secret(refresh),
+    )
+    return _seed_of(given, fingerprint(install_token) if install_token else None)
 
 
 def _seed_of(credentials: RuntimeCredentials, install_token_hash: Optional[str]) -> Optional[str]:

@@ -7,10 +7,9 @@ import functools
 import logging
 import math
 import threading
-import time
 from typing import Any, Callable, List, Mapping, Optional, Protocol, Set, Tuple
 
-from .._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock
+from .._internal.clock import LEAST_GAP, SYSTEM_CLOCK, Clock, time
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, PeriodicThread
 from ..credentials import Authenticator, Snapshot
@@ -30,7 +29,7 @@ MIN_GRACE = 10.0
 
 
 class Participant(Protocol):
-    """What a heartbeat reports and informs: a Beacon, a Worker. All calls but ``on_lease`` come on its thread."""
+    """Take part in heartbeats, as a Beacon or a Worker does. All calls but ``on_lease`` come on its thread."""
 
     def heartbeat_status(self) -> str:
         """Return ``healthy``, ``degraded``, ``paused``, ``stopping`` or ``stopped``."""
@@ -47,12 +46,12 @@ class Participant(Protocol):
     def on_heartbeat(self, reply: HeartbeatReply, sent_at: float) -> None:
         """Handle an answer of the platform. ``sent_at`` is ``time.monotonic()`` of its request."""
 
-    def on_heartbeat_problem(self, error: SekuireError) -> None:
-        """Handle a beat that failed."""
+    def on_heartbeat_problem(self, error: SekuireError) -> bool:
+        """Handle a beat that failed. Return True if that was said to a person, or will be raised to the caller."""
 
 
 class Lease:
-    """Know until when the platform counts on this installation. Only the platform extends or ends the lease.
+    """Track until when the platform lets this installation work. Only the platform extends or ends the lease.
 
     All times are of ``clock.elapsed()``, which counts a suspend. ::
 
@@ -65,12 +64,13 @@ class Lease:
     # Threads: those that beat, log in or take part write under `_lock`. Any thread may read: `limit` is one float,
     # replaced whole.
 
-    __slots__ = ("_clock", "_end", "_lock", "expires_at", "limit")
+    __slots__ = ("_beat_at", "_clock", "_end", "_lock", "expires_at", "limit")
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._end = math.inf
+        self._beat_at: Optional[float] = None
         #: When work must stop: the lease's end and its grace. Infinite until the platform has sent a lease.
         self.limit = math.inf
         self.expires_at: Optional[dt.datetime] = None
@@ -82,6 +82,20 @@ class Lease:
     def time_left(self) -> float:
         """Return the seconds until :attr:`limit`: negative after it, infinite without a lease."""
         return self.limit - self._clock.elapsed()
+
+    def seconds_left(self) -> Optional[float]:
+        """Return the seconds until the lease ends, grace aside: negative after that, None without a lease."""
+        end = self._end
+        return None if end == math.inf else end - self._clock.elapsed()
+
+    def note_beat(self) -> None:
+        """Note that the platform has accepted a heartbeat now, whatever it says of the lease."""
+        self._beat_at = self._clock.elapsed()
+
+    def beat_age(self) -> Optional[float]:
+        """Return the seconds since the platform has accepted a heartbeat, None before the first."""
+        beat_at = self._beat_at
+        return None if beat_at is None else self._clock.elapsed() - beat_at
 
     def renew(self, lifetime: Optional[float], expires_at: Optional[dt.datetime], sent_at: float, grace: float) -> bool:
         """Apply what an answer says of the lease. Return True if that changes it.
@@ -154,6 +168,7 @@ class Heartbeat:
         self._started_at = time.monotonic()
         self._warned_no_id = False
         self._is_refused = False
+        self._has_begun = False
         #: The revocation that another call of this installation was answered. The next beat informs the participants.
         self._revocation: Optional[RevokedError] = None
         # Fields of answers that were warned of. Two threads that see the same one at once may both warn.
@@ -193,6 +208,10 @@ class Heartbeat:
                     # No thread can be started now. The next caller tries again.
                     self._thread = None
                     raise
+
+    def is_beating(self) -> bool:
+        """Return True if the thread was started and not stopped."""
+        return self._thread is not None
 
     def nudge(self) -> None:
         """Beat now."""
@@ -237,6 +256,14 @@ class Heartbeat:
         ended_at, offset = self._tried
         return ended_at >= moment and self._clock.offset() - offset < LEAST_GAP
 
+    @property
+    def is_expected(self) -> bool:
+        """Return True if the platform may count on further beats: it has accepted one, or has not answered the first.
+
+        Then a last one has to report the end.
+        """
+        return self.last_at is not None or (self._has_begun and not self._is_refused)
+
     def beat_limit(self) -> float:
         """Return the seconds that one beat may take."""
         return max(min(self.interval() / 2, BEAT_LIMIT), BEAT_LEAST)
@@ -279,6 +306,7 @@ class Heartbeat:
             if snapshot.credentials.installation_id is None:
                 self._warn_no_id()
                 return None
+            self._has_begun = True
             answer, used = self._auth.request(
                 "POST", self._path, body=self._body(status, participants), deadline=deadline
             )
@@ -308,13 +336,14 @@ class Heartbeat:
                 # Last: it may wait for a renewal in progress, and neither the lease nor an order can.
                 self._accept(accept)
         elif problem is not None:
-            # The stream or the Beacon logs that the network is gone. An answer that is an error is logged here, once.
+            is_said = False
+            for participant in participants:
+                is_said = participant.on_heartbeat_problem(problem) or is_said
+            # The stream or the Beacon says that the network is gone. An answer that is an error is logged here, once.
             is_answered = is_foreign or not isinstance(problem, TransportError)
-            level = logging.WARNING if is_answered and not self._is_refused else logging.DEBUG
+            level = logging.WARNING if is_answered and not is_said and not self._is_refused else logging.DEBUG
             self._is_refused = self._is_refused or is_answered
             log.log(level, "a heartbeat was not accepted: %s", problem)
-            for participant in participants:
-                participant.on_heartbeat_problem(problem)
             if isinstance(problem, TransportError) and problem.was_stale:
                 # A failover left the kept connections dead, and this beat was lost on one. The next uses a new one.
                 self.nudge()
@@ -354,6 +383,7 @@ class Heartbeat:
     def _apply(self, reply: HeartbeatReply, sent_at: float, offset: float, participants: List[Participant]) -> None:
         if not reply.revoked:
             self.last_at = protocol.utc_now()
+            self.lease.note_beat()
             self.note_interval(reply.heartbeat_interval)
             self._renew_lease(reply.lease_lifetime, reply.lease_expires_at, sent_at + offset)
             self._inform_gateway(reply)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Callable, Optional, Tuple, Union
 
+from .._internal import fork
 from .._internal.clock import SYSTEM_CLOCK, Clock
+from .._internal.greenlets import patched_by
+from .._internal.threads import Deadline
 from ..config import AgentConfig
 from ..credentials import Authenticator, RuntimeCredentialsStore
-from ..credentials.login import TokenProvider
+from ..credentials.login import Login, TokenProvider
 from ..errors import ConfigurationError
 from ..secret import Secret
 from ..transport.http import HttpClient
-from ..wire import protocol
 from . import platforms
+from .capabilities import Publisher
 from .heartbeat import Heartbeat
 
 
@@ -27,6 +30,7 @@ class Installation:
         installation.close()
 
     :param pool_size: connections kept open, as many as threads that call.
+    :param is_required: False if the agent goes on without a login.
     :param clock: measures the lease.
     :raises ConfigurationError: the store is of another type, or there is nothing to authenticate with.
     """
@@ -39,6 +43,7 @@ class Installation:
         token_provider: Optional[Callable[[], Union[str, Secret]]] = None,
         api_key: Optional[Secret] = None,
         workspace_id: Optional[str] = None,
+        is_required: bool = True,
         owner: object = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -51,11 +56,16 @@ class Installation:
             )
         self.config = config
         self.store = store
+        self.is_required = is_required
+        #: Why no login is possible: nothing is configured to log in with, and that is permitted.
+        self.problem: Optional[ConfigurationError] = None
+        #: How long the first start of a part may wait in all, from when its Beacon has been started.
+        self.patience: Optional[Deadline] = None
         self.stop = threading.Event()
         self.http = HttpClient(config, pool_size=pool_size)
         self._names: Tuple[str, ...] = config.capabilities
         info = platforms.runtime_info()
-        self.auth = Authenticator(
+        login = Login(
             config,
             self.http,
             store,
@@ -65,6 +75,8 @@ class Installation:
             api_key=api_key,
             workspace_id=workspace_id,
         )
+        self.auth = Authenticator(login)
+        self.publisher = Publisher(self.http, self.auth, self.stop, owner)
         self.heartbeat = Heartbeat(
             self.http,
             self.auth,
@@ -74,33 +86,38 @@ class Installation:
             clock=clock,
         )
         self.heartbeat.capabilities = self._names
-        self._secrets = (config.install_token, api_key)
+        fork.reset_in_child(self, Installation._stay_in_parent)
         if config.credentials_store is None:
             # A store may be filled later, by the Beacon that it is shared with.
+            self._check_credentials()
+
+    def _check_credentials(self) -> None:
+        try:
             self.auth.require_credentials()
+        except ConfigurationError as error:
+            if self.is_required:
+                raise
+            # Without its traceback, whose frames hold an object that is not whole.
+            self.problem = error.with_traceback(None)
+
+    def start_time(self, timeout: float) -> float:
+        """Return how many of ``timeout`` seconds a start may wait, if its Beacon has waited in vain before it."""
+        if self.patience is None or self.heartbeat.last_at is not None:
+            return timeout
+        return min(timeout, self.patience.remaining())
+
+    def _stay_in_parent(self) -> None:
+        # A forked child has no threads of its parent, but copies of all greenlets, which would beat for the parent.
+        if patched_by() is not None and self.heartbeat.is_beating():
+            self.stop.set()
+            self.heartbeat.end()
+            self.auth.stay_in_parent()
 
     def declare(self, *names: str) -> None:
         """Add capabilities to those that bootstrap and heartbeats name."""
         self._names = tuple(dict.fromkeys((*self._names, *names)))
         self.auth.declare(self._names)
         self.heartbeat.capabilities = self._names
-
-    def scrub(self, text: str) -> str:
-        """Return ``text`` without the present tokens, and without those that they replaced lately."""
-        for token in self._tokens():
-            text = text.replace(token, "***")
-        return text
-
-    def scrub_json(self, data: bytes) -> bytes:
-        """Do the same as :meth:`scrub` for JSON, in which a quote or a backslash of a token is escaped."""
-        for token in self._tokens():
-            data = data.replace(protocol.encode_json(token)[1:-1], b"***")
-        return data
-
-    def _tokens(self) -> List[str]:
-        known = {secret.reveal() for secret in (*self.store.secrets, *self._secrets) if secret is not None}
-        # The longest first: one may be the beginning of another.
-        return sorted(known, key=len, reverse=True)
 
     def close(self) -> None:
         """End the waits of a login, and close the connections."""

@@ -27,10 +27,10 @@ from sekuire.errors import ConfigurationError, TransportError
 from sekuire.wire.models import RuntimeCredentials, is_id
 
 from ..support.servers import run_python
-from ..support.waiting import GUARD
+from ..support.users import OTHER, give_to_another, in_mounts, is_root
+from ..support.waiting import GUARD, until
 
 posix = pytest.mark.skipif(os.name != "posix", reason="about POSIX permissions")
-is_root = os.name == "posix" and os.geteuid() == 0
 
 
 def stored(number: int = 1, **fields: Any) -> Stored:
@@ -195,7 +195,7 @@ def test_the_file_is_private(path: pathlib.Path) -> None:
         file = CredentialsFile(path)
         with file.lock(Deadline(GUARD)):
             assert file.save(stored())
-            file.holder("0" * 32, rewrite=False)
+            file.holder("0" * 32)
     finally:
         os.umask(previous)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -210,8 +210,10 @@ def test_the_file_is_private(path: pathlib.Path) -> None:
 
 @posix
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o666, 0o660])
-def test_a_file_that_others_can_read(path: pathlib.Path, mode: int) -> None:
-    """A file that others can read is refused with the command that mends it, also when it becomes so later."""
+def test_a_file_that_others_can_read(path: pathlib.Path, mode: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that others can read is refused with the command that fixes it, also when it becomes so later."""
+    monkeypatch.setattr(os, "getgroups", list)
+    monkeypatch.setattr(os, "getegid", lambda: OTHER)
     write(path, "", mode)
     with pytest.raises(ConfigurationError, match=f"chmod 600 {path}"):
         CredentialsFile(path)
@@ -224,15 +226,72 @@ def test_a_file_that_others_can_read(path: pathlib.Path, mode: int) -> None:
 
 
 @posix
-def test_a_file_of_another_user(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that belongs to another user is refused, and the error says to chown it."""
+def test_a_file_of_a_kubernetes_volume(path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What fsGroup makes of the files at each mount is accepted with one warning; what is written is private again."""
+    file = CredentialsFile(path)
+    with file.lock(Deadline(GUARD)):
+        assert file.save(stored())
+        file.holder("0" * 32)
+    for one in path.parent.iterdir():
+        one.chmod(0o660)
+    file = CredentialsFile(path)
+    with file.lock(Deadline(GUARD)):
+        assert file.load() == stored()
+        assert file.holder("1" * 32) == "0" * 32
+        assert file.save(stored(2))
+    (record,) = caplog.records
+    assert "fsGroup" in record.getMessage()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix
+@pytest.mark.parametrize("suffix", ["", ".lock", ".holder"])
+def test_a_file_of_another_user(path: pathlib.Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that belongs to another user is refused, and so is one beside it; the error says what to do."""
     write(path, "")
-    if is_root:
-        os.chown(path, 12345, -1)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    if suffix:
+        write(path.with_name(path.name + suffix), "0" * 32)
+    give_to_another(path.with_name(path.name + suffix), monkeypatch)
     with pytest.raises(ConfigurationError, match="chown"):
         CredentialsFile(path)
+
+
+@posix
+def test_a_link_of_another_user(path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that neither this user nor root has made is refused: it is not a mounted secret."""
+    target = path.with_name("real.json")
+    CredentialsFile(target).save(stored())
+    path.symlink_to(target)
+    give_to_another(path, monkeypatch)
+    with pytest.raises(ConfigurationError, match="is a symbolic link of another user"):
+        CredentialsFile(path)
+
+
+def test_a_file_that_is_mounted_alone(tmp_path: pathlib.Path) -> None:
+    """A file that cannot be replaced is refused with what to do; a read-only one is a seed."""
+    script = """
+import logging, os, subprocess, sys
+from sekuire import RuntimeCredentials, RuntimeCredentialsStore
+from sekuire.errors import ConfigurationError
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
+home, path = sys.argv[1] + "/home.json", sys.argv[1] + "/credentials.json"
+RuntimeCredentialsStore(path=home).update(RuntimeCredentials(runtime_token="skr_home"))
+open(path, "w").close()
+os.chmod(path, 0o600)
+subprocess.run(["mount", "--bind", home, path], check=True)
+try:
+    RuntimeCredentialsStore(path=path)
+except ConfigurationError as error:
+    print(error)
+subprocess.run(["mount", "-o", "remount,bind,ro", path], check=True)
+print(RuntimeCredentialsStore(path=path).current.runtime_token.reveal())
+"""
+    refusal, warning, token = in_mounts(script, str(tmp_path)).splitlines()
+    assert "is mounted as a single file" in refusal
+    assert "mount the directory" in refusal
+    assert warning.startswith("WARNING credentials file")
+    assert token == "skr_home"
+    assert sorted(os.listdir(tmp_path)) == ["credentials.json", "home.json", "home.json.lock"]
 
 
 @pytest.mark.parametrize("value", ["", 5, None, b""])
@@ -263,31 +322,55 @@ def test_a_link_of_ones_own_is_followed(tmp_path: pathlib.Path) -> None:
     assert link.is_symlink()
     assert CredentialsFile(target).load() == stored()
     # Who writes the file through the link shares the installation with who writes it directly.
-    assert file.holder("0" * 32, rewrite=False) == CredentialsFile(target).holder("1" * 32, rewrite=True) == "0" * 32
+    assert file.holder("0" * 32) == CredentialsFile(target).holder("1" * 32, before_spending="the token") == "0" * 32
 
 
-@posix
-def test_a_mounted_secret_is_a_seed(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A symlink that another user owns is read, whatever its mode, never written, and warned of once."""
-    target, link = tmp_path / "data.json", tmp_path / "secret.json"
-    CredentialsFile(target).save(stored())
-    target.chmod(0o644)
-    link.symlink_to(target)
-    if is_root:
-        os.chown(link, 12345, -1, follow_symlinks=False)
-    else:
-        monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    file = CredentialsFile(link)
-    assert file.read_only
-    with file.lock(Deadline(0)):
-        assert file.load() == stored()
-        assert not file.save(stored(2))
-    assert file.load() == stored()
-    assert not (tmp_path / "secret.json.lock").exists()
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "rotated tokens cannot be kept" in caplog.text
+_MOUNTED = """
+import logging, os, subprocess, sys
+from sekuire import RuntimeCredentials, RuntimeCredentialsStore
+from sekuire.errors import ConfigurationError
+logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
+folder = sys.argv[1]
+os.mkdir(f"{folder}/..1")
+RuntimeCredentialsStore(path=f"{folder}/..1/secret.json").update(RuntimeCredentials(runtime_token="skr_1"))
+os.chmod(f"{folder}/..1/secret.json", 0o644)
+os.chmod(f"{folder}/..1", 0o755)
+os.symlink("..1", f"{folder}/..data")
+os.symlink("..data/secret.json", f"{folder}/secret.json")
+os.mkfifo(f"{folder}/fifo.json")
+open(f"{folder}/foreign.json", "w").close()
+os.chown(f"{folder}/foreign.json", 1234, 1234)
+before = sorted(os.listdir(f"{folder}/..1"))
+os.chmod(folder, 0o755)
+os.setgid(65534); os.setuid(65534)
+store = RuntimeCredentialsStore(path=f"{folder}/secret.json")
+store.update(RuntimeCredentials(runtime_token="skr_memory"))
+print(store.current.runtime_token.reveal())
+print(RuntimeCredentialsStore(path=f"{folder}/secret.json").current.runtime_token.reveal())
+for name in ("fifo.json", "foreign.json"):
+    try:
+        RuntimeCredentialsStore(path=f"{folder}/{name}")
+    except ConfigurationError as error:
+        print(error)
+assert sorted(os.listdir(f"{folder}/..1")) == before
+"""
+
+
+@pytest.mark.skipif(not is_root, reason="only root can become another user")
+def test_a_mounted_secret_is_a_seed(open_directory: pathlib.Path) -> None:
+    """A link that root owns is read as another user, whatever its mode, never written, and warned of once.
+
+    Root's FIFO in its place is not waited for, and the file of a third user is not believed.
+    """
+    lines = run_python(_MOUNTED, str(open_directory)).stdout.splitlines()
+    assert [line for line in lines if line.startswith("skr")] == ["skr_memory", "skr_1"]
+    warnings = [line for line in lines if line.startswith("WARNING")]
+    # One for each store.
+    assert len(warnings) == 2
+    assert "rotated tokens cannot be kept" in warnings[0]
+    fifo, foreign = lines[-2:]
+    assert "is not a regular file" in fifo
+    assert "belongs to another user" in foreign
 
 
 _READ_ONLY = """
@@ -479,6 +562,41 @@ def test_two_stores_of_one_process_exclude_each_other(path: pathlib.Path) -> Non
             raise KeyError
     with other.lock(Deadline(0)):
         pass
+
+
+def test_a_lock_file_that_is_deleted_while_it_is_waited_for(
+    path: pathlib.Path, holder: "subprocess.Popen[str]"
+) -> None:
+    """A lock on a deleted file excludes nobody: the one that is at its path is locked in its place."""
+    lock = path.with_name("credentials.json.lock")
+    file, other = CredentialsFile(path), CredentialsFile(path)
+    got, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with file.lock(Deadline(GUARD)):
+            got.set()
+            release.wait(GUARD)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    # The thread has opened it, and polls.
+    until(lambda: any(os.path.samefile(one, lock) for one in _opened()))
+    lock.unlink()
+    holder.kill()
+    assert got.wait(GUARD)
+    with pytest.raises(TransportError):
+        with other.lock(Deadline(0.01)):
+            raise AssertionError("it was not locked")
+    release.set()
+    thread.join(GUARD)
+
+
+def _opened() -> List[str]:
+    """What this process has open."""
+    directory = "/proc/self/fd"
+    if not os.path.isdir(directory):
+        pytest.skip("needs /proc")
+    return [one for one in (os.path.join(directory, number) for number in os.listdir(directory)) if os.path.exists(one)]
 
 
 @pytest.mark.parametrize("broken", ["open_lock", "try_lock"])

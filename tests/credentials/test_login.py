@@ -22,7 +22,7 @@ from sekuire.credentials import Authenticator, RuntimeCredentialsStore, Snapshot
 from sekuire.credentials import authenticator as authenticator_module
 from sekuire.credentials import login as login_module
 from sekuire.credentials.authenticator import is_fresh
-from sekuire.credentials.login import TokenProvider
+from sekuire.credentials.login import Login, TokenProvider
 from sekuire.errors import (
     APIError,
     AuthenticationError,
@@ -52,6 +52,7 @@ from ..support.servers import (
     refusing_url,
     run_python,
 )
+from ..support.users import in_mounts
 from ..support.waiting import GUARD, SLACK, until
 
 HOUR = 3600.0
@@ -129,7 +130,7 @@ def make() -> Iterator[Make]:
         client = HttpClient(config, pool_size=pool_size)
         clients.append(client)
         stops.append(stop or threading.Event())
-        return Authenticator(
+        login = Login(
             config,
             client,
             store or RuntimeCredentialsStore(),
@@ -139,6 +140,7 @@ def make() -> Iterator[Make]:
             api_key=None if api_key is None else Secret(api_key),
             workspace_id=workspace_id,
         )
+        return Authenticator(login)
 
     yield make
     for stop in stops:
@@ -290,11 +292,13 @@ def test_when_every_way_is_refused(fake: Fake, make: Make) -> None:
     fake.on.update(refresh=error(401, "DEAD", "unknown refresh token"), bootstrap=error(403, "X", "wrong agent"))
     auth = make(fake, installation_id="inst-1", refresh_token="skf_given", install_token=INSTALL)
     problem = refused(auth)
-    assert "refused the refresh token: HTTP 401 DEAD: unknown refresh token" in str(problem)
-    assert "refused the install token: HTTP 403 X: wrong agent" in str(problem)
+    assert str(problem) == (
+        "the platform refused the refresh token (HTTP 401 DEAD: unknown refresh token) and the install token: HTTP 403 "
+        "X: wrong agent"
+    )
     assert (problem.status, problem.code) == (403, "X")
     # Whoever comes later gets the same reason.
-    assert str(refused(auth)) == f"every login method has been refused before: {problem}"
+    assert str(refused(auth)) == str(problem)
     assert fake.calls == ["refresh", "bootstrap"]
 
 
@@ -351,8 +355,8 @@ def test_a_consumed_install_token(status: int, fake: Fake, make: Make) -> None:
     [
         (error(404), "api_base_url"),
         (Answer(301, b"", [("Location", "https://other.test/")]), "redirect"),
-        (Answer(200, b"<html>"), "another server answered"),
-        (Answer(200, []), "another server answered"),
+        (Answer(200, b"<html>"), "that is another server"),
+        (Answer(200, []), "that is another server"),
         (Answer(200, {"runtime_token": "a b"}), "did not answer as the contract says"),
         (error(422, "BAD", "what?"), "what?"),
     ],
@@ -454,7 +458,7 @@ def test_a_lost_answer_is_repeated() -> None:
         store = RuntimeCredentialsStore()
         config = AgentConfig(api_base_url=platform.url, agent_id=AGENT, install_token=first)
         client = HttpClient(config)
-        auth = Authenticator(config, client, store, stop=threading.Event(), runtime_info={})
+        auth = Authenticator(Login(config, client, store, stop=threading.Event(), runtime_info={}))
         before = auth.snapshot(patience())
         assert before.credentials.refresh_token is not None
         # The answer is lost: what it brought is not stored.
@@ -540,7 +544,8 @@ def test_another_server_at_the_first_login_is_fatal(method: str, page: Answer, f
     assert "endpoints=" in str(problem)
     assert problem.status == page.status
     if page.headers == PAGE:
-        assert f"another server answered ({page.status}, text/html)" in str(problem)
+        assert str(problem).startswith("that is another server: ")
+        assert f"/installations/{method} answered {page.status}, text/html: it says " in str(problem)
         assert "'not here'" in str(problem)
     # The next method would go to the same server.
     assert fake.calls == [method]
@@ -845,10 +850,93 @@ def test_a_holder_that_others_can_read_is_refused(path: pathlib.Path, fake: Fake
     holder = path.with_name("credentials.json.holder")
     holder.write_text("0" * 32)
     holder.chmod(0o644)
+    with pytest.raises(ConfigurationError, match=f"chmod 600 {holder}"):
+        RuntimeCredentialsStore(path=path)
+    holder.chmod(0o600)
     auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    holder.chmod(0o644)
     with pytest.raises(ConfigurationError, match=f"chmod 600 {holder}"):
         auth.snapshot(patience())
     assert fake.calls == []
+
+
+_MOUNTED_LATER = """
+import subprocess, sys, threading
+from sekuire._internal.threads import Deadline
+from sekuire.config import AgentConfig
+from sekuire.credentials import Authenticator, RuntimeCredentialsStore
+from sekuire.credentials.login import Login
+from sekuire.errors import SekuireError
+from sekuire.transport.http import HttpClient
+url, path = sys.argv[1:]
+open(path, "w").close()
+subprocess.run(["chmod", "600", path], check=True)
+config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token="skt_one")
+store = RuntimeCredentialsStore(path=path)
+auth = Authenticator(Login(config, HttpClient(config), store, stop=threading.Event(), runtime_info={}))
+subprocess.run(["mount", "--bind", path, path], check=True)
+try:
+    auth.snapshot(Deadline(60))
+except SekuireError as error:
+    print(type(error).__name__, error)
+subprocess.run(["umount", path], check=True)
+auth.snapshot(Deadline(60))
+"""
+
+
+def test_the_file_itself_must_be_replaceable(path: pathlib.Path, fake: Fake) -> None:
+    """That its directory can be written is not enough to use the install token: the file can be a mount of its own."""
+    output = in_mounts(_MOUNTED_LATER, fake.url, str(path))
+    assert output.startswith("TransportError cannot replace the credentials file")
+    assert "the install token is not used" in output
+    assert "mount the directory that it is in" in output
+    # The second try, when it could be replaced.
+    assert fake.calls == ["bootstrap"]
+
+
+def test_an_install_token_is_not_spent_for_a_file_that_is_only_read(
+    path: pathlib.Path, fake: Fake, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart would find the old content and need another token. What spends nothing is used all the same."""
+    from sekuire.credentials import file as file_module
+
+    RuntimeCredentialsStore(path=path).update(RuntimeCredentials(installation_id="i", refresh_token="skf_seed"))
+    monkeypatch.setattr(file_module, "_can_write", lambda where: False)
+    fake.on["refresh"] = error(401)
+    auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    auth.store.seed(RuntimeCredentials(installation_id="i", refresh_token="skf_seed"), None)
+    problem = refused(auth, AuthenticationError)
+    assert "the install token is not used" in str(problem)
+    assert "bootstrap" not in fake.calls
+    auth = make(fake, install_token=INSTALL, api_key="skp_key", store=RuntimeCredentialsStore(path=path))
+    auth.snapshot(patience())
+    assert fake.calls[-1] == "recover"
+
+
+def test_a_refresh_token_waits_for_a_file_that_can_be_written(
+    path: pathlib.Path, fake: Fake, make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the token lives it is not rotated on a full disk; a token that has expired is, and kept in memory."""
+    from sekuire._internal import files
+
+    fake.lifetime = 1000.0
+    auth = make(fake, install_token=INSTALL, store=RuntimeCredentialsStore(path=path))
+    auth.snapshot(patience())
+
+    def fail(path: str, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "replace", fail)
+        for left in (155, 55):
+            clock.ahead = 1000.0 - left
+            assert token(auth.snapshot(patience())) == "skr_runtime_1"
+            until(lambda: "the refresh token is not used" in caplog.text and not auth.is_renewing)
+        assert fake.calls == ["bootstrap"]
+        clock.ahead = 1010.0
+        assert token(auth.snapshot(patience())) == "skr_runtime_2"
+        assert fake.calls == ["bootstrap", "refresh"]
+    assert "kept in memory only" in caplog.text
 
 
 _FORKED = """
@@ -856,6 +944,7 @@ import os, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore
+from sekuire.credentials.login import Login
 from sekuire._internal.threads import Deadline
 from sekuire.transport.http import HttpClient
 url, install_token = sys.argv[1:]
@@ -863,7 +952,7 @@ config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install
 store = RuntimeCredentialsStore()
 store.holder()
 def log_in():
-    auth = Authenticator(config, HttpClient(config), store, stop=threading.Event(), runtime_info={})
+    auth = Authenticator(Login(config, HttpClient(config), store, stop=threading.Event(), runtime_info={}))
     return auth.snapshot(Deadline(60)).credentials.installation_id
 child = os.fork()
 if child == 0:
@@ -915,7 +1004,7 @@ def test_64_threads_that_get_401_together() -> None:
         )
         client = HttpClient(config, pool_size=count)
         store = RuntimeCredentialsStore()
-        auth = Authenticator(config, client, store, stop=threading.Event(), runtime_info={})
+        auth = Authenticator(Login(config, client, store, stop=threading.Event(), runtime_info={}))
         old = auth.snapshot(patience())
         platform.expire_tokens()
         together = threading.Barrier(count)
@@ -1521,6 +1610,7 @@ _PROCESS = """
 import os, signal, sys, threading
 from sekuire.config import AgentConfig
 from sekuire.credentials import Authenticator, RuntimeCredentialsStore
+from sekuire.credentials.login import Login
 from sekuire._internal.threads import Deadline
 from sekuire.transport.http import HttpClient
 from sekuire._internal import files
@@ -1528,7 +1618,7 @@ from sekuire.wire import protocol
 url, install_token, path, how = sys.argv[1:]
 config = AgentConfig(api_base_url=url, agent_id="agent-1", install_token=install_token)
 store = RuntimeCredentialsStore(path=path)
-auth = Authenticator(config, HttpClient(config), store, stop=threading.Event(), runtime_info={})
+auth = Authenticator(Login(config, HttpClient(config), store, stop=threading.Event(), runtime_info={}))
 if how == "killed":
     # Right after the answer of the refresh, before anything of it is on disk.
     files.replace = lambda path, data: os.kill(os.getpid(), signal.SIGKILL)

@@ -139,8 +139,9 @@ def test_a_file_that_is_not_ours_is_refused_at_construction(path: pathlib.Path) 
 def test_what_is_left_counts_by_the_earlier_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suspend, which stops one clock, and a clock that is set, both shorten what is left; neither lengthens it."""
     now = {"monotonic": 100.0, "time": 1_900_000_000.0}
-    monkeypatch.setattr(store_module.time, "monotonic", lambda: now["monotonic"])
-    monkeypatch.setattr(store_module.time, "time", lambda: now["time"])
+    for clocks in (store_module.time, time):
+        monkeypatch.setattr(clocks, "monotonic", lambda: now["monotonic"])
+        monkeypatch.setattr(clocks, "time", lambda: now["time"])
     store = RuntimeCredentialsStore()
     store.renew(0, lambda snapshot: renewed(1), Deadline(GUARD))
     for monotonic, wall, left in ((0, 0, HOUR), (0, 600, HOUR - 600), (600, 0, HOUR - 600), (600, -600, HOUR - 600),

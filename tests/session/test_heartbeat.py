@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import pytest
 
 from sekuire import SekuireSDK, TaskContext, Worker, WorkerConfig
+from sekuire._internal import threads
 from sekuire._internal.clock import Clock
 from sekuire._internal.threads import Deadline, PeriodicThread
 from sekuire.errors import SekuireError
@@ -359,11 +360,8 @@ def test_a_task_is_given_back_when_the_lease_ends_before_it_begins(
     assert ran == ["t1", "t2"]
 
 
-def test_the_lease_of_the_login_ends_too(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lease that came with the bootstrap and that no heartbeat renews ends, with the worker's grace."""
-    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
-    scripted.on["bootstrap"] = lambda request: (201, grant(**lease_of(0.5)))
-    scripted.on["heartbeat"] = lambda request: (503, {})
+def reasons_of_a_cancelled_task(scripted: Scripted, worker_of: Make) -> List[Any]:
+    """Run a task until it is cancelled, on a worker that beats often. Return the reason, as a list."""
     reasons: List[Any] = []
 
     def handler(ctx: TaskContext, input: Any) -> None:
@@ -374,7 +372,16 @@ def test_the_lease_of_the_login_ends_too(scripted: Scripted, worker_of: Make, mo
     worker.on_task("echo", handler)
     with worker:
         scripted.task("t1")
-        until(lambda: reasons == ["lease lost"])
+        until(lambda: reasons)
+    return reasons
+
+
+def test_the_lease_of_the_login_ends_too(scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease that came with the bootstrap and that no heartbeat renews ends, with the worker's grace."""
+    monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
+    scripted.on["bootstrap"] = lambda request: (201, grant(**lease_of(0.5)))
+    scripted.on["heartbeat"] = lambda request: (503, {})
+    assert reasons_of_a_cancelled_task(scripted, worker_of) == ["lease lost"]
 
 
 def test_a_lease_that_a_refresh_renewed_is_watched(
@@ -393,17 +400,7 @@ def test_a_lease_that_a_refresh_renewed_is_watched(
         return (401, {}) if request.headers["Authorization"] == "Bearer rt-1" else (503, {})
 
     scripted.on["refresh"], scripted.on["heartbeat"] = refresh, beat
-    reasons: List[Any] = []
-
-    def handler(ctx: TaskContext, input: Any) -> None:
-        ctx.wait_cancelled(GUARD)
-        reasons.append(ctx.cancel_reason)
-
-    worker = worker_of(scripted, heartbeat_interval=0.05)
-    worker.on_task("echo", handler)
-    with worker:
-        scripted.task("t1")
-        until(lambda: reasons == ["lease lost"])
+    assert reasons_of_a_cancelled_task(scripted, worker_of) == ["lease lost"]
     assert renewed == [1]
 
 
@@ -432,7 +429,7 @@ def test_an_answer_without_a_usable_lease(
 ) -> None:
     """What holds no usable lease leaves the old one to its end, whoever answered and with what status."""
     monkeypatch.setattr(heartbeat, "MIN_GRACE", 0.0)
-    scripted.on["heartbeat"] = lambda request: (200, lease_of(1.0))
+    scripted.on["heartbeat"] = lambda request: (200, lease_of(0.3))
     begun = threading.Event()
     reasons: List[Any] = []
 
@@ -540,7 +537,8 @@ class Sleeper:
 
 
 @pytest.fixture
-def sleeper_of() -> Iterator[Callable[..., Sleeper]]:
+def sleeper_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Sleeper]]:
+    monkeypatch.setattr(threads, "LOOK_AGAIN", 0.05)
     made: List[Sleeper] = []
 
     def make(scripted: Scripted, **options: Any) -> Sleeper:
@@ -634,6 +632,7 @@ def test_a_beat_that_was_under_way_when_the_machine_slept(
         assert sleeper.reasons == []
 
 
+@pytest.mark.slow
 def test_a_platform_that_goes_silent(make_platform: Callable[..., Any], worker_of: Make, tmp_path: Any,
                                      monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """When the platform is gone for longer than the lease the worker holds still; it works again when that is back."""
@@ -693,9 +692,8 @@ def test_a_stalled_heartbeat_does_not_delay_the_end_of_the_lease(
         ends.append((ctx.cancel_reason, bool(hung), go.is_set()))
 
     scripted.on["heartbeat"] = beat
-    # A beat may take half of its interval: longer than this lease.
+    # A beat may take a second: longer than this lease.
     worker = worker_of(scripted, heartbeat_interval=0.3)
-    monkeypatch.setattr(heartbeat, "BEAT_LEAST", 5.0)
     worker.on_task("hold", hold)
     worker.on_task("echo", lambda ctx, input: "ran")
     with worker:
