@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import threading
-import time
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 from .._internal import fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.single_flight import Flight, SingleFlight
 from .._internal.threads import Deadline
@@ -23,7 +24,7 @@ from ..transport.http import Reply
 from ..transport.retry import Interrupted, call
 from ..wire import protocol
 from ..wire.verdict import Failed, Unauthorized, verdict
-from .cache import PolicyCache
+from .cache import PolicyCache, Stored, with_replaced
 from .document import Policy, check_succession, decode_policy, parse_key
 from .rulebook import Rulebook
 from .source import ClientSource, Source
@@ -60,13 +61,29 @@ def require_extra() -> None:
 class _Known:
     """Hold what is known of one workspace. The fetcher's lock guards every field but ``fetches``."""
 
-    __slots__ = ("answered_at", "epoch", "fetches", "is_loaded", "policy", "version")
+    __slots__ = (
+        "answered_at",
+        "epoch",
+        "fetches",
+        "is_loaded",
+        "is_saved",
+        "policy",
+        "replaced",
+        "version",
+        "was_there",
+    )
 
     def __init__(self) -> None:
         #: The last good policy. None: none is known, or the platform said that there is none.
         self.policy: Optional[Policy] = None
-        #: The highest version ever seen, over restarts too.
+        #: True if a policy was ever seen, over restarts too.
+        self.was_there = False
+        #: The highest version ever seen, over restarts too; -1 where versions are not proved.
         self.version = -1
+        #: Where versions are not proved: the hashes of the policies before the last one, the newest last.
+        self.replaced: Tuple[str, ...] = ()
+        #: True if the file has them all.
+        self.is_saved = True
         #: ``time.monotonic()`` of the last good answer. None: ask again.
         self.answered_at: Optional[float] = None
         #: How often the cache was invalidated.
@@ -85,6 +102,7 @@ class PolicyFetcher:
 
     :param source: sends the requests.
     :param cache_ttl: seconds for which an answer is used again; 0 asks every time.
+    :param signature: what a signature must cover: see ``policy_signature`` of :class:`PolicyClient`.
     :raises ConfigurationError: a wrong key, a path that cannot be used, or the extra is not installed.
     """
 
@@ -98,9 +116,12 @@ class PolicyFetcher:
         trusted_policy_keys: Sequence[str] = (),
         path: Union[str, os.PathLike[str], None] = None,
         cache_ttl: float = CACHE_TTL,
+        signature: str = "bound",
     ) -> None:
         require_extra()
         self.cache_ttl = cache_ttl
+        #: True if a signature must prove id, version and workspace too. If not, older policies can be replayed.
+        self.proves_version = signature == "bound"
         self._source = source
         self._endpoints = endpoints
         self._keys = tuple(parse_key(key) for key in trusted_policy_keys)
@@ -114,7 +135,7 @@ class PolicyFetcher:
 
     @property
     def is_pinned(self) -> bool:
-        """True if a pinned key must prove the origin of a policy."""
+        """Return True if a pinned key must prove the origin of a policy."""
         return bool(self._keys)
 
     def fetch_active_policy(self, workspace_id: str) -> Optional[Policy]:
@@ -151,6 +172,10 @@ class PolicyFetcher:
         """
         return self._known_of(workspace_id).policy
 
+    def was_replaced(self, workspace_id: str, digest: str) -> bool:
+        """Return True if a newer policy has replaced the one with this hash. Always False where versions say that."""
+        return digest in self._known_of(workspace_id).replaced
+
     def invalidate_cache(self, workspace_id: str) -> None:
         """Have the next :meth:`fetch_active_policy` ask the platform. The last good policy stays known."""
         known = self._known_of(workspace_id)
@@ -177,28 +202,43 @@ class PolicyFetcher:
             if known.is_loaded or self._cache is None:
                 return known
         # Outside the lock: this reads a file. Two threads may do it at the same time, and find the same.
-        version, body = self._cache.load(workspace_id)
-        policy = None if body is None else self._from_disk(workspace_id, version, body)
+        stored = self._cache.load(workspace_id)
+        policy = self._from_disk(workspace_id, stored)
         with self._lock:
             if not known.is_loaded:
                 known.is_loaded = True
                 if known.policy is None:
                     known.policy = policy
-                    known.version = version if policy is None else policy.version
+                    known.was_there = stored.is_there
+                    if self.proves_version:
+                        known.version = stored.version if policy is None else policy.version
+                    else:
+                        known.replaced = stored.replaced
         return known
 
-    def _from_disk(self, workspace_id: str, version: int, body: bytes) -> Optional[Policy]:
+    def _from_disk(self, workspace_id: str, stored: Stored) -> Optional[Policy]:
         assert self._cache is not None
+        if stored.body is None:
+            return None
         try:
-            policy = decode_policy(body, workspace_id=workspace_id, trusted_keys=self._keys)
-            if policy.version >= version:
+            policy = self._decode(stored.body, workspace_id)
+            problem = ""
+            if self.proves_version and policy.version < stored.version:
+                problem = f"it is version {policy.version}, and version {stored.version} was seen before"
+            elif not self.proves_version and policy.hash in stored.replaced:
+                problem = "it was replaced before"
+            if not problem:
                 Rulebook(policy)
                 return policy
-            problem = f"it is version {policy.version}, and version {version} was seen before"
         except PolicyIntegrityError as error:
             problem = str(error)
         log.error("the policy of %s in %s is refused and not used: %s", workspace_id, self._cache.path, problem)
         return None
+
+    def _decode(self, body: bytes, workspace_id: str) -> Policy:
+        return decode_policy(
+            body, workspace_id=workspace_id, trusted_keys=self._keys, accepts_hash=not self.proves_version
+        )
 
     def _fetch_unless_fresh(self, workspace_id: str, known: _Known, deadline: Deadline) -> Optional[Policy]:
         with self._lock:
@@ -206,7 +246,7 @@ class PolicyFetcher:
                 return known.policy
             epoch = known.epoch
         path = self._endpoints.path("policy", workspace_id=workspace_id)
-        asked_at = time.monotonic()
+        asked_at, asked_on = time.monotonic(), time.time()
         try:
             reply = call(lambda: self._ask(path, deadline), stop=self._stop, deadline=deadline)
         except Interrupted:
@@ -217,7 +257,12 @@ class PolicyFetcher:
         with self._lock:
             old = known.policy
             known.policy = policy
-            known.version = -1 if policy is None else policy.version
+            known.was_there = policy is not None
+            known.version = policy.version if policy is not None and self.proves_version else -1
+            if policy is None:
+                known.replaced = ()
+            elif old is not None and old.hash != policy.hash and not self.proves_version:
+                known.replaced = with_replaced(known.replaced, old.hash)
             known.answered_at = asked_at if epoch == known.epoch else None
         if policy is None:
             if old is not None and self._cache is not None:
@@ -225,17 +270,35 @@ class PolicyFetcher:
         elif old is None or old.raw != policy.raw:
             for warning in policy.warnings:
                 log.warning("policy of %s, version %d: %s", workspace_id, policy.version, warning)
-            if self._cache is not None:
-                self._cache.save(workspace_id, policy.version, policy.raw)
+            self._save(workspace_id, known, policy, old, asked_on)
         return policy
+
+    def _save(self, workspace_id: str, known: _Known, policy: Policy, old: Optional[Policy], asked_on: float) -> None:
+        """Keep ``policy``, which replaces ``old``, in the file. Only the fetch in progress calls this."""
+        if self._cache is None:
+            return
+        if self.proves_version:
+            self._cache.save(workspace_id, policy.version, policy.raw, policy.hash)
+            return
+        mine: Tuple[str, ...] = () if old is None or old.hash == policy.hash else (old.hash,)
+        if not known.is_saved:
+            mine = known.replaced
+        all_of_them = self._cache.save_replacing(workspace_id, policy.raw, policy.hash, mine, asked_on)
+        with self._lock:
+            known.is_saved = all_of_them is not None
+            if all_of_them is not None:
+                known.replaced = all_of_them
 
     def _read(self, workspace_id: str, known: _Known, reply: Reply) -> Optional[Policy]:
         """Return the policy in an answer that passed every check, or None if the answer says that there is none."""
         if reply.status == 404:
             self._check_none(workspace_id, known)
             return None
-        policy = decode_policy(reply.body, workspace_id=workspace_id, trusted_keys=self._keys)
-        self._check_version(known, policy)
+        policy = self._decode(reply.body, workspace_id)
+        if self.proves_version:
+            self._check_version(known, policy)
+        else:
+            self._check_replay(workspace_id, known, policy)
         # A policy that cannot be enforced on this machine must not replace one that can.
         Rulebook(policy)
         return policy
@@ -263,16 +326,14 @@ class PolicyFetcher:
         if not self._keys:
             return
         with self._lock:
-            seen = max((one.version for one in self._known.values()), default=-1)
-        if seen < 0 and self._cache is not None:
-            seen = self._cache.highest_version()
-        if seen >= 0:
-            version = known.version if known.version >= 0 else seen
-            where = "" if known.version >= 0 else " of another workspace"
+            was_there = any(one.was_there for one in self._known.values())
+        if was_there or (self._cache is not None and self._cache.has_any()):
+            before = f"version {known.version}" if known.version >= 0 else "a policy"
+            where = "" if known.was_there else " of another workspace"
             raise PolicyIntegrityError(
-                f"the platform says that {workspace_id} has no policy, which no key can prove; version {version}{where}"
+                f"the platform says that {workspace_id} has no policy, which no key can prove; {before}{where}"
                 " was there before. Activate a policy that allows what is meant" + self._or_forget(),
-                expected=f"version {version} or later" if known.version >= 0 else "a signed policy",
+                expected=f"version {known.version} or later" if known.version >= 0 else "a signed policy",
                 found="none",
             )
 
@@ -289,6 +350,31 @@ class PolicyFetcher:
                 "Activate a newer one" + self._or_forget(),
                 expected=f"{known.version} or later",
                 found=str(policy.version),
+            )
+
+    def _check_replay(self, workspace_id: str, known: _Known, policy: Policy) -> None:
+        """Check that ``policy`` was not replaced before.
+
+        :raises PolicyIntegrityError: it was.
+        """
+        old = known.policy
+        if old is not None and old.hash == policy.hash:
+            return
+        if self._cache is not None and known.is_saved:
+            # Another process may have replaced some, and `sekuire policy accept` has removed what may return.
+            stored = self._cache.load(workspace_id)
+            if stored.is_there:
+                with self._lock:
+                    known.replaced = stored.replaced
+        if policy.hash in known.replaced:
+            how = "restart, which forgets it, because there is no policy_path="
+            if self._cache is not None:
+                how = f"run: sekuire policy accept {policy.hash} --policy-path {shlex.quote(self._cache.path)}"
+            raise PolicyIntegrityError(
+                f"hash: {policy.hash} was in force before, and was replaced (an older policy, replayed?). If it is to "
+                f"be in force again, {how}",
+                expected="a policy that was not replaced before",
+                found=policy.hash,
             )
 
     def _or_forget(self) -> str:
@@ -316,6 +402,9 @@ class PolicyClient(PolicyFetcher):
 
     :param trusted_policy_keys: Ed25519 public keys, each a str in hex or base64. With one given, only a policy that one
         of them signed is accepted. Without, hash and signature prove that a policy is whole, not whose it is.
+    :param policy_signature: what a signature must cover. ``"bound"``: the hash with id, version and workspace.
+        ``"hash"``: a signature over the hash alone is accepted too. Older policies can then be replayed, but for the
+        last 100 that were replaced.
     :param cache_ttl: seconds for which an answer is used again; 0 asks every time.
     :param path: a file that keeps the last good policy and its version over restarts, readable by its owner only. What
         is read from it is verified again.
@@ -327,7 +416,12 @@ class PolicyClient(PolicyFetcher):
         config = from_options(PolicyClientConfig, options)
         require_extra()
         super().__init__(
-            ClientSource(config), config.endpoints, config.trusted_policy_keys, config.path, config.cache_ttl
+            ClientSource(config),
+            config.endpoints,
+            config.trusted_policy_keys,
+            config.path,
+            config.cache_ttl,
+            config.policy_signature,
         )
 
     def __enter__(self) -> PolicyClient:

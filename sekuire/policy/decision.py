@@ -27,6 +27,7 @@ MESSAGES: Mapping[str, str] = {
     "fs.ext": "{operation} {subject} is refused: {list} does not hold its extension",
     "tool.blocked": "tool {subject} is refused: {entry} in {list} matches it",
     "tool.not_allowed": "tool {subject} is refused: no entry of {list} matches it",
+    "tool.approval_required": "tool {subject} needs a person's approval: {list} is true",
     "api.blocked": "service {subject} is refused: {entry} in {list} matches it",
     "api.not_allowed": "service {subject} is refused: no entry of {list} matches it",
     "model.blocked": "model {subject} is refused: {entry} in {list} matches it",
@@ -34,6 +35,7 @@ MESSAGES: Mapping[str, str] = {
     "model.provider_not_allowed": "model {subject} of {provider} is refused: no entry of {list} matches the provider",
     "capability.blocked": "capability {subject} is refused: {entry} in {list} matches it",
     "capability.not_allowed": "capability {subject} is refused: no entry of {list} matches it",
+    "capability.approval_required": "capability {subject} needs a person's approval: {entry} in {list} matches it",
     "rate_limit.requests_per_minute": "{amount} more would exceed {limit} requests a minute",
     "rate_limit.requests_per_hour": "{amount} more would exceed {limit} requests an hour",
     "rate_limit.tokens_per_minute": "{amount} more would exceed {limit} tokens a minute",
@@ -76,6 +78,14 @@ class Decision:
     def __bool__(self) -> bool:
         return self.allowed
 
+    @property
+    def needs_approval(self) -> bool:
+        """Return True if it is refused only until a person approves it."""
+        return self.rule in _APPROVALS
+
+
+#: The rules that refuse until a person approves.
+_APPROVALS = ("tool.approval_required", "capability.approval_required")
 
 NO_POLICY = Decision(True, None, "allowed: the workspace has no policy")
 UNRESTRICTED = Decision(True, None, "allowed: the policy does not restrict it")
@@ -83,18 +93,18 @@ UNCOUNTED = Decision(True, None, "allowed: within the policy's rate limits")
 
 
 def allow(entry: str, list_name: str) -> Decision:
-    """Return the decision that ``entry`` of a list allows."""
+    """Return a decision that allows, because ``entry`` of a list matches."""
     return Decision(True, None, f"allowed by {quote(entry)} in {list_name}")
 
 
 def deny(rule: str, *, subject: str, **facts: object) -> Decision:
-    """Return the decision that ``rule`` refuses ``subject``; ``facts`` fill in its message."""
+    """Return a decision by which ``rule`` refuses ``subject``. ``facts`` fill in the rule's message."""
     target = subject[1:-1] if subject[:1] in ("'", '"') and subject[-1:] == subject[:1] else subject
     return Decision(False, rule, MESSAGES[rule].format(subject=subject, **facts), target=target)
 
 
 def refuse(rule: str, subject: str, problem: str) -> Decision:
-    """Return the decision that refuses a ``subject`` which cannot be checked, and say why."""
+    """Return a decision that refuses a ``subject`` which cannot be checked, and says why."""
     return Decision(False, rule, MESSAGES[""].format(subject=subject, problem=problem))
 
 

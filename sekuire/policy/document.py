@@ -48,6 +48,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 ORIGIN_PINNED = "pinned"
+ORIGIN_CONTENT = "content"
 ORIGIN_INTEGRITY = "integrity"
 ORIGIN_UNSIGNED = "unsigned"
 
@@ -56,7 +57,7 @@ ORIGIN_UNSIGNED = "unsigned"
 
 
 class _Wrong(ValueError):
-    """Raised inside this module if something in a document is wrong; ``path`` says where."""
+    """Report inside this module that a document is wrong at ``path``."""
 
     def __init__(self, path: str, problem: str, expected: Optional[str] = None, found: Optional[str] = None) -> None:
         super().__init__(path, problem)
@@ -446,7 +447,7 @@ def _field(read: Callable[[Any, str], Any], default: Any = None) -> Any:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Network:
-    """The section ``permissions.network``."""
+    """Hold the section ``permissions.network``."""
 
     enabled: bool = _field(_flag, True)
     require_tls: bool = _field(_flag, False)
@@ -458,7 +459,7 @@ class Network:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Filesystem:
-    """The section ``permissions.filesystem``."""
+    """Hold the section ``permissions.filesystem``."""
 
     enabled: bool = _field(_flag, True)
     allowed_paths: Texts = _field(_paths)
@@ -468,7 +469,7 @@ class Filesystem:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Tools:
-    """The section ``permissions.tools``."""
+    """Hold the section ``permissions.tools``."""
 
     allowed_tools: Texts = _field(_names)
     blocked_tools: Texts = _field(_names)
@@ -476,7 +477,7 @@ class Tools:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Api:
-    """The section ``permissions.api``."""
+    """Hold the section ``permissions.api``."""
 
     allowed_services: Texts = _field(_names)
     blocked_services: Texts = _field(_names)
@@ -484,7 +485,7 @@ class Api:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Models:
-    """The section ``agent.models``."""
+    """Hold the section ``agent.models``."""
 
     allowed_models: Texts = _field(_names)
     denied_models: Texts = _field(_names)
@@ -493,17 +494,19 @@ class Models:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Capabilities:
-    """The section ``agent.capabilities``."""
+    """Hold the section ``agent.capabilities``."""
 
     allowed_tools: Texts = _field(_names)
     denied_tools: Texts = _field(_names)
+    require_tool_approval: bool = _field(_flag, False)
     allowed_capabilities: Texts = _field(_names)
     denied_capabilities: Texts = _field(_names)
+    require_approval: Texts = _field(_names)
 
 
 @attrs.frozen(kw_only=True, slots=True)
 class Rate:
-    """A section of ``rate_limits``: how much at most, in a minute and in an hour. None: no limit."""
+    """Hold a section of ``rate_limits``: how much at most, in a minute and in an hour. None: no limit."""
 
     max_per_minute: Optional[int] = _field(_count)
     max_per_hour: Optional[int] = _field(_count)
@@ -511,7 +514,7 @@ class Rate:
 
 @attrs.frozen(kw_only=True, slots=True)
 class Rules:
-    """Hold what of a policy's content is enforced, typed. None: that section is absent."""
+    """Hold the enforced part of a policy's content, typed. A section that is absent is None."""
 
     network: Optional[Network] = None
     filesystem: Optional[Filesystem] = None
@@ -533,8 +536,12 @@ _SCHEMA: Dict[str, Dict[str, Any]] = {
 }
 
 
+#: The parts of a policy's content. ``compliance`` is known, and not enforced by a client.
+_PARTS = (*_SCHEMA, "compliance")
+
+
 def read_rules(content: Mapping[str, Any]) -> Tuple[Rules, Tuple[str, ...]]:
-    """Return what of ``content`` is enforced, and its unknown keys, each by path with the known ones.
+    """Return the enforced part of ``content``, and a warning for each unknown key.
 
     :raises PolicyIntegrityError: an enforced part has another type or an entry that cannot be enforced; by path.
     """
@@ -548,6 +555,12 @@ def read_rules(content: Mapping[str, Any]) -> Tuple[Rules, Tuple[str, ...]]:
 def _read(content: Any) -> Tuple[Rules, Tuple[str, ...]]:
     if not isinstance(content, Mapping):
         raise _Wrong("content", f"must be an object, not {_kind(content)}", "an object", _kind(content))
+    if content and not any(part in content for part in _PARTS):
+        keys = ", ".join(_show(key) for key in list(content)[:3]) + (", ..." if len(content) > 3 else "")
+        expected = f"one of {', '.join(_PARTS)}"
+        raise _Wrong(
+            "content", f"has {keys} and not {expected}: another format, which cannot be enforced", expected, keys
+        )
     found: Dict[str, Any] = {}
     closed: Dict[str, str] = {}
     warnings: List[str] = []
@@ -569,8 +582,8 @@ def _read(content: Any) -> Tuple[Rules, Tuple[str, ...]]:
 def _near_misses(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield a warning for each key beside the enforced parts that was probably meant to be one of them."""
     for key in list(content)[:MAX_WARNINGS]:
-        close = difflib.get_close_matches(key[:100], _SCHEMA, n=1, cutoff=0.8)
-        if close and key not in _SCHEMA:
+        close = difflib.get_close_matches(key[:100], _PARTS, n=1, cutoff=0.8)
+        if close and key not in _PARTS:
             yield f"{_join('', key)} is not enforced; did you mean {close[0]!r}?"
 
 
@@ -583,7 +596,7 @@ def _items(
     closed: Dict[str, str],
     around: Tuple[str, ...],
 ) -> Iterator[Tuple[str, Any]]:
-    """Yield the known keys of the object ``holder[name]`` with their values; unknown ones become warnings.
+    """Yield the known keys of the object ``holder[name]`` with their values. Add a warning for each unknown key.
 
     :param closed: gets the sections ``around`` where an unknown key holds a list that may block something.
     """
@@ -661,6 +674,9 @@ class Policy:
     (whole, signed by a key that came with it) or ``"unsigned"`` (only the hash fits). ``raw`` is the answer's body as
     it came, so that a stored policy can be verified again. ``warnings`` are its unknown keys, by path, and remarks on
     its signature.
+
+    With ``policy_signature="hash"`` there is a further origin, ``"content"``: the owner of a pinned key signed the
+    content, and nothing proves id, version and workspace.
     """
 
     policy_id: str
@@ -713,12 +729,15 @@ class Policy:
         )
 
 
-def decode_policy(body: bytes, *, workspace_id: str, trusted_keys: Sequence[bytes] = ()) -> Policy:
+def decode_policy(
+    body: bytes, *, workspace_id: str, trusted_keys: Sequence[bytes] = (), accepts_hash: bool = False
+) -> Policy:
     """Return the policy in an answer's body, after every check of docs/protocol.md, "Policy".
 
     :param workspace_id: whose policy was asked for; another one is refused.
     :param trusted_keys: the pinned keys, 32 bytes each (:func:`parse_key`). With one pinned, one of them must have
         signed hash, id, version and workspace, and no enforced part may hold an unknown key.
+    :param accepts_hash: accept a signature over the hash alone too, as ``policy_signature="hash"`` says.
     :raises PolicyIntegrityError: with what was expected and found.
     :raises ConfigurationError: the extra is not installed.
     """
@@ -728,13 +747,13 @@ def decode_policy(body: bytes, *, workspace_id: str, trusted_keys: Sequence[byte
     if any(not isinstance(key, bytes) or len(key) != KEY_BYTES for key in keys):
         raise ConfigurationError(f"must be keys of {KEY_BYTES} bytes, as parse_key() gives them", "trusted_keys")
     try:
-        return _decode_policy(body, workspace_id, keys)
+        return _decode_policy(body, workspace_id, keys, accepts_hash)
     except _Wrong as error:
         wrong = error.error()
     raise wrong
 
 
-def _decode_policy(body: bytes, workspace_id: str, trusted: Tuple[bytes, ...]) -> Policy:
+def _decode_policy(body: bytes, workspace_id: str, trusted: Tuple[bytes, ...], accepts_hash: bool) -> Policy:
     payload = _decode(body)
     if not isinstance(payload, dict):
         raise _Wrong("", f"the policy must be an object, not {_kind(payload)}", "an object", _kind(payload))
@@ -753,7 +772,7 @@ def _decode_policy(body: bytes, workspace_id: str, trusted: Tuple[bytes, ...]) -
     if not isinstance(content, dict):
         raise _Wrong("content", f"must be an object, not {_kind(content)}", "an object", _kind(content))
     digest = _check_hash(payload.get("hash"), content)
-    origin, notes = _check_signature(payload, digest, policy_id, version, workspace_id, trusted)
+    origin, notes = _check_signature(payload, digest, version, trusted, accepts_hash)
     _, warnings = _read(content)
     if warnings and trusted:
         more = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
@@ -795,7 +814,7 @@ def _check_hash(stated: Any, content: Mapping[str, Any]) -> str:
 
 
 def _check_signature(
-    payload: Mapping[str, Any], digest: str, policy_id: str, version: int, workspace_id: str, trusted: Tuple[bytes, ...]
+    payload: Mapping[str, Any], digest: str, version: int, trusted: Tuple[bytes, ...], accepts_hash: bool
 ) -> Tuple[str, Tuple[str, ...]]:
     """Return what the signature proves, and remarks on it."""
     text = payload.get("signature")
@@ -813,16 +832,23 @@ def _check_signature(
         return ORIGIN_UNSIGNED, (note,)
     # A version that is sent as a string may have been signed as one.
     for stated in dict.fromkeys((version, payload["version"])):
-        message = signed_message(digest, policy_id, stated, workspace_id)
+        message = signed_message(digest, payload["policy_id"], stated, payload["workspace_id"])
         if any(_verifies(key, signature, message) for key in keys):
             return (ORIGIN_PINNED if trusted else ORIGIN_INTEGRITY), ()
     names = " or ".join(key.hex() for key in keys)
     if not any(_verifies(key, signature, digest.encode("ascii")) for key in keys):
         raise _Wrong("signature", f"is not by the key {names}", f"a signature by {names}", "another")
-    note = "signature covers the hash alone, not id, version and workspace"
+    if accepts_hash:
+        return (ORIGIN_CONTENT if trusted else ORIGIN_INTEGRITY), ()
+    note = "covers the hash alone, not id, version and workspace"
     if trusted:
-        raise _Wrong("signature", f"{note[10:]}; with a pinned key it must", "a signature over all", "over the hash")
-    return ORIGIN_INTEGRITY, (note,)
+        raise _Wrong(
+            "signature",
+            f"{note}; where a platform signs so, set policy_signature='hash' (SEKUIRE_POLICY_SIGNATURE=hash)",
+            "a signature over all",
+            "over the hash",
+        )
+    return ORIGIN_INTEGRITY, (f"signature {note}",)
 
 
 def _candidates(text: Any, trusted: Tuple[bytes, ...]) -> Tuple[Tuple[bytes, ...], str]:

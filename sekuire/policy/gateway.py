@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
+import os
 import threading
-import time
-from typing import Any, Callable, Mapping, Optional, Union
+from typing import Any, Callable, Literal, Mapping, Optional, Sequence, Union
 
+from .._internal.clock import time
 from .._internal.logs import get_logger
+from .._internal.tally import Tally
+from .._internal.threads import Deadline
 from ..config import (
     ENVIRONMENT,
     POLICY_OVERRIDE_VARIABLE,
+    SIGNATURE_FORMS,
     SDKConfig,
     boolean_variable,
     is_production,
@@ -20,23 +26,31 @@ from ..config import (
 from ..credentials import Authenticator
 from ..errors import (
     ConfigurationError,
+    PolicyIntegrityError,
     PolicyUnavailableError,
     PolicyViolationError,
     SekuireError,
+    TransportError,
 )
+from ..secret import Secret, discreet
+from ..transport.http import Reply
 from ..wire import protocol
 from .client import PolicyFetcher
-from .document import Policy
+from .decision import MESSAGES
+from .document import Policy, read_document
 from .enforcer import PolicyEnforcer
 from .in_force import Listener, PolicyInForce
 from .limits import RateLimiter
 from .loader import Loader
+from .rulebook import LocalRules
 from .source import InstallationSource, Workspace
 
 __all__ = ["InstallationGateway", "PolicyGateway", "may_only_warn"]
 
 log = get_logger("sekuire.policy")
 
+#: Most bytes of a policy in a file.
+_LONGEST_FILE = 1024 * 1024
 #: Seconds that close() waits for the thread. One in the middle of a request ends by itself.
 _CLOSE_TIMEOUT = 2.0
 #: Seconds that a first decision waits for a first answer.
@@ -77,12 +91,15 @@ class PolicyGateway:
         them; None: in this process.
     :param environment: where this runs (default: ``SEKUIRE_ENVIRONMENT``, or ``"production"``). In production, and
         wherever a key is pinned, ``warn_only`` and the override are refused.
+    :param local: rules that must allow too, as :meth:`SekuireSDK.from_manifest <sekuire.SekuireSDK.from_manifest>` has
+        them.
     :raises ConfigurationError: a wrong option, or the extra is not installed.
     """
 
     # Threads: a decision reads one reference and takes no lock of this object; the limiter has one of its own. The
     # loader has the thread, and the policy in force the order of two answers: see there.
 
+    @discreet
     def __init__(
         self,
         client: PolicyFetcher,
@@ -92,8 +109,9 @@ class PolicyGateway:
         on_violation: Optional[Callable[..., object]] = None,
         on_unavailable: str = "deny",
         on_change: str = "continue",
-        storage_uri: Optional[str] = None,
+        storage_uri: Union[str, Secret, None] = None,
         environment: Optional[str] = None,
+        local: Optional[LocalRules] = None,
     ) -> None:
         workspace = workspace_id if isinstance(workspace_id, Workspace) else Workspace(workspace_id)
         if not isinstance(workspace_id, Workspace) and not protocol.is_id(workspace_id):
@@ -105,28 +123,79 @@ class PolicyGateway:
         if on_violation is not None and not callable(on_violation):
             raise ConfigurationError(f"must be callable, got {type(on_violation).__name__}", "on_violation")
         only_warns = may_only_warn(warn_only, environment, client.is_pinned)
+        if not client.proves_version and not isinstance(client, _FileFetcher):
+            log.warning(
+                "policy_signature is 'hash': older policies can be replayed, because the signature proves neither "
+                "version nor workspace"
+            )
         self.client = client
         self._workspace = workspace
         # Made now, whether the workspace is known or not: a store that cannot be used must be reported at once.
         self.limiter = RateLimiter(storage_uri, namespace=workspace.workspace_id or "?")
+        #: What was denied, by rule.
+        self.denials = Tally()
+        report = functools.partial(_count_denial, self.denials, on_violation)
+        enforcer = PolicyEnforcer(None, only_warns, report, limiter=self.limiter, local=local)
+        #: What decides where there is no workspace, or None if nothing does.
+        self._alone = None if local is None else enforcer
         self.in_force = PolicyInForce(
             client,
-            PolicyEnforcer(None, only_warns, on_violation, limiter=self.limiter),
+            enforcer,
             allows_without=on_unavailable == "allow" or only_warns,
             cancels=on_change == "cancel",
         )
         self.loader = Loader(client, workspace, self.in_force)
 
+    @classmethod
+    def from_file(
+        cls,
+        path: Union[str, os.PathLike[str]],
+        *,
+        trusted_policy_keys: Sequence[str] = (),
+        policy_signature: Literal["bound", "hash"] = "bound",
+        warn_only: bool = False,
+        on_violation: Optional[Callable[..., object]] = None,
+        storage_uri: Optional[str] = None,
+        environment: Optional[str] = None,
+    ) -> PolicyGateway:
+        """Return a gateway that decides by a policy in a file, and asks no platform. ::
+
+            gateway = PolicyGateway.from_file("policy.json")
+            worker = create_worker(agent_id="my-agent", install_token="skt_...", policy_gateway=gateway)
+
+        The file holds a policy as ``sekuire policy pull`` writes it, which is verified, or the content of one.
+        :meth:`refresh` reads it again. If the platform names another policy as the active one, that is an error in the
+        log, because nothing enforces it.
+
+        :param trusted_policy_keys: one of them must have signed the policy. A content alone is then refused.
+        :param policy_signature: ``"hash"``: a signature over the policy's hash alone is accepted too.
+        :raises ConfigurationError: the file cannot be read, a wrong option, or the extra is not installed.
+        :raises PolicyIntegrityError: what the file holds is refused.
+        """
+        _check_choice("policy_signature", policy_signature, SIGNATURE_FORMS)
+        client = _FileFetcher(path, trusted_policy_keys, policy_signature)
+        policy = client.read()
+        gateway = _FileGateway(
+            client,
+            policy.workspace_id,
+            warn_only=warn_only,
+            on_violation=on_violation,
+            storage_uri=storage_uri,
+            environment=environment,
+        )
+        gateway.refresh()
+        return gateway
+
     # -- deciding --
 
     @property
     def policy(self) -> Optional[Policy]:
-        """The policy in force, or None if the workspace has none or none could be loaded."""
+        """Return the policy in force, or None if the workspace has none or none could be loaded."""
         return self.in_force.standing.policy
 
     @property
     def enforcer(self) -> PolicyEnforcer:
-        """What decides now, for questions about tools, domains, paths and models.
+        """Return what decides now, for questions about tools, domains, paths and models.
 
         Do not keep it: after a change of the policy it is another one.
         """
@@ -134,8 +203,15 @@ class PolicyGateway:
 
     @property
     def is_active(self) -> bool:
-        """True if there is a workspace whose policy can be asked for. Without one nothing is enforced."""
+        """Return True if there is a workspace whose policy can be asked for. Without one nothing is enforced."""
         return self._workspace.workspace_id is not None
+
+    def is_policy_missing(self) -> bool:
+        """Return True if everything is denied because no policy was ever loaded. It asks nobody."""
+        in_force = self.in_force
+        if in_force.standing.is_loaded or in_force.allows_without:
+            return False
+        return self.is_active or self.client.is_pinned or in_force.is_required
 
     def check_task(self, capability: str, tool: Optional[str] = None) -> Optional[PolicyEnforcer]:
         """Check that a task may begin, all of it by one policy. Return the enforcer that decided.
@@ -152,13 +228,14 @@ class PolicyGateway:
                 raise PolicyUnavailableError(_PINNED_AND_UNKNOWN)
             if self.in_force.is_required:
                 raise PolicyUnavailableError(_REQUIRED_AND_UNKNOWN)
-            return None
-        enforcer = self._current()
+            if self._alone is None:
+                return None
+            enforcer = self._alone
+        else:
+            enforcer = self._current()
         try:
             # Rates last: a task that is denied must not use up what another one may need.
-            enforcer.enforce_capability(capability)
-            if tool is not None:
-                enforcer.enforce_tool(tool)
+            enforcer.enforce_task(capability, tool)
             enforcer.enforce_rate_limit("requests")
         except PolicyViolationError as error:
             raise _unavailable(error) from None
@@ -221,7 +298,7 @@ class PolicyGateway:
             self.loader.wait(timeout, stop)
 
     def require_policy(self) -> None:
-        """Never adopt again that the workspace has no policy; the last good one stays in force.
+        """Refuse later answers that the workspace has no policy. The last good one stays in force.
 
         A Worker with ``policy_required=True`` calls this before it asks for a policy.
         """
@@ -241,12 +318,8 @@ class PolicyGateway:
 
         :param response: a :class:`~sekuire.wire.models.HeartbeatReply`, or the answer's JSON as a mapping.
         """
-        if isinstance(response, Mapping):
-            named = response.get("active_policy_hash")
-        else:
-            named = getattr(response, "active_policy_hash", None)
         if self.is_active:
-            self.loader.compare(named.lower() if isinstance(named, str) else None)
+            self.loader.compare(_hash_named(response))
 
     def add_listener(self, listener: Listener) -> None:
         """With ``on_change="cancel"``: call ``listener(is_allowed)`` after each change, on the thread that loaded it.
@@ -293,8 +366,14 @@ class InstallationGateway(PolicyGateway):
 
     def __init__(self, config: SDKConfig, options: Mapping[str, Any]) -> None:
         source = InstallationSource(config.workspace_id)
-        client = PolicyFetcher(source, config.endpoints, config.trusted_policy_keys, config.policy_path)
-        known = ("warn_only", "on_violation", "on_unavailable", "on_change", "storage_uri")
+        client = PolicyFetcher(
+            source,
+            config.endpoints,
+            config.trusted_policy_keys,
+            config.policy_path,
+            signature=config.policy_signature,
+        )
+        known = ("warn_only", "on_violation", "on_unavailable", "on_change", "storage_uri", "local")
         unknown = next((name for name in options if name not in known), None)
         if unknown is not None:
             raise ConfigurationError(f"has no {unknown!r}; known are {', '.join(known)}", "policy_options")
@@ -302,7 +381,7 @@ class InstallationGateway(PolicyGateway):
         self._source = source
 
     def attach(self, auth: Authenticator) -> None:
-        """Ask with the credentials of ``auth`` from now on, about the workspace that is given or its login names."""
+        """Ask with the credentials of ``auth`` from now on. Its login names the workspace, unless one was given."""
         self._source.attach(auth)
 
     def close(self, timeout: float = _CLOSE_TIMEOUT) -> None:
@@ -311,9 +390,87 @@ class InstallationGateway(PolicyGateway):
         super().close(timeout)
 
 
+class _NoSource:
+    """Stand for the platform where a policy comes from a file."""
+
+    def get(self, path: str, deadline: Deadline) -> Reply:
+        raise TransportError("the policy comes from a file")
+
+    def close(self) -> None:
+        return
+
+
+class _FileFetcher(PolicyFetcher):
+    """Read a policy from a file each time it is asked for."""
+
+    def __init__(self, path: Union[str, os.PathLike[str]], keys: Sequence[str], signature: str) -> None:
+        # Nothing but refresh() reads the file again.
+        super().__init__(_NoSource(), protocol.Endpoints(), keys, cache_ttl=math.inf, signature=signature)
+        self._path = os.fspath(path)
+
+    def fetch_active_policy(self, workspace_id: str) -> Optional[Policy]:
+        return self.read()
+
+    def read(self) -> Policy:
+        """Return the policy in the file, after every check."""
+        problem = ""
+        try:
+            with open(self._path, "rb") as file:
+                body = file.read(_LONGEST_FILE + 1)
+            problem = "is larger than 1 MiB" if len(body) > _LONGEST_FILE else ""
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or type(error).__name__}"
+        if problem:
+            raise ConfigurationError(f"the file {self._path!r} {problem}", "path")
+        payload = read_document(body)
+        if isinstance(payload, dict) and "hash" in payload and "content" in payload:
+            workspace_id = payload.get("workspace_id")
+            return self._decode(body, workspace_id if protocol.is_id(workspace_id) else "local")
+        if self.is_pinned:
+            raise PolicyIntegrityError(
+                f"{self._path!r} holds the content of a policy alone, which no pinned key can prove",
+                expected="a signed policy",
+                found="a content",
+            )
+        return Policy.from_content(payload)
+
+
+class _FileGateway(PolicyGateway):
+    """Decide by a file, whatever the platform names as the active policy."""
+
+    _has_warned = False
+
+    def on_heartbeat_response(self, response: Any) -> None:
+        named = _hash_named(response)
+        policy = self.policy
+        if named and policy is not None and named != policy.hash and not self._has_warned:
+            self._has_warned = True
+            log.error(
+                "the platform names another active policy (%s) than the file holds, and nothing enforces it; to follow "
+                "the platform use SekuireSDK without policy_gateway=", named,
+            )  # fmt: skip
+
+
+def _hash_named(response: Any) -> Optional[str]:
+    """Return the hash of the active policy that a heartbeat's answer names, or None."""
+    if isinstance(response, Mapping):
+        named = response.get("active_policy_hash")
+    else:
+        named = getattr(response, "active_policy_hash", None)
+    return named.lower() if isinstance(named, str) else None
+
+
 def _unavailable(error: PolicyViolationError) -> SekuireError:
     """Return ``error``, or :class:`PolicyUnavailableError` if it says that no policy could be loaded."""
     return PolicyUnavailableError(error.reason) if error.rule == protocol.RULE_UNAVAILABLE else error
+
+
+def _count_denial(denials: Tally, theirs: Optional[Callable[..., object]], error: PolicyViolationError) -> None:
+    """Count what the policy denies by its rule, and pass it on to the user's ``on_violation``."""
+    if not error.allowed:
+        denials.add(error.rule if error.rule in MESSAGES else "other")
+    if theirs is not None:
+        theirs(error)
 
 
 def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -324,7 +481,7 @@ def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 def may_only_warn(warn_only: object, environment: Optional[str], is_pinned: bool) -> bool:
     """Return True if violations are only logged, by the option or by ``SEKUIRE_POLICY_DEV_OVERRIDE``.
 
-    :raises ConfigurationError: they would be, and it is refused here.
+    :raises ConfigurationError: they would be, but a policy key is pinned or this is production.
     """
     if not isinstance(warn_only, bool):
         raise ConfigurationError(f"must be True or False, got {warn_only!r}", "warn_only")

@@ -26,7 +26,7 @@ Listener = Callable[[Callable[..., bool]], None]
 
 @attrs.frozen(slots=True)
 class Standing:
-    """Hold what decisions are made by. It is replaced as a whole, so that one decision sees one policy."""
+    """Hold all that a decision is made by. It is replaced as a whole, so that one decision sees one policy."""
 
     enforcer: PolicyEnforcer
     policy: Optional[Policy] = None
@@ -70,12 +70,12 @@ class PolicyInForce:
 
     @property
     def hash(self) -> Optional[str]:
-        """The hash of the policy in force, or None."""
+        """Return the hash of the policy in force, or None."""
         policy = self.standing.policy
         return None if policy is None else policy.hash
 
     def require(self) -> None:
-        """Never adopt again that the workspace has no policy."""
+        """Refuse later answers that the workspace has no policy."""
         with self._swap_lock:
             self.is_required = True
 
@@ -146,7 +146,7 @@ class PolicyInForce:
 
     @property
     def listener_count(self) -> int:
-        """How many listeners there are."""
+        """Return how many listeners there are."""
         return len(self._listeners)
 
     def _is_news(self, policy: Optional[Policy], is_late: bool) -> bool:
@@ -155,6 +155,8 @@ class PolicyInForce:
         old = standing.policy
         if policy is not None and old is not None and old.workspace_id == policy.workspace_id:
             # Another thread may have been faster with a newer one.
+            if not self._client.proves_version:
+                return policy.hash != old.hash and not self._client.was_replaced(policy.workspace_id, policy.hash)
             return policy.version > old.version or (policy.version == old.version and policy.hash != old.hash)
         if is_late:
             # There was a policy, or there was none: the later question has the better answer.
@@ -192,4 +194,6 @@ def _log_change(workspace_id: str, policy: Optional[Policy], old: Optional[Polic
 
 def _allows(enforcer: PolicyEnforcer, capability: str, tool: Optional[str] = None) -> bool:
     """Return True if a task of this capability and this tool may run, rates aside."""
-    return bool(enforcer.check_capability(capability)) and (tool is None or bool(enforcer.check_tool(tool)))
+    decisions = (enforcer.check_capability(capability), None if tool is None else enforcer.check_tool(tool))
+    # A person is asked before a task begins, and not for one that runs.
+    return all(one is None or one.allowed or one.needs_approval for one in decisions)

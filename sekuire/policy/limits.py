@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
-from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Deque, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from .._internal import checks, fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError, PolicyUnavailableError
+from ..secret import HiddenUrls, Secret, discreet, hide
 from .document import MAX_INTEGER, Rate
 
 __all__ = ["KINDS", "Excess", "RateLimiter"]
@@ -39,17 +40,23 @@ class Excess(NamedTuple):
     retry_after: Optional[float]
 
 
-def check_request(kind: object, amount: object) -> None:
-    """Check what is to be counted.
+#: Names that the documentation uses too → what is counted.
+_ALIASES = {"request": "requests", "token": "tokens"}
+
+
+def check_request(kind: str, amount: object) -> str:
+    """Check what is to be counted. Return its kind: ``"requests"`` or ``"tokens"``.
 
     :raises ConfigurationError: an unknown kind, or an amount that is not a whole number of 0 or more.
     """
+    kind = _ALIASES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in KINDS:
         raise ConfigurationError(f"must be one of {', '.join(KINDS)}, got {kind!r}", "kind")
     if type(amount) is not int or not 0 <= amount <= MAX_INTEGER:
         checks.check_whole("amount", amount, least=0)
         if amount > MAX_INTEGER:  # type: ignore[operator]
             raise ConfigurationError("must be a whole number, 0 or more, got one beyond 2^53", "amount")
+    return kind
 
 
 class RateLimiter:
@@ -76,7 +83,8 @@ class RateLimiter:
 
     # Threads: `_lock` guards what is counted or noted in memory, and is never held over I/O.
 
-    def __init__(self, storage_uri: Optional[str] = None, *, namespace: str) -> None:
+    @discreet
+    def __init__(self, storage_uri: Union[str, Secret, None] = None, *, namespace: str) -> None:
         if not isinstance(namespace, str) or not namespace:
             raise ConfigurationError("must be a non-empty str, such as the workspace's id", "namespace")
         self._namespace = namespace
@@ -84,24 +92,29 @@ class RateLimiter:
         self._windows: Dict[Tuple[str, str], _Window] = {}
         #: (kind, window) → unit → when this process last counted in it, in a shared store.
         self._units: Dict[Tuple[str, str], Dict[int, float]] = {}
-        self._store: Any = None if storage_uri in (None, "memory://") else _open_store(storage_uri)
+        uri = storage_uri.reveal() if isinstance(storage_uri, Secret) else storage_uri
+        self._store: Any = None if uri in (None, "memory://") else _open_store(uri)
         # For a copy in another process. It may hold a password, so it is never shown.
-        self._storage_uri = storage_uri
+        self._storage_uri = None if uri is None else HiddenUrls({"": uri})
         #: The process whose counts are in memory. A fork of it would have all that is left of a limit for itself.
         self._pid = os.getpid()
         fork.reset_in_child(self, RateLimiter.reset_in_child)
 
     @property
     def namespace(self) -> str:
-        """Whose limits these are."""
+        """Return whose limits these are."""
         return self._namespace
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        return (_reopen, (self._storage_uri, self._namespace)) if self.is_shared else (_Elsewhere, (self._namespace,))
+        return (
+            (_reopen, (self._storage_uri[""], self._namespace))
+            if self._storage_uri and self.is_shared
+            else (_Elsewhere, (self._namespace,))
+        )
 
     @property
     def is_shared(self) -> bool:
-        """True if other processes can share these counts."""
+        """Return True if other processes can share these counts."""
         return self._store is not None
 
     def now(self) -> float:
@@ -131,7 +144,7 @@ class RateLimiter:
             fork of the process that made the limiter, and it does not count in a shared store.
         :raises PolicyUnavailableError: the shared store cannot be asked.
         """
-        check_request(kind, amount)
+        kind = check_request(kind, amount)
         #: Window, its seconds and its limit, shortest first.
         limits: List[Tuple[str, int, int]] = []
         if rate.max_per_minute is not None:
@@ -227,13 +240,13 @@ class RateLimiter:
 
 
 class _Elsewhere(RateLimiter):
-    """Refuse to count, as the copy in another process of a limiter that counts in its own memory."""
+    """Refuse to count. This is the copy, in another process, of a limiter that counts in its own memory."""
 
     def __init__(self, namespace: str) -> None:
         super().__init__(namespace=namespace)
 
     def hit(self, kind: str, rate: Rate, amount: int = 1) -> Optional[Excess]:
-        check_request(kind, amount)
+        kind = check_request(kind, amount)
         if amount == 0 or (rate.max_per_minute is None and rate.max_per_hour is None):
             return None
         raise PolicyUnavailableError(
@@ -242,14 +255,15 @@ class _Elsewhere(RateLimiter):
         )
 
 
-_reopened: Dict[Tuple[str, str], RateLimiter] = {}
+_reopened: Dict[Tuple[Secret, str], RateLimiter] = {}
 
 
 def _reopen(storage_uri: str, namespace: str) -> RateLimiter:
     # All policies of a process share it, because it holds connections.
-    limiter = _reopened.get((storage_uri, namespace))
+    uri = hide(storage_uri)
+    limiter = _reopened.get((uri, namespace))
     if limiter is None:
-        limiter = _reopened[storage_uri, namespace] = RateLimiter(storage_uri, namespace=namespace)
+        limiter = _reopened[uri, namespace] = RateLimiter(uri, namespace=namespace)
     return limiter
 
 

@@ -7,10 +7,10 @@ import logging
 import math
 import random
 import threading
-import time
 from typing import Optional
 
 from .._internal import fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, join_all, spawn
 from ..errors import ConfigurationError, PolicyIntegrityError, PolicyUnavailableError, SekuireError

@@ -44,7 +44,7 @@ MAX_WINDOWS_PATH = 32767
 
 
 class Unreadable(ValueError):
-    """Raised for a subject that cannot be compared with any entry. The text says why."""
+    """Report a subject that cannot be compared with any entry. The text says why."""
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

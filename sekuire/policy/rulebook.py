@@ -23,7 +23,7 @@ from .decision import (
 from .document import Policy, Rate, Rules, read_rules
 from .matching import Domains, Extensions, Names, Paths, Unreadable, name_problem, read_host, read_path
 
-__all__ = ["Rulebook"]
+__all__ = ["BothRulebooks", "LocalRules", "Rulebook"]
 
 #: Why a list refuses: the end of the rule's id, the entry that matches, and the list's path in the policy.
 _Refusal = Tuple[str, str, str]
@@ -93,12 +93,14 @@ class Rulebook:
 
     :param policy: the policy, or None if the workspace has none: everything is allowed.
     :param problem: why no policy could be loaded. With it everything is refused by ``policy.unavailable``.
+    :param is_local: True for the rules of a manifest, in which a section that is not there restricts nothing.
     :raises PolicyIntegrityError: an entry for paths cannot be resolved on this machine, or the policy was made by hand
         and an enforced part of it is wrong.
     """
 
-    def __init__(self, policy: Optional[Policy], problem: Optional[str] = None) -> None:
+    def __init__(self, policy: Optional[Policy], problem: Optional[str] = None, *, is_local: bool = False) -> None:
         self.policy = policy
+        self.is_local = is_local
         self.problem = problem
         self.rates: Dict[str, Rate] = {}
         #: True if :meth:`general` has nothing to say. It spares the most frequent questions a call.
@@ -132,6 +134,7 @@ class Rulebook:
         self._services = _Lists(Names, (rules.api, "permissions.api", "blocked_services", "allowed_services"))
         # Documented: an empty list of models allows every model of the allowed providers.
         models = attrs.evolve(models, allowed_models=models.allowed_models or None)
+        self._named_models = frozenset(one for one in models.allowed_models or () if "*" not in one)
         self._models = _Lists(Names, (models, "agent.models", "denied_models", "allowed_models"))
         self._provider_list = "agent.models.allowed_providers"
         providers = models.allowed_providers
@@ -141,6 +144,11 @@ class Rulebook:
         self._capabilities = _Lists(
             Names, (capabilities, "agent.capabilities", "denied_capabilities", "allowed_capabilities")
         )
+        self._asks_for_tools = capabilities.require_tool_approval
+        asked = capabilities.require_approval
+        self._asked_capabilities: Optional[Names[str]] = (
+            Names({entry: quote(entry) for entry in asked}, generous=True) if asked else None
+        )
 
     # -- names --
 
@@ -148,7 +156,10 @@ class Rulebook:
         """Decide on a tool."""
         general = None if self._has_lists_only else self.general("tool", name, "tools", "capabilities")
         # Not "or": a decision that refuses is false.
-        return self._names("tool", name, self._tools) if general is None else general
+        decision = self._names("tool", name, self._tools) if general is None else general
+        if general is None and self._asks_for_tools and decision.allowed:
+            return deny("tool.approval_required", subject=quote(name), list="agent.capabilities.require_tool_approval")
+        return decision
 
     def api(self, service: str) -> Decision:
         """Decide on the API of a service."""
@@ -158,7 +169,13 @@ class Rulebook:
     def capability(self, name: str) -> Decision:
         """Decide on tasks of a capability."""
         general = None if self._has_lists_only else self.general("capability", name, "capabilities")
-        return self._names("capability", name, self._capabilities) if general is None else general
+        decision = self._names("capability", name, self._capabilities) if general is None else general
+        if general is None and self._asked_capabilities is not None and decision.allowed:
+            entry = self._asked_capabilities.find(name)
+            if entry is not None:
+                where = "agent.capabilities.require_approval"
+                return deny("capability.approval_required", subject=quote(name), entry=entry, list=where)
+        return decision
 
     def model(self, model: str, provider: Optional[str]) -> Decision:
         """Decide on a model and its provider."""
@@ -167,6 +184,9 @@ class Rulebook:
             return general
         decision = self._names("model", model, self._models, self._providers is not None)
         if decision.rule == "model.blocked" or self._providers is None:
+            return decision
+        if provider is None and decision.allowed and model in self._named_models:
+            # Documented: a model that the policy names is allowed by its name alone. A pattern names no model.
             return decision
         # Names first: the name of the provider must not decide whether the model is blocked.
         found = None
@@ -201,7 +221,7 @@ class Rulebook:
         shown = show_host(domain)
         section = self._network_section
         if section is None:
-            return deny("network.missing", subject=shown)
+            return UNRESTRICTED if self.is_local else deny("network.missing", subject=shown)
         if not section.enabled:
             return deny("network.disabled", subject=shown)
         if section.require_tls and not (isinstance(protocol, str) and protocol.lower() in TLS_PROTOCOLS):
@@ -223,7 +243,7 @@ class Rulebook:
         if isinstance(operation, str) and operation.isidentifier() and len(operation) <= 40:
             done = operation
         if section is None:
-            return deny("fs.missing", operation=done, subject=shown)
+            return UNRESTRICTED if self.is_local else deny("fs.missing", operation=done, subject=shown)
         if not section.enabled:
             return deny("fs.disabled", operation=done, subject=shown)
         try:
@@ -254,6 +274,98 @@ class Rulebook:
         if self.problem is None:
             return NO_POLICY
         return refuse("policy.unavailable", f"{noun} {_SHOWN.get(noun, quote)(subject)}", self.problem)
+
+    def source_of_rate(self, kind: str, limit: int) -> str:
+        """Return which policy has the limit that was exceeded, in brackets, where there are several."""
+        return ""
+
+
+class LocalRules(Rulebook):
+    """Hold the rules of a manifest or a file, which are asked beside the workspace's policy.
+
+    :param source: what a denial calls them, such as the file's name.
+    """
+
+    def __init__(self, policy: Policy, source: str) -> None:
+        super().__init__(policy, is_local=True)
+        self.source = source
+
+
+class BothRulebooks:
+    """Ask the workspace's policy and local rules. Both must allow. A denial names which of them refuses. ::
+
+        local = LocalRules(Policy.from_content({"permissions": {"tools": {"blocked_tools": ["shell"]}}}), "sekuire.yml")
+        print(BothRulebooks(Rulebook(None), local).tool("shell").reason)
+
+    It answers what a :class:`Rulebook` answers. The workspace's policy is asked first.
+    """
+
+    def __init__(self, workspace: Rulebook, local: LocalRules) -> None:
+        self._workspace = workspace
+        self._local = local
+        self.policy = workspace.policy
+        self.problem = workspace.problem
+        kinds = ("requests", "tokens")
+        #: The smaller limit of each. A request counts once for both.
+        self.rates = {kind: _smaller(workspace.rates.get(kind), local.rates[kind]) for kind in kinds}
+
+    def tool(self, name: str) -> Decision:
+        """Decide on a tool."""
+        return self._both(self._workspace.tool(name), self._local.tool(name))
+
+    def api(self, service: str) -> Decision:
+        """Decide on the API of a service."""
+        return self._both(self._workspace.api(service), self._local.api(service))
+
+    def capability(self, name: str) -> Decision:
+        """Decide on tasks of a capability."""
+        return self._both(self._workspace.capability(name), self._local.capability(name))
+
+    def model(self, model: str, provider: Optional[str]) -> Decision:
+        """Decide on a model and its provider."""
+        return self._both(self._workspace.model(model, provider), self._local.model(model, provider))
+
+    def network(self, domain: str, protocol: str) -> Decision:
+        """Decide on reaching a host by a protocol."""
+        return self._both(self._workspace.network(domain, protocol), self._local.network(domain, protocol))
+
+    def filesystem(self, path: PathLike, operation: str) -> Decision:
+        """Decide on a path. Follow its links in the file system."""
+        return self._both(self._workspace.filesystem(path, operation), self._local.filesystem(path, operation))
+
+    def general(self, noun: str, subject: object, *sections: str) -> Optional[Decision]:
+        """Return the decision that needs no list, or None if the lists decide."""
+        general = self._workspace.general(noun, subject, *sections)
+        # Without a policy of the workspace the local rates count.
+        return None if general is NO_POLICY else general
+
+    def source_of_rate(self, kind: str, limit: int) -> str:
+        """Return which policy has the limit that was exceeded, in brackets."""
+        local = self._local.rates[kind]
+        is_local = limit in (local.max_per_minute, local.max_per_hour)
+        return f" ({self._local.source if is_local else _WORKSPACE})"
+
+    def _both(self, first: Decision, second: Decision) -> Decision:
+        if not first.allowed and (second.allowed or second.needs_approval or not first.needs_approval):
+            return attrs.evolve(first, reason=f"{first.reason} ({_WORKSPACE})")
+        if not second.allowed:
+            # Also where the first one needs an approval: what is denied is not asked about.
+            return attrs.evolve(second, reason=f"{second.reason} ({self._local.source})")
+        return first if second is UNRESTRICTED else second
+
+
+#: What a denial calls the policy of the workspace where there are local rules too.
+_WORKSPACE = "the workspace's policy"
+
+
+def _smaller(one: Optional[Rate], other: Rate) -> Rate:
+    if one is None:
+        return other
+    limits = {}
+    for name in ("max_per_minute", "max_per_hour"):
+        present = [limit for limit in (getattr(one, name), getattr(other, name)) if limit is not None]
+        limits[name] = min(present, default=None)
+    return Rate(**limits)
 
 
 def _compile_paths(section: Any) -> _Lists:

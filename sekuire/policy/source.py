@@ -17,7 +17,7 @@ __all__ = ["ClientSource", "InstallationSource", "Source", "Workspace"]
 
 
 class Source(Protocol):
-    """Send a GET with the credentials that are there. Any thread may call anything."""
+    """Send a GET with the credentials that are available. Any thread may call anything."""
 
     def get(self, path: str, deadline: Deadline) -> Reply:
         """Return the answer, whatever its status.
@@ -85,12 +85,12 @@ class Workspace:
 
     @property
     def workspace_id(self) -> Optional[str]:
-        """The workspace's id, or None while nobody has named it."""
+        """Return the workspace's id, or None while nobody has named it."""
         return self._given
 
 
 class InstallationSource(Workspace):
-    """Ask with an installation's connections and credentials, about the workspace that is given or the login names.
+    """Ask with an installation's connections and credentials. Its login names the workspace, unless one was given.
 
     :meth:`attach` names the installation, which is made later than the gateway that asks.
     """

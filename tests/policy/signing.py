@@ -28,9 +28,13 @@ class Signer:
         content: Optional[Mapping[str, Any]] = None,
         *,
         workspace_id: str = WORKSPACE,
+        covers: str = "bound",
         **changed: Any,
     ) -> Dict[str, Any]:
-        """A policy, good but for what ``changed`` says after the signing; None takes a field out."""
+        """A policy, good but for what ``changed`` says after the signing; None takes a field out.
+
+        :param covers: what the signature covers: ``bound``, or the ``hash`` alone.
+        """
         content = {} if content is None else dict(content)
         named = {
             "hash": blake3(rfc8785.dumps(content)).hexdigest(),
@@ -38,7 +42,8 @@ class Signer:
             "version": version,
             "workspace_id": workspace_id,
         }
-        signature = self._key.sign(rfc8785.dumps(named)).hex()
+        message = rfc8785.dumps(named) if covers == "bound" else named["hash"].encode()
+        signature = self._key.sign(message).hex()
         whole = {
             **named,
             "status": "active",

@@ -291,7 +291,7 @@ def test_a_place_is_put_into_words_for_an_error_alone() -> None:
 
 def test_a_part_that_was_probably_meant() -> None:
     """A misspelt part is a warning too, and no reason to refuse: what else is there is free."""
-    content = {"permission": {}, "rate_limit": {}, "note": 1}
+    content = {"permission": {}, "rate_limit": {}, "note": 1, "compliance": {}}
     policy = decode(answer(content), trusted_keys=[KEY])
     assert policy.warnings == (
         "permission is not enforced; did you mean 'permissions'?",
@@ -309,15 +309,18 @@ def test_the_workspace_that_was_asked_for(workspace: Any) -> None:
 def test_a_large_number_is_a_double() -> None:
     """However it is written, and in the canonical form too, which writes it as an integer up to 21 digits."""
     for text in ("9007199254740992", "9007199254740993", "9007199254740992.0", "9.007199254740992e15"):
-        body = raw(f'{{"a": {text}}}').replace(content_hash(CONTENT).encode(), content_hash({"a": 2.0**53}).encode())
+        body = raw(f'{{"a": {text}, "compliance": {{}}}}').replace(
+            content_hash(CONTENT).encode(), content_hash({"a": 2.0**53, "compliance": {}}).encode()
+        )
         policy = decode(re.sub(rb'"signature": "[^"]*", ', b"", body))
-        assert canonical(policy.content) == b'{"a":9007199254740992}' == canonical({"a": 2**53})
+        assert canonical(policy.content) == b'{"a":9007199254740992,"compliance":{}}'
+    assert canonical({"a": 2**53}) == b'{"a":9007199254740992}'
     assert canonical(10**22) == b"1e+22"
 
 
 def test_a_pair_of_surrogates_is_a_character() -> None:
     """Only lone ones are refused."""
-    content = {"note": "\U0001f600"}
+    content = {"note": "\U0001f600", "compliance": {}}
     assert b"\\ud83d\\ude00" in json.dumps(answer(content)).encode()
     assert decode(answer(content)).content["note"] == "\U0001f600"
 
@@ -557,3 +560,25 @@ def test_canonical_form_of_what_is_no_json() -> None:
     for value in ({"a": b""}, {1: 2}, {"a": 10**400}, [object()], float("inf"), "\udfff"):
         with pytest.raises(PolicyIntegrityError, match="has no canonical form"):
             canonical(value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"Version": "2012-10-17", "Statement": [{"Effect": "Deny"}]}, "'Version', 'Statement'"),
+        ({"policy": {"rules": []}}, "'policy'"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4}, "'a', 'b', 'c', ..."),
+    ],
+)
+def test_other_formats(content: Dict[str, Any], found: str) -> None:
+    """Content in which nothing is known cannot be enforced, so that it is refused, and the error quotes its keys."""
+    for body in (answer(content), answer(content)):
+        assert f"content: has {found} and not one of permissions, agent, rate_limits, compliance" in str(refusal(body))
+    with pytest.raises(PolicyIntegrityError, match="another format"):
+        Policy.from_content(content)
+
+
+@pytest.mark.parametrize("content", [{}, {"compliance": {"frameworks": ["soc2"], "x": [1]}}, {"agent": None}])
+def test_content_that_restricts_nothing(content: Dict[str, Any]) -> None:
+    """An empty content, and one that is not for a client to enforce, are policies, pinned too, without a warning."""
+    assert decode(answer(content), trusted_keys=[KEY]).warnings == ()

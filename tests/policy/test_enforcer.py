@@ -149,10 +149,23 @@ CASES = [
         ("gpt-4", "openai"),
     ),
     Case(
-        "model.provider_not_allowed", {"agent": {"models": MODELS}}, "model", ("gpt-4",),
+        "model.provider_not_allowed", {"agent": {"models": {**MODELS, "allowed_models": ["gpt-*"]}}}, "model",
+        ("gpt-4",),
         "model 'gpt-4' of a provider that was not named is refused:"
         " no entry of agent.models.allowed_providers matches the provider",
-        ("gpt-4",), {"agent": {"models": {"allowed_models": ["gpt-4"]}}},
+        # The documentation asks for a model by its name alone.
+        ("gpt-4",), {"agent": {"models": {**MODELS, "allowed_models": ["gpt-4"]}}},
+    ),
+    Case(
+        "tool.approval_required", {"agent": {"capabilities": {"require_tool_approval": True}}}, "tool", ("shell",),
+        "tool 'shell' needs a person's approval: agent.capabilities.require_tool_approval is true",
+        ("shell",), {"agent": {"capabilities": {"require_tool_approval": False}}},
+    ),
+    Case(
+        "capability.approval_required", {"agent": {"capabilities": {"require_approval": ["send-*"]}}}, "capability",
+        ("send-mail",),
+        "capability 'send-mail' needs a person's approval: 'send-*' in agent.capabilities.require_approval matches it",
+        ("read-mail",),
     ),
     Case(
         "capability.blocked", {"agent": {"capabilities": CAPABILITIES}}, "capability", ("read-mail",),
@@ -237,7 +250,7 @@ def test_the_table_holds_every_rule() -> None:
     listed = re.findall(
         r"`((?:network|fs|tool|api|model|capability|rate_limit|policy)\.\w+)`", PROTOCOL.partition("Rules, by")[2]
     )
-    assert len(listed) == 25
+    assert len(listed) == 27
     assert {case.rule for case in CASES} == set(listed) == set(MESSAGES) - {""}
 
 
@@ -497,7 +510,7 @@ def test_wrong_arguments() -> None:
         PolicyEnforcer(None, False, 5)  # type: ignore[arg-type]
     for enforcer in (PolicyEnforcer(None), PolicyEnforcer.unavailable("x"), enforcer_of({})):
         for kind, amount in [
-            ("request", 1),
+            ("call", 1),
             ([], 1),
             ("tokens", -1),
             ("tokens", 1.5),
@@ -509,6 +522,33 @@ def test_wrong_arguments() -> None:
         ]:
             with pytest.raises(ConfigurationError, match=r"kind|amount"):
                 enforcer.check_rate_limit(kind, amount)  # type: ignore[arg-type]
+
+
+def test_names_of_rates() -> None:
+    """The documentation's ``request`` and ``token`` count with ``requests`` and ``tokens``."""
+    enforcer = enforcer_of({"rate_limits": {"requests": {"max_per_hour": 2}, "tokens": {"max_per_hour": 5}}})
+    enforcer.enforce_rate_limit("request")
+    enforcer.enforce_rate_limit("requests")
+    assert enforcer.check_rate_limit("request").rule == "rate_limit.requests_per_hour"
+    enforcer.enforce_rate_limit("token", 5)
+    assert enforcer.check_rate_limit("tokens").rule == "rate_limit.tokens_per_hour"
+
+
+@pytest.mark.parametrize(
+    ("content", "method", "subject", "rule"),
+    [
+        ({"denied_tools": ["shell"], "require_tool_approval": True}, "tool", "shell", "tool.blocked"),
+        ({"allowed_tools": ["search"], "require_tool_approval": True}, "tool", "shell", "tool.not_allowed"),
+        ({"allowed_tools": ["shell"], "require_tool_approval": True}, "tool", "shell", "tool.approval_required"),
+        ({"denied_capabilities": ["*"], "require_approval": ["*"]}, "capability", "x", "capability.blocked"),
+        ({"require_approval": ["SEND"]}, "capability", "send", "capability.approval_required"),
+        ({"require_approval": []}, "capability", "send", None),
+    ],
+)
+def test_denying_comes_before_asking(content: Dict[str, Any], method: str, subject: str, rule: Optional[str]) -> None:
+    """What is denied anyway is not asked about. A name that needs an approval matches as a blocked one does."""
+    decision = getattr(enforcer_of({"agent": {"capabilities": content}}), f"check_{method}")(subject)
+    assert (decision.rule, bool(decision)) == (rule, rule is None)
 
 
 def test_a_policy_made_by_hand() -> None:

@@ -375,6 +375,7 @@ def test_credentials_that_die(served: Served, make: Make) -> None:
 # -- swapping ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_swap_under_load(served: Served, make: Make) -> None:
     """Two policies, each denying what the other allows, swapped all the time: no task is decided by neither.
 
@@ -451,6 +452,7 @@ def test_a_stored_policy_that_cannot_be_enforced_any_more(
     gateway = make(client={"path": path})
     assert gateway.client.fetch_active_policy(WORKSPACE) is not None
     served.policy = 500
+    monkeypatch.setattr(client_module, "FETCH_TIMEOUT", 0.2)
     real = os.path.abspath
 
     def gone(path: Any) -> Any:
