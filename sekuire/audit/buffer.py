@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
-import time
 from collections import deque
-from typing import Any, Deque, List, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Deque, Dict, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import attrs
 
+from .._internal.clock import time
 from .._internal.logs import get_logger
+from .._internal.values import Value
+from ..secret import Secret
 from ..wire import protocol
 
 __all__ = ["AuditStats", "Batch", "Buffer", "Event", "encode"]
@@ -28,7 +31,7 @@ MAX_DATA = 64 * 1024
 
 
 class Event(NamedTuple):
-    """One event. ``data`` is JSON already if it came from the user, who may change the object afterwards."""
+    """Hold one event. ``data`` is JSON text if it came from the user, who may change the object afterwards."""
 
     noted_at: float
     wall: float
@@ -37,9 +40,13 @@ class Event(NamedTuple):
     data: Union[bytes, Mapping[str, Any]]
     size: int
 
+    def __repr__(self) -> str:
+        # Without the data, from which secrets are removed when it is sent.
+        return f"<Event {self.event_type} {self.severity} of {self.size} bytes>"
+
 
 class Batch:
-    """Events on their way. Events and key never change, so that the platform can recognise a repetition."""
+    """Hold the events of one request. Events and key never change, so that the platform can recognise a repetition."""
 
     __slots__ = ("body", "events", "key", "next_try", "size", "tries")
 
@@ -52,8 +59,8 @@ class Batch:
         self.next_try = 0.0
 
 
-@attrs.frozen(kw_only=True, slots=True)
-class AuditStats:
+@attrs.frozen(kw_only=True, slots=True, eq=False, repr=False)
+class AuditStats(Value):
     """Count the events of an :class:`AuditLog`: ``noted`` is the sum of ``delivered``, ``dropped`` and ``waiting``.
 
     ``dropped`` events went beyond the bounds, were refused by the platform, or were left at the end. The data of
@@ -67,10 +74,24 @@ class AuditStats:
     replaced: int = 0
 
 
-def encode(data: Mapping[str, Any]) -> Tuple[bytes, bool]:
-    """Return the JSON of the data and True, or that of a description and False if it has none or is too large."""
+def _encode(data: Dict[str, Any]) -> bytes:
     try:
-        encoded = protocol.encode_json(data if isinstance(data, dict) else dict(data))
+        return protocol.encode_json(data)
+    except TypeError:
+        # json.dumps costs more with a function for other types, which few events need.
+        return json.dumps(data, default=_mask, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _mask(value: object) -> str:
+    if isinstance(value, Secret):
+        return "***"
+    raise TypeError(type(value).__name__)
+
+
+def encode(data: Mapping[str, Any]) -> Tuple[bytes, bool]:
+    """Return the data as JSON, and True. Without a JSON form, or if it is too large, return a description and False."""
+    try:
+        encoded = _encode(data if isinstance(data, dict) else dict(data))
     except Exception as error:  # noqa: BLE001  # A value may be of a class with code of its own.
         # The type alone: the text may quote the data.
         problem = f"the data has no JSON form ({type(error).__name__})"
@@ -108,7 +129,7 @@ class Buffer:
     # -- noting --
 
     def note(self, event: Event, is_replaced: bool = False) -> bool:
-        """Add an event. Return True if whoever sends should look: it is the first one, or a batch is full."""
+        """Add an event. Return True if the sender must look: the event is the first one, or a batch is full."""
         with self._lock:
             if not self.is_closed:
                 events = self._events
@@ -165,7 +186,7 @@ class Buffer:
 
     @property
     def noted(self) -> int:
-        """How many events there were so far."""
+        """Return how many events were noted so far."""
         return self._noted
 
     def delay(self) -> float:
@@ -188,7 +209,7 @@ class Buffer:
     # -- sending --
 
     def hurry(self) -> None:
-        """Have all that is here sent now. Needs the lock."""
+        """Make every waiting event due now. Needs the lock."""
         self._flush_to = self._noted
         if self._held is not None:
             self._held.next_try = 0.0

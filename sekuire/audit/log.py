@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import time
-import uuid
+import os
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
+from .._internal.clock import time
 from .._internal.threads import Deadline, check_process
 from ..config import SDKConfig
 from ..errors import ConfigurationError
@@ -51,15 +50,19 @@ class AuditLog:
 
     def __init__(self, config: SDKConfig, connection: Connection) -> None:
         #: Random, and the same for all events of this object.
-        self.session_id = uuid.uuid4().hex
+        self.session_id = os.urandom(16).hex()
         self.buffer = Buffer(self.session_id)
         self.sender = Sender(config, connection, self.session_id, self.buffer)
         self.pid = self.sender.pid
 
     @property
     def is_enabled(self) -> bool:
-        """False if events are not noted: an option, or the platform's answer, has switched them off."""
+        """Return False if an option, or the platform's answer, has switched the audit log off."""
         return self.sender.is_enabled
+
+    def disable(self) -> None:
+        """Note nothing more. For an agent that cannot log in; call it before the first event."""
+        self.sender.is_enabled = False
 
     # -- what users call --
 
@@ -80,7 +83,7 @@ class AuditLog:
 
         This is for policy gateways and enforcers. It fits an enforcer's ``on_violation``:
         ``PolicyEnforcer(policy, on_violation=sdk.audit.policy)``. A decision with a ``rule`` becomes a
-        ``policy_violation``, and one without a ``policy_check`` that was passed.
+        ``policy_violation``. One that has no rule becomes a ``policy_check``.
 
         :param decision: a ``Decision``, a :class:`~sekuire.errors.PolicyViolationError`, or another object with
             ``rule`` and ``reason``, and ``allowed`` if that is known.
@@ -125,6 +128,35 @@ class AuditLog:
         data = {"kind": "capability", "target": target, "task_id": task_id, "allowed": True}
         self._note("policy_check", "info", data, _OWN)
 
+    def approval(
+        self,
+        task: Task,
+        subject: Tuple[str, str],
+        approval_id: str,
+        state: str,
+        claims: Mapping[str, Optional[str]],
+    ) -> None:
+        """Note a request for approval, or what became of it. Never block, never raise.
+
+        :param subject: its kind and name.
+        :param state: ``"requested"``, ``"approved"``, ``"denied"``, ``"expired"`` or ``"refused"``.
+        :param claims: who decided and why, as the platform says.
+        """
+        kind, target = subject
+        data: Dict[str, Any] = {
+            "kind": "approval",
+            "subject": kind,
+            "target": target[:_MAX_ID],
+            "task_id": task.task_id[:_MAX_ID],
+            "approval_id": approval_id,
+            "status": state,
+        }
+        if state != "requested":
+            data["allowed"] = state == "approved"
+        data.update((name, value[:MAX_TEXT]) for name, value in claims.items() if value)
+        severity = "info" if state in ("requested", "approved") else "warn"
+        self._note("policy_check", severity, data, _OWN + (MAX_TEXT if claims else 0))
+
     def task(self, worker_id: str, task: Task, completion: Completion, report: Any) -> None:
         """Note the result of a task.
 
@@ -149,7 +181,7 @@ class AuditLog:
         self._note("tool_execution", severity, data, _OWN if task.trace_id is None else _OWN + _MAX_ID)
 
     def health(self, state: str, severity: str = "info", **facts: Optional[str]) -> None:
-        """Note that the installation or a worker of it has another state."""
+        """Note the new state of the installation, or of one of its workers."""
         data: Dict[str, Any] = {"state": state}
         data.update((name, value[:MAX_TEXT]) for name, value in facts.items() if value)
         self._note("health", severity, data, _OWN)
@@ -170,9 +202,9 @@ class AuditLog:
     # -- life --
 
     def open(self, *, may_log_in: bool = False) -> None:
-        """Begin to send, once there is a login.
+        """Send events from now on, as soon as there is a runtime token.
 
-        :param may_log_in: True if nobody else logs in.
+        :param may_log_in: True if this may log in, because neither a Beacon nor a Worker does.
         """
         self.sender.open(may_log_in=may_log_in)
 
@@ -192,6 +224,8 @@ def check_event_type(event_type: object) -> None:
 def _check(option: str, value: Any, known: frozenset[str], shown: Tuple[str, ...]) -> None:
     if isinstance(value, str) and value in known:
         return
+    import difflib  # Only for an error.
+
     close = difflib.get_close_matches(value, shown, n=1) if isinstance(value, str) else []
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise ConfigurationError(f"must be one of {', '.join(shown)}, got {value!r}{hint}", option)

@@ -7,13 +7,14 @@ import functools
 import logging
 import os
 import threading
-from typing import Callable, Optional, Protocol
+from typing import Callable, Optional, Protocol, Set
 
 from .._internal.logs import get_logger
+from .._internal.scrub import scrub_bytes, scrub_json
 from .._internal.threads import LONG_WAIT, Deadline, at_exit, forget_exit, join_all, spawn
 from ..config import SDKConfig
 from ..credentials import Authenticator, Snapshot
-from ..errors import SekuireError
+from ..errors import AuthenticationError, SekuireError, TransportError
 from ..transport.retry import full_jitter
 from ..wire import protocol
 from ..wire.verdict import Later, Retry, Revoked, Settled, Substitute, Unauthorized, Unsupported, Verdict, verdict
@@ -34,23 +35,21 @@ _LAST_TRY = 1.0
 #: Seconds that an ending process tries to send what is left.
 _LEAVE = 2.0
 
-#: True on a thread that sends events: what is logged there must not become an event.
-_sending = threading.local()
+#: The numbers of the threads that send events: what is logged there must not become an event. Not a threading.local,
+#: which would be one for all greenlets if gevent or eventlet patches later.
+_sending: Set[int] = set()
 
 
 def is_sending() -> bool:
     """Return True on a thread that sends audit events."""
-    return getattr(_sending, "is_active", False)
+    return threading.get_ident() in _sending
 
 
 class Connection(Protocol):
-    """What is needed of an installation."""
+    """Describe what a :class:`Sender` uses of an installation."""
 
     @property
     def auth(self) -> Authenticator: ...
-
-    def scrub_json(self, body: bytes) -> bytes:
-        """Return ``body`` with live tokens replaced."""
 
 
 class Sender:
@@ -68,9 +67,9 @@ class Sender:
         self.is_enabled = config.logging_enabled
         self._config = config
         self._auth = connection.auth
-        self._scrub = connection.scrub_json
         self._session_id = session_id
         self._path = config.endpoints.path("logs")
+        self._api_key = config.api_key
         self._call_timeout = config.connect_timeout + config.read_timeout
         self._buffer = buffer
         self._changed = buffer.condition
@@ -78,7 +77,8 @@ class Sender:
         self._may_log_in = False
         self._closing: Optional[Deadline] = None
         self._thread: Optional[threading.Thread] = None
-        self._is_failing = False
+        #: The last batch waits for another try; it waits for one because the login was refused.
+        self._is_failing = self._is_login_refused = False
         #: The last answer but "try again" refused a batch.
         self._is_refused = False
         #: The platform has accepted a batch.
@@ -86,15 +86,15 @@ class Sender:
 
     @property
     def is_closing(self) -> bool:
-        """True once :meth:`close` was called."""
+        """Return True once :meth:`close` was called."""
         return self._closing is not None
 
     # -- life --
 
     def open(self, *, may_log_in: bool) -> None:
-        """Begin to send, once there is a login.
+        """Send events from now on, as soon as there is a runtime token.
 
-        :param may_log_in: True if nobody else logs in.
+        :param may_log_in: True if this may log in, because neither a Beacon nor a Worker does.
         """
         with self._changed:
             self._is_open = True
@@ -127,7 +127,7 @@ class Sender:
             else:
                 self._closing.shorten(deadline.remaining())
             # A process that ends must not be held up if nothing suggests that the platform would accept events now.
-            if self._auth.store.current.runtime_token is None:
+            if self._auth.store.current.runtime_token is None and self._api_key is None:
                 self._closing.shorten(_LAST_TRY if self._may_log_in else 0.0)
             elif self._is_failing:
                 self._closing.shorten(_LAST_TRY)
@@ -143,7 +143,8 @@ class Sender:
         left = self._buffer.clear()
         forget_exit(self)
         if left:
-            log.warning("%d audit events could not be delivered before the end", left)
+            level = logging.DEBUG if self._is_login_refused else logging.WARNING
+            log.log(level, "%d audit events could not be delivered before the end", left)
         return not left
 
     def leave(self) -> None:
@@ -160,7 +161,8 @@ class Sender:
     # -- on the thread --
 
     def _run(self) -> None:
-        _sending.is_active = True
+        number = threading.get_ident()
+        _sending.add(number)
         try:
             while True:
                 action = self._next()
@@ -172,7 +174,7 @@ class Sender:
                     log.exception("sending audit events failed in an unforeseen way; a batch is dropped")
                     self._buffer.drop_held()
         finally:
-            _sending.is_active = False
+            _sending.discard(number)
 
     def _next(self) -> Optional[Callable[[], None]]:
         """Wait until there is something to do, and return it, or None at the end."""
@@ -191,7 +193,7 @@ class Sender:
                 self._changed.wait(min(delay, LONG_WAIT))
 
     def body_of(self, batch: Batch) -> bytes:
-        """Return the request's body for a batch, with live tokens replaced."""
+        """Return the request's body for a batch, without secrets."""
         config = self._config
         workspace_id = config.workspace_id or self._auth.store.current.workspace_id
         head = protocol.audit_head(
@@ -203,16 +205,19 @@ class Sender:
             if not is_whole:
                 self._buffer.note_replaced()
             pieces.append(data)
-        # All at once, and the data alone: the rest is ours. Neither compact JSON nor a token holds a newline.
-        scrubbed = self._scrub(b"\n".join(pieces)).split(b"\n")
+        # All at once, because there is rarely a secret, and the data alone: the rest is ours.
+        joined = b"\n".join(pieces)
+        if scrub_bytes(joined) is not joined:
+            pieces = [scrub_json(piece) for piece in pieces]
         encoded = []
-        for event, data in zip(batch.events, scrubbed):
+        for event, data in zip(batch.events, pieces):
             instant = dt.datetime.fromtimestamp(event.wall, dt.timezone.utc)
             encoded.append(protocol.audit_event(head, event.event_type, event.severity, instant, data))
         return protocol.audit_body(encoded)
 
     def _send(self, batch: Batch) -> None:
-        if self._auth.store.current.runtime_token is None and not self._may_log_in:
+        has_token = self._auth.store.current.runtime_token is not None
+        if not has_token and self._api_key is None and not self._may_log_in:
             self._buffer.put_off(batch, _LOOK)
             return
         if batch.body is None:
@@ -225,9 +230,16 @@ class Sender:
             return self._path
 
         try:
-            reply, _ = self._auth.request(
-                "POST", path_of, body=batch.body, idempotency_key=batch.key, deadline=Deadline(limit)
-            )
+            if has_token or self._api_key is None:
+                reply, _ = self._auth.request(
+                    "POST", path_of, body=batch.body, idempotency_key=batch.key, deadline=Deadline(limit)
+                )
+            else:
+                # The older platform knows no runtime tokens, and the key is all there is.
+                key = functools.partial(protocol.api_key_header, self._api_key)
+                reply = self._auth.login.http.request(
+                    "POST", self._path, body=batch.body, credential=key, idempotency_key=batch.key, timeout=limit
+                )
             found = verdict("logs", reply)
         except SekuireError as error:
             found = verdict("logs", error)
@@ -265,7 +277,7 @@ class Sender:
         self._was_accepted = True
         self._is_refused = False
         if self._is_failing:
-            self._is_failing = False
+            self._is_failing = self._is_login_refused = False
             log.info("audit events are delivered again")
 
     def _retry(self, batch: Batch, why: SekuireError, delay: float) -> None:
@@ -273,8 +285,11 @@ class Sender:
             return
         is_news = not self._is_failing
         self._is_failing = True
+        # An outage and a refused login are said by those who cannot work without the platform.
+        is_said = isinstance(why, (AuthenticationError, TransportError)) or self._auth.reach.is_lost
+        self._is_login_refused = isinstance(why, AuthenticationError)
         log.log(
-            logging.WARNING if is_news else logging.DEBUG,
+            logging.WARNING if is_news and not is_said else logging.DEBUG,
             "audit events were not delivered (%s); they are kept and sent again in %.1f s", why, delay,
         )  # fmt: skip
 

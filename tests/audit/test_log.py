@@ -18,6 +18,7 @@ from sekuire import SekuireSDK, TaskError
 from sekuire._internal.threads import Deadline
 from sekuire.audit import AuditHandler, AuditStats, buffer, sender
 from sekuire.errors import ConfigurationError, PolicyViolationError, SekuireError
+from sekuire.secret import Secret
 from sekuire.wire import protocol
 
 from ..conftest import AGENT
@@ -122,6 +123,31 @@ def test_the_shape(scripted: Scripted, sdk_of: Make) -> None:
     }
     assert [one["event_data"] for one in request.json["events"][1:]] == [{}, {"value": "a path"}]
     assert sdk_of(scripted).audit.session_id != sdk.audit.session_id
+
+
+def test_the_api_key_where_there_is_no_token(scripted: Scripted, sdk_of: Make) -> None:
+    """A platform that gives no runtime token gets the events by the API key, with the device's fingerprint."""
+    scripted.on["recover"] = lambda request: (503, {"error": "unavailable"})
+    nothing = {"install_token": None, "runtime_token": None, "installation_id": None}
+    key = {"api_key": "sk_live_1", "device_fingerprint": "device-7"}
+    sdk = sdk_of(scripted, auto_heartbeat=True, required=False, **nothing, **key)
+    sdk.start(0)
+    sdk.log("model_call", {"n": 1})
+    assert sdk.audit.flush(GUARD)
+    request = scripted.of("logs")[0]
+    assert request.headers["X-API-Key"] == "sk_live_1"
+    assert request.headers["X-Device-Fingerprint"] == "device-7"
+    assert "Authorization" not in request.headers
+    recover = scripted.wait_for("recover")[0]
+    assert recover.headers["X-Device-Fingerprint"] == "device-7"
+
+
+def test_the_fingerprint_goes_with_api_keys_alone(scripted: Scripted, sdk_of: Make) -> None:
+    """Requests that carry a token or none do not have it."""
+    with sdk_of(scripted, device_fingerprint="device-7", auto_heartbeat=True):
+        scripted.wait_for("heartbeat")
+    sent = [request for name in ("bootstrap", "heartbeat", "logs") for request in scripted.of(name)]
+    assert all("X-Device-Fingerprint" not in request.headers for request in sent)
 
 
 def test_the_workspace_of_the_login(platform: Any, sdk_of: Make) -> None:
@@ -672,6 +698,16 @@ def deep() -> Dict[str, Any]:
     for _ in range(100_000):
         data = {"x": data}
     return data
+
+
+def test_a_secret_in_the_data(scripted: Scripted, sdk_of: Make) -> None:
+    """A Secret anywhere in the data is masked, and the event is kept whole."""
+    sdk = sdk_of(scripted)
+    sdk.start()
+    sdk.log("model_call", {"model": "m", "key": Secret("sk_live_1"), "more": [{"é": Secret("skt_2")}]})
+    assert sdk.audit.flush(GUARD)
+    assert sdk.audit.stats() == AuditStats(noted=1, delivered=1)
+    assert data_of(events_of(scripted)) == [{"model": "m", "key": "***", "more": [{"é": "***"}]}]
 
 
 @pytest.mark.parametrize(
