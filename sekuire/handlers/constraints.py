@@ -1,7 +1,8 @@
 """Check the constraints of ``Annotated``: those of annotated_types, and what pydantic and msgspec write in their place.
 
 They are recognised by the names of their attributes (``gt``, ``max_length``, ...), so that none of these packages is
-needed. A constraint that cannot be checked is refused when the handler is registered. Other metadata is a note.
+needed. A constraint that cannot be checked is refused when the handler is registered. Other metadata is a note,
+which nothing checks.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class ConstraintError(ConfigurationError):
 
 
 def constrained(annotation: Any, build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return ``build`` with a check of the constraints of ``annotation`` behind it.
+    """Return ``build``, followed by a check of the constraints of ``annotation``.
 
     :raises ConstraintError: a constraint that cannot be checked.
     """
@@ -81,6 +82,16 @@ def constrained(annotation: Any, build: Callable[[Any], Any]) -> Callable[[Any],
         return found
 
     return built
+
+
+def bounds_of(annotation: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield each bound of ``annotation``, with the name of its attribute, such as ``gt`` or ``max_length``."""
+    for one in _flattened(annotation.__metadata__):
+        if not isinstance(one, type):
+            for key in _CHECKS:
+                bound = getattr(one, key, None)
+                if bound is not None and not callable(bound):
+                    yield key, bound
 
 
 def is_field_of_pydantic(value: Any) -> bool:
@@ -105,7 +116,7 @@ def _flattened(metadata: Sequence[Any]) -> Iterator[Any]:
 
 
 def _check_of(one: Any, target: Any) -> Optional[Callable[[Any], str]]:
-    """Return what says why a value breaks a constraint. Return None for a note."""
+    """Return a function that says why a value breaks a constraint. Return None for a note."""
     name = type(one).__name__
     if isinstance(one, type):
         if one.__module__.partition(".")[0] in {*_PACKAGES, "attr"}:

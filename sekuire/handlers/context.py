@@ -15,15 +15,19 @@ import datetime as dt
 import logging
 import sys
 import threading
-import time
 import traceback
 from types import FrameType
-from typing import Any, Callable, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, Mapping, Optional, Protocol, Set, Tuple
 
 from .._internal.checks import is_number
+from .._internal.clock import time
 from .._internal.logs import make_record
-from ..errors import TaskCancelled
-from ..wire.models import Task
+from .._internal.speech import PERSON, audience, print_record
+from ..errors import ApprovalDenied, ConfigurationError, TaskCancelled
+from ..wire.models import Approval, Task
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 __all__ = ["TaskContext", "TaskControl", "control_of"]
 
@@ -33,25 +37,110 @@ _event_lock = threading.Lock()
 
 ProgressSink = Callable[["TaskContext", float, Optional[str]], None]
 
+#: The reasons of a cancellation that decide how the task is answered.
+TERMINATED, SHUTDOWN, PROGRAM_ENDS = "terminated", "shutdown", "the program ends"
+#: The reasons that are the library's own. A requester's must not be taken for one of them.
+_OWN_REASONS = frozenset(
+    (TERMINATED, SHUTDOWN, PROGRAM_ENDS, "timeout", "lease lost", "superseded", "withdrawn", "the worker died")
+)
+
+
+def cancel_reason_of(reason: Optional[str]) -> str:
+    """Return the reason that a handler sees when its task alone is cancelled."""
+    if not reason:
+        return "cancelled"
+    return f"cancelled: {reason}" if reason in _OWN_REASONS else reason
+
+
+#: Seconds that a person has to decide, unless the handler says otherwise.
+APPROVAL_TIME = 300.0
+
+
+class Asker(Protocol):
+    """Ask a person on behalf of a task."""
+
+    def ask(
+        self, context: TaskContext, kind: str, name: str, details: Any, timeout: float, enforcer: Any = None
+    ) -> Optional[Approval]:
+        """Return the approval. None if a policy does not ask for it any more, or a person has allowed it before.
+
+        :param enforcer: the policy that asks for it; None if the handler does.
+        :raises ApprovalDenied, ApprovalExpired, TaskCancelled, PolicyViolationError, TaskError: it is not approved.
+        """
+
+    async def ask_async(self, context: TaskContext, kind: str, name: str, details: Any, timeout: float) -> Approval:
+        """Do the same without blocking the loop. A handler asks for it, so that there is always an answer."""
+
+
+class Asked:
+    """Remember what was asked for a task in this run: how often, and what a person has allowed before the handler.
+
+    ``counts``: the number of the last request of each digest. ``granted``: kind, name and policy hash of each approval
+    that a policy wanted before the handler begins. A granted tool is used up by the handler's first use of it.
+    """
+
+    __slots__ = ("counts", "granted")
+
+    def __init__(self) -> None:
+        self.counts: Dict[str, int] = {}
+        self.granted: Set[Tuple[str, str, Optional[str]]] = set()
+
+    def use_up(self, name: str) -> bool:
+        """Use the approval of the task's own tool. Return False if there is none."""
+        found = next((one for one in self.granted if one[:2] == ("tool", name)), None)
+        if found is not None:
+            self.granted.discard(found)
+        return found is not None
+
 
 class TaskControl:
     """Hold the part of a task's context that changes, for the code that runs the task.
 
-    ``attempt``, ``end`` (on the clock of ``time.monotonic()``, None without a limit) and ``policy`` may be assigned.
-    The reason of a cancellation is set by :meth:`cancel` alone.
+    ``attempt``, ``end`` (on the clock of ``time.monotonic()``, None without a limit), ``policy``, ``resources`` (the
+    open ones, None unless a handler that can have some runs) and ``owner`` (the Worker, for its ids in the log; in
+    another process a mapping of these ids), ``asker`` (asks a person while the handler runs, None before and after) and
+    ``asked`` (None until something was asked) may be assigned. So may ``is_pushed`` (the platform does not know the
+    task) and ``is_withdrawn``, by the code that has kept the handler from beginning. The reason of a cancellation is
+    set by :meth:`cancel` alone, ``is_wanted_back`` by :meth:`withdraw`, and ``is_called_off`` by :meth:`call_off`.
     """
 
-    __slots__ = ("_event", "_progress", "_reason", "_watcher", "attempt", "end", "policy", "task")
+    __slots__ = (
+        "_event",
+        "_progress",
+        "_reason",
+        "_waiters",
+        "_watcher",
+        "_withdrawer",
+        "asked",
+        "asker",
+        "attempt",
+        "end",
+        "is_called_off",
+        "is_pushed",
+        "is_wanted_back",
+        "is_withdrawn",
+        "owner",
+        "policy",
+        "resources",
+        "task",
+    )
 
     def __init__(self, task: Task, end: Optional[float] = None, *, progress: Optional[ProgressSink] = None) -> None:
         self.task = task
         self.attempt = task.attempt
         self.end = end
         self.policy: Any = None
+        self.owner: Any = None
+        self.resources: Any = None
+        self.asker: Optional[Asker] = None
+        self.asked: Optional[Asked] = None
         self._progress = progress
         self._reason: Optional[str] = None
         self._event: Optional[threading.Event] = None
         self._watcher: Optional[Callable[[bool], None]] = None
+        self._waiters: Tuple[Callable[[], None], ...] = ()
+        self._withdrawer: Optional[Callable[[], None]] = None
+        self.is_called_off = self.is_pushed = self.is_wanted_back = self.is_withdrawn = False
 
     def reason(self) -> Optional[str]:
         """Return why the task was cancelled, None if it was not."""
@@ -70,23 +159,83 @@ class TaskControl:
             is_first = self._reason is None
             if is_first:
                 self._reason = reason
-            event, watcher = self._event, self._watcher
+            event, watcher, waiters = self._event, self._watcher, self._waiters
         if is_first and event is not None:
             event.set()
+        for wake in waiters:
+            wake()
         if watcher is not None:
             watcher(answered)
         return is_first
 
-    def watch(self, watcher: Callable[[bool], None]) -> None:
+    def call_off(self, reason: str) -> bool:
+        """Cancel this task alone, because its requester wants it. Return True if it was not cancelled before."""
+        self.is_called_off = True
+        return self.cancel(reason)
+
+    def withdraw(self) -> None:
+        """Ask for the task back, if its handler waits to begin in another process. One that has begun goes on."""
+        with _event_lock:
+            self.is_wanted_back = True
+            withdrawer = self._withdrawer
+        if withdrawer is not None:
+            withdrawer()
+
+    def watch(self, watcher: Callable[[bool], None], on_withdraw: Optional[Callable[[], None]] = None) -> None:
         """Call ``watcher(answered)`` at every cancellation, and at once if the task is cancelled already.
 
-        The watcher must be quick: it runs in the thread that cancels.
+        The watcher must be quick: it runs in the thread that cancels. So must ``on_withdraw``, which :meth:`withdraw`
+        calls.
         """
         with _event_lock:
-            self._watcher = watcher
+            self._watcher, self._withdrawer = watcher, on_withdraw
             is_late = self._reason is not None
         if is_late:
             watcher(False)
+
+    def unwatch(self) -> None:
+        """Forget the watcher. Another thread may be about to call it all the same."""
+        with _event_lock:
+            self._watcher = None
+
+    def add_waiter(self, wake: Callable[[], None]) -> None:
+        """Call ``wake()`` at every cancellation, and at once if the task is cancelled already. It must be quick."""
+        with _event_lock:
+            self._waiters += (wake,)
+            is_late = self._reason is not None
+        if is_late:
+            wake()
+
+    def remove_waiter(self, wake: Callable[[], None]) -> None:
+        """Undo :meth:`add_waiter`. Another thread may be about to call it all the same."""
+        with _event_lock:
+            self._waiters = tuple(one for one in self._waiters if one != wake)
+
+    def attach_loop(self, loop: AbstractEventLoop, cancel: Callable[[], object]) -> None:
+        """Have ``loop`` call ``cancel()``, once, when the task is cancelled. The loop's thread calls this.
+
+        :meth:`detach_loop` ends it.
+        """
+        is_done = False
+
+        def wake(answered: bool) -> None:
+            try:
+                loop.call_soon_threadsafe(note)
+            except RuntimeError:
+                # The loop was closed just now: the handler has ended.
+                return
+
+        def note() -> None:
+            nonlocal is_done
+            if not is_done:
+                is_done = True
+                cancel()
+
+        self.watch(wake)
+
+    def detach_loop(self) -> None:
+        """Undo :meth:`attach_loop`. The loop's thread calls this."""
+        self.unwatch()
 
     def wait(self, timeout: Optional[float]) -> bool:
         """Wait up to ``timeout`` seconds for a cancellation. Return True if the task is cancelled."""
@@ -183,6 +332,7 @@ class TaskContext:
         left = self.remaining()
         if left is None:
             return None
+        # By the clock that the handler sees: a test may have frozen it.
         return dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=left)
 
     def remaining(self) -> Optional[float]:
@@ -201,14 +351,16 @@ class TaskContext:
         """Return why the task was cancelled, None while it is not.
 
         The reason is ``"timeout"``, ``"terminated"``, ``"shutdown"``, ``"lease lost"``, ``"superseded"`` (the platform
-        has the task's result already) or ``"the program ends"``.
+        has the task's result already) or ``"the program ends"``. If the task itself was cancelled, it is the reason
+        that was given, or ``"cancelled"``. The coroutine of an async handler is cancelled too.
         """
         return self._control.reason()
 
     def raise_if_cancelled(self) -> None:
         """Raise an error if the task was cancelled.
 
-        :raises TaskCancelled: the task was cancelled. A handler that does not catch it ends its task ``cancelled``.
+        :raises TaskCancelled: the task was cancelled. A handler that does not catch it ends its task ``cancelled``,
+            after a termination ``worker_terminated``, and at the program's end ``worker_shutdown``.
         """
         reason = self._control.reason()
         if reason is not None:
@@ -228,6 +380,69 @@ class TaskContext:
         when the workspace's policy changes.
         """
         return self._control.ask_policy()
+
+    def require_approval(self, name: str, details: Any = None, *, timeout: float = APPROVAL_TIME) -> Approval:
+        """Ask a person, and wait for the decision. Return it if it is an approval. ::
+
+            decision = ctx.require_approval("refund", {"order": input["order"], "amount": input["amount"]})
+            ctx.logger.info("approved by %s: %s", decision.decided_by, decision.reason)
+
+        Whatever goes wrong counts as denied. The task's own time goes on. After a restart of the worker, the handler
+        finds the decision for the same name and details again. A second call with the same ones asks a second time.
+
+        :param name: what is to be done, for the person who decides.
+        :param details: JSON of at most 64 KiB, shown to that person. Secrets of this process are replaced by ``***``.
+        :param timeout: seconds to wait, at most. The time left of the task limits them too.
+        :raises ApprovalDenied: the person said no, or nobody can be asked.
+        :raises ApprovalExpired: nobody has decided in time.
+        :raises TaskCancelled: the task was cancelled while it waited.
+        :raises TaskError: the worker stops (``worker_shutdown``).
+        :raises ValueError: ``name`` is not a text, or ``timeout`` not a number above 0.
+        """
+        decision = self._asker("action", name, timeout).ask(self, "action", name, details, timeout)
+        assert decision is not None
+        return decision
+
+    async def require_approval_async(
+        self, name: str, details: Any = None, *, timeout: float = APPROVAL_TIME
+    ) -> Approval:
+        """Do the same as :meth:`require_approval` in an async handler: others of its coroutines go on. ::
+
+            await ctx.require_approval_async("refund", {"amount": 500})
+
+        It raises what :meth:`require_approval` raises.
+        """
+        asker = self._asker("action", name, timeout)
+        return await asker.ask_async(self, "action", name, details, timeout)
+
+    def _asker(self, kind: str, name: str, timeout: float) -> Asker:
+        """Return what asks for this task, once the arguments are found good."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a str that is not empty, got {name!r}")
+        if not is_number(timeout) or not timeout > 0:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        asker = self._control.asker
+        if asker is None:
+            raise ApprovalDenied("nobody can be asked: no handler of this task runs", {"kind": kind, "name": name})
+        return asker
+
+    # -- resources --
+
+    def resource(self, name: str) -> Any:
+        """Return the value of a resource: ``ctx.resource("db")``. One of the task's own is opened if it is not open.
+
+        A handler may also receive it as a keyword-only parameter, ``def book(ctx, input, *, db)``. The worker checks
+        that when it starts.
+
+        :raises ConfigurationError: there is no such resource, or the handler does not run.
+        """
+        resources = self._control.resources
+        if resources is None:
+            raise ConfigurationError(
+                "no resource is declared, or no handler runs; declare it with @worker.resource, ask in the handler",
+                f"resource({name!r})",
+            )
+        return resources.get(name)
 
     # -- reports --
 
@@ -283,7 +498,8 @@ class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subsc
         extra: Optional[Mapping[str, object]] = None,
         **kwargs: object,
     ) -> None:
-        if not self.isEnabledFor(level):
+        whose = audience(self.logger, level)
+        if whose is not PERSON and not self.isEnabledFor(level):
             return
         own = self.extra or {}
         prefix = f"[{own.get('task_id', '?')}] "
@@ -298,7 +514,10 @@ class _TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # Not subsc
         for name, value in own.items():
             if extra is None or name not in extra:
                 setattr(record, name, value)
-        self.logger.handle(record)
+        if whose is PERSON:
+            print_record(self.logger, record)
+        else:
+            self.logger.handle(record)
 
 
 _LOGGING_FILE = logging.info.__code__.co_filename

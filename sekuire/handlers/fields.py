@@ -63,9 +63,9 @@ def hints_of(cl: Any, names: Sequence[str]) -> Dict[str, Any]:
 
 
 def bound_of(cl: Any, outer: Optional[Dict[Any, Any]] = None) -> Dict[Any, Dict[Any, Any]]:
-    """Return what replaces the type variables of a class, and of each of its bases.
+    """Return, for a class and each of its bases, the types that replace its type variables.
 
-    By class, as a class and its base may both use ``T`` and mean different types. cattrs goes by the name.
+    A class and its base may both use ``T`` for different types. cattrs would look at the name alone.
     """
     origin = origin_of(cl)
     arguments = [filled(one, outer or {}) for one in typing.get_args(cl)]

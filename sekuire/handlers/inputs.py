@@ -1,7 +1,7 @@
 """Build a handler's input from JSON for its annotation: cattrs builds classes, pydantic builds its own models.
 
-Both, and this module, are imported when the first handler needs them. How an annotation is built is decided when a
-handler is registered.
+Both, and this module, are imported when the first handler needs them. The choice between them is made when a handler
+is registered.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ _LISTS = (
     list, collections.abc.Sequence, collections.abc.MutableSequence, collections.abc.Collection,
     collections.abc.Iterable,
 )  # fmt: skip
-_SETS = (set, frozenset, collections.abc.Set, collections.abc.MutableSet)
+SETS = (set, frozenset, collections.abc.Set, collections.abc.MutableSet)
 _LITERAL: Any = typing.Literal
-_UNIONS = (Union, getattr(types, "UnionType", Union))
+UNIONS = (Union, getattr(types, "UnionType", Union))
 #: Stand for a field that an object does not have.
 _MISSING: Any = object()
 
 
 def structure_of(annotation: Any) -> Structure:
-    """Return what builds an input of this (resolved) annotation.
+    """Return the function that builds an input of this (resolved) annotation.
 
     :raises ConfigurationError: it cannot be built, or needs an extra that is not installed.
     """
@@ -108,7 +108,7 @@ SAFE_TEXTS = {
 
 
 def _pydantic(cls: Any) -> Structure:
-    """Return what has pydantic build one of its models or dataclasses."""
+    """Return a function that lets pydantic build one of its models or dataclasses."""
     from pydantic import TypeAdapter, ValidationError
 
     adapter = TypeAdapter(cls)
@@ -126,6 +126,14 @@ def _pydantic(cls: Any) -> Structure:
         raise Mismatch(list(dict.fromkeys(problems)))
 
     return structure
+
+
+def schema_of_pydantic(cls: Any, *, is_input: bool) -> Dict[str, Any]:
+    """Return pydantic's own JSON Schema of one of its models or dataclasses."""
+    from pydantic import TypeAdapter
+
+    mode: Any = "validation" if is_input else "serialization"
+    return TypeAdapter(cls).json_schema(mode=mode)
 
 
 def _text_of(error: Any) -> str:
@@ -211,7 +219,7 @@ def _make_converter() -> Any:
     for kind, structure in _SCALARS.items():
         converter.register_structure_hook(kind, structure)
     converter.register_structure_hook(enum.Enum, lambda value, cl: _enum(cl)(value))
-    for predicate, make in _KINDS:
+    for predicate, make in KINDS:
         converter.register_structure_hook_factory(predicate, functools.partial(_without_type, converter, make))
     return converter
 
@@ -342,7 +350,7 @@ def _another(value: Any) -> str:
     return f"another {kind.split(' ', 1)[1]}" if kind.startswith("a") else kind
 
 
-def _null(converter: Any, cl: Any) -> Structure:
+def make_null(converter: Any, cl: Any) -> Structure:
     return lambda value: _checked(value, type(None), "null")
 
 
@@ -351,7 +359,7 @@ def _enum(cl: Any) -> Structure:
     return _choice([(member.value, member) for member in cl])
 
 
-def _literal(converter: Any, cl: Any) -> Structure:
+def make_literal(converter: Any, cl: Any) -> Structure:
     return _choice([(_json_of(one), one) for one in typing.get_args(cl)])
 
 
@@ -360,7 +368,7 @@ def _json_of(one: Any) -> Any:
 
 
 def _choice(choices: List[Tuple[Any, Any]]) -> Structure:
-    """Return what finds the value for one of the JSON values of an enum or a ``Literal``."""
+    """Return a function that returns the member of an enum or a ``Literal`` for a JSON value."""
     # By type and value: True equals 1.
     found = {(type(plain), plain): one for plain, one in choices}
     wanted = f"one of {', '.join(json.dumps(plain, default=str) for plain, _ in choices)}"
@@ -397,13 +405,13 @@ def _arguments(cl: Any, count: int) -> Tuple[Any, ...]:
     return tuple(typing.get_args(cl)) or (Any,) * count
 
 
-def _array(converter: Any, cl: Any) -> Structure:
+def make_array(converter: Any, cl: Any) -> Structure:
     hook = _hook_of(converter, _arguments(cl, 1)[0])
     return lambda value: _each(enumerate(_checked(value, list, "an array")), hook)
 
 
-def _set(converter: Any, cl: Any) -> Structure:
-    array = _array(converter, cl)
+def make_set(converter: Any, cl: Any) -> Structure:
+    array = make_array(converter, cl)
     element = _unhashable(_arguments(cl, 1)[0])
     if element is not None:
         raise ConfigurationError(f"a set cannot hold {_name(element)}, which is not hashable")
@@ -415,17 +423,17 @@ def _unhashable(annotation: Any) -> Any:
     """Return the part of ``annotation`` that a set cannot hold, None if it can hold all."""
     annotation = bare(annotation)
     origin = origin_of(annotation)
-    if origin is tuple or origin in _UNIONS:
+    if origin is tuple or origin in UNIONS:
         return next((one for one in map(_unhashable, typing.get_args(annotation)) if one is not None), None)
     has_no_hash = isinstance(origin, type) and getattr(origin, "__hash__", None) is None
     # Lists are built for abstract sequences, which have a hash, and frozensets for abstract sets, which have none.
     return annotation if origin in _LISTS or (has_no_hash and origin is not collections.abc.Set) else None
 
 
-def _tuple(converter: Any, cl: Any) -> Structure:
+def make_tuple(converter: Any, cl: Any) -> Structure:
     arguments = _arguments(cl, 1)
     if not typing.get_args(cl) or arguments[-1] is Ellipsis:
-        array = _array(converter, List[arguments[0]])  # type: ignore[valid-type]
+        array = make_array(converter, List[arguments[0]])  # type: ignore[valid-type]
         return lambda value: tuple(array(value))
     hooks = [_hook_of(converter, one) for one in arguments]
 
@@ -442,14 +450,14 @@ def _is_named_tuple(cl: Any) -> bool:
     return bool(names) and all(name in vars(owner_of(cl, name)).get("__annotations__", {}) for name in names)
 
 
-def _named_tuple(converter: Any, cl: Any) -> Structure:
+def make_named_tuple(converter: Any, cl: Any) -> Structure:
     hints = hints_of(cl, cl._fields)
     _check_constraints(converter, cl, hints)
-    array = _tuple(converter, Tuple[tuple(hints.values())])
+    array = make_tuple(converter, Tuple[tuple(hints.values())])
     return lambda value: cl(*array(value))
 
 
-def _mapping(converter: Any, cl: Any) -> Structure:
+def make_mapping(converter: Any, cl: Any) -> Structure:
     key_type, value_type = _arguments(cl, 2)
     key_of, value_of = _hook_of(converter, key_type), _hook_of(converter, value_type)
     if bare(key_type) in (int, float, bool):
@@ -470,8 +478,8 @@ def _qualifier_of(hint: Any) -> str:
     return str(getattr(origin_of(hint), "_name", ""))
 
 
-def _typed_dict(converter: Any, cl: Any) -> Structure:
-    cl = origin_of(cl)
+def keys_of(cl: Any) -> Tuple[Dict[str, Any], Set[str]]:
+    """Return the types of a TypedDict's keys, and the keys that it requires."""
     hints, required = hints_of(cl, list(cl.__annotations__)), set(cl.__required_keys__)
     for name, hint in hints.items():
         # Read here: where annotations are strings, Python itself decides for every key by __total__.
@@ -481,6 +489,12 @@ def _typed_dict(converter: Any, cl: Any) -> Structure:
             elif _qualifier_of(hint) == "NotRequired":
                 required.discard(name)
             hint = hints[name] = typing.get_args(hint)[0]
+    return hints, required
+
+
+def make_typed_dict(converter: Any, cl: Any) -> Structure:
+    cl = origin_of(cl)
+    hints, required = keys_of(cl)
     _check_constraints(converter, cl, hints)
     hooks = {name: _hook_of(converter, hint) for name, hint in hints.items()}
 
@@ -497,10 +511,10 @@ def _typed_dict(converter: Any, cl: Any) -> Structure:
     return structure
 
 
-def _union(converter: Any, cl: Any) -> Structure:
+def make_union(converter: Any, cl: Any) -> Structure:
     members = typing.get_args(cl)
     others = [one for one in members if one is not type(None)]
-    classes = [one for one in others if _is_class(one)]
+    classes = [one for one in others if is_class(one)]
     hooks: List[Structure] = []
     if len(classes) > 1:
         hooks.append(_one_class_of(_chooser(classes), {one: _hook_of(converter, one) for one in classes}))
@@ -533,13 +547,13 @@ def _joined(problems: List[Tuple[Path, str]]) -> List[Tuple[Path, str]]:
     return [((), f"expected {' or '.join(dict.fromkeys(wanted))}, got {min(got, key=len)}")]
 
 
-def _is_class(annotation: Any) -> bool:
+def is_class(annotation: Any) -> bool:
     origin = origin_of(annotation)
     return (attrs.has(origin) or dataclasses.is_dataclass(origin)) and not _is_pydantic(annotation)
 
 
 def _chooser(classes: Sequence[Any]) -> Callable[[Any], Any]:
-    """Return what chooses one of ``classes`` for an object.
+    """Return a function that chooses one of ``classes`` for an object.
 
     A field that all of them have, with different ``Literal`` values, decides. Without one, required fields decide that
     the other classes lack. cattrs can do it as well, but decides some unions only when there is a value to build.
@@ -604,17 +618,30 @@ def _one_class_of(choose: Callable[[Any], Any], by_class: Dict[Any, Structure]) 
     return structure
 
 
+def make_constrained(converter: Any, cl: Any) -> Structure:
+    return constrained(cl, _hook_of(converter, cl.__origin__))
+
+
+def make_pydantic(converter: Any, cl: Any) -> Structure:
+    return _pydantic(cl)
+
+
+def is_union(annotation: Any) -> bool:
+    """Return True for ``Union[...]`` and ``A | B``."""
+    return typing.get_origin(annotation) in UNIONS
+
+
 #: Which annotations are of a kind, and what makes their structure. The last one that fits counts.
-_KINDS: Tuple[Tuple[Callable[[Any], bool], Callable[[Any, Any], Structure]], ...] = (
-    (lambda cl: _is_typed_dict(origin_of(cl)), _typed_dict),
-    (lambda cl: hasattr(cl, "__metadata__"), lambda converter, cl: constrained(cl, _hook_of(converter, cl.__origin__))),
-    (lambda cl: cl in (None, type(None)), _null),
-    (lambda cl: origin_of(cl) is _LITERAL, _literal),
-    (lambda cl: origin_of(cl) in _LISTS, _array),
-    (lambda cl: origin_of(cl) in _SETS, _set),
-    (lambda cl: origin_of(cl) is tuple, _tuple),
-    (_is_named_tuple, _named_tuple),
-    (lambda cl: origin_of(cl) in _MAPPINGS, _mapping),
-    (lambda cl: typing.get_origin(cl) in _UNIONS, _union),
-    (_is_pydantic, lambda converter, cl: _pydantic(cl)),
+KINDS: Tuple[Tuple[Callable[[Any], bool], Callable[[Any, Any], Structure]], ...] = (
+    (lambda cl: _is_typed_dict(origin_of(cl)), make_typed_dict),
+    (lambda cl: hasattr(cl, "__metadata__"), make_constrained),
+    (lambda cl: cl in (None, type(None)), make_null),
+    (lambda cl: origin_of(cl) is _LITERAL, make_literal),
+    (lambda cl: origin_of(cl) in _LISTS, make_array),
+    (lambda cl: origin_of(cl) in SETS, make_set),
+    (lambda cl: origin_of(cl) is tuple, make_tuple),
+    (_is_named_tuple, make_named_tuple),
+    (lambda cl: origin_of(cl) in _MAPPINGS, make_mapping),
+    (is_union, make_union),
+    (_is_pydantic, make_pydantic),
 )

@@ -8,11 +8,19 @@ import functools
 import inspect
 import types
 import typing
-from typing import Any, Callable, Coroutine, Dict, Mapping, MutableMapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Dict, Mapping, MutableMapping, Optional, Sequence
 
+from .._internal.clock import use_real_time
 from .._internal.logs import get_logger
-from ..errors import ConfigurationError, TaskError
-from .context import TaskContext
+from ..errors import ConfigurationError, TaskCancelled, TaskError
+from .context import TaskContext, TaskControl, control_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate
+
+    #: A handler as it is declared: it may have keyword-only parameters too, which receive resources. A type checker
+    #: cannot say that nothing else may follow.
+    DeclaredHandler = Callable[Concatenate[TaskContext, Any, ...], Any]
 
 log = get_logger("sekuire.task")
 
@@ -28,12 +36,15 @@ def call(function: Handler, context: TaskContext, input: Any) -> Any:
     """Return the handler's result. Await that of an async handler in a loop of its own."""
     result = function(context, input)
     if inspect.iscoroutine(result):
-        return _await(result)
+        return _await(result, control_of(context))
     return result
 
 
-def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
+def _await(coroutine: Coroutine[Any, Any, Any], control: TaskControl) -> Any:
     """Run ``coroutine`` in a loop of its own, and set here the context variables that it has set.
+
+    The coroutine is cancelled when its task is. One that goes on all the same, or leaves a thread of ``to_thread()``
+    behind, keeps this thread until it ends.
 
     So middleware, and a log filter when the handler fails, see the same context as with a plain handler. asyncio runs a
     coroutine in a copy of the context. It accepts another context only from Python 3.11 on.
@@ -44,16 +55,27 @@ def _await(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     async def main() -> Any:
         nonlocal inner
+        use_real_time(asyncio.get_running_loop())
+        task = asyncio.current_task()
+        assert task is not None
+        control.attach_loop(asyncio.get_running_loop(), task.cancel)
         try:
             return await coroutine
         finally:
+            control.detach_loop()
             inner = contextvars.copy_context()
 
     try:
         return asyncio.run(main())
+    except asyncio.CancelledError:
+        reason = control.reason()
+        if reason is None:
+            # The handler has cancelled itself.
+            raise
     finally:
         for variable, value in inner.items():
             variable.set(value)
+    raise TaskCancelled(reason)
 
 
 def compose(layers: Sequence[Middleware], function: Handler) -> Handler:
@@ -108,8 +130,23 @@ def asked_for(function: Handler) -> Any:
     return annotation
 
 
+def returned_by(function: Handler) -> Any:
+    """Return the annotation of the result of ``function``, None if it has none.
+
+    :raises ConfigurationError: the annotation cannot be resolved.
+    """
+    try:
+        annotation = inspect.signature(function).return_annotation
+    except (TypeError, ValueError):
+        return None
+    if annotation is inspect.Signature.empty:
+        return None
+    found = _resolved(function, annotation, "the result")
+    return type(None) if found is None else found
+
+
 def structure_of(annotation: Any) -> Optional[Callable[[Any], Any]]:
-    """Return what builds an input that is :func:`asked_for`, None if nothing is asked for.
+    """Return the function that builds an input that is :func:`asked_for`, None if nothing is asked for.
 
     :raises ConfigurationError: it cannot be built, or needs an extra that is not installed.
     """
@@ -152,7 +189,7 @@ def _parameter(function: Any) -> Optional[inspect.Parameter]:
     """Return the second positional parameter of ``function``."""
     try:
         signature = inspect.signature(function)
-        names = list(signature.bind(None, None).arguments)
+        names = list(_positional(signature).bind(None, None).arguments)
     except (TypeError, ValueError):
         return None
     parameter = signature.parameters[names[-1]]
@@ -164,7 +201,10 @@ def _annotation(function: Any) -> Any:
     parameter = _parameter(function)
     if parameter is None or parameter.annotation is parameter.empty:
         return Any
-    annotation = parameter.annotation
+    return _resolved(function, parameter.annotation, repr(parameter.name))
+
+
+def _resolved(function: Any, annotation: Any, what: str) -> Any:
     # Only this annotation is resolved: the class of the context may be imported for type checkers alone.
     holder = types.SimpleNamespace(__annotations__={"input": annotation})
     try:
@@ -172,8 +212,8 @@ def _annotation(function: Any) -> Any:
     except Exception as error:  # noqa: BLE001  # The annotation is code.
         problem = f"{type(error).__name__}: {error}"
     raise ConfigurationError(
-        f"the annotation {annotation!r} of {parameter.name!r} cannot be resolved ({problem}); define or import it at "
-        "the top level of the handler's module, above the handler"
+        f"the annotation {annotation!r} of {what} cannot be resolved ({problem}); define or import it at the top level "
+        "of the handler's module, above the handler"
     )
 
 
@@ -196,10 +236,28 @@ def where(function: Any) -> str:
     return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code is not None else name
 
 
-def accepts(function: Any, count: int) -> bool:
-    """Return True if ``function`` accepts ``count`` positional arguments, as far as its signature says."""
+def _positional(signature: inspect.Signature) -> inspect.Signature:
+    """Return ``signature`` without the keyword-only parameters, which receive resources."""
+    return signature.replace(parameters=[one for one in signature.parameters.values() if one.kind != one.KEYWORD_ONLY])
+
+
+def keywords_of(function: Any) -> Dict[str, bool]:
+    """Return the keyword-only parameters of ``function``, each with True if a call needs it."""
     try:
-        inspect.signature(function).bind(*[None] * count)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return {}
+    return {one.name: one.default is one.empty for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+
+def accepts(function: Any, count: int, *, has_resources: bool = False) -> bool:
+    """Return True if ``function`` accepts ``count`` positional arguments, as far as its signature says.
+
+    :param has_resources: it may have keyword-only parameters too, which receive resources.
+    """
+    try:
+        signature = inspect.signature(function)
+        (_positional(signature) if has_resources else signature).bind(*[None] * count)
     except TypeError:
         return False
     except ValueError:
@@ -210,3 +268,58 @@ def accepts(function: Any, count: int) -> bool:
 def is_async(function: Any) -> bool:
     """Return True if a call of ``function`` returns a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def is_generator(function: Any) -> bool:
+    """Return True if a call of ``function`` returns a generator, of either kind."""
+    return any(
+        inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one)
+        for one in (function, type(function).__call__)
+    )
+
+
+def shape_problem(function: Any, kind: str, parameters: Sequence[str]) -> str:
+    """Return why ``function`` cannot be called with ``parameters``, and how it should look. An empty text if it can.
+
+    :param kind: what the function is to be: ``"handler"`` or ``"middleware"``.
+    """
+    if not accepts(function, len(parameters), has_resources=kind == "handler"):
+        count = {2: "two", 3: "three"}[len(parameters)]
+        problem = f"must accept {count} arguments: {kind}({', '.join(parameters)})"
+    elif is_generator(function):
+        problem = "is a generator function, and nothing reads what it yields; return the result instead"
+    elif _has_context_second(function):
+        problem = "takes its parameters in the wrong order; the context comes first"
+    else:
+        return ""
+    return f"{where(function)} {problem}{_signature(function, parameters)}"
+
+
+def _has_context_second(function: Any) -> bool:
+    try:
+        first, second = list(inspect.signature(function).parameters.values())[:2]
+    except (TypeError, ValueError):
+        return False
+    # An input may well be named "context".
+    return _is_context(second, "ctx", *(("context",) if first.name == "input" else ())) and not _is_context(
+        first, "ctx", "context"
+    )
+
+
+def _is_context(parameter: inspect.Parameter, *names: str) -> bool:
+    """Return True if a parameter is for the context, by its annotation or, if that says nothing, by its name."""
+    annotation = parameter.annotation
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    name = name.rpartition(".")[2]
+    if annotation is parameter.empty or name in ("Any", "object"):
+        return parameter.name in names
+    return name in ("TaskContext", "RemoteTaskContext")
+
+
+def _signature(function: Any, parameters: Sequence[str]) -> str:
+    """Return the first line that ``function`` should have, as the end of an error's text."""
+    name = getattr(function, "__name__", "")
+    if not name.isidentifier():  # A lambda, or an object with __call__.
+        return ""
+    kind = "async def" if is_async(function) or inspect.isasyncgenfunction(function) else "def"
+    return f"; write: {kind} {name}({', '.join(parameters)}):"

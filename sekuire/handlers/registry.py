@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Tuple, TypeVar, Union, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Protocol,
+    Tuple,
+    TypeVar,
+    Union,
+    overload,
+)
 
 import attrs
 
@@ -14,25 +29,44 @@ from ..errors import ConfigurationError
 from .invoke import (
     Handler,
     Middleware,
-    accepts,
     asked_for,
     compose,
     input_name,
     is_async,
+    shape_problem,
     structure_of,
     where,
     with_structure,
 )
+from .resources import WORKER, Injection, Opened, Resource, needs_of, plan_of, resource_of
 
-__all__ = ["HandlerEntry", "TaskRegistry"]
+if TYPE_CHECKING:
+    from .invoke import DeclaredHandler
 
-_H = TypeVar("_H", bound=Handler)
+__all__ = ["Carrier", "HandlerEntry", "TaskRegistry"]
+
+_H = TypeVar("_H", bound="DeclaredHandler")
 _M = TypeVar("_M", bound=Middleware)
 
-#: Return what runs a handler elsewhere, from an option's name (for errors) and the handler.
-Carrier = Callable[[str, Handler], Handler]
+_R = TypeVar("_R", bound=Callable[..., Any])
 
 CATCH_ALL = "*"
+
+
+class Carrier(Protocol):
+    """Have handlers run elsewhere than where they are called."""
+
+    #: True if they run in processes that can keep resources.
+    has_processes: bool
+    #: Values that replace resources.
+    values: Optional[Mapping[str, Any]]
+
+    def carry(self, option: str, function: Handler, injection: Optional[Injection]) -> Handler:
+        """Return what runs ``function`` elsewhere, with the resources of ``injection``.
+
+        :param option: for errors, where the handler was declared.
+        :raises ConfigurationError: it cannot run there.
+        """
 
 
 @attrs.define(eq=False, repr=False)
@@ -90,6 +124,10 @@ class TaskRegistry:
         self._entries: Dict[str, HandlerEntry] = {}
         self._catch_all: Optional[HandlerEntry] = None
         self._layers: List[Middleware] = []
+        #: The declared resources, in order.
+        self.resources: List[Resource] = []
+        #: The open resources of the worker's scope. None without any, and before :meth:`freeze`.
+        self.opened: Optional[Opened] = None
         self._frozen: Optional[str] = None
 
     # -- declaring --
@@ -158,17 +196,16 @@ class TaskRegistry:
         output, awaited for an async handler, or raises the handler's error. What the middleware returns or raises
         replaces it. Without a call of ``call_next`` the handler does not run.
 
-        :raises ConfigurationError: it cannot be called with three arguments, is async, or the registry was included
-            already.
+        :raises ConfigurationError: it cannot be called with three arguments, is async or a generator function, or the
+            registry was included already.
         """
         option = "middleware"
         self._check_open("register every middleware", option)
         if not callable(function):
             raise ConfigurationError(f"must be callable, got {type(function).__name__}", option)
-        if not accepts(function, 3):
-            raise ConfigurationError(
-                f"{where(function)} must accept three arguments: middleware(ctx, input, call_next)", option
-            )
+        problem = shape_problem(function, "middleware", ("ctx", "input", "call_next"))
+        if problem:
+            raise ConfigurationError(problem, option)
         if is_async(function):
             raise ConfigurationError(
                 f"{where(function)} is async; a middleware is a plain function, also around async handlers", option
@@ -176,10 +213,49 @@ class TaskRegistry:
         self._layers.append(function)
         return function
 
+    @overload
+    def resource(self, function: _R, *, name: Optional[str] = None, scope: str = "worker") -> _R: ...
+
+    @overload
+    def resource(
+        self, function: None = None, *, name: Optional[str] = None, scope: str = "worker"
+    ) -> Callable[[_R], _R]: ...
+
+    def resource(
+        self, function: Optional[_R] = None, *, name: Optional[str] = None, scope: str = "worker"
+    ) -> Union[_R, Callable[[_R], _R]]:
+        """Declare what handlers share: ``@tasks.resource`` on a generator function that yields one value.
+
+        >>> from sekuire import TaskRegistry
+        >>> tasks = TaskRegistry()
+        >>> @tasks.resource
+        ... def greeting():
+        ...     yield "Hello"  # What follows the yield closes the resource.
+        >>> @tasks.task("greet")
+        ... def greet(ctx, input, *, greeting):
+        ...     return f"{greeting}, {input['name']}"
+
+        A handler, or another resource, receives it as a keyword-only parameter of its name. The worker checks all of
+        them when it starts. All registries of a worker share one set of names.
+
+        :param name: its name, if not that of the function.
+        :param scope: how long the value lives: ``"worker"``, ``"process"`` (of a pool) or ``"task"``.
+        :raises ConfigurationError: it is not a generator function, or the registry was included already.
+        """
+
+        def register(function: _R) -> _R:
+            option = f"resource({(name or getattr(function, '__name__', ''))!r})"
+            self._check_open("declare every resource", option)
+            self.resources.append(resource_of(option, function, name, scope))
+            return function
+
+        return register if function is None else register(function)
+
     def include(self, registry: TaskRegistry) -> None:
         """Add every handler of ``registry``, with its middleware around them, and freeze that registry.
 
-        The middleware of this registry goes around that of ``registry``, whichever was registered first.
+        Its resources are added too, for all handlers of this registry. The middleware of this registry goes around that
+        of ``registry``, whichever was registered first.
 
         :raises ConfigurationError: a name that is taken (the error names both places, and nothing is added), or this
             registry was included or started already.
@@ -195,16 +271,22 @@ class TaskRegistry:
             self._check_free(entry, f"{option}(), {entry.name!r}")
         for entry in entries:
             self.put(entry)
+        self.resources += registry.resources
         registry.close("the registry is included already; {} before include()")
 
     # -- used --
 
-    def copy(self) -> TaskRegistry:
-        """Return a registry with the same handlers and middleware that is not frozen. It shares nothing with this."""
+    def copy_for(self, capability: str) -> TaskRegistry:
+        """Return a registry with the handler of one capability, the same middleware and the same resources.
+
+        It is not frozen, and shares nothing with this one.
+        """
         copy = TaskRegistry(_option=self._option)
+        copy.resources += self.resources
         for layer in self.layers:
             copy.middleware(layer)
-        for entry in self:
+        entry = self.find(capability)
+        if entry is not None:
             copy.put(entry.within(()))
         return copy
 
@@ -220,16 +302,48 @@ class TaskRegistry:
         :raises ConfigurationError: a handler that cannot run elsewhere.
         """
         calls = []
+        injections = self.injections(carrier)
+        plan = next((one.plan for one in injections.values() if one is not None), {})
+        has_own = any(one.scope == WORKER for one in plan.values()) and (carrier is None or carrier.values is None)
+        opened = Opened(plan, (WORKER,)) if has_own else None
         for entry in self:
-            if carrier is None:
-                inner = with_structure(entry.function, entry.structure)
+            injection = injections[entry.name]
+            if carrier is not None:
+                inner = carrier.carry(self._option_of(entry), entry.function, injection)
             else:
-                inner = carrier(f"{self._option}({entry.name!r})", entry.function)
+                inner = entry.function if injection is None else injection.around(entry.function, opened)
+                inner = with_structure(inner, entry.structure)
             calls.append((entry, compose(self.layers + entry.layers, inner)))
         # Only now: after an error of the carrier nothing has started, and the handlers may still be changed.
         self.close("the worker has started; {} before start()")
+        self.opened = opened
         for entry, composed in calls:
             entry.call = composed
+
+    def injections(self, carrier: Optional[Carrier] = None) -> Dict[str, Optional[Injection]]:
+        """Check the resources. Return what each handler receives, None for each if nothing is declared.
+
+        :raises ConfigurationError: a name that no resource has, or that two have, resources that need each other, or
+            one with a positional parameter or a scope that it cannot have.
+        """
+        values = None if carrier is None else carrier.values
+        named = {one.name: one for one in self.resources}
+        known = {**named, **(values or {})}
+        needs = {entry.name: needs_of(self._option_of(entry), entry.function, known) for entry in self}
+        if not known:
+            return dict.fromkeys(needs)
+        roots = None if values is None else [name for names in needs.values() for name in names]
+        plan = plan_of(
+            self.resources,
+            has_processes=carrier is not None and carrier.has_processes,
+            values=values,
+            roots=roots,
+        )
+        injections = {entry.name: Injection(needs[entry.name], plan) for entry in self}
+        if carrier is not None and carrier.values is None:
+            for entry in self:
+                injections[entry.name].for_process(self._option_of(entry), entry.function)
+        return dict(injections)
 
     def find(self, capability: str) -> Optional[HandlerEntry]:
         """Return the handler of a capability, else the one for ``"*"``, else None."""
@@ -264,6 +378,9 @@ class TaskRegistry:
         return f"<TaskRegistry {', '.join(names) or 'empty'}>"
 
     # -- inside --
+
+    def _option_of(self, entry: HandlerEntry) -> str:
+        return f"{self._option}({entry.name!r})"
 
     def _check_open(self, what: str, option: str) -> None:
         if self._frozen is not None:
@@ -301,8 +418,9 @@ def _structure_of(option: str, function: Handler) -> Optional[Callable[[Any], An
 def _check(option: str, function: Any, timeout: Any, max_concurrency: Any) -> None:
     if not callable(function):
         raise ConfigurationError(f"the handler must be callable, got {type(function).__name__}", option)
-    if not accepts(function, 2):
-        raise ConfigurationError(f"{where(function)} must accept two arguments: handler(ctx, input)", option)
+    problem = shape_problem(function, "handler", ("ctx", "input"))
+    if problem:
+        raise ConfigurationError(problem, option)
     if timeout is not None:
         check_number(option, timeout, subject="timeout ")
     if max_concurrency is not None:

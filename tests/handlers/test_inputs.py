@@ -939,6 +939,24 @@ def test_what_has_no_json_form(value: Any) -> None:
         to_json([value])
 
 
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ("numpy.int64(3)", 3),
+        ("numpy.bool_(True)", True),
+        ("numpy.float32(1.5)", 1.5),
+        ("numpy.array([[1, 2], [3, 4]])", [[1, 2], [3, 4]]),
+        ("{numpy.int64(1): [numpy.uint8(2)]}", {1: [2]}),
+        ("numpy.datetime64('2024-01-01')", "2024-01-01"),
+    ],
+)
+def test_the_json_form_of_numpy(value: str, wanted: Any) -> None:
+    """Numbers and arrays of numpy are results like any other."""
+    found = to_json(eval(value, {"numpy": pytest.importorskip("numpy")}))
+    assert found == wanted
+    json.dumps(found)
+
+
 def test_a_context_is_no_input() -> None:
     """The built value replaces the input, and nothing else."""
     tasks = TaskRegistry()

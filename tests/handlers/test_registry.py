@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, List
+import functools
+from typing import Any, Callable, Dict, List
 
 import pytest
 
-from sekuire import TaskRegistry, Worker
+import sekuire
+from sekuire import TaskContext, TaskRegistry, Worker
 from sekuire.errors import ConfigurationError
 
 from ..support.builders import context_of
@@ -63,6 +65,107 @@ def test_wrong_declarations() -> None:
             call()
         assert text in str(caught.value)
     assert tasks.names == ["first"]
+
+
+def typed_context(first: TaskContext, ctx: Dict[str, Any]) -> Any:
+    return ctx
+
+
+def one_argument(input: Any) -> Any:
+    return input
+
+
+def swapped(input: Any, ctx: Any) -> Any:
+    return input
+
+
+def swapped_by_name(input: Any, context: Any) -> Any:
+    return input
+
+
+def swapped_by_annotation(data: Any, task: TaskContext) -> Any:
+    return data
+
+
+def swapped_by_text(data: Any, task: sekuire.TaskContext) -> Any:
+    return data
+
+
+def unbound(self: Any, ctx: Any) -> Any:
+    return self
+
+
+async def swapped_async(input: Any, ctx: Any) -> Any:
+    return input
+
+
+def generator(ctx: Any, input: Any) -> Any:
+    yield input
+
+
+async def async_generator(ctx: Any, input: Any) -> Any:
+    yield input
+
+
+class Generator:
+    def __call__(self, ctx: Any, input: Any) -> Any:
+        yield input
+
+
+@pytest.mark.parametrize(
+    ("handler", "problem", "signature"),
+    [
+        (one_argument, "must accept two arguments", "def one_argument(ctx, input):"),
+        (swapped, "wrong order", "def swapped(ctx, input):"),
+        (swapped_by_name, "wrong order", "def swapped_by_name(ctx, input):"),
+        (swapped_by_annotation, "wrong order", "def swapped_by_annotation(ctx, input):"),
+        (swapped_by_text, "wrong order", "def swapped_by_text(ctx, input):"),
+        (unbound, "wrong order", "def unbound(ctx, input):"),
+        (swapped_async, "wrong order", "async def swapped_async(ctx, input):"),
+        (functools.partial(swapped), "wrong order", ""),
+        (generator, "is a generator function", "def generator(ctx, input):"),
+        (async_generator, "is a generator function", "async def async_generator(ctx, input):"),
+        (functools.partial(generator), "is a generator function", ""),
+        (Generator(), "is a generator function", ""),
+    ],
+)
+def test_a_handler_of_another_shape(handler: Any, problem: str, signature: str) -> None:
+    """It is refused where it is declared, and the text shows how it should look."""
+    with pytest.raises(ConfigurationError) as caught:
+        TaskRegistry().task("a", handler)
+    assert problem in str(caught.value)
+    assert str(caught.value).partition("; write: ")[2] == signature
+
+
+def test_a_middleware_of_another_shape() -> None:
+    """What holds for a handler holds for a middleware."""
+
+    def swapped(input: Any, ctx: Any, call_next: Any) -> Any:
+        return call_next(input)
+
+    def yielding(ctx: Any, input: Any, call_next: Any) -> Any:
+        yield call_next(input)
+
+    for function, problem in ((swapped, "wrong order"), (yielding, "is a generator function")):
+        with pytest.raises(ConfigurationError, match=f"{problem}.*def {function.__name__}") as caught:
+            TaskRegistry().middleware(function)
+        assert "(ctx, input, call_next):" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        lambda _, context: context,
+        lambda ctx, context: context,
+        lambda task, data: data,
+        lambda *args: args,
+        functools.partial(lambda extra, ctx, input: input, "extra"),
+        typed_context,
+    ],
+)
+def test_names_that_are_fine(handler: Any) -> None:
+    """Names are free: only a context in the second place is refused."""
+    TaskRegistry().task("a", handler)
 
 
 def test_a_worker_includes_registries(platform: Any, worker_of: Make) -> None:

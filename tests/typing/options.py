@@ -53,6 +53,7 @@ worker: Worker = create_worker(
     max_workers=4,
     max_queued=None,
     task_timeout=2.5,
+    quiet=True,
     executor=ProcessExecutor(2),
     outbox=pathlib.Path("outbox.db"),
     verify=pathlib.Path("ca.pem"),
@@ -66,7 +67,10 @@ config: WorkerConfig = WorkerConfig(agent_id="a", credentials_store=store, polic
 another: Worker = Worker(config)
 
 sdk: SekuireSDK = SekuireSDK("a", install_token="t", policy_options={"on_change": "cancel"}, trusted_policy_keys=["k"])
-from_variables: SekuireSDK = SekuireSDK.from_env(heartbeat_interval=30, policy_path="policy.json")
+loose: SekuireSDK = SekuireSDK("a", install_token="t", policy_signature="hash")
+strict: PolicyClient = PolicyClient("https://platform.test", api_key="k", policy_signature="bound")
+from_file: PolicyGateway = PolicyGateway.from_file("policy.json", policy_signature="hash")
+from_variables: SekuireSDK = SekuireSDK.from_env(heartbeat_interval=30, quiet=True, policy_path="policy.json")
 named: SekuireSDK = SekuireSDK.from_env(agent_id="a")
 shared: Worker = sdk.create_task_worker(["one"], heartbeat_interval=10.0, max_workers=4, read_timeout=2)
 
@@ -97,11 +101,16 @@ Worker("a")  # E: arg-type reportArgumentType
 Beacon("a", heartbeat_interval="5")  # E: arg-type reportArgumentType
 Beacon("a", on_status_change=5)  # E: arg-type reportArgumentType
 SekuireSDK("a", auto_heartbeat="yes")  # E: arg-type reportArgumentType
+create_worker(agent_id="a", quiet="yes")  # E: arg-type reportArgumentType
 SekuireSDK.from_env(read_timeout="5")  # E: arg-type reportArgumentType
 sdk.create_task_worker(max_workers="4")  # E: arg-type reportArgumentType
 PolicyClient(api_base_url=5)  # E: arg-type reportArgumentType
 RuntimeCredentials(runtime_token=5)  # E: arg-type reportArgumentType
 PolicyClient(cache_ttl="5")  # E: arg-type reportArgumentType
+PolicyClient(policy_signature="loose")  # E: arg-type reportArgumentType
+SekuireSDK("a", policy_signature=True)  # E: arg-type reportArgumentType
+SekuireSDK.from_env(policy_signature="loose")  # E: arg-type reportArgumentType
+PolicyGateway.from_file("policy.json", policy_signature="loose")  # E: arg-type reportArgumentType
 
 # -- an option that another object decides ----------------------------------------------------------------------------
 

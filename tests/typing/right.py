@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import dataclasses
 import functools
-from typing import Any, Coroutine, Dict, List, Mapping, Optional
+from typing import Any, Coroutine, Dict, Iterator, List, Mapping, Optional
 
 from typing_extensions import assert_type
 
@@ -35,6 +35,24 @@ class Receipt:
 
 tasks = TaskRegistry()
 tenant: contextvars.ContextVar[Optional[str]] = contextvars.ContextVar("tenant", default=None)
+
+
+@tasks.resource
+def pool() -> Iterator[List[int]]:
+    yield [1]
+
+
+@tasks.resource(scope="task", name="db")
+def connection(*, pool: List[int]) -> Iterator[int]:
+    yield pool[0]
+
+
+@tasks.task("resources")
+async def with_resources(ctx: TaskContext, input: Order, *, db: int) -> int:
+    return db + int(ctx.resource("pool")[0])
+
+
+assert_type(with_resources.__name__, str)
 
 
 @tasks.task("plain", timeout=5, max_concurrency=2)

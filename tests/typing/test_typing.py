@@ -58,6 +58,7 @@ def test_user_code_is_checked() -> None:
     assert len(found) > 50
 
 
+@pytest.mark.slow
 def test_options_under_pyright() -> None:
     """pyright finds in the sample of options exactly the errors that its comments say."""
     pytest.importorskip("pyright")
@@ -98,7 +99,7 @@ def test_signatures_list_the_options(function: Callable[..., Any], config: Any, 
         if field.init and field.alias not in left_out
     }
     if function == SekuireSDK.from_env:
-        declared["agent_id"] = None
+        declared.update(agent_id=None, env_file=None)
     assert shown == declared
 
 
