@@ -16,10 +16,11 @@ import pickle
 import secrets
 import tempfile
 from concurrent.futures import Executor, Future
-from typing import Any, Callable, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol, Tuple
 
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError
+from .main_module import missing_in_processes
 from .process import ProcessExecutor
 
 __all__ = ["Backend", "DaskFlag", "FileFlag", "Flag", "RemoteExecutor", "backend_of", "is_remote"]
@@ -30,6 +31,8 @@ log = get_logger("sekuire.remote")
 _FILE_STEP = 0.05
 #: Seconds between two looks at a flag that is a call over the network.
 _NETWORK_STEP = 0.25
+#: Why a task must not begin: the worker has taken it back, or another process has begun it.
+WITHDRAWN, BEGUN_BEFORE = "withdrawn", "begun before"
 
 
 class RemoteExecutor(Executor):
@@ -65,6 +68,16 @@ class RemoteExecutor(Executor):
         self.wrapped.shutdown(wait, cancel_futures=cancel_futures)
 
 
+class Listener(Protocol):
+    """Receive what a handler in another process reports and asks, on a thread of the pool. No method may block."""
+
+    def on_progress(self, report: Tuple[float, Optional[str]]) -> None:
+        """Pass a report of progress on."""
+
+    def on_question(self, question: Any, answer: Callable[[Any], None]) -> None:
+        """Have ``answer`` called once with what answers ``question``, now or later."""
+
+
 class Backend(Protocol):
     """Describe what an executor must do so that handlers can run in its processes."""
 
@@ -72,43 +85,54 @@ class Backend(Protocol):
     kill_after: Optional[float]
     #: How many calls run at once, if that is known.
     size: Optional[int]
+    #: True if the executor has processes for this worker, which may keep resources until they end.
+    has_processes: bool
 
-    def submit(self, run: Callable[[bytes], bytes], data: bytes, on_progress: Callable[..., object]) -> Future[Any]:
-        """Run ``run(data)`` in a process. Call ``on_progress`` with what that process reports, where it can."""
+    def submit(self, run: Callable[[bytes], bytes], data: bytes, listener: Listener) -> Future[Any]:
+        """Run ``run(data)`` in a process. Pass on to ``listener`` what that process reports and asks, where it can."""
 
     def dumps(self, value: Any) -> bytes:
         """Pickle ``value`` for a process."""
 
-    def cancel(self, future: Future[Any]) -> bool:
+    def missing(self, value: Any, data: bytes) -> str:
+        """Return what of ``value``, pickled in ``data``, a process cannot import. An empty text if nothing is known."""
+
+    def withdraw(self, future: Future[Any], flag: Flag) -> bool:
         """Take a call back that has not begun. Return False if it may have begun."""
 
     def kill(self, future: Future[Any]) -> bool:
         """Kill the process that runs a call. Return True if there was one."""
 
     def is_prepared(self) -> bool:
-        """Return True if each process begins with a function of the user's."""
+        """Return True if an initializer of the user prepares each process."""
 
     def make_flag(self) -> Flag:
         """Make the flag by which a process sees that its task was cancelled."""
 
 
 class _PoolBackend:
-    """Adapt a ``ProcessPoolExecutor``, or a pool of another library that behaves as it does."""
+    """Adapt a pool of another library that behaves as a ``ProcessPoolExecutor`` does."""
 
     kill_after: Optional[float] = None
     size: Optional[int] = None
+    has_processes = True
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
-    def submit(self, run: Callable[[bytes], bytes], data: bytes, on_progress: Callable[..., object]) -> Future[Any]:
+    def submit(self, run: Callable[[bytes], bytes], data: bytes, listener: Listener) -> Future[Any]:
         return self._executor.submit(run, data)
 
     def dumps(self, value: Any) -> bytes:
         return pickle.dumps(value)
 
-    def cancel(self, future: Future[Any]) -> bool:
-        return future.cancel()
+    def missing(self, value: Any, data: bytes) -> str:
+        # A pool of another library may send the code along, or fork.
+        is_known = isinstance(self._executor, (ProcessExecutor, concurrent.futures.ProcessPoolExecutor))
+        return missing_in_processes(value, data) if is_known else ""
+
+    def withdraw(self, future: Future[Any], flag: Flag) -> bool:
+        return future.cancel() or flag.withdraw()
 
     def kill(self, future: Future[Any]) -> bool:
         return False
@@ -121,6 +145,13 @@ class _PoolBackend:
         return FileFlag()
 
 
+class _LocalPoolBackend(_PoolBackend):
+    """Adapt a ``ProcessPoolExecutor``, which is of this machine, and accepts calls that it cannot give back."""
+
+    def make_flag(self) -> Flag:
+        return ClaimedFlag()
+
+
 class _ProcessBackend(_PoolBackend):
     """Adapt a :class:`ProcessExecutor`, which reports progress and can kill one process."""
 
@@ -130,8 +161,10 @@ class _ProcessBackend(_PoolBackend):
         self.kill_after = executor.kill_after
         self.size = executor.max_workers
 
-    def submit(self, run: Callable[[bytes], bytes], data: bytes, on_progress: Callable[..., object]) -> Future[Any]:
-        return self._processes.submit_call(run, (data,), on_message=lambda report: on_progress(*report))
+    def submit(self, run: Callable[[bytes], bytes], data: bytes, listener: Listener) -> Future[Any]:
+        return self._processes.submit_call(
+            run, (data,), on_message=listener.on_progress, on_question=listener.on_question
+        )
 
     def kill(self, future: Future[Any]) -> bool:
         return self._processes.kill(future)
@@ -143,14 +176,17 @@ class _ProcessBackend(_PoolBackend):
 class _DaskBackend(_PoolBackend):
     """Adapt the executor of a Dask client."""
 
+    # A worker of Dask runs calls of others too, in several threads.
+    has_processes = False
+
     def dumps(self, value: Any) -> bytes:
         # Dask itself sends functions with it. It sends the code of the main module's functions along.
         data: bytes = importlib.import_module("cloudpickle").dumps(value)
         return data
 
-    def cancel(self, future: Future[Any]) -> bool:
-        # Dask would forget a call that runs, and say that it had not begun.
-        return False
+    def withdraw(self, future: Future[Any], flag: Flag) -> bool:
+        # Not by cancel(): Dask would forget a call that runs, and say that it had not begun.
+        return flag.withdraw()
 
     def make_flag(self) -> Flag:
         executor: Any = self._executor
@@ -168,9 +204,9 @@ def backend_of(executor: Optional[Executor]) -> Optional[Backend]:
         return _ProcessBackend(executor)
     if type(executor).__module__.startswith("distributed."):
         return _DaskBackend(executor)
-    if is_marked or isinstance(executor, concurrent.futures.ProcessPoolExecutor):
-        return _PoolBackend(executor)
-    return None
+    if isinstance(executor, concurrent.futures.ProcessPoolExecutor):
+        return _LocalPoolBackend(executor)
+    return _PoolBackend(executor) if is_marked else None
 
 
 def is_remote(executor: Optional[Executor]) -> bool:
@@ -195,8 +231,11 @@ class Flag(Protocol):
     def lower(self) -> None:
         """Remove what the flag has left behind."""
 
-    def begin(self) -> bool:
-        """Begin to read, in the process. Return False if another process has begun the task."""
+    def withdraw(self) -> bool:
+        """Keep the task from beginning. Return False if it has begun, or may have."""
+
+    def begin(self) -> str:
+        """Begin to read, in the process. Return why the task must not begin, an empty text if it may."""
 
     def read(self) -> Optional[str]:
         """Return the reason of the cancellation, None if there is none."""
@@ -233,10 +272,13 @@ class FileFlag:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
-    def begin(self) -> bool:
+    def withdraw(self) -> bool:
+        return False
+
+    def begin(self) -> str:
         # A process of a pool is the worker's child. One of a fork server is not, and cannot watch its parent.
         self._is_child = os.getppid() == self._pid
-        return True
+        return ""
 
     def read(self) -> Optional[str]:
         try:
@@ -246,10 +288,45 @@ class FileFlag:
             return "the worker died" if self._is_child and os.getppid() != self._pid else None
 
 
+class ClaimedFlag(FileFlag):
+    """Decide by a second file, which either side makes first, if the task begins.
+
+    A ``ProcessPoolExecutor`` hands calls to its processes before they can begin them, and cannot take those back.
+    """
+
+    def withdraw(self) -> bool:
+        try:
+            self._claim()
+        except OSError:
+            return False
+        return True
+
+    def begin(self) -> str:
+        super().begin()
+        try:
+            self._claim()
+        except FileExistsError:
+            return WITHDRAWN
+        except OSError as error:
+            # The worker cannot make one either, so the task is not withdrawn.
+            log.warning("a task cannot mark that it has begun (%s); a pause does not hold it", error)
+        return ""
+
+    def lower(self) -> None:
+        super().lower()
+        with contextlib.suppress(OSError):
+            os.unlink(f"{self._path}.begun")
+
+    def _claim(self) -> None:
+        os.close(os.open(f"{self._path}.begun", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 class DaskFlag:
     """Carry a cancellation by an event of Dask's scheduler, and mark by a second one that the task has begun.
 
-    Dask gives the call of a worker that died to another worker. The second event makes the task run only once.
+    Dask gives the call of a worker that died to another worker. The second event makes the task run only once. A third
+    one withdraws a task that has not begun. Each side sets its own event before it looks at the other's. So at least
+    one of them sees that both are set, and the process decides.
     """
 
     step = _NETWORK_STEP
@@ -258,7 +335,7 @@ class DaskFlag:
     def __init__(self, client: Any) -> None:
         self._name = f"sekuire-{secrets.token_hex(16)}"
         self._client = client
-        self._is_raised = False
+        self._is_raised = self._is_withdrawn = False
 
     def __getstate__(self) -> str:
         return self._name
@@ -266,7 +343,7 @@ class DaskFlag:
     def __setstate__(self, name: str) -> None:
         self._name = name
         self._client = None
-        self._is_raised = False
+        self._is_raised = self._is_withdrawn = False
 
     def raise_(self, reason: str) -> None:
         self._is_raised = True
@@ -276,13 +353,22 @@ class DaskFlag:
         self._try("begun", "clear")
         if self._is_raised:
             self._try("cancelled", "clear")
+        if self._is_withdrawn:
+            self._try("withdrawn", "clear")
 
-    def begin(self) -> bool:
+    def withdraw(self) -> bool:
+        if self._try("begun", "is_set") is not False:
+            return False
+        self._is_withdrawn = True
+        self._try("withdrawn", "set")
+        return self._try("withdrawn", "is_set") is True and self._try("begun", "is_set") is False
+
+    def begin(self) -> str:
         begun = self._event("begun")
         if begun.is_set():
-            return False
+            return BEGUN_BEFORE
         begun.set()
-        return True
+        return WITHDRAWN if self._event("withdrawn").is_set() else ""
 
     def read(self) -> Optional[str]:
         return "cancelled" if self._event("cancelled").is_set() else None
@@ -290,10 +376,12 @@ class DaskFlag:
     def _event(self, what: str) -> Any:
         return importlib.import_module("distributed").Event(f"{self._name}-{what}", client=self._client)
 
-    def _try(self, what: str, method: str) -> None:
+    def _try(self, what: str, method: str) -> Any:
+        """Return what the method returns, None if it fails."""
         try:
-            getattr(self._event(what), method)()
+            return getattr(self._event(what), method)()
         except Exception as error:  # noqa: BLE001  # The cluster may be gone.
             log.warning(
-                "cannot %s the event %r of Dask's scheduler (%s: %s)", method, what, type(error).__name__, error
+                "cannot call %s of the event %r of Dask's scheduler (%s: %s)", method, what, type(error).__name__, error
             )
+            return None

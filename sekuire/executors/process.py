@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -20,7 +22,9 @@ from typing import Any, Callable, Deque, Dict, List, Optional, Set, Tuple
 from .._internal import threads as thread_tools
 from .._internal.checks import check_whole
 from .._internal.logs import get_logger
+from .._internal.signals import DRAINING
 from ..errors import ConfigurationError
+from .main_module import missing_in_processes
 
 __all__ = ["ProcessDied", "ProcessExecutor"]
 
@@ -30,10 +34,14 @@ log = get_logger("sekuire.executors")
 _CHECK_INTERVAL = 1.0
 #: Seconds that an idle process has to end, and a killed one to disappear.
 _END_TIME = 2.0
+#: Seconds that idle processes may take to end when the interpreter does.
+_LEAVE_TIME = 1.0
 
-# The first byte of what a process sends: ready for calls, a call has begun, a message of the call, its result, its
-# exception.
-_READY, _BEGUN, _MESSAGE, _RESULT, _ERROR = b"!", b"b", b"m", b"r", b"e"
+# The first byte of what a process sends: ready for calls, a call has begun, a message of the call, a question of the
+# call, its result, its exception.
+_READY, _BEGUN, _MESSAGE, _QUESTION, _RESULT, _ERROR = b"!", b"b", b"m", b"q", b"r", b"e"
+# The first byte of an answer to a question. A call begins with the first byte of a pickle.
+_ANSWER = b"a"
 
 
 def unpicklable(value: Any) -> str:
@@ -98,6 +106,9 @@ class ProcessExecutor(Executor):
         problem = unpicklable((initializer, initargs))
         if problem:
             raise ConfigurationError(f"it and initargs must be picklable ({problem})", "initializer")
+        missing = missing_in_processes((initializer, initargs), pickle.dumps((initializer, initargs)))
+        if missing:
+            raise ConfigurationError(f"cannot run in another process: {missing}", "initializer")
         if kill_after is not None and (
             isinstance(kill_after, bool) or not isinstance(kill_after, (int, float)) or not kill_after >= 0
         ):
@@ -136,14 +147,18 @@ class ProcessExecutor(Executor):
         args: Tuple[Any, ...],
         kwargs: Optional[Dict[str, Any]] = None,
         on_message: Optional[Callable[[Any], object]] = None,
+        on_question: Optional[Callable[[Any, Callable[[Any], None]], object]] = None,
     ) -> Future[Any]:
         """Submit a call, as :meth:`submit` does, and receive what it passes to :func:`send_message`.
 
         :param on_message: called with each message in one of the pool's threads.
+        :param on_question: called there with each question (:func:`send_question`), and with what answers it. The
+            answer may be given later, by any thread. After the end of the call it is dropped.
         """
         thread_tools.check_process(self.pid, "ProcessExecutor")
         call = _Call()
         call.on_message = on_message
+        call.on_question = on_question
         try:
             call.data = pickle.dumps((fn, args, kwargs or {}))
         except Exception as error:  # noqa: BLE001  # Other executors report it by the future, too.
@@ -220,7 +235,26 @@ class ProcessExecutor(Executor):
             child.kill()
 
     def leave(self) -> None:
-        """End the processes, because the interpreter ends."""
+        """End the processes, because the interpreter ends.
+
+        Those that run a call are killed. The others end by themselves, in at most a second: they may have spans or
+        logs to send.
+        """
+        with self._condition:
+            self._closed = True
+            calls = list(self._queue)
+            self._queue.clear()
+            idle = {child for child in self._children if child.is_ready()} - set(self._running.values())
+            busy = self._children - idle
+            threads = list(self._threads)
+            self._condition.notify_all()
+        for call in calls:
+            call.future.cancel()
+        for child in busy:
+            child.kill()
+        deadline = thread_tools.Deadline(_LEAVE_TIME)
+        for thread in threads if idle else ():
+            thread.join(deadline.remaining())
         self.kill_workers()
 
     def __repr__(self) -> str:
@@ -235,15 +269,21 @@ class ProcessExecutor(Executor):
                 call = self._next()
                 if call is None:
                     return
-                if not call.future.set_running_or_notify_cancel():
+                if call.future.cancelled():
                     continue
                 if child is not None and (child.calls == self._calls_of_one or not child.is_alive()):
                     self._end(child)
                     child = None
                 outcome = ProcessDied("no process could be started for the call")
+                is_begun = False
                 try:
                     if child is None:
                         child = self._make(name)
+                    # While its process is being made, the call can be cancelled.
+                    child.wait_ready()
+                    is_begun = True
+                    if not call.future.set_running_or_notify_cancel():
+                        continue
                     try:
                         self._give(call, child)
                     except _DiedIdle:
@@ -260,7 +300,8 @@ class ProcessExecutor(Executor):
                 if child is not None:
                     self._end(child)
                     child = None
-                call.future.set_exception(outcome)
+                if is_begun or call.future.set_running_or_notify_cancel():
+                    call.future.set_exception(outcome)
         finally:
             if child is not None:
                 self._end(child)
@@ -313,19 +354,27 @@ class ProcessExecutor(Executor):
 
 
 class _Call:
-    __slots__ = ("data", "future", "on_message")
+    __slots__ = ("data", "future", "on_message", "on_question")
 
     def __init__(self) -> None:
         self.data = b""
         self.on_message: Optional[Callable[[Any], object]] = None
+        self.on_question: Optional[Callable[[Any, Callable[[Any], None]], object]] = None
         self.future: Future[Any] = Future()
 
 
 class _Child:
-    """Run calls in one process, through a pipe. Its own thread uses it; any thread may call :meth:`kill`."""
+    """Run calls in one process, through a pipe.
+
+    Its own thread uses it; any thread may call :meth:`kill`, and answer a question.
+    """
+
+    # `_send_lock` guards the call that runs, and the order of what is sent to the process.
 
     def __init__(self, name: str, preparation: Tuple[Any, ...]) -> None:
         self.calls = 0
+        self._call: Optional[_Call] = None
+        self._send_lock = threading.Lock()
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         try:
@@ -341,18 +390,31 @@ class _Child:
     def is_alive(self) -> bool:
         return self._process.is_alive()
 
+    def is_ready(self) -> bool:
+        """Return True if the process can run calls. It may be in the middle of one."""
+        return self._is_ready
+
+    def wait_ready(self) -> None:
+        """Wait until the process can run calls.
+
+        :raises ProcessDied: it ended first.
+        """
+        if not self._is_ready:
+            self._receive()
+            self._is_ready = True
+
     def run(self, call: _Call) -> Tuple[bytes, bytes]:
         """Run a call. Return the kind and the data of its result.
 
         :raises ProcessDied: the process ended first.
         """
         was_idle = self._is_ready
-        if not was_idle:
-            self._receive()
-            self._is_ready = True
+        self.wait_ready()
         self.calls += 1
         try:
-            self._pipe.send_bytes(call.data)
+            with self._send_lock:
+                self._call = call
+                self._pipe.send_bytes(call.data)
             # A thread that an earlier call has left behind may have sent messages since.
             while self._receive()[0] != _BEGUN:
                 pass
@@ -360,15 +422,32 @@ class _Child:
             if was_idle:
                 raise _DiedIdle from None
             raise
-        while True:
-            kind, data = self._receive()
-            if kind != _MESSAGE:
-                return kind, data
-            if call.on_message is not None:
-                try:
-                    call.on_message(pickle.loads(data))
-                except BaseException:
-                    log.exception("a message of a call could not be used")
+        try:
+            while True:
+                kind, data = self._receive()
+                if kind not in (_MESSAGE, _QUESTION):
+                    return kind, data
+                self._use_message(call, kind, data)
+        finally:
+            with self._send_lock:
+                self._call = None
+
+    def _use_message(self, call: _Call, kind: bytes, data: bytes) -> None:
+        try:
+            if kind == _QUESTION and call.on_question is not None:
+                number, question = pickle.loads(data)
+                call.on_question(question, functools.partial(self._answer, call, number))
+            elif kind == _MESSAGE and call.on_message is not None:
+                call.on_message(pickle.loads(data))
+        except BaseException:
+            log.exception("a message of a call could not be used")
+
+    def _answer(self, call: _Call, number: int, answer: Any) -> None:
+        """Send the answer to a question, unless its call has ended. Any thread."""
+        data = _ANSWER + pickle.dumps((number, answer))
+        with self._send_lock, contextlib.suppress(OSError):
+            if self._call is call:
+                self._pipe.send_bytes(data)
 
     def kill(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # Gone already, or closed.
@@ -470,6 +549,11 @@ def load_error(dumped: bytes) -> BaseException:
 _pipe: Optional[Connection[Any, Any]] = None
 #: Held while something is sent: a thread that a call has left behind may send while the next call's result is sent.
 _send_lock = threading.Lock()
+#: Held while something is received: by the loop that waits for calls, or by the call that waits for an answer.
+_receive_lock = threading.Lock()
+#: Answers that came while another question of the same call was waited for. `_receive_lock` guards them.
+_answers: Dict[int, Any] = {}
+_numbers = itertools.count()
 
 
 def send_message(message: Any) -> bool:
@@ -485,12 +569,45 @@ def send_message(message: Any) -> bool:
     return True
 
 
+def send_question(question: Any) -> Optional[int]:
+    """Send ``question`` as :func:`send_message` sends a message. Return its number for :func:`wait_for_answer`.
+
+    Return None where it cannot be sent.
+    """
+    if _pipe is None:
+        return None
+    number = next(_numbers)
+    data = _QUESTION + pickle.dumps((number, question))
+    with _send_lock:
+        _pipe.send_bytes(data)
+    return number
+
+
+def wait_for_answer(number: int, timeout: float, is_ended: Callable[[], bool]) -> Optional[Tuple[Any]]:
+    """Return the answer to a question, in a tuple. None if none came within ``timeout`` seconds.
+
+    :param is_ended: returns True once the call has ended, from before its result is sent. What comes then is not an
+        answer, but the next call.
+    """
+    if _pipe is None or not _receive_lock.acquire(timeout=timeout):
+        return None
+    try:
+        while number not in _answers:
+            if is_ended() or not _pipe.poll(timeout) or is_ended():
+                return None
+            come, answer = pickle.loads(_pipe.recv_bytes()[1:])
+            _answers[come] = answer
+        return (_answers.pop(number),)
+    finally:
+        _receive_lock.release()
+
+
 def _main(pipe: Connection[Any, Any], initializer: Optional[Callable[..., object]], initargs: Tuple[Any, ...]) -> None:
     """Run calls in a new process, one after the other, until the pipe or the parent ends."""
     global _pipe
-    # Ctrl-C, and a supervisor's SIGTERM to the whole group, are for the worker. It lets running tasks end first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What a terminal or a supervisor sends to the whole group is for the worker. It lets running tasks end first.
+    for number in DRAINING:
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="sekuire-parent", daemon=True).start()
     thread_tools.enter_executor()
     if initializer is not None:
@@ -499,7 +616,12 @@ def _main(pipe: Connection[Any, Any], initializer: Optional[Callable[..., object
     _pipe = pipe
     while True:
         try:
-            data = pipe.recv_bytes()
+            with _receive_lock:
+                data = pipe.recv_bytes()
+                _answers.clear()
+            if data.startswith(_ANSWER):
+                # To a question of a call that has ended since.
+                continue
             with _send_lock:
                 pipe.send_bytes(_BEGUN)
         except (EOFError, OSError):

@@ -41,7 +41,7 @@ def test_a_pool_of_the_standard_library(initializer: Any) -> None:
     assert (backend.size, backend.kill_after, backend.is_prepared()) == (None, None, initializer is not None)
     future: concurrent.futures.Future[Any] = concurrent.futures.Future()
     assert not backend.kill(future)
-    assert backend.cancel(future)
+    assert backend.withdraw(future, backend.make_flag())
     assert pickle.loads(backend.dumps([1])) == [1]
 
 
@@ -55,12 +55,13 @@ def test_an_executor_that_is_marked() -> None:
 
 
 def test_an_executor_of_dask() -> None:
-    """Dask cannot take a call back, and its flag is an event of the scheduler, which is asked less often."""
+    """Dask cannot cancel a call, and its flag is an event of the scheduler, which is asked less often."""
     executor = LikeDask()
     executor._client = "client"
     backend = found(executor)
-    assert not backend.cancel(concurrent.futures.Future())
     flag: Any = backend.make_flag()
+    # Its scheduler cannot be asked here.
+    assert not backend.withdraw(concurrent.futures.Future(), flag)
     assert isinstance(flag, DaskFlag)
     assert not flag.is_near
     assert flag.step > FileFlag.step

@@ -303,6 +303,21 @@ def test_no_process_outlives_the_program(tmp_path: pathlib.Path, end: str) -> No
         process.wait()
 
 
+def test_an_idle_process_ends_by_itself(tmp_path: pathlib.Path) -> None:
+    """When the program ends, a process that runs no call runs its own ``atexit`` functions: spans are sent there."""
+    path = tmp_path / "ended"
+    code = f"""if True:
+        import sys
+        sys.path[:0] = {sys.path!r}
+        from sekuire import ProcessExecutor
+        from tests.support import elsewhere
+
+        ProcessExecutor(1).submit(elsewhere.write_at_exit, {str(path)!r}).result()
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=4 * GUARD, check=True)
+    assert path.read_text() == "ended"
+
+
 def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any the call is refused, and not kept; else it waits for one that is there. Later calls try again."""
     real = threading.Thread.start
