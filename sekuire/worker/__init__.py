@@ -38,6 +38,9 @@ stream wait until there is room. ``progress`` sends what handlers report while t
 Every answer of the platform, to whatever request, passes ``wire.verdict``: settled, retry, substitute a failure, drop,
 not the platform. The callers only act on that verdict.
 
+``pushed`` accepts tasks that others push to an application. They are on the same path, and only the end differs: each
+record has the ``sink`` of whoever gave the task. For the platform's that is the reporter; the others keep the result.
+
 What happens beside that path:
 
 - ``session.heartbeat`` renews the lease. Its answers bring a new token to ``credentials.store``, the policy's hash to
@@ -48,16 +51,20 @@ What happens beside that path:
   stops. ``stream``, ``control``, ``sending`` and ``idle`` ask it to stop the worker.
 - ``shutdown`` carries out a stop: end the stream, give back what waits, drain, send the reports, beat a last time,
   close.
+- ``approvals`` asks people: for a handler, or for a policy before the handler begins. ``gates`` holds such a task
+  without a thread. ``questions`` sends the requests and gets the decisions.
 - ``announcer`` notifies the audit log and the user's callbacks of commands and of the worker's state.
 - ``profile`` describes the worker in the stream's query and in heartbeats.
 - ``idle`` stops a worker that has had nothing to do for a while.
-- ``worker`` is the Worker itself: it makes these parts, registers handlers, and starts.
+- ``registration`` registers handlers, middleware, resources and callbacks.
+- ``worker`` is the Worker itself: it makes these parts and starts.
 
 Threads:
 
 - ``sekuire-stream`` runs ``stream``, ``control`` and the intake of ``dispatch``. It never waits for a handler's result.
 - ``sekuire-task_N`` runs a handler and sends the first report of its task.
 - ``sekuire-report-N`` sends releases, progress and retries.
+- ``sekuire-approval-N`` ask people and look for decisions, ``sekuire-approval-handler-N`` run the user's handler.
 - ``sekuire-timer`` ends tasks at their deadline and looks at the lease.
 - ``sekuire-callback`` runs the user's callbacks, ``sekuire-shutdown`` the stop.
 - ``sekuire-heartbeat`` belongs to the installation and serves all of its workers.

@@ -40,7 +40,7 @@ class Announcer:
             self._audit.health(state, severity, of="worker", worker_id=self._worker_id, reason=reason)
 
     def announce(self, command: Command) -> None:
-        """Have the user's callbacks called with a command that took effect."""
+        """Call the user's callbacks, on their own thread, with a command that took effect."""
         for callback in self._callbacks:
             self._thread.post(callback, command)
 

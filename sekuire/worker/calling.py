@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Optional, Protocol
+from typing import Optional, Union
 
+from .._internal import instrumentation
 from .._internal.logs import get_logger
 from ..config import WorkerConfig
 from ..errors import ConfigurationError, PolicyUnavailableError, PolicyViolationError
 from ..handlers import outcome
 from ..handlers.context import TaskContext, control_of
+from ..handlers.invoke import with_structure
 from ..wire import protocol
 from ..wire.models import Completion, Failure
 from .answers import WorkerAudit
+from .approvals import ApprovalNeeded
 from .records import Record
 
 log = get_logger("sekuire.dispatch")
 
 
-class Scrubber(Protocol):
-    """Remove secrets from texts. An ``Installation`` is one."""
-
-    def scrub(self, text: str) -> str:
-        """Return ``text`` without any live token in it."""
-
-
 class Caller:
     """Ask the policy gateway about each task, and call its handler. On the handler's thread; no state of its own.
 
-    :param scrubber: removes secrets from the texts that go to the platform; None if there are none.
     :param audit: notes each task that the policy allowed.
     """
 
-    def __init__(self, config: WorkerConfig, scrubber: Optional[Scrubber], audit: Optional[WorkerAudit] = None) -> None:
+    def __init__(self, config: WorkerConfig, audit: Optional[WorkerAudit] = None) -> None:
         self._gateway = config.policy_gateway
         #: True if there is a policy to ask.
         self.has_policy = self._gateway is not None
@@ -39,7 +34,6 @@ class Caller:
         self._check_task = getattr(self._gateway, "check_task", None)
         self._check_tool = getattr(self._gateway, "check_tool", None)
         self._expose_errors = config.expose_errors
-        self._scrub = str if scrubber is None else scrubber.scrub
         self._audit = audit
 
     def call(self, record: Record, context: TaskContext, began: float) -> Completion:
@@ -47,12 +41,21 @@ class Caller:
 
         :param began: when the task's time began (``time.monotonic()``).
         """
-        return outcome.run(
-            record.entry, context, record.input(), began=began, expose_errors=self._expose_errors, scrub=self._scrub
-        )
+        return outcome.run(record.entry, context, record.input(), began=began, expose_errors=self._expose_errors)
 
-    def check(self, record: Record, context: TaskContext) -> Optional[Failure]:
-        """Return why the policy denies a task, or None if it may begin. The gateway may take its time."""
+    def check(self, record: Record, context: TaskContext) -> Union[Failure, ApprovalNeeded, None]:
+        """Return why the policy denies a task or what a person must approve, or None if it may begin.
+
+        The gateway may block.
+        """
+        watching = instrumentation.current
+        span = None if watching is None else watching.begin_check(context)
+        denial = self._check(record, context)
+        if span is not None:
+            span.end(denial if isinstance(denial, Failure) else None, control_of(context).policy)
+        return denial
+
+    def _check(self, record: Record, context: TaskContext) -> Union[Failure, ApprovalNeeded, None]:
         task = record.task
         gateway = self._gateway
         try:
@@ -69,12 +72,32 @@ class Caller:
                 gateway.check_capability(task.capability)
                 if task.tool is not None and self._check_tool is not None:
                     self._check_tool(task.tool)
+        except ApprovalNeeded as needed:
+            # An input that fits no handler is not worth anybody's time.
+            return self._check_input(record, context) or needed
         except (PolicyViolationError, PolicyUnavailableError) as error:
-            return outcome.failure_of(error, context, self._expose_errors, self._scrub)
+            return outcome.failure_of(error, context, self._expose_errors)
         except ConfigurationError as error:
             log.error("[%s] the policy cannot be asked, the task is denied: %s", task.task_id, error)
-            return protocol.failure("policy_unavailable", str(error))
+            return protocol.failure("policy_unavailable", str(error)).as_logged()
         except Exception as error:
             log.exception("[%s] the policy gateway failed; the task is denied", task.task_id)
-            return protocol.failure("policy_unavailable", f"the policy gateway failed ({type(error).__name__})")
+            failure = protocol.failure("policy_unavailable", f"the policy gateway failed ({type(error).__name__})")
+            return failure.as_logged()
         return None
+
+    def _check_input(self, record: Record, context: TaskContext) -> Optional[Failure]:
+        """Return the failure of a task whose input does not fit its handler, None if it may fit."""
+        entry = record.entry
+        if entry.structure is None or entry.layers:
+            # Middleware may change the input.
+            return None
+        try:
+            with_structure(_accept, entry.structure)(context, record.input())
+        except BaseException as error:  # noqa: BLE001  # A type of the user's own has code of its own.
+            return outcome.failure_of(error, context, self._expose_errors)
+        return None
+
+
+def _accept(context: TaskContext, input: object) -> None:
+    """Do nothing, in place of the handler of a task whose input is only checked."""

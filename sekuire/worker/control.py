@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
 from collections import OrderedDict
 from typing import Callable, Dict, NamedTuple, Optional
 
-from .._internal.logs import get_logger
+from .._internal.clock import time
+from .._internal.logs import SparseLog, get_logger
 from .._internal.threads import Deadline, Timer
 from ..config import WorkerConfig
 from ..errors import RevokedError, SekuireError
 from ..session.installation import Installation
+from ..transport.reach import duration
 from ..wire import protocol
-from ..wire.models import Command, Connected, HeartbeatReply, Task, WorkerReport
+from ..wire.models import Approval, Cancel, Command, Connected, HeartbeatReply, Task, WorkerReport
 from .announcer import Announcer
 from .dispatch import Dispatcher
 from .idle import Activity
@@ -63,24 +65,32 @@ class Control:
         self._config = config
         self._life = life
         self._store = installation.store
+        self._publisher = installation.publisher
         self._heartbeat = installation.heartbeat
         self._dispatcher = dispatcher
         self._reporter = reporter
         self._profile = profile
         self._lease = LeaseWatch(installation.heartbeat, dispatcher, timer, announcer)
-        self._policy = PolicyWatch(config, dispatcher, life.stop_event)
+        #: What decides over the worker's tasks.
+        self.policy = PolicyWatch(config, dispatcher, life.stop_event)
+        self._unknown_log = SparseLog(log.name)
         self._lock = threading.Lock()
         self._seen: OrderedDict[str, None] = OrderedDict()
         self._last_command_at = self._last_desired_at = 0.0
         self._is_restored = False
 
+    @property
+    def worker_id(self) -> str:
+        """Return the worker's id."""
+        return self._profile.worker_id
+
     def open(self) -> None:
         """Listen to the policy gateway."""
-        self._policy.open()
+        self.policy.open()
 
     def close(self) -> None:
         """Listen to the policy gateway no more."""
-        self._policy.close()
+        self.policy.close()
 
     def activity(self) -> Activity:
         """Return what the worker has to do now."""
@@ -100,7 +110,7 @@ class Control:
         self._heartbeat.attach(self)
         self._heartbeat.start()
         self._lease.renew()
-        self._policy.load()
+        self.policy.load()
         if not self._is_restored:
             self._is_restored = True
             self._reporter.restore(Deadline(_RESTORE_TIMEOUT))
@@ -110,9 +120,21 @@ class Control:
         if connected.installation_id and self._store.current.installation_id is None:
             self._store.adopt_installation(connected.installation_id)
             self._heartbeat.nudge()
+        if self._store.current.installation_id is not None and not self._publisher.has(self.worker_id):
+            self._publisher.add(self.worker_id, self._profile.describe())
         self._heartbeat.note_ignored(connected.ignored)
         self._heartbeat.note_interval(connected.heartbeat_interval)
         self._apply_desired(connected.desired_state, None, as_of)
+
+    def on_first_open(self, url: str, after: Optional[float]) -> None:
+        """Say that the worker is connected, and what it works with."""
+        installation_id = self._store.current.installation_id
+        log.say(
+            logging.INFO, "connected to %s as %s%s: %s; %d threads; %s%s", url, self._config.agent_id,
+            f", installation {installation_id}" if installation_id else "", self._profile.names(),
+            self._profile.config.max_workers, self.policy.describe(),
+            "" if after is None else f" (after {duration(after)})",
+        )  # fmt: skip
 
     def on_task(self, task: Task) -> None:
         """Hand a task to the dispatcher."""
@@ -126,6 +148,20 @@ class Control:
         self._dispatcher.answer_malformed(error)
         self.is_taking = False
 
+    def on_cancel(self, cancel: Cancel) -> None:
+        """Cancel one task. The task may have ended, or never have come."""
+        self._dispatcher.answers.cancel(cancel.task_id, cancel.reason)
+
+    def on_approval(self, approval: Approval) -> None:
+        """Pass the decision on a request for approval on."""
+        if self._dispatcher.approvals is not None:
+            self._dispatcher.approvals.questions.note(approval)
+
+    def on_reopen(self) -> None:
+        """Look for decisions, whose events may have been lost with the stream."""
+        if self._dispatcher.approvals is not None:
+            self._dispatcher.approvals.questions.look_now()
+
     def on_unusable_event(self) -> None:
         """Count an event that was skipped."""
         self.unusable += 1
@@ -134,7 +170,9 @@ class Control:
         """Carry out a command, once, and announce it. One of an unknown type is logged and counted."""
         known = _COMMANDS.get(command.type)
         if known is None:
-            log.error("the platform sent a command of the unknown type %r; it is ignored", command.type[:80])
+            self._unknown_log.error(
+                "the platform sent a command of the unknown type %r; it is ignored", command.type[:80]
+            )
             self.unusable += 1
             return
         with self._lock:
@@ -181,13 +219,17 @@ class Control:
             self._life.revoke(RevokedError(reply.reason, reply.shutdown_timeout))
             return
         self._apply_desired(reply.desired_state, reply.shutdown_timeout, sent_at)
+        for task_id in reply.cancel_tasks:
+            # Most of them were cancelled by the event of the stream, which may be lost.
+            self._dispatcher.answers.cancel(task_id)
         if reply.active_policy_hash:
-            self._policy.note_active_policy()
+            self.policy.note_active_policy()
         self._lease.note_beat()
 
-    def on_heartbeat_problem(self, error: SekuireError) -> None:
+    def on_heartbeat_problem(self, error: SekuireError) -> bool:
         """Note a missed beat. It shows in the lease; nothing else follows from it."""
         self._lease.note_beat()
+        return False
 
     # -- applying --
 

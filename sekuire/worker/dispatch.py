@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterable, List, Optional
+from typing import Callable, Dict, List, Optional
 
 import attrs
 
-from .._internal.logs import get_logger
+from .._internal.logs import SparseLog, get_logger
 from .._internal.threads import Deadline, Timer
 from ..config import WorkerConfig
 from ..handlers.context import TaskContext
@@ -14,12 +14,30 @@ from ..handlers.registry import HandlerEntry, TaskRegistry
 from ..wire import protocol
 from ..wire.models import Failure, Task
 from . import release
-from .answers import Accepted as Accepted
-from .answers import Answers, ResultSink, WorkerAudit
-from .calling import Caller, Scrubber
-from .records import RECEIVED, REJECTED, RELEASED, RUNNING, STARTING, WAITING, Counts, Record, Records, State, move
+from .answers import Answers, WorkerAudit
+from .approvals import Approvals
+from .calling import Caller
+from .gates import RELEASE_PAUSE
+from .gates import WAITING_COST as WAITING_COST
+from .records import (
+    RECEIVED,
+    REJECTED,
+    RELEASED,
+    RUNNING,
+    SENT,
+    STARTING,
+    WAITING,
+    Counts,
+    PushedSink,
+    Record,
+    Records,
+    State,
+    Withdrawal,
+    move,
+)
 from .release import Release
 from .running import Lease, Runner, terminated
+from .sink import PlatformSink
 
 log = get_logger("sekuire.dispatch")
 
@@ -28,16 +46,12 @@ _LOOK_AGAIN = 0.25
 #: Waiting tasks from which on further ones wait with their input as JSON, a fourth of its size in Python's objects;
 #: and the size of a task's JSON, in bytes, above which each one does.
 _UNPACKED, _UNPACKED_BYTES = 64, 16 * 1024
-#: Bytes of a waiting task besides its input.
-WAITING_COST = 1024
-#: Seconds until a task is released for lack of room: a platform that sends it again at once must not keep us busy.
-_RELEASE_PAUSE = 1.0
 
 
 class Dispatcher:
     """Decide what happens to each task, and start, pause, cancel and drain their handlers. ::
 
-        dispatcher = Dispatcher(config, registry, reporter, timer=timer, lease=lease, scrubber=installation)
+        dispatcher = Dispatcher(config, registry, reporter, timer=timer, lease=lease)
         dispatcher.submit(task)
         dispatcher.close(False)
         dispatcher.drain(Deadline(10.0))
@@ -47,8 +61,8 @@ class Dispatcher:
     is released. Only if the platform accepts no releases does :meth:`submit` block until there is room.
 
     :param lease: the platform's permission to work, looked at when a task arrives and before its handler is called.
-    :param scrubber: removes secrets from the texts that go to the platform; None if there are none.
     :param audit: notes the tasks that the policy allowed, and the results.
+    :param approvals: asks people for approval. None: what needs an approval is denied.
     """
 
     # Threads: the stream's thread calls submit() and answer_malformed(); any thread may pause, cancel, close and drain.
@@ -59,22 +73,24 @@ class Dispatcher:
         self,
         config: WorkerConfig,
         registry: TaskRegistry,
-        sink: ResultSink,
+        sink: PlatformSink,
         *,
         timer: Timer,
         lease: Lease,
-        scrubber: Optional[Scrubber],
         audit: Optional[WorkerAudit] = None,
+        approvals: Optional[Approvals] = None,
         owner: object = None,
     ) -> None:
         self.records = Records(config.max_workers)
-        self.answers = Answers(self.records, sink, audit)
-        caller = Caller(config, scrubber, audit)
-        self._runner = Runner(config, self.records, self.answers, caller, timer=timer, lease=lease, owner=owner)
-        self._registry = registry
-        self._sink = sink
-        self._max_waiting_bytes = config.max_waiting_bytes
-        self._max_event_bytes = config.max_event_bytes
+        self.answers = Answers(self.records, audit)
+        caller = Caller(config, audit)
+        self._runner = Runner(
+            config, self.records, self.answers, caller, sink, timer=timer, lease=lease, approvals=approvals, owner=owner
+        )
+        self.approvals = approvals
+        self._registry, self._sink = registry, sink
+        self._max_waiting_bytes, self._max_event_bytes = config.max_waiting_bytes, config.max_event_bytes
+        self._malformed_log = SparseLog(log.name)
         self._monitor = self.records.monitor
         self._lock = self.records.lock
         #: Who has paused the worker, and why.
@@ -110,6 +126,11 @@ class Dispatcher:
         """Return how many tasks were started and have no answer."""
         return self.records.running
 
+    def running_names(self) -> List[str]:
+        """Return the tasks that have begun and have no answer."""
+        with self._lock:
+            return [record.name for record in self.records.known.values() if record.state in (STARTING, RUNNING, SENT)]
+
     def overdue_names(self) -> List[str]:
         """Return the tasks whose handler still runs although they have been answered."""
         with self._lock:
@@ -130,27 +151,38 @@ class Dispatcher:
 
         Blocks only while what waits fills ``max_waiting_bytes`` and the platform accepts no releases.
         """
-        self._receive(Record(task, self._registry.find(task.capability) or _NO_HANDLER))
+        self._receive(Record(task, self._registry.find(task.capability) or _NO_HANDLER, self._sink, task.task_id))
+
+    def push(self, task: Task, sink: PushedSink) -> None:
+        """Run a task that did not come from the platform, let it wait, answer it, or give it back. Any thread.
+
+        It is on the same path as the platform's, and its result goes to ``sink``. Never blocks.
+        """
+        record = Record(task, self._registry.find(task.capability) or _NO_HANDLER, sink, sink)
+        sink.record = record
+        self._receive(record)
 
     def answer_malformed(self, error: protocol.MalformedTask) -> None:
         """Answer a task that cannot run. One without an id can only be counted."""
         if error.task_id is None:
-            log.error("the platform sent a task that cannot be read and has no id to answer: %s", error)
+            self._malformed_log.error("the platform sent a task that cannot be read and has no id to answer: %s", error)
             with self._lock:
                 self.counts.received += 1
                 self.counts.dropped += 1
             return
-        log.error("[%s] the platform sent a malformed task: %s", error.task_id, error)
-        record = Record(Task(task_id=error.task_id, capability="?", attempt=error.attempt), _NO_HANDLER)
-        record.refusal = protocol.failure("invalid_task", str(error))
+        self._malformed_log.error("[%s] the platform sent a malformed task: %s", error.task_id, error)
+        record = Record(
+            Task(task_id=error.task_id, capability="?", attempt=error.attempt), _NO_HANDLER, self._sink, error.task_id
+        )
+        record.refusal = protocol.failure("invalid_task", str(error)).as_logged()
         self._receive(record)
 
     def _receive(self, record: Record) -> None:
         # One that may wait as it is finds its place in one step: most tasks of a busy worker wait for a moment.
-        cost = None if self._is_packed_to_wait(record.task) else WAITING_COST + record.task.size
+        cost = None if _is_packed(record.task, self.records.waiting) else WAITING_COST + record.task.size
         with self._lock:
             self.records.counts.received += 1
-            self.answers.call_off(record.task.task_id)
+            self.answers.call_off(record.key)
             state = self._place(record, cost)
         if state is None:
             state = self._hold(record)
@@ -162,7 +194,7 @@ class Dispatcher:
         elif state is REJECTED:
             self.answers.reject(record, terminated())
         elif state is RELEASED:
-            self.answers.give_back(record, _RELEASE_PAUSE if self._closed is None else 0.0)
+            self.answers.give_back(record, RELEASE_PAUSE if self._closed is None else 0.0)
 
     def _place(self, record: Record, cost: Optional[int]) -> Optional[State]:
         """Move a new task out of RECEIVED, and return its state then. Needs the lock.
@@ -172,22 +204,23 @@ class Dispatcher:
         :param cost: what it counts of ``max_waiting_bytes``; None to find no place where it would have to wait.
         """
         records = self.records
-        if self._is_known(record.task):
+        if self._is_known(record):
             records.counts.duplicates += 1
             return RECEIVED
+        sink = record.sink
         refusal = record.refusal = record.refusal or self._find_refusal(record)
         if self._closed is not None:
             move(record, RELEASED if refusal is None else REJECTED)
         # An answer takes room too: a platform that floods without accepting answers must not fill the memory.
-        elif refusal is not None and self._sink.has_room():
+        elif refusal is not None and sink.has_room():
             move(record, REJECTED)
-        elif refusal is None and self._sink.has_room() and self._runner.can_start(record):
+        elif refusal is None and sink.has_room() and self._runner.can_start(record):
             records.start(record)
         elif cost is None:
             return None
         elif records.waiting_bytes + cost <= self._max_waiting_bytes:
             records.enqueue(record, cost)
-        elif self._sink.can_release and self._sink.has_room_for_release():
+        elif sink.can_release and sink.has_room_for_release():
             move(record, RELEASED)
         else:
             return None
@@ -195,7 +228,7 @@ class Dispatcher:
 
     def _hold(self, record: Record) -> State:
         """Let a new task wait. If it does not fit, give it back, or wait here until it does."""
-        cost = WAITING_COST + self._pack(record)
+        cost = WAITING_COST + _pack(record, self.records.waiting, self._max_event_bytes)
         probe: Optional[Release] = None
         with self._lock:
             while True:
@@ -210,10 +243,10 @@ class Dispatcher:
                     state = self._place(record, cost)
                     if state is not None:
                         break
-                if probe is None and self._sink.can_release is None and self._sink.has_room_for_release():
+                if probe is None and record.sink.can_release is None and record.sink.has_room_for_release():
                     # The task stays here until it is known that the platform accepts releases.
                     probe = Release(self._monitor, record.task.task_id, record.attempt)
-                    self._sink.release(probe)
+                    record.sink.release(probe)
                     continue
                 log.debug("no room for task %s: the stream is not read on until there is", record.task.task_id)
                 self._monitor.wait(_LOOK_AGAIN)
@@ -221,34 +254,16 @@ class Dispatcher:
                 probe.call_off()
             return state
 
-    def _is_packed_to_wait(self, task: Task) -> bool:
-        """Return True if a task that has to wait is to wait with its input as JSON."""
-        return self.records.waiting >= _UNPACKED or task.size > _UNPACKED_BYTES
-
-    def _pack(self, record: Record) -> int:
-        """Pack the input of a task that is to wait, if it waits long or is large. Return its size in bytes."""
-        task = record.task
-        if record.refusal is not None:
-            record.task = attrs.evolve(task, input=None)
-        elif self._is_packed_to_wait(task):
-            # Without the lock: it may be large.
-            packed = protocol.pack(task.input)
-            if packed is None:
-                return max(task.size, self._max_event_bytes)
-            record.task = attrs.evolve(task, input=None)
-            record.packed = packed
-            return max(task.size, len(packed))
-        return task.size
-
-    def _is_known(self, task: Task) -> bool:
+    def _is_known(self, new: Record) -> bool:
         """Return True if a task was delivered before. A higher attempt is noted then. Needs the lock."""
-        record = self.records.known.get(task.task_id)
+        record = self.records.known.get(new.key)
+        task = new.task
         if record is None:
-            return self._sink.redelivered(task.task_id, task.attempt)
+            return new.sink.redelivered(task.task_id, task.attempt)
         record.raise_attempt(task.attempt)
         if record.is_ended:
             # Its result may be on its way to the sink already.
-            self._sink.redelivered(task.task_id, record.attempt)
+            new.sink.redelivered(task.task_id, record.attempt)
         return True
 
     def _find_refusal(self, record: Record) -> Optional[Failure]:
@@ -282,9 +297,11 @@ class Dispatcher:
             self._pauses[source] = reason
             failure = self._paused()
             taken = self.records.take_unstarted()
+            marked = self.records.mark_withdrawn(Withdrawal(failure))
             for record in taken:
                 move(record, REJECTED)
-        self._end_each(taken, lambda record: self.answers.reject(record, failure))
+        self.answers.end_each(taken, lambda record: self.answers.reject(record, failure))
+        self.answers.end_each(marked, Record.withdraw)
         self._runner.start_waiting()
         return is_new
 
@@ -298,7 +315,7 @@ class Dispatcher:
         return bool(cleared)
 
     def close(self, is_terminated: bool) -> None:
-        """Start nothing any more. What has not begun is answered ``worker_terminated``, or at a plain stop released."""
+        """Start no further task. Release those that have not begun, or answer them ``worker_terminated``."""
         with self._lock:
             if self._closed is None or is_terminated:
                 self._closed = "terminated" if is_terminated else "stopped"
@@ -309,10 +326,12 @@ class Dispatcher:
                 move(record, REJECTED)
             for record in released:
                 move(record, RELEASED)
+            marked = self.records.mark_withdrawn(Withdrawal(terminated() if is_terminated else None))
         try:
-            self._end_each(rejected, lambda record: self.answers.reject(record, terminated()))
+            self.answers.end_each(rejected, lambda record: self.answers.reject(record, terminated()))
         finally:
-            self._end_each(released, self.answers.give_back)
+            self.answers.end_each(released, self.answers.give_back)
+        self.answers.end_each(marked, Record.withdraw)
 
     def cancel_running(self, reason: str) -> None:
         """Cancel the context of every handler that runs."""
@@ -322,13 +341,15 @@ class Dispatcher:
             record.cancel(reason)
 
     def lose_lease(self) -> None:
-        """Give back what has not begun and cancel what runs: others get it. What comes later waits."""
+        """Give back what has not begun and cancel what runs: other workers get it. What comes later waits."""
         with self._lock:
             taken = self.records.take_startable()
             for record in taken:
                 move(record, RELEASED)
+            # Those that have not begun in another process end when they are cancelled.
+            self.records.mark_withdrawn(Withdrawal(None))
         try:
-            self._end_each(taken, self.answers.give_back)
+            self.answers.end_each(taken, self.answers.give_back)
         finally:
             self.cancel_running("lease lost")
 
@@ -338,7 +359,7 @@ class Dispatcher:
             # A record has its control before the gateway is asked: none that an older policy let pass is missed here.
             records = [record for record in self.records.known.values() if record.control is not None]
         for record in records:
-            if not is_allowed(record.task.capability, record.task.tool):
+            if not is_allowed(record.task.capability, record.task.tool) and not self._runner.reconsider(record):
                 log.warning("[%s] %s is not allowed by the new policy and cancelled", record.task.task_id,
                             record.task.capability)  # fmt: skip
                 record.cancel(reason)
@@ -360,10 +381,10 @@ class Dispatcher:
     def abandon(self, reason: str) -> List[str]:
         """Answer ``worker_shutdown`` for every handler that still runs, and cancel it. Return their names."""
         with self._lock:
-            records = [record for record in self.records.known.values() if record.state in (STARTING, RUNNING)]
+            records = [record for record in self.records.known.values() if record.state in (STARTING, RUNNING, SENT)]
             for record in records:
                 self.records.end_early(record)
-        failure = protocol.failure("worker_shutdown", "the worker stopped before the task ended")
+        failure = protocol.failure("worker_shutdown", "the worker stopped before the task ended").as_logged()
 
         def end(record: Record) -> None:
             try:
@@ -371,23 +392,8 @@ class Dispatcher:
             finally:
                 self.answers.end_early(record, failure)
 
-        self._end_each(records, end)
+        self.answers.end_each(records, end)
         return [record.name for record in records]
-
-    def _end_each(self, records: Iterable[Record], end: Callable[[Record], object]) -> None:
-        """Call ``end`` for each record, also after one for which it has failed. Raise the last failure."""
-        failed: Optional[BaseException] = None
-        for record in records:
-            try:
-                end(record)
-            except BaseException as error:  # No memory, or a Ctrl-C: the others must not be lost with this one.
-                log.exception("[%s] ending the task failed", record.task.task_id)
-                failed = error
-                with self._lock:
-                    # It must not stay known: a repeated delivery runs the task.
-                    self.records.forget(record)
-        if failed is not None:
-            raise failed
 
     def end_pool(self, deadline: Deadline) -> None:
         """End the pool's threads. An executor of the user's own is its owner's to end."""
@@ -395,7 +401,31 @@ class Dispatcher:
 
 
 def _unknown(context: TaskContext, input: object) -> None:
-    """Stand for the handler of a task that is only answered."""
+    """Do nothing, in place of the handler of a task that is only answered."""
 
 
 _NO_HANDLER = HandlerEntry("?", _unknown)
+
+
+def _is_packed(task: Task, waiting: int) -> bool:
+    """Return True if a task that has to wait beside ``waiting`` others is to wait with its input as JSON."""
+    return waiting >= _UNPACKED or task.size > _UNPACKED_BYTES
+
+
+def _pack(record: Record, waiting: int, most: int) -> int:
+    """Pack the input of a task that is to wait, if it waits long or is large. Return its size in bytes.
+
+    :param most: the size of one whose input has no JSON.
+    """
+    task = record.task
+    if record.refusal is not None:
+        record.task = attrs.evolve(task, input=None)
+    elif _is_packed(task, waiting):
+        # Without the lock: it may be large.
+        packed = protocol.pack(task.input)
+        if packed is None:
+            return max(task.size, most)
+        record.task = attrs.evolve(task, input=None)
+        record.packed = packed
+        return max(task.size, len(packed))
+    return task.size

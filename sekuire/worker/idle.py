@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import NamedTuple, Protocol
 
+from .._internal.clock import time
 from .._internal.threads import Timer
 from ..errors import TransportError
 from .life import Life
@@ -29,7 +29,7 @@ class Activity(NamedTuple):
 
 
 class Watched(Protocol):
-    """Know what a worker has to do."""
+    """Report what a worker has to do."""
 
     def activity(self) -> Activity:
         """Return what it has to do now."""

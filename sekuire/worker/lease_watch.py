@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from typing import Optional
 
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.threads import LOOK_AGAIN, Timer
 from ..session.heartbeat import Heartbeat
@@ -49,12 +49,14 @@ class LeaseWatch:
 
     def note_beat(self) -> None:
         """Look at the lease again if it waits for the end of a heartbeat: one has ended, answered or not."""
+        # The timer's thread could not be started, and without it no task would end at its time.
+        self._timer.retry()
         with self._lock:
             if self._asked_at is not None:
                 self._look_in(0.0)
 
     def _look_in(self, delay: float) -> None:
-        """Have the timer look at the lease in ``delay`` seconds, in place of an earlier order. Needs the lock."""
+        """Have the timer look at the lease in ``delay`` seconds. This replaces an earlier request. Needs the lock."""
         old = self._call
         self._call = self._timer.call_at(time.monotonic() + delay, self._look)
         if old is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import logging
 import threading
 from typing import Callable, Optional, Protocol, Tuple
 
 from .._internal.logs import get_logger
+from .._internal.speech import speech
 from .._internal.threads import Deadline
 from ..errors import ConfigurationError, RevokedError, SekuireError
 from ..wire.models import Command
@@ -14,12 +16,14 @@ from .announcer import Announcer
 
 log = get_logger("sekuire.worker")
 
+#: The reason of a stop that the user's own code asks for.
+STOPPED_BY_USER = "stop()"
 #: Longest single wait in seconds. Between two waits a thread can receive an interrupt, also on Windows.
 _SLICE = 0.5
 
 
 class Phase(enum.Enum):
-    """Where a worker is in its life; ``edges`` are the phases that may follow."""
+    """Name the phases of a worker's life. ``edges`` are the phases that may follow."""
 
     NEW = "new"
     RUNNING = "running"
@@ -37,7 +41,7 @@ Phase.STOPPING.edges = (Phase.STOPPED,)
 
 
 class Link(enum.Enum):
-    """What is known of the task stream; ``edges`` are the values that may follow."""
+    """Say what is known of the task stream. ``edges`` are the values that may follow."""
 
     #: The platform has not answered.
     UNKNOWN = "unknown"
@@ -86,22 +90,30 @@ class Life:
     :param shutdown_timeout: the seconds of a stop that names none.
     :param announcer: announces a revocation.
     :param owner: the object whose ``stop()`` the worker's own threads must not wait for.
+    :param is_required: False if the worker goes on where the platform does not let it in.
     """
 
     # Threads: any thread may call anything. `_condition` guards all fields. It is never held over I/O, a callback or
     # the lock of another part. `stop_event` is the timer of the waits that a stop must end; the stopper sets it.
 
-    def __init__(self, shutdown_timeout: float, announcer: Announcer, *, owner: object = None) -> None:
+    def __init__(
+        self, shutdown_timeout: float, announcer: Announcer, *, owner: object = None, is_required: bool = True
+    ) -> None:
         self.owner = owner
+        self.is_required = is_required
         self.phase = Phase.NEW
         self.link = Link.UNKNOWN
         self.stop_event = threading.Event()
         #: When the stop has to be over; passed until one begins.
         self.deadline = Deadline(0)
+        #: A later signal ends the process. Its line has said so, and which handlers it does not wait for.
+        self.is_cut_short = False
         #: Why the worker stops or has stopped.
         self.reason: Optional[str] = None
         #: The error because of which it stops. It is raised to the caller of ``start()``.
         self.error: Optional[SekuireError] = None
+        #: The caller of ``start()`` waits, and gets the error.
+        self.is_awaited = False
         #: A command, the desired state or a revocation has ended this worker: tasks are not given back but answered.
         self.is_terminated = False
         self._is_revoked = False
@@ -140,7 +152,6 @@ class Life:
 
     def connect(self) -> None:
         """Note that the task stream is open."""
-        log.info("the task stream is open")
         with self._condition:
             # A stop may have left the stream's thread behind: it is too late for that one.
             if self.phase in (Phase.RUNNING, Phase.STOPPING) and self.link is not Link.OPEN:
@@ -157,9 +168,14 @@ class Life:
             elif self.link is Link.UNKNOWN and is_verdict:
                 self._move_link(Link.REFUSED)
 
+    @property
+    def is_refused(self) -> bool:
+        """Return True if it stops before it was ever connected, by an error which start() raises."""
+        return self.is_awaited and self.error is not None and not self.was_connected
+
     # -- the stop (any thread) --
 
-    def request_stop(self, timeout: Optional[float] = None, *, reason: str = "stop()") -> None:
+    def request_stop(self, timeout: Optional[float] = None, *, reason: str = STOPPED_BY_USER) -> None:
         """Begin the stop, or hurry one that has begun. Return at once.
 
         :param timeout: seconds for all of it; None for the worker's ``shutdown_timeout``.
@@ -202,9 +218,11 @@ class Life:
     def fail(self, error: SekuireError) -> None:
         """Stop because of an error that a retry would not fix."""
         with self._condition:
+            if self.phase is Phase.STOPPED:
+                return
             if self.phase is Phase.RUNNING and self.error is None:
                 self.error = error
-        log.error("the worker stops: %s", error)
+        self._log_error(error)
         self.request_stop(reason=str(error))
 
     def revoke(self, error: RevokedError) -> None:
@@ -216,7 +234,7 @@ class Life:
             if self.phase is Phase.RUNNING and not self.was_connected:
                 # The platform never let it in: the caller of start() has to know.
                 self.error = error
-        log.error("the worker stops: %s", error)
+        self._log_error(error)
         is_news = self.claim_termination()
         if is_news:
             # Before the stop begins, so that no event of its end comes earlier.
@@ -227,6 +245,12 @@ class Life:
                 Command(type="terminate", reason=error.reason, shutdown_timeout=error.shutdown_timeout)
             )
 
+    def _log_error(self, error: SekuireError) -> None:
+        level = logging.DEBUG if self.is_refused else logging.ERROR
+        if log.is_printed(level):
+            speech.last_error = str(error)
+        log.log(level, "the worker stops: %s", error)
+
     def leave(self, reason: str) -> bool:
         """Begin the end of a worker whose program ends. Return True if it was running; only then the rest follows."""
         with self._condition:
@@ -235,6 +259,11 @@ class Life:
             self.reason = reason
             self._move(Phase.STOPPING)
             return True
+
+    def stay_in_parent(self) -> None:
+        """End without a stop, in a forked child. The worker goes on in the parent. No thread runs: there is no lock."""
+        self.phase = Phase.STOPPED
+        self.stop_event.set()
 
     def finish(self) -> None:
         """Note that the stop is over."""

@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-from .._internal import fork
+from .._internal import files, fork
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.monitor import Monitor
 from .._internal.threads import Deadline
 from ..errors import ConfigurationError
 from ..wire.protocol import one_line
-from .outbox_file import FAILURES, CompletionFile, Removal, Stored, stored_of
+from .outbox_file import BESIDE, FAILURES, CompletionFile, Removal, Stored, stored_of
 
 __all__ = ["Outbox", "Stored", "Ticket", "checked_path", "open_outbox"]
 
 log = get_logger("sekuire.outbox")
 
 _LONGEST_WAIT = 60.0
+_GUARD = files.Guard("outbox")
 #: Seconds that :func:`open_outbox` waits for another thread that opens or closes the same file.
 _TURN_TIMEOUT = 30.0
 _Key = Tuple[str, str, str]
@@ -80,6 +81,8 @@ class Outbox:
         self._lock = threading.Lock()
         self._puts: List[Ticket] = []
         self._removals: List[Removal] = []
+        #: Removals whose commit failed. They go with the next one.
+        self._unwritten: List[Removal] = []
         self._has_leader = False
         self._is_closed = False
         #: Who delivers a completion, and which attempt's it is.
@@ -127,7 +130,6 @@ class Outbox:
             self.lead(ticket)
         if ticket.problem is None:
             return True
-        self.file.warn(ticket.problem)
         with self._lock:
             for one in many:
                 self._drop_owner((*origin, one.task_id), one.attempt)
@@ -146,9 +148,30 @@ class Outbox:
             if self._has_leader:
                 return
             self._has_leader = True
-        problem = self.lead()
-        if problem is not None:
-            self.file.warn(problem)
+        self.lead()
+
+    @property
+    def epoch(self) -> int:
+        """A number that rises when the file is opened again: it was deleted, replaced, or could not be opened before.
+
+        What was put under a lower one may not be in the file.
+        """
+        return self.file.epoch
+
+    def verify(self) -> None:
+        """Open the file again if it is not the one at its path any more. Write what was put into the file itself.
+
+        Until then some of it may be in a file beside it, which a copy of the file alone would lack.
+        """
+        with self._lock:
+            if self._is_closed:
+                return
+        self.take_lead()
+        try:
+            if self.write_queued() is None:
+                self.file.checkpoint()
+        finally:
+            self.lead()
 
     def owner_of(self, api_url: str, agent_id: str, task_id: str) -> object:
         """Return who in this process delivers a completion of this task, or None."""
@@ -175,14 +198,14 @@ class Outbox:
                         found.append(stored)
                     else:
                         log.error("the outbox %s holds a damaged row (task %r); it stays there", self.path, row[0])
-            except FAILURES as error:
+            except (*FAILURES, OSError) as error:
                 problem = one_line(str(error))
                 log.error("the outbox %s cannot be read (%s); what it holds is left for the next start",
                           self.path, problem)  # fmt: skip
             with self._lock:
                 # A removal that waits for this thread has no owner any more, but its row has been read.
                 removed: Dict[_Key, int] = {}
-                for removal in self._removals:
+                for removal in (*self._unwritten, *self._removals):
                     removed[removal[:3]] = max(removal[3], removed.get(removal[:3], 0))
                 found = [one for one in found if self._is_free((api_url, agent_id, one.task_id), one.attempt, removed)]
                 self._owners.update({(api_url, agent_id, one.task_id): (owner, one.attempt) for one in found})
@@ -261,25 +284,24 @@ class Outbox:
                     self._has_leader = False
             raise
 
-    def lead(self, mine: Optional[Ticket] = None) -> Optional[str]:
-        """Write what has queued, then hand the lead on, or end it if nothing is left. Return the last problem, or None.
+    def lead(self, mine: Optional[Ticket] = None) -> None:
+        """Write what has queued, then hand the lead on, or end it if nothing is left.
 
         Only the leader calls this.
 
         :param mine: the leader's own ticket, which was not written yet.
         """
-        problem: Optional[str] = None
         while True:
             if mine is None:
                 with self._lock:
                     if self._pass_on():
-                        return problem
+                        return
                     if not self._removals:
                         self._has_leader = False
-                        return problem
+                        return
             mine = None
             try:
-                problem = self.write_queued()
+                self.write_queued()
             except BaseException:
                 # Whatever ends this thread, the others must not wait for it.
                 with self._lock:
@@ -288,17 +310,25 @@ class Outbox:
                 raise
 
     def write_queued(self) -> Optional[str]:
-        """Commit what has queued and open the gates of those who wait for it. Only the leader calls this."""
+        """Commit what has queued and open the gates of those who wait for it. Only the leader calls this.
+
+        :returns: what was wrong, or None. It has been logged, once until a commit succeeds.
+        """
         with self._lock:
             puts, self._puts = self._puts, []
-            removals, self._removals = self._removals, []
+            removals, self._removals, self._unwritten = [*self._unwritten, *self._removals], [], []
         problem: Optional[str] = "the commit did not end"
         try:
             problem = self.file.commit([ticket.row for ticket in puts], removals)
         finally:
+            if problem is not None:
+                with self._lock:
+                    self._unwritten = removals
             for ticket in puts:
                 ticket.problem = problem
                 ticket.gate.release()
+            if problem is not None:
+                self.file.warn(problem)
         return problem
 
     def _pass_on(self) -> bool:
@@ -341,16 +371,24 @@ fork.call_in_child(_after_fork)
 def checked_path(path: Any) -> str:
     """Return where an outbox at ``path`` would be. Open and make nothing.
 
-    :raises ConfigurationError: it cannot be there.
+    :raises ConfigurationError: it cannot be there, or what is there cannot be trusted.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
         raise ConfigurationError(f"must be a path, got {path!r}", "outbox")
+    if os.path.isdir(path):
+        raise ConfigurationError(f"{os.fspath(path)!r} is a directory; name a file in it", "outbox")
+    # Before the links are gone: one that another user made must not choose the file.
+    _GUARD.check(os.path.abspath(os.fspath(path)))
     name = os.path.realpath(os.fspath(path))
     directory = os.path.dirname(name)
     if not os.path.isdir(directory):
         raise ConfigurationError(f"the directory {directory!r} does not exist; make it first", "outbox")
-    if os.path.isdir(name):
-        raise ConfigurationError(f"{name!r} is a directory; name a file in it", "outbox")
+    if files.is_mounted_alone(name):
+        raise ConfigurationError(
+            f"{name!r} is mounted as a single file, and SQLite keeps results in files beside it ({', '.join(BESIDE)}), "
+            "which would not be in the mount; mount the directory that it is in",
+            "outbox",
+        )
     return name
 
 
@@ -359,7 +397,8 @@ def open_outbox(path: Union[str, os.PathLike[str]]) -> Outbox:
 
     Waits up to 30 s for another thread that opens or closes it at this moment.
 
-    :raises ConfigurationError: the directory is missing, the file is another program's, or another process uses it.
+    :raises ConfigurationError: the directory is missing, the file is another program's or not private to this user, or
+        another process uses it.
     """
     name = checked_path(path)
     mine = Outbox(name)

@@ -82,6 +82,25 @@ class PolicyWatch:
         if problem is not None:
             raise PolicyUnavailableError(f"policy_required=True, and {problem}")
 
+    def describe(self) -> str:
+        """Return what decides over tasks now, as a line of a log names it."""
+        if self._gateway is None:
+            return "no policy is enforced"
+        if not self._is_enforced():
+            return "no policy is enforced (the workspace is not known)"
+        in_force = getattr(self._gateway, "in_force", None)
+        if in_force is None:
+            return f"policy by {type(self._gateway).__name__}"
+        standing = in_force.standing
+        if standing.policy is not None:
+            return f"policy version {standing.policy.version}"
+        return "no policy, everything is allowed" if standing.is_loaded else f"no policy, {in_force.describe()}"
+
+    def is_missing(self) -> bool:
+        """Return True if the gateway denies every task because it has loaded no policy."""
+        is_policy_missing = getattr(self._gateway, "is_policy_missing", None)
+        return is_policy_missing is not None and bool(is_policy_missing())
+
     def note_active_policy(self) -> None:
         """Log an error, once, if the platform names an active policy that nothing here enforces."""
         if self._has_warned or self._is_enforced():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from ..config import WorkerConfig
+from ..handlers.capabilities import describe
 from ..handlers.registry import TaskRegistry
 from ..wire import protocol
 from ..wire.models import WorkerReport
+
+#: Most capabilities that a line names.
+_MOST_NAMED = 8
 
 
 class Profile:
@@ -25,6 +29,17 @@ class Profile:
     def capabilities(self) -> Tuple[str, ...]:
         """Return the declared capabilities and those that have a handler."""
         return tuple(dict.fromkeys((*self.config.capabilities, *self._registry.names)))
+
+    def names(self) -> str:
+        """Return the capabilities as a line of a log names them."""
+        names = [*self.capabilities, *(["*"] if self._registry.has_catch_all else ())]
+        more = len(names) - _MOST_NAMED
+        return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+    def describe(self) -> List[Dict[str, Any]]:
+        """Return what is known of each capability, for people and the platform."""
+        handlers = {entry.name: entry.function for entry in self._registry}
+        return describe((name, handlers.get(name)) for name in self.capabilities)
 
     def stream_query(self, installation_id: Optional[str]) -> str:
         """Return the query with which the task stream is opened."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Dict, Optional, Tuple
 
+from .._internal.clock import time
 from .._internal.delivery import Delivery
 from .._internal.logs import get_logger
+from .._internal.scrub import scrub
 from ..handlers.context import TaskContext, control_of
 from ..wire import protocol
 from ..wire.verdict import Dropped, Settled, Unsupported
@@ -66,7 +67,9 @@ class Progress:
             if newest is None:
                 return
             self._not_before[task_id] = time.monotonic() + PROGRESS_PAUSE
-        found = self._sender.ask("progress", task_id, protocol.progress_body(*newest))
+        fraction, message = newest
+        body = protocol.progress_body(fraction, None if message is None else scrub(message))
+        found = self._sender.ask("progress", task_id, body)
         with self._delivery.lock:
             # A task that has ended since may be unknown to the platform: that says nothing of the endpoint.
             is_open = not self._results.has_result(task_id)

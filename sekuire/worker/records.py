@@ -1,21 +1,23 @@
-"""Know each task from its arrival to its end: its state, and what it takes of the worker's limits."""
+"""Track each task from its arrival to its end: its state, and its share of the worker's limits."""
 
 from __future__ import annotations
 
 import enum
-import time
 from collections import deque
-from typing import Deque, Dict, List, Optional, Set, Tuple
+from typing import Deque, Dict, Hashable, List, NamedTuple, Optional, Protocol, Set, Tuple
 
+from .._internal.clock import time
 from .._internal.monitor import Monitor
-from ..handlers.context import TaskControl
+from .._internal.threads import Deadline
+from ..handlers.context import APPROVAL_TIME, Asked, TaskControl
 from ..handlers.registry import HandlerEntry
 from ..wire import protocol
 from ..wire.models import Failure, Task
+from .sink import ResultSink
 
 
 class State(enum.Enum):
-    """Where a task is. ``edges`` are the states that it may have next; one without edges is an end."""
+    """Name the states of a task. ``edges`` are the states that may follow; a state without edges is the end."""
 
     #: The stream's thread has it in hand.
     RECEIVED = "received"
@@ -23,8 +25,12 @@ class State(enum.Enum):
     WAITING = "waiting"
     #: A thread has it, or will have it. Its handler was not called: the policy is asked first.
     STARTING = "starting"
+    #: A person has to approve it before its handler is called. No thread has it.
+    ASKING = "asking"
     #: Its handler is called, or was.
     RUNNING = "running"
+    #: Its call is in an executor of other processes, or will be, which may or may not have begun it.
+    SENT = "sent"
     #: It is answered with a failure; its handler was not called.
     REJECTED = "rejected"
     #: It goes back to the platform; its handler was not called.
@@ -37,26 +43,57 @@ class State(enum.Enum):
         self.edges: Tuple[State, ...] = ()
 
 
-RECEIVED, WAITING, STARTING, RUNNING, REJECTED, RELEASED, FINISHED = State
+RECEIVED, WAITING, STARTING, ASKING, RUNNING, SENT, REJECTED, RELEASED, FINISHED = State
 RECEIVED.edges = (STARTING, WAITING, REJECTED, RELEASED)
 WAITING.edges = (STARTING, REJECTED, RELEASED)
 # To FINISHED: when a stop does not wait for its policy, when its thread is lost, or when something fails before the
 # handler is called.
-STARTING.edges = (RUNNING, REJECTED, RELEASED, FINISHED)
+STARTING.edges = (RUNNING, SENT, ASKING, REJECTED, RELEASED, FINISHED)
+# To FINISHED: when the platform has given the task to another worker.
+ASKING.edges = (WAITING, REJECTED, RELEASED, FINISHED)
 RUNNING.edges = (FINISHED,)
+# To REJECTED and RELEASED: when its call was taken back before it began.
+SENT.edges = (FINISHED, REJECTED, RELEASED)
 # The platform does not offer releases, so the task is answered instead.
 RELEASED.edges = (REJECTED,)
+
+
+#: The states, after the arrival, of a task whose handler was not called and that has no answer.
+_UNSTARTED = (WAITING, STARTING, ASKING)
+
+
+class Withdrawal(NamedTuple):
+    """Say how a task ends that has not begun in its executor: with ``failure``, or given back without one."""
+
+    failure: Optional[Failure]
+
+
+class Gate:
+    """Keep what is asked for a task before its handler begins, over all questions and policies."""
+
+    __slots__ = ("asked", "deadline", "skipped")
+
+    def __init__(self) -> None:
+        self.asked = Asked()
+        #: How many numbers nobody has answered in earlier runs.
+        self.skipped = 0
+        self.deadline = Deadline(APPROVAL_TIME)
 
 
 class Record:
     """Describe one task between its arrival and its end. The lock of :class:`Records` guards every field.
 
+    - ``sink``: where its result goes.
+    - ``key``: what it is known by: the id of a task of the platform's. One that came otherwise has a key that no such
+      id equals.
     - ``attempt``: the newest attempt under which it was delivered.
     - ``packed``: its input as JSON, if it waits without it.
     - ``cost``: what it counts of ``max_waiting_bytes``.
     - ``refusal``: its answer, if it must not run; it waits with it while results pile up.
+    - ``gate``: what is asked for it before its handler is called; None if the policy wants nothing approved.
     - ``control``: of its handler's context, made by its thread when that comes to it.
     - ``timer``: the number of the call that ends its time.
+    - ``withdrawal``: how it ends if its handler has not begun in another process; None if it is to begin.
     - ``began``: when its handler was called (``time.monotonic()``). Only its own thread writes it, once.
     - ``holds_permit``, ``holds_place``, ``holds_thread``: what it occupies of ``max_workers``, of its handler's
       ``max_concurrency``, and of the pool. It gives each back at a moment of its own.
@@ -68,27 +105,35 @@ class Record:
         "control",
         "cost",
         "entry",
+        "gate",
         "holds_permit",
         "holds_place",
         "holds_thread",
+        "key",
         "packed",
         "refusal",
+        "sink",
         "state",
         "task",
         "timer",
+        "withdrawal",
     )
 
-    def __init__(self, task: Task, entry: HandlerEntry) -> None:
+    def __init__(self, task: Task, entry: HandlerEntry, sink: ResultSink, key: Hashable) -> None:
         self.task = task
         self.entry = entry
+        self.sink = sink
+        self.key = key
         self.attempt = task.attempt
         self.state = RECEIVED
         self.control: Optional[TaskControl] = None
+        self.gate: Optional[Gate] = None
         self.timer: Optional[int] = None
         self.began: Optional[float] = None
         self.packed: Optional[bytes] = None
         self.cost = 0
         self.refusal: Optional[Failure] = None
+        self.withdrawal: Optional[Withdrawal] = None
         self.holds_permit = self.holds_place = self.holds_thread = False
 
     @property
@@ -119,12 +164,29 @@ class Record:
         if self.control is not None:
             self.control.cancel(reason, answered=is_answered)
 
+    def call_off(self, reason: str) -> bool:
+        """Cancel the handler's context because the task's requester wants it. Return True if it was not cancelled."""
+        return self.control is not None and self.control.call_off(reason)
+
+    def withdraw(self) -> None:
+        """Ask for it back, if its handler waits to begin in another process."""
+        if self.control is not None:
+            self.control.withdraw()
+
     def raise_attempt(self, attempt: int) -> None:
         """Note a delivery under a higher attempt: its number is what the platform will accept. Needs the lock."""
         if attempt > self.attempt:
             self.attempt = attempt
             if self.control is not None:
                 self.control.attempt = attempt
+
+
+class PushedSink(ResultSink, Protocol):
+    """Accept the result of one task that did not come from the platform. ``record`` is its record, once it has one."""
+
+    record: Optional[Record]
+
+    def __hash__(self) -> int: ...
 
 
 def move(record: Record, to: State) -> None:
@@ -158,12 +220,14 @@ class Records:
         self.lock = self.monitor.lock
         self.counts = Counts()
         #: Tasks that have not ended, and those whose result is about to be handed on.
-        self.known: Dict[str, Record] = {}
+        self.known: Dict[Hashable, Record] = {}
         #: What waits to start, and what waits to be refused.
         self.queue: Deque[Record] = deque()
         self.refused: Deque[Record] = deque()
         self.waiting = 0
         self.waiting_bytes = 0
+        #: What waits for a person's approval before its handler is called. It counts as waiting.
+        self.asking: Set[Record] = set()
         #: Tasks that hold a place; threads that have a task, or will; permits that nobody holds.
         self.running = 0
         self.threads = 0
@@ -177,9 +241,9 @@ class Records:
     # -- waiting --
 
     def enqueue(self, record: Record, cost: int) -> None:
-        """Let a new task wait: to start, or to be answered with its refusal."""
+        """Queue a new task. It waits to start, or to be answered with its refusal."""
         move(record, WAITING)
-        self.known[record.task.task_id] = record
+        self.known[record.key] = record
         record.cost = cost
         if record.refusal is not None:
             self.refused.append(record)
@@ -194,8 +258,18 @@ class Records:
         """Count a record as waiting no more."""
         self.waiting -= 1
         self.waiting_bytes -= record.cost
+        if self.asking:
+            self.asking.discard(record)
         # The stream's thread may wait for the room.
         self.monitor.wake()
+
+    def take_waiting(self, record: Record) -> None:
+        """Take a waiting record out of its queue, for the caller to end."""
+        queues = (self.refused,) if record.refusal is not None else (self.queue, record.entry.parked)
+        for queue in queues:
+            if record in queue:
+                queue.remove(record)
+        self.leave_queue(record)
 
     def next_startable(self) -> Optional[Record]:
         """Take the next waiting record whose handler has room out of the queue. Return None if there is none."""
@@ -209,8 +283,9 @@ class Records:
 
     def take_unstarted(self) -> List[Record]:
         """Return all records whose handler was not called, for the caller to end. Nothing waits any more."""
-        taken = [record for record in self.known.values() if record.state is WAITING or record.state is STARTING]
+        taken = [record for record in self.known.values() if record.state in _UNSTARTED]
         self.queue.clear()
+        self.asking.clear()
         self.refused.clear()
         for record in taken:
             record.entry.parked.clear()
@@ -224,7 +299,11 @@ class Records:
         The latter go on waiting.
         """
         # Both lists first: what fails must leave the queue as it is.
-        waiting = [record for record in self.known.values() if record.state is WAITING and record.refusal is None]
+        waiting = [
+            record
+            for record in self.known.values()
+            if record.state is ASKING or (record.state is WAITING and record.refusal is None)
+        ]
         taken = waiting + [record for record in self.known.values() if record.state is STARTING]
         self.queue.clear()
         for record in waiting:
@@ -232,12 +311,40 @@ class Records:
             self.leave_queue(record)
         return taken
 
+    def mark_withdrawn(self, withdrawal: Withdrawal) -> List[Record]:
+        """Have each record end by ``withdrawal`` whose call has not begun in another process. Return those to ask.
+
+        The caller calls ``withdraw()`` of each one's control, without the lock.
+        """
+        marked = [record for record in self.known.values() if record.state is SENT]
+        for record in marked:
+            record.withdrawal = withdrawal
+        return marked
+
+    # -- waiting for approval --
+
+    def park(self, record: Record, cost: int) -> None:
+        """Let a starting record wait for an approval, without a thread, a permit and a place."""
+        move(record, ASKING)
+        self.free_thread(record)
+        self._free_place(record)
+        record.cost = cost
+        self.asking.add(record)
+        self.waiting += 1
+        self.waiting_bytes += cost
+
+    def requeue(self, record: Record) -> None:
+        """Let a record that was approved wait to start, before those that came after it."""
+        move(record, WAITING)
+        self.asking.discard(record)
+        (self.queue if record.entry.has_room() else record.entry.parked).appendleft(record)
+
     # -- permits, places and threads --
 
     def start(self, record: Record) -> Record:
-        """Give a new or waiting record a permit, which must be there, a place and a thread. Return it."""
+        """Give a new or waiting record a permit, a place and a thread. Return it. Needs a free permit."""
         move(record, STARTING)
-        self.known[record.task.task_id] = record
+        self.known[record.key] = record
         self.permits -= 1
         record.entry.running += 1
         self.running += 1
@@ -282,8 +389,12 @@ class Records:
 
     def forget(self, record: Record) -> None:
         """Forget a record that has ended. A parked one of the same handler gets its turn."""
-        if self.known.get(record.task.task_id) is record:
-            del self.known[record.task.task_id]
+        if self.known.get(record.key) is record:
+            del self.known[record.key]
+        self._free_place(record)
+        self.monitor.wake()
+
+    def _free_place(self, record: Record) -> None:
         entry = record.entry
         if record.holds_place:
             record.holds_place = False
@@ -291,4 +402,3 @@ class Records:
             entry.running -= 1
         if entry.parked and entry.has_room():
             self.queue.append(entry.parked.popleft())
-        self.monitor.wake()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from typing import Optional, Protocol, Tuple
+from typing import Hashable, Optional, Protocol, Tuple
 
 from .._internal.delivery import Delivery
 from .._internal.logs import get_logger
@@ -27,7 +27,7 @@ RELEASES = 10_000
 
 
 class State(enum.Enum):
-    """Where a release is. ``edges`` are the states that it may have next."""
+    """Name the states of a release. ``edges`` are the states that may follow."""
 
     PLANNED = "planned"
     SENDING = "sending"
@@ -59,12 +59,16 @@ class Release:
 
     :param monitor: the dispatcher's; its lock guards the state, and each change wakes it.
     :param keeper: notified when it has ended; None for no notification.
+    :param key: the key of the task's record.
     """
 
-    __slots__ = ("_keeper", "_monitor", "attempt", "state", "task_id")
+    __slots__ = ("_keeper", "_monitor", "attempt", "key", "state", "task_id")
 
-    def __init__(self, monitor: Monitor, task_id: str, attempt: int, keeper: Optional[Keeper] = None) -> None:
+    def __init__(
+        self, monitor: Monitor, task_id: str, attempt: int, keeper: Optional[Keeper] = None, key: Hashable = None
+    ) -> None:
         self.task_id = task_id
+        self.key = key
         self.attempt = attempt
         self.state = PLANNED
         self._monitor = monitor

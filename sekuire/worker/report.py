@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from typing import TYPE_CHECKING, Callable, List, Optional
 
+from .._internal.clock import time
 from .._internal.delivery import Delivery
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, Timer
@@ -37,6 +37,8 @@ REFUSED_PAUSE = 60.0
 REFUSALS = 5
 #: Seconds between two looks for results that no thread has, and for threads that could not be started.
 SWEEP = 5.0
+#: Seconds after a result was not delivered until the outbox is looked at.
+UPKEEP = 1.0
 
 
 class Reporter:
@@ -79,21 +81,20 @@ class Reporter:
         self.progress_reports = Progress(sender, self.delivery, self.results)
         self._lock = self.delivery.lock
         self._max_bytes = config.max_result_bytes
+        self._result_encoder = config.result_encoder
         self._is_flushing = False
         self.spool: Optional[Spool] = None
         if outbox is not None:
             from .spool import Spool  # SQLite is for those who keep results on disk.
 
-            self.spool = Spool(outbox, config, sender, self.results, self)
+            self.spool = Spool(outbox, config, sender, self.results, self.delivery, self)
 
     # -- results --
 
     def accept(self, completion: Completion) -> Optional[Report]:
         """Make a completion the result of its task. Return None if the task has one already."""
-        head, code = encode(completion, self._max_bytes)
-        failure = completion.failure
-        is_final = failure is None or not failure.retryable
-        report = Report(completion.task_id, completion.attempt, head, is_final, code)
+        head, code = encode(completion, self._max_bytes, self._result_encoder)
+        report = Report(completion.task_id, completion.attempt, head, is_final=code is None, code=code)
         with self._lock:
             if not self.results.add(report):
                 return None
@@ -134,8 +135,8 @@ class Reporter:
     def redelivered(self, task_id: str, attempt: int) -> bool:
         """Note that a task was delivered again. Return True if it has a result, which a higher ``attempt`` gets too.
 
-        A retryable failure that the platform has accepted is not the task's result any more once a higher attempt
-        comes: the platform tries the task again.
+        A failure that the platform has accepted is not the task's result any more once a higher attempt comes: the
+        platform tries the task again, by itself or because somebody has asked for it.
         """
         with self._lock:
             report = self.results.held.get(task_id)
@@ -200,11 +201,6 @@ class Reporter:
         """Return how many results the platform has not accepted."""
         return len(self.results.held)
 
-    @property
-    def dropped(self) -> int:
-        """Return how many results the platform did not want."""
-        return self.results.dropped
-
     # -- releases and progress --
 
     @property
@@ -255,13 +251,15 @@ class Reporter:
             if not self.delivery.is_closed:
                 timer.call_at(time.monotonic() + SWEEP, look)
                 self.sweep()
+                if self.spool is not None:
+                    self.spool.plan_upkeep(0.0)
 
         timer.call_at(time.monotonic() + SWEEP, look)
 
     def sweep(self, at_once: bool = False) -> None:
-        """Plan each result that the thread which accepted it has left, and start missing threads of the pool.
+        """Plan each result that its thread has left unsent, and start missing threads of the pool.
 
-        :param at_once: plan each that no thread has; else only those that a sweep before has found so.
+        :param at_once: plan every such result. False: only those that the previous sweep has found, too.
         """
         with self._lock:
             for report in self.results.notice_left(at_once):
@@ -269,9 +267,9 @@ class Reporter:
             self.delivery.start_threads()
 
     def flush(self, deadline: Deadline) -> bool:
-        """Send at once what waits for its next try, and wait until all is settled. Return True if it is.
+        """Send at once what waits for its next try, and wait for it until ``deadline``. Return True if all is settled.
 
-        A result that the platform refuses for a reason that will not pass is not waited for a second time.
+        It waits only once for a result that the platform refuses for a lasting reason.
         """
         with self._lock:
             self._is_flushing = True
@@ -316,7 +314,7 @@ class Reporter:
 
     def _deliver(self, report: Report, attempt: int, body: bytes, is_substitute: bool) -> None:
         """Send what a report held when its sending began, and act on the answer."""
-        if self.spool is not None and report.stored != (attempt, is_substitute):
+        if self.spool is not None and not self.spool.holds(report, attempt, is_substitute):
             self.spool.put(report, attempt, is_substitute, body)
         key = protocol.completion_key(report.task_id, attempt, is_substitute)
         data = body + protocol.completion_tail(attempt, self.sender.worker_id)
@@ -371,6 +369,8 @@ class Reporter:
             report.tries += 1
             delay = max(full_jitter(tries, RETRY_MIN, RETRY_MAX), found.delay)
             self.plan(report, delay)
+        if self.spool is not None and not tries:
+            self.spool.plan_upkeep(UPKEEP)
         log.log(
             logging.DEBUG if tries else logging.WARNING,
             "[%s] the result was not delivered (%s); it is kept and sent again in %.1f s",

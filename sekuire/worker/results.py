@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import threading
 from collections import OrderedDict
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from .._internal.logs import get_logger
+from .._internal.scrub import scrub
 from ..wire import protocol
 from ..wire.models import Completion
 
@@ -23,7 +24,7 @@ MEMORY_ENTRY_BYTES = 64 * 1024
 
 
 class State(enum.Enum):
-    """Where a report is. ``edges`` are the states that it may have next."""
+    """Name the states of a report. ``edges`` are the states that may follow."""
 
     #: With the thread that accepted it, which sends or plans it next. A sweep plans one that was left here.
     HELD = "held"
@@ -55,11 +56,12 @@ class Report:
 
     - ``head``: its encoded body without the end; empty once it is no longer kept.
     - ``code``: the failure's code as it is sent; None for an output.
-    - ``is_final``: False for a failure that the platform may answer with a new try of the task.
+    - ``is_final``: False for a failure, after which the task may be tried again.
     - ``is_substitute``: it is the failure that is sent in place of a result which the platform refused.
     - ``is_refused``: the platform refused it for a reason that will hardly pass, so it is sent slowly.
     - ``is_given_up``: it was refused while the worker stopped, so a flush does not wait for it.
-    - ``stored``: the attempt and ``is_substitute`` of what the outbox holds of it; None if it holds nothing.
+    - ``stored``: the attempt and ``is_substitute`` of what the outbox holds of it, and the outbox's epoch; None if it
+      holds nothing.
     - ``plan``: when the pool sends it, and the number of that action, while it is PLANNED.
     - ``sender``: the thread that has it, while it is SENDING.
     - ``is_noticed``: a sweep has found it HELD before.
@@ -91,16 +93,11 @@ class Report:
         self.is_final = is_final
         self.is_substitute = self.is_refused = self.is_given_up = self.is_noticed = False
         self.state = HELD
-        self.stored: Optional[Tuple[int, bool]] = None
+        self.stored: Optional[Tuple[int, bool, int]] = None
         self.plan: Optional[Tuple[float, int]] = None
         self.sender: Optional[int] = None
         self.tries = 0
         self.unauthorized = 0
-
-    @property
-    def is_stored(self) -> bool:
-        """Return True if the outbox holds it as it would be sent now."""
-        return self.stored == (self.attempt, self.is_substitute)
 
 
 def move(report: Report, to: State) -> None:
@@ -151,7 +148,7 @@ class Results:
     def notice_left(self, at_once: bool) -> List[Report]:
         """Return the reports that no thread has and that are not planned. Needs the lock.
 
-        :param at_once: return each; else only those that a call before has found so.
+        :param at_once: return all of them. False: only those that the previous call has found, too.
         """
         left = [report for report in self.held.values() if report.state is HELD]
         found = [report for report in left if report.is_noticed or at_once]
@@ -164,14 +161,14 @@ class Results:
         failed = Completion(
             task_id=report.task_id,
             attempt=report.attempt,
-            failure=protocol.failure(code, message),
+            failure=protocol.failure(code, scrub(message)),
             execution_time_ms=protocol.execution_time_of(report.head),
         )
         head = protocol.completion_head(failed)
         with self.lock:
             self.held_bytes += len(head) - len(report.head)
             report.head = head
-            report.is_final = report.is_substitute = True
+            report.is_final, report.is_substitute = False, True
             report.tries = 0
 
     def has_room(self) -> bool:
@@ -219,8 +216,8 @@ class Results:
     def redelivered(self, report: Report, attempt: int) -> bool:
         """Note that a task whose result was delivered has come again. Return False if the task is to run again.
 
-        A retryable failure is not the task's result any more once a higher attempt comes: the platform tries the task
-        again. Else the platform does not have what it once accepted, and the report is held again. Needs the lock.
+        A failure is not the task's result any more once a higher attempt comes: the platform, or a person, tries the
+        task again. Else the platform does not have what it once accepted, and the report is held again. Needs the lock.
         """
         if report.is_final or attempt <= report.attempt:
             if not report.head:
@@ -245,34 +242,45 @@ class Results:
                     break
 
 
-def encode(completion: Completion, max_bytes: int) -> Tuple[bytes, Optional[str]]:
+def encode(
+    completion: Completion,
+    max_bytes: int,
+    encoder: Optional[Callable[[Any], Any]] = None,
+    logged_id: Optional[str] = None,
+) -> Tuple[bytes, Optional[str]]:
     """Return a completion's head, and the code of the failure in it: None for an output.
 
     A result that has no JSON form, or one of more than ``max_bytes``, is replaced by a failure that says so.
+
+    :param encoder: the user's ``result_encoder``.
+    :param logged_id: the task's id in log lines, if it is another one there.
     """
+    logged_id = logged_id or completion.task_id
     problem = ""
     head = b""
     try:
-        head = protocol.completion_head(completion)
-    except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
-        problem = _describe(error)
+        head = protocol.completion_head(completion, encoder)
+    except Exception as error:  # noqa: BLE001  # The user's own encoder may raise anything.
+        problem = scrub(_describe(completion, error, encoder))
     except BaseException as error:  # noqa: BLE001  # A result may be a subclass of dict with code of its own.
         problem = type(error).__name__
     if problem:
-        log.error("[%s] the result has no JSON form: %s", completion.task_id, problem)
+        log.error("[%s] the result has no JSON form: %s", logged_id, problem)
         code = "result_not_serializable"
         text = f"the handler's result has no JSON form: {problem}"[:1000]
         return _substitute_head(completion, code, text), code
     if len(head) > max_bytes:
         message = f"the result has {len(head)} bytes of JSON; max_result_bytes is {max_bytes}"
-        log.error("[%s] %s", completion.task_id, message)
+        log.error("[%s] %s", logged_id, message)
         return _substitute_head(completion, "result_too_large", message), "result_too_large"
     return head, None if completion.failure is None else completion.failure.code
 
 
-def _describe(error: BaseException) -> str:
+def _describe(completion: Completion, error: BaseException, encoder: Optional[Callable[[Any], Any]]) -> str:
+    """Return where the result has no JSON form and what to do. Only the error's text if that is not found."""
     try:
-        return f"{type(error).__name__}: {error}"
+        problem = protocol.completion_problem(completion, encoder) or f"{type(error).__name__}: {error}"
+        return f"{completion.capability}: {problem}" if completion.capability else problem
     except BaseException:  # noqa: BLE001  # A class of the user's own.
         return type(error).__name__
 

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import functools
-import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Optional, Protocol
+from typing import Optional
 
+import attrs
+
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from .._internal.threads import Deadline, Timer, owned_by
 from ..config import WorkerConfig
 from ..handlers.context import TaskContext, TaskControl, control_of, current_task
 from ..wire import protocol
 from ..wire.models import Completion, Failure
-from .answers import Accepted, Answers
+from .answers import Answers
+from .approvals import GATEKEEPER, ApprovalNeeded, Approvals
 from .calling import Caller
-from .records import FINISHED, REJECTED, RELEASED, RUNNING, STARTING, Record, Records, move
+from .gates import Gates
+from .gates import Lease as Lease
+from .records import (
+    ASKING,
+    FINISHED,
+    REJECTED,
+    RELEASED,
+    RUNNING,
+    SENT,
+    STARTING,
+    Record,
+    Records,
+    Withdrawal,
+    move,
+)
+from .sink import Accepted, ResultSink
 
 log = get_logger("sekuire.dispatch")
-
-
-class Lease(Protocol):
-    """Know if the platform permits work now."""
-
-    def is_held(self) -> bool:
-        """Return True if the lease allows work now. One comparison, called under locks."""
 
 
 def terminated() -> Failure:
@@ -49,22 +60,30 @@ class Runner:
         records: Records,
         answers: Answers,
         caller: Caller,
+        sink: ResultSink,
         *,
         timer: Timer,
         lease: Lease,
+        approvals: Optional[Approvals] = None,
         owner: object = None,
     ) -> None:
+        self._approvals = approvals
+        self._gates = None if approvals is None else Gates(config, records, answers, approvals, lease, self)
         self._records = records
         self._lock = records.lock
         self._answers = answers
         self._caller = caller
-        self._sink = answers.sink
+        #: Of the platform's tasks: while it has no room, nothing that waits is started.
+        self._sink = sink
         self._timer = timer
         self._lease = lease
         self._owner = owner
         self._task_timeout = config.task_timeout
         # An executor of other processes is called from threads of our own, with all that is around a call (remote.py).
-        self._foreign = None if _is_remote(config.executor) else config.executor
+        is_remote = _is_remote(config.executor)
+        self._foreign = None if is_remote else config.executor
+        #: The state of a task whose handler is called here, or is sent to another process.
+        self._state_of_calls = SENT if is_remote else RUNNING
         self._pool: Optional[Executor] = self._foreign
         #: True once a thread of the pool has run.
         self._has_threads = False
@@ -115,6 +134,15 @@ class Runner:
                     return
             self.hand_over(record)
 
+    def reconsider(self, record: Record) -> bool:
+        """Have the new policy decide over a task that waits for an approval. Return False if it does not wait so."""
+        with self._lock:
+            if record.state is not ASKING:
+                return False
+            self._records.requeue(record)
+        self.start_waiting()
+        return True
+
     def end_pool(self, deadline: Deadline) -> None:
         """End the pool's threads. An executor of the user's own is its owner's to end."""
         if self._foreign is not None or not isinstance(self._pool, ThreadPoolExecutor):
@@ -154,84 +182,112 @@ class Runner:
                 move(record, FINISHED)
         if is_open:
             failure = protocol.failure("worker_shutdown", "the worker's executor takes no more work")
-            self._answers.end_early(record, failure)
+            self._answers.end_early(record, failure.as_logged())
 
     # -- running (the pool's threads) --
 
     def _work(self, record: Optional[Record]) -> None:
-        """Run records until none waits; in the user's executor one, so that its other users get their turn."""
+        """Run records until none waits. Run only one in the user's executor, so that its other users get a turn."""
         with owned_by(self._owner):
             self._has_threads = True
             while record is not None:
                 if not record.holds_thread:
                     # The executor had refused it, and it was answered.
                     return
+                is_parked = False
                 try:
-                    self._run(record)
+                    is_parked = self._run(record)
                 except BaseException as error:
                     # Nothing of a handler's gets here; what does must cost one task, not a thread and its permit.
                     log.exception("[%s] running the task failed in an unforeseen way", record.task.task_id)
                     if self._finish(record):
                         message = f"the worker failed ({type(error).__name__})"
-                        self._answers.end_early(record, protocol.failure("handler_error", message))
+                        self._answers.end_early(record, protocol.failure("handler_error", message).as_logged())
                 current_task.set(None)
-                record = self._next_after(record)
+                record = self._next_after(None if is_parked else record)
                 if record is not None and self._foreign is not None:
                     self.hand_over(record)
                     self.start_waiting()
                     return
 
-    def _next_after(self, done: Record) -> Optional[Record]:
-        """Free the thread that ran ``done``. Return the record that it runs next, if any."""
+    def _next_after(self, done: Optional[Record]) -> Optional[Record]:
+        """Free the thread that ran ``done``. Return the record that it runs next, if any.
+
+        :param done: None for a record that waits for an approval. Its thread was freed when it began to wait, and it
+            may have another one by now.
+        """
         following = None
+        was_overdue = False
         with self._lock:
-            had_permit = done.holds_permit
-            was_overdue = self._records.free_thread(done)
+            had_permit = self._records.permits > 0 if done is None else done.holds_permit
+            if done is not None:
+                was_overdue = self._records.free_thread(done)
             if had_permit and self._records.queue:
                 following = self._start_next()
-        if was_overdue:
+        if done is not None and was_overdue:
             log.info("[%s] the handler ended after its task was answered; its result is discarded", done.task.task_id)
             self.start_waiting()
         return following
 
-    def _run(self, record: Record) -> None:
+    def _run(self, record: Record) -> bool:
+        """Run one record. Return True if it waits for an approval now, and holds this thread no more."""
         task = record.task
-        context = TaskContext(task, progress=self._sink.progress)
+        context = TaskContext(task, progress=record.sink.progress)
         control = control_of(context)
+        control.owner = self._owner
+        control.is_pushed = record.sink is not self._sink
+        if record.gate is not None:
+            control.asked = record.gate.asked
         with self._lock:
             if record.state is not STARTING:
-                return
+                return False
             control.attempt = record.attempt
             record.control = control
             has_lease = self._lease.is_held()
             if has_lease and not self._caller.has_policy:
-                move(record, RUNNING)
+                move(record, self._state_of_calls)
         current_task.set(context)
         if not has_lease:
             self._give_back(record)
-            return
+            return False
         if self._caller.has_policy:
+            if self._approvals is not None:
+                control.asker = GATEKEEPER
             denial = self._caller.check(record, context)
+            if isinstance(denial, ApprovalNeeded):
+                return self._gates is not None and self._gates.hold(record, control, denial)
             if denial is not None:
                 self._deny(record, Completion(task_id=task.task_id, attempt=record.attempt, failure=denial))
-                return
+                return False
             if not self._goes_on(record):
-                return
+                return False
+        control.asker = self._approvals
         began = self._start_clock(record, control)
         completion = self._caller.call(record, context, began)
+        # What the handler has left behind, such as a thread, can ask nobody.
+        control.asker = None
         if record.timer is not None:
             self._timer.cancel(record.timer)
+        if control.is_withdrawn:
+            completion = attrs.evolve(completion, execution_time_ms=0)
+            if record.withdrawal is not None:
+                self._end_withdrawn(record, record.withdrawal)
+                return False
         if self._finish(record):
-            self._report(record, completion)
+            if control.asked is not None and _is_superseded(control, completion):
+                self._answers.drop(record)
+            else:
+                self._report(record, completion)
+        return False
 
     def _goes_on(self, record: Record) -> bool:
-        """Return True if a task still begins after its policy was asked, which may have taken its time."""
+        """Return True if a task may still begin after the policy check, which may have blocked for a while."""
         with self._lock:
             if record.state is not STARTING:
                 return False
             has_lease = self._lease.is_held()
             if has_lease:
-                move(record, RUNNING)
+                move(record, self._state_of_calls)
         if not has_lease:
             self._give_back(record)
         return has_lease
@@ -243,6 +299,18 @@ class Runner:
                 return
             move(record, RELEASED)
         self._answers.give_back(record)
+
+    def _end_withdrawn(self, record: Record, withdrawal: Withdrawal) -> None:
+        """Answer or give back a task whose call was taken back from its executor, unless it was answered before."""
+        failure = withdrawal.failure
+        with self._lock:
+            if record.state is not SENT:
+                return
+            move(record, RELEASED if failure is None else REJECTED)
+        if failure is None:
+            self._answers.give_back(record)
+        else:
+            self._answers.reject(record, failure)
 
     def _deny(self, record: Record, completion: Completion) -> None:
         """Answer a task that the policy denies, unless it lost its lease or was answered while the policy was asked."""
@@ -258,7 +326,7 @@ class Runner:
             self._give_back(record)
 
     def _start_clock(self, record: Record, control: TaskControl) -> float:
-        """Count the task's time from now, which is returned."""
+        """Start the task's time now, and return that moment."""
         began = record.began = time.monotonic()
         limits = [t for t in (self._task_timeout, record.entry.timeout, record.task.timeout) if t is not None]
         if limits:
@@ -271,7 +339,7 @@ class Runner:
     def _finish(self, record: Record) -> bool:
         """Claim the right to answer a task. Return False if another thread was first."""
         with self._lock:
-            if record.state is not RUNNING and record.state is not STARTING:
+            if record.state not in (RUNNING, SENT, STARTING):
                 return False
             move(record, FINISHED)
             return True
@@ -284,42 +352,48 @@ class Runner:
             self.start_waiting()
         finally:
             if report is not None:
-                self._send(report)
+                self._send(record.sink, report)
 
-    def _send(self, report: Accepted) -> None:
+    def _send(self, sink: ResultSink, report: Accepted) -> None:
         """Send the result of a handler, in its thread."""
         if self._foreign is None:
-            self._sink.post(report)
+            sink.post(report)
             return
         # Not by this thread, whose executor has other users. But the result must be on disk however long the platform
         # lets the others wait.
         try:
-            self._sink.keep(report)
+            sink.keep(report)
         finally:
-            self._sink.enqueue(report)
+            sink.enqueue(report)
 
     def _expire(self, record: Record) -> None:
         """Answer a task whose time is over. The timer's thread."""
         records = self._records
         with self._lock:
-            if record.state is not RUNNING:
+            if record.state is not self._state_of_calls:
                 return
             records.end_early(record)
         try:
             record.cancel("timeout", is_answered=True)
         finally:
             failure = protocol.failure("timeout", "the task's time was over before its handler ended")
-            self._answers.end_early(record, failure)
+            self._answers.end_early(record, failure.as_logged())
         with self._lock:
             records.pass_permits_on()
             count = len(records.overdue)
             replaced = not record.holds_permit
         log.warning(
-            "[%s] the handler of %r has not ended in its time; the task is answered 'timeout'%s (%d such handlers run)",
-            record.task.task_id, record.task.capability,
+            "[%s] %s failed timeout: its handler has not ended in its time%s (%d such handlers run)",
+            record.task.task_id, record.capability,
             "" if replaced else ", and its thread cannot be replaced", count,
         )  # fmt: skip
         self.start_waiting()
+
+
+def _is_superseded(control: TaskControl, completion: Completion) -> bool:
+    """Return True if a handler has ended because another worker has its task."""
+    failure = completion.failure
+    return control.reason() == "superseded" and failure is not None and failure.code == "cancelled"
 
 
 def _is_remote(executor: Optional[Executor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Protocol
+from typing import Optional, Protocol, Tuple
 
 from .._internal.threads import Deadline
 from ..config import WorkerConfig
@@ -19,7 +19,7 @@ class Revocable(Protocol):
 
 
 class Sender:
-    """Send completions, releases and progress of one worker, each once.
+    """Send completions, releases, progress and requests for approval of one worker, each once.
 
     Any thread may call :meth:`ask`. No state of its own.
 
@@ -42,19 +42,36 @@ class Sender:
 
     def ask(self, endpoint: str, task_id: str, body: bytes, key: Optional[str] = None) -> Verdict:
         """Send ``body`` once and return what the answer means. A revocation has been passed on by then."""
-        path = self._endpoints.path(endpoint, task_id=task_id)
+        return self.exchange("POST", endpoint, task_id, body=body, key=key)[0]
+
+    def exchange(
+        self,
+        method: str,
+        endpoint: str,
+        task_id: str,
+        *,
+        body: Optional[bytes] = None,
+        key: Optional[str] = None,
+        **ids: str,
+    ) -> Tuple[Verdict, bytes]:
+        """Make one request, as :meth:`ask` does. Return what the answer means, and its body.
+
+        :param ids: further ids in the path.
+        """
+        path = self._endpoints.path(endpoint, task_id=task_id, **ids)
 
         def path_of(snapshot: Snapshot) -> str:
             return path
 
         found: Verdict
+        answer = b""
         try:
             reply, _ = self._auth.request(
-                "POST", path_of, body=body, idempotency_key=key, deadline=Deadline(self._timeout)
+                method, path_of, body=body, idempotency_key=key, deadline=Deadline(self._timeout)
             )
-            found = verdict(endpoint, reply)
+            found, answer = verdict(endpoint, reply), reply.body
         except SekuireError as error:
             found = verdict(endpoint, error)
         if isinstance(found, Revoked):
             self._life.revoke(found.error)
-        return found
+        return found, answer

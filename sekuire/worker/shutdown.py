@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Callable, Iterable, List, Optional, Protocol
 
+from .._internal import fork
+from .._internal.greenlets import patched_by
 from .._internal.logs import get_logger
+from .._internal.signals import name_of
 from .._internal.threads import Deadline, forget_exit, owned_by, try_start
+from ..handlers.context import PROGRAM_ENDS, SHUTDOWN, TERMINATED
 from ..session.installation import Installation
 from .control import Control
 from .dispatch import Dispatcher
-from .life import Life
+from .life import STOPPED_BY_USER, Life, Phase
 from .report import Reporter
+from .resources import WorkerResources
 from .stream import TaskStream
 
 if TYPE_CHECKING:
@@ -20,18 +26,22 @@ if TYPE_CHECKING:
 
 log = get_logger("sekuire.worker")
 
+#: Most tasks that a line names.
+_MOST_NAMED = 10
 #: Seconds the last heartbeat may take.
 LAST_BEAT = 2.0
 #: Seconds of a stop kept for the reports after the drain: this share of it, and at most so many.
 _FLUSH_SHARE, _FLUSH_MOST = 0.2, 2.0
 #: Seconds the reports get even when the time to stop is over: as long as the platform needs, and at most this.
 _FLUSH_LEAST = 1.0
+#: Seconds the resources get to close, even when the time to stop is over.
+_CLOSE_LEAST = 1.0
 #: Seconds a stop waits for the stream's thread; one in a DNS look-up or a connect is left to end by itself.
 _STREAM_PATIENCE = 0.5
 
 
 class OwnThread(Protocol):
-    """A part of the worker with a thread of its own that ends with the worker."""
+    """Own a thread that ends with the worker."""
 
     def close(self) -> None:
         """Let the thread end. Return at once."""
@@ -44,10 +54,12 @@ class Shutdown:
     """Stop the parts of one worker, in order, by one deadline.
 
     The steps: end the stream, so that nothing new comes; give back the waiting tasks, so that another worker has them
-    soon; let the running ones finish; send the reports that those have made; beat a last time, because until then the
-    lease must hold; close the rest. A step that fails is logged, and the next one runs.
+    soon; let the running ones finish; close the resources that they shared; send the reports that they have made; beat
+    a last time, because until then the lease must hold; close the rest. A step that fails is logged, and the next one
+    runs.
 
     :param threads: what else has a thread: closed side by side, then waited for.
+    :param resources: what the handlers share.
     :param outbox: what keeps the results on disk; closed after the last report.
     :param is_shared: others use the installation too, so it stays open.
     """
@@ -65,6 +77,7 @@ class Shutdown:
         reporter: Reporter,
         installation: Installation,
         threads: Iterable[OwnThread],
+        resources: WorkerResources,
         *,
         outbox: Optional[Outbox] = None,
         is_shared: bool = False,
@@ -78,6 +91,7 @@ class Shutdown:
         self._installation = installation
         self._heartbeat = installation.heartbeat
         self._threads = tuple(threads)
+        self._resources = resources
         self._outbox = outbox
         self._is_shared = is_shared
         self._lock = threading.Lock()
@@ -85,6 +99,7 @@ class Shutdown:
         #: Set when the stop needs no thread any more: the interpreter is ending.
         self._is_leaving = False
         self._has_begun = False
+        fork.reset_in_child(self, Shutdown._stay_in_parent)
 
     # -- asked for by Life --
 
@@ -107,16 +122,25 @@ class Shutdown:
     def close_unstarted(self) -> None:
         """Close what a worker holds that was never started."""
         self._life.stop_event.set()
+        for thread in self._threads:
+            thread.close()
         self._close_outbox()
         if not self._is_shared:
             self._installation.close()
+
+    def _stay_in_parent(self) -> None:
+        # A forked child has no threads of its parent, but copies of all greenlets. They end without a word.
+        if patched_by() is not None and self._life.phase in (Phase.RUNNING, Phase.STOPPING):
+            self._life.stay_in_parent()
+            for thread in self._threads:
+                thread.close()
 
     # -- the end of the program --
 
     def leave(self) -> None:
         """Cancel what runs and beat a last time, because the interpreter ends. Start no thread."""
         with self._lock:
-            was_running = self._life.leave("the program ends")
+            was_running = self._life.leave(PROGRAM_ENDS)
             self._is_leaving = self._is_leaving or was_running
         if not was_running:
             return
@@ -131,13 +155,13 @@ class Shutdown:
         self._life.finish()
 
     def _cancel_at_exit(self) -> None:
-        self._dispatcher.cancel_running("the program ends")
+        self._dispatcher.cancel_running(PROGRAM_ENDS)
 
     def _beat_at_exit(self) -> None:
         if self._heartbeat.detach(self._control):
             self._installation.stop.set()
             self._heartbeat.end()
-            if self._heartbeat.last_at is not None:
+            if self._heartbeat.is_expected:
                 self._heartbeat.beat_now("stopped", LAST_BEAT)
 
     # -- the steps (sekuire-shutdown) --
@@ -153,8 +177,10 @@ class Shutdown:
                 (
                     self._end_waits,
                     self._close_intake,
+                    self._say_what_runs,
                     self._end_stream,
                     self._drain,
+                    self._close_resources,
                     self._flush,
                     self._beat_last,
                     self._control.close,
@@ -162,7 +188,10 @@ class Shutdown:
                 )
             )
         reason = self._life.reason
-        log.info("the worker has stopped (%s)", reason)
+        if not (self._life.is_refused or self._life.is_cut_short):
+            # An error was logged when the stop began, and a user's own stop() needs no reason.
+            is_known = self._life.error is not None or reason == STOPPED_BY_USER
+            log.say(logging.INFO, "the worker has stopped%s", "" if is_known else f" ({_named(reason or '')})")
         self._control.announcer.note_state("stopped", reason, "info" if self._life.error is None else "error")
         self._life.finish()
 
@@ -187,7 +216,27 @@ class Shutdown:
         is_terminated = self._life.is_terminated
         self._dispatcher.close(is_terminated)
         if is_terminated:
-            self._dispatcher.cancel_running("terminated")
+            self._dispatcher.cancel_running(TERMINATED)
+        elif self._dispatcher.approvals is not None:
+            # The handlers that wait for a person end at once: another worker asks again.
+            self._dispatcher.approvals.questions.drain()
+
+    def _say_what_runs(self) -> None:
+        """Say that the worker stops, and for which tasks it waits."""
+        reason = self._life.reason or ""
+        is_signal = reason.startswith("signal ")
+        names = self._dispatcher.running_names()
+        if not is_signal and not names:
+            # It has stopped at once.
+            return
+        what = "" if reason == STOPPED_BY_USER or self._life.error is not None else f" ({_named(reason)})"
+        most = f"{self._life.deadline.remaining():.0f} s"
+        count = f"{len(names)} task{'s' if len(names) > 1 else ''}"
+        shown = ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "")
+        waits = f"; waiting at most {most} for {count}: {shown}" if names else ""
+        again = "Ctrl-C again" if "Ctrl-C" in what else "a later SIGINT or SIGTERM"
+        hint = f"; {again} ends the process" if is_signal and names else ""
+        log.say(logging.INFO, "stopping%s%s%s", what, waits, hint)
 
     def _end_stream(self) -> None:
         self._stream.join(Deadline(min(_STREAM_PATIENCE, self._life.deadline.remaining() + 0.1)))
@@ -196,8 +245,15 @@ class Shutdown:
         deadline = self._life.deadline
         reserve = min(_FLUSH_MOST, deadline.remaining() * _FLUSH_SHARE)
         if not self._dispatcher.drain(deadline.earlier(reserve)):
-            late = self._dispatcher.abandon("terminated" if self._life.is_terminated else "shutdown")
+            late = self._dispatcher.abandon(TERMINATED if self._life.is_terminated else SHUTDOWN)
+            if self._life.is_cut_short:
+                return
             log.warning("the time to stop is over and these handlers still run: %s", ", ".join(late) or "none")
+
+    def _close_resources(self) -> None:
+        self._resources.close(
+            self._dispatcher.records, Deadline(max(_CLOSE_LEAST, self._life.deadline.remaining() / 2))
+        )
 
     def _flush(self) -> None:
         # The failures of the handlers that the drain gave up have had no time yet.
@@ -222,12 +278,14 @@ class Shutdown:
             )  # fmt: skip
 
     def _beat_last(self) -> None:
-        if not self._heartbeat.detach(self._control):
+        is_last = self._heartbeat.detach(self._control)
+        self._installation.publisher.remove(self._control.worker_id, is_last=is_last)
+        if not is_last:
             # Others go on to beat; the platform learns from the next beat that this worker is gone.
             self._heartbeat.nudge()
             return
         self._heartbeat.stop(Deadline(self._time_for_beat()))
-        if self._heartbeat.last_at is not None:
+        if self._heartbeat.is_expected:
             self._heartbeat.beat_now("stopped", self._time_for_beat())
 
     def _time_for_beat(self) -> float:
@@ -246,10 +304,16 @@ class Shutdown:
             self._installation.close()
         forget_exit(self)
         late += self._dispatcher.overdue_names()
-        if late:
+        if late and not self._life.is_cut_short:
             log.warning("still running after the stop: %s", ", ".join(late))
 
     def _close_outbox(self) -> None:
         outbox, self._outbox = self._outbox, None
         if outbox is not None:
             outbox.close()
+
+
+def _named(reason: str) -> str:
+    """Return the reason of a stop with the name of the signal that it may be."""
+    kind, _, number = reason.partition(" ")
+    return name_of(int(number)) if kind == "signal" else reason

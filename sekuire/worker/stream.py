@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from typing import Any, Dict, Optional, Protocol, Set, Union
 
-from .._internal.logs import get_logger
+from .._internal.clock import time
+from .._internal.logs import SparseLog, get_logger
 from .._internal.threads import Deadline, join_all, owned_by
 from ..config import WorkerConfig
 from ..credentials import Authenticator, Snapshot
@@ -17,9 +16,9 @@ from ..transport.live import LiveAnswer, LiveClient
 from ..transport.retry import Backoff, Interrupted
 from ..transport.sse import Event, EventStream
 from ..wire import protocol
-from ..wire.models import Command, Connected, Task
+from ..wire.models import Approval, Cancel, Command, Connected, Task
 from ..wire.verdict import Failed, Retry, Revoked, Settled, Unauthorized, verdict
-from .life import Life
+from .life import Life, Phase
 from .profile import Profile
 
 log = get_logger("sekuire.stream")
@@ -34,6 +33,9 @@ class StreamListener(Protocol):
     def on_login(self) -> None:
         """Prepare for the stream: there are credentials, and it is opened next."""
 
+    def on_first_open(self, url: str, after: Optional[float]) -> None:
+        """Say that the worker is connected. ``after``: how many seconds it could not be, if that was said."""
+
     def on_connected(self, connected: Connected, as_of: float) -> None:
         """Act on the greeting. The platform has not said it before ``as_of`` (``time.monotonic()``)."""
 
@@ -45,6 +47,15 @@ class StreamListener(Protocol):
 
     def on_command(self, command: Command) -> None:
         """Carry out a command."""
+
+    def on_cancel(self, cancel: Cancel) -> None:
+        """Cancel one task."""
+
+    def on_approval(self, approval: Approval) -> None:
+        """Pass on the decision on a request for approval."""
+
+    def on_reopen(self) -> None:
+        """Make good what may have been lost while the stream was not open."""
 
     def on_unusable_event(self) -> None:
         """Count an event that was skipped: one that is too large, or a command that could not be read."""
@@ -72,6 +83,7 @@ class TaskStream:
         self.reconnects = 0
         self._config = config
         self._auth = auth
+        self._reach = auth.reach
         self._listener = listener
         self._profile = profile
         self._life = life
@@ -80,6 +92,8 @@ class TaskStream:
         self._live = LiveClient(config)
         self._backoff = Backoff(config.reconnect_min, config.reconnect_max)
         self._path = config.endpoints.path("task_stream")
+        #: The fewest seconds before the next try, by what was wrong with this one.
+        self._least_delay = 0.0
         self._last_event_id = ""
         self._was_open = False
         self._opened_at: Optional[float] = None
@@ -87,21 +101,22 @@ class TaskStream:
         self._asked_at: Optional[float] = None
         self._refused: Optional[int] = None
         self._ignored: Set[str] = set()
+        self._malformed_log = SparseLog(log.name)
 
     def start(self) -> None:
         """Begin to read, on the thread ``sekuire-stream``."""
         self._thread.start()
 
-    def is_alive(self) -> bool:
-        """Return True while the stream's thread lives."""
-        return self._thread.is_alive()
+    def has_ended(self) -> bool:
+        """Return True if the stream's thread has lived."""
+        return self._thread.ident is not None and not self._thread.is_alive()
 
     def join(self, deadline: Deadline) -> bool:
         """Wait for the stream's thread. Return True if it ended before ``deadline``."""
         return not join_all([self._thread], deadline)
 
     def _serve(self) -> None:
-        """Read until the stop, and stop the worker for what ends the reading before."""
+        """Read until the stop. Stop the worker if an error ends the reading before."""
         with owned_by(self._life.owner):
             error: Optional[SekuireError] = None
             try:
@@ -111,6 +126,9 @@ class TaskStream:
             except SekuireError as fatal:
                 error = fatal
             except BaseException as unforeseen:  # sys.exit() in a policy gateway, for example.
+                if self._life.phase is Phase.STOPPED:
+                    # A copy of the stream's greenlet in a forked child, whose sockets were closed.
+                    return
                 log.exception("the stream's thread failed")
                 error = SekuireError(f"the stream's thread failed ({type(unforeseen).__name__}); see the log")
             if error is not None:
@@ -125,7 +143,7 @@ class TaskStream:
         """
         try:
             while not self._stop.is_set():
-                problem = self._listen()
+                problem = self._try()
                 self.connected = False
                 if self._stop.is_set():
                     return
@@ -134,18 +152,18 @@ class TaskStream:
                 self._life.disconnect(is_verdict)
                 if self._opened_at is not None:
                     self._backoff.was_open(time.monotonic() - self._opened_at)
-                delay = self._backoff.next(getattr(problem, "retry_after", None))
-                log.log(
-                    logging.INFO if problem is None else logging.WARNING,
-                    "the task stream %s; reconnecting in %.1f s",
-                    f"is not open ({problem})" if problem else "ended",
-                    delay,
-                )
+                delay = max(self._backoff.next(getattr(problem, "retry_after", None)), self._least_delay)
+                if problem is None:
+                    log.info("the task stream ended; reconnecting in %.1f s", delay)
+                else:
+                    self._reach.fail(self, problem)
+                    log.debug("the task stream is not open (%s); reconnecting in %.1f s", problem, delay)
                 self._stop.wait(delay)
                 if not self._stop.is_set() and self._was_open:
                     self.reconnects += 1
         finally:
             self.connected = False
+            self._reach.leave(self)
             self._live.close()
 
     def wake(self) -> None:
@@ -153,6 +171,18 @@ class TaskStream:
         self._live.wake()
 
     # -- one connection --
+
+    def _try(self) -> Optional[SekuireError]:
+        """Open the stream and read it to its end, as :meth:`_listen`. Return also what cannot pass, if it may wait."""
+        self._least_delay = 0.0
+        try:
+            return self._listen()
+        except SekuireError as error:
+            if self._life.is_required or self._was_open or isinstance(error, RevokedError):
+                raise
+            # Refused for a lasting reason: it is not asked for often.
+            self._least_delay = self._config.reconnect_max
+            return error
 
     def _listen(self) -> Optional[SekuireError]:
         """Open the stream and read it to its end. Return what was wrong, if that may pass."""
@@ -214,6 +244,11 @@ class TaskStream:
             return found.error
         if isinstance(found, Revoked) or isinstance(found.error, PlanLimitError):
             raise found.error
+        if isinstance(found.error, APIError) and found.error.code == protocol.CODE_WRONG_AGENT:
+            raise StreamError(
+                f"{self._auth.store.origin}, and this one is {self._config.agent_id!r}; give each agent credentials of "
+                f"its own, in a file of its own ({found.error})"
+            )
         url = self._live.route.base + self._path
         if isinstance(found, Retry):
             kind = protocol.one_line(answer.headers.get("Content-Type", ""))[:80] or "none"
@@ -229,9 +264,16 @@ class TaskStream:
             max_event_bytes=self._config.max_event_bytes,
             last_event_id=self._last_event_id,
         )
-        self.connected = self._was_open = True
+        was_open, self._was_open = self._was_open, True
+        self.connected = True
         self._opened_at = time.monotonic()
         self._life.connect()
+        after = self._reach.restore(self)
+        if was_open:
+            log.info("the task stream is open again")
+            self._listener.on_reopen()
+        else:
+            self._listener.on_first_open(self._live.route.base, after)
         oversized = 0
         handled = True
         try:
@@ -264,6 +306,10 @@ class TaskStream:
                 self._listener.on_task(protocol.decode_task(event.data))
             elif kind == protocol.EVENT_COMMAND:
                 self._listener.on_command(protocol.decode_command(event.data))
+            elif kind == protocol.EVENT_CANCEL:
+                self._listener.on_cancel(protocol.decode_cancel(event.data))
+            elif kind == protocol.EVENT_APPROVAL:
+                self._listener.on_approval(protocol.parse_approval(event.data))
             elif kind == protocol.EVENT_CONNECTED:
                 as_of, self._asked_at = self._asked_at, None
                 connected = protocol.decode_connected(event.data)
@@ -277,7 +323,7 @@ class TaskStream:
         except protocol.MalformedTask as error:
             self._listener.on_malformed_task(error)
         except protocol.Malformed as error:
-            log.error("the platform sent a command that cannot be read: %s", error)
+            self._malformed_log.error("the platform sent a command that cannot be read: %s", error)
             self._listener.on_unusable_event()
 
     def _ignore(self, kind: Any) -> None:

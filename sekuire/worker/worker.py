@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple, Type, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Type
 
 import attrs
 
-from .._internal.logs import get_logger
-from .._internal.signals import SignalQueue
+from .._internal.ending import FLUSH_TIME, end_process
+from .._internal.greenlets import is_main_thread
+from .._internal.logs import enable_loggers, get_logger
+from .._internal.raising import raises_here
+from .._internal.signals import DrainSignals, name_of
 from .._internal.threads import Timer, at_exit, check_process, check_starter, is_in_executor, is_owned_by
+from .._internal.unstarted import Made
 from ..audit.log import AuditLog
-from ..config import WorkerConfig, from_options, function_of_options
+from ..config import HealthAddress, WorkerConfig, from_options, function_of_options, keep_quiet
 from ..errors import ConfigurationError
-from ..handlers.invoke import Handler, Middleware
 from ..handlers.registry import Carrier, TaskRegistry
+from ..logging import print_as
 from ..session.installation import Installation
-from ..wire.models import Command, WorkerStats
+from ..wire.models import Task, WorkerHealth, WorkerStats
 from .announcer import Announcer
 from .answers import WorkerAudit
+from .approvals import Approvals
 from .control import Control
 from .dispatch import Dispatcher
 from .idle import IdleWatch
 from .life import Life, Phase
 from .profile import Profile
+from .questions import Questions
+from .records import PushedSink
+from .registration import Registration
 from .report import Reporter
+from .resources import WorkerResources
 from .shutdown import LAST_BEAT, Shutdown
+from .sink import NotReadyError
+from .start_checks import check_start, warn_of_unhandled
 from .stream import TaskStream
+from .vitals import Vitals
 
 if TYPE_CHECKING:
     from .outbox import Outbox
 
 log = get_logger("sekuire.worker")
 
-_H = TypeVar("_H", bound=Handler)
-_M = TypeVar("_M", bound=Middleware)
-CommandCallback = Callable[[Command], object]
-_C = TypeVar("_C", bound=CommandCallback)
 
 #: Connections that may be kept open, at least: a cap, which costs nothing while they are not needed.
 POOL_SIZE = 256
@@ -47,7 +54,7 @@ POOL_SIZE = 256
 _SIGNAL_SLICE = 0.25
 
 
-class Worker:
+class Worker(Registration):
     """Read an agent's task stream, run a handler for each task and report the results.
 
     ``worker.start(block=True)`` runs it until a signal or the platform stops it; a test can run one handler alone:
@@ -83,10 +90,14 @@ class Worker:
             raise ConfigurationError(
                 f"must be a WorkerConfig, got {type(config).__name__}; or use create_worker(...)", "config"
             )
+        keep_quiet(config.quiet)
+        print_as(config.log_format)
         import uuid  # Here, to keep `import sekuire` cheap: it looks at the machine when it is imported.
 
         self.pid = os.getpid()
         self.worker_id = uuid.uuid4().hex
+        #: Warns at the end of the program if this is never started.
+        self.made = Made(f"the Worker of agent {config.agent_id!r}")
         #: The settings. :meth:`reconfigure` replaces them.
         self.config = config
         #: The SekuireSDK that made this worker, if one did; set by it.
@@ -95,7 +106,12 @@ class Worker:
         #: The handlers and the middleware of this worker.
         self.handlers = TaskRegistry(_option="on_task")
         self._announcer = Announcer(self.worker_id, _audit, owner=self)
-        self._life = Life(config.shutdown_timeout, self._announcer, owner=self)
+        self._life = Life(
+            config.shutdown_timeout,
+            self._announcer,
+            owner=self,
+            is_required=_installation is None or _installation.is_required,
+        )
         #: The way to the platform, shared with the SDK if one made this worker.
         self.installation = _installation or Installation(
             config, pool_size=max(config.max_workers + 6, POOL_SIZE), token_provider=config.token_provider, owner=self
@@ -110,14 +126,16 @@ class Worker:
 
             outbox = open_outbox(config.outbox)
         self._reporter = Reporter(config, self.installation.auth, self.worker_id, self._life, outbox=outbox, owner=self)
+        audit = None if _audit is None else WorkerAudit(_audit, self.worker_id)
+        questions = Questions(config, self._reporter.sender, timer=self._timer, audit=audit, owner=self)
         self._dispatcher = Dispatcher(
             config,
             self.handlers,
             self._reporter,
             timer=self._timer,
             lease=self._heartbeat.lease,
-            scrubber=self.installation,
-            audit=None if _audit is None else WorkerAudit(_audit, self.worker_id),
+            audit=audit,
+            approvals=Approvals(config, questions),
             owner=self,
         )
         self._control = Control(
@@ -131,6 +149,19 @@ class Worker:
             self._announcer,
         )
         self._stream = TaskStream(config, self.installation.auth, self._control, self._profile, self._life)
+        #: The open resources of the worker's scope.
+        self.shared = WorkerResources(self)
+        #: Says how it is, also over HTTP.
+        self.vitals = Vitals(
+            self._profile,
+            self._life,
+            self.installation,
+            self._stream,
+            self._control,
+            self._dispatcher,
+            self._reporter,
+            questions,
+        )
         self._shutdown = Shutdown(
             self._life,
             self._stream,
@@ -138,106 +169,69 @@ class Worker:
             self._dispatcher,
             self._reporter,
             self.installation,
-            (self._timer, self._announcer),
+            (self._timer, self._announcer, self.vitals, questions),
+            self.shared,
             outbox=outbox,
             is_shared=_installation is not None,
         )
         self._life.attach(self._shutdown)
 
-    # -- registering --
-
-    @overload
-    def on_task(
-        self, name: str, handler: _H, *, timeout: Optional[float] = None, max_concurrency: Optional[int] = None
-    ) -> _H: ...
-
-    @overload
-    def on_task(
-        self, name: str, handler: None = None, *, timeout: Optional[float] = None, max_concurrency: Optional[int] = None
-    ) -> Callable[[_H], _H]: ...
-
-    def on_task(
-        self,
-        name: str,
-        handler: Optional[_H] = None,
-        *,
-        timeout: Optional[float] = None,
-        max_concurrency: Optional[int] = None,
-    ) -> Union[_H, Callable[[_H], _H]]:
-        """Register ``handler(ctx, input)`` for a capability: ``@worker.on_task("x")`` or ``on_task("x", handler)``.
-
-        :param name: the capability, or ``"*"`` for each one that has no handler.
-        :param timeout: seconds its run may take.
-        :param max_concurrency: how many of its runs may go on at once.
-        :raises ConfigurationError: an argument is wrong, the name is in use, or the worker has started.
-        """
-        if handler is None:
-            return self.handlers.task(name, timeout=timeout, max_concurrency=max_concurrency)
-        return self.handlers.task(name, handler, timeout=timeout, max_concurrency=max_concurrency)
-
-    def include(self, registry: TaskRegistry) -> None:
-        """Add every handler of ``registry``, with its middleware around them. This freezes the registry.
-
-        :raises ConfigurationError: a name is in use (both places are named, and nothing is added), or the worker has
-            started.
-        """
-        self.handlers.include(registry)
-
-    def middleware(self, function: _M) -> _M:
-        """Put ``function(ctx, input, call_next)`` around every handler of this worker; also ``@worker.middleware``.
-
-        It runs in the handler's thread, within the task's time, after the lease and the policy have allowed the task.
-        The first one registered is outermost. Middleware of included registries is inside.
-
-        ``call_next(input)`` runs what is inside, once, and returns its output (of an async handler, the awaited one) or
-        raises its error. The middleware's own output or error takes the place of that. Without a call of ``call_next``
-        the handler does not run.
-
-        :raises ConfigurationError: the function cannot be called so, is async, or the worker has started.
-        """
-        return self.handlers.middleware(function)
-
-    def on_command(self, callback: _C) -> _C:
-        """Call ``callback(command)`` after each command took effect: in order, on a thread for callbacks only.
-
-        A revocation of the installation comes as a ``terminate`` with its reason. If a command was lost and the
-        platform's desired state repeats it, it comes without ``command_id``.
-        """
-        if not callable(callback):
-            raise ConfigurationError(f"must be callable, got {type(callback).__name__}", "on_command")
-        self._announcer.add_callback(callback)
-        return callback
-
     # -- life --
 
+    @raises_here
     def start(self, block: bool = False) -> None:
         """Log in and begin to work.
 
-        It waits at most ``start_timeout`` seconds for the platform's first answer. A platform that cannot be reached is
-        not an error: the login goes on in the background.
+        First it opens the resources of the worker. What the code of one raises is raised here, and the others are
+        closed. Then it waits at most ``start_timeout`` seconds for the platform's first answer. A platform that cannot
+        be reached is not an error: the login goes on in the background.
 
         :param block: return only when the worker has stopped: by :meth:`stop`, a ``terminate`` command, a revocation,
-            ``stop_when_idle``, SIGINT or SIGTERM (in the main thread; a second one stops at once).
+            ``stop_when_idle``, SIGINT, SIGTERM or SIGHUP (in the main thread, unless it was ignored). A further SIGINT
+            or SIGTERM, at least 1 s after the first, ends the process with exit code 128 + its number.
         :raises AuthenticationError: the platform refused every login method.
         :raises ConfigurationError: there is no handler, or the worker was started or stopped before.
         :raises SekuireError: with ``block``, the error because of which the worker stopped.
         """
+        self.made.forget()
         check_starter("Worker")
+        enable_loggers()
         check_process(self.pid, "Worker")
         self._check_startable()
-        signals = SignalQueue() if block and threading.current_thread() is threading.main_thread() else None
+        problem = self.installation.problem
+        if problem is not None:
+            if block:
+                raise problem
+            # The program goes on, and so must its probes.
+            self.vitals.show()
+            log.warning("the worker does not start: %s", problem)
+            return
+        self.vitals.begin_life()
+        try:
+            # Before the signals are handled, so that each of them ends a resource that does not open.
+            self.shared.open(self.handlers.opened)
+        except BaseException:
+            self._life.request_stop(0.0, reason="a resource could not be opened")
+            self.wait(LAST_BEAT)
+            raise
+        signals = DrainSignals() if block and is_main_thread() else None
+        self._life.is_awaited = True
         with signals or contextlib.nullcontext():
-            self._life.start()
             try:
-                self._begin()
+                # A stop may have come while resources were opened.
+                if self._life.phase is Phase.RUNNING:
+                    self._begin()
                 if block:
-                    _wait_for_end(self._life, signals)
+                    _wait_for_end(self._life, self._dispatcher, signals)
                 elif not is_owned_by(self):
-                    self._life.wait_for_verdict(self.config.start_timeout)
+                    self._life.wait_for_verdict(self.installation.start_time(self.config.start_timeout))
             except BaseException:
                 # KeyboardInterrupt above all: whoever waits here is leaving, so the threads must not stay.
                 self._life.request_stop(0.0)
                 raise
+        if self._life.error is None:
+            # From now on an error is logged. Only then look again: one that came before that is raised.
+            self._life.is_awaited = False
         error = self._life.error
         if error is not None:
             self.wait(self.config.shutdown_timeout)
@@ -260,6 +254,7 @@ class Worker:
     def request_stop(self, timeout: Optional[float] = None) -> None:
         """Begin the stop as :meth:`stop` does, and return at once."""
         check_process(self.pid, "Worker")
+        self.made.forget()
         self._life.request_stop(timeout)
 
     def wait(self, timeout: Optional[float] = None) -> bool:
@@ -270,6 +265,7 @@ class Worker:
         """Wait at most ``timeout`` seconds for an open task stream. Return True if it is open."""
         return self._life.wait_until_connected(timeout)
 
+    @raises_here
     def __enter__(self) -> Worker:
         self.start()
         return self
@@ -293,8 +289,7 @@ class Worker:
 
         The platform may be unreachable at that time.
         """
-        phase = self._life.phase
-        return phase is Phase.STOPPING or (phase is Phase.RUNNING and self._stream.is_alive())
+        return self._life.phase is not Phase.NEW and self.vitals.is_live()
 
     def is_connected(self) -> bool:
         """Return True if the task stream is open."""
@@ -306,13 +301,21 @@ class Worker:
 
     @property
     def stop_reason(self) -> Optional[str]:
-        """Why it stopped or is stopping; None while it does neither."""
+        """Return why it stopped or is stopping, None while it does neither."""
         return self._life.reason
 
     @property
     def capabilities(self) -> Tuple[str, ...]:
-        """The declared capabilities and those with a handler."""
+        """Return the declared capabilities and those with a handler."""
         return self._profile.capabilities
+
+    def capability_info(self) -> List[Dict[str, Any]]:
+        """Return each capability's name, description and JSON Schemas, as they are published to the platform.
+
+        :raises ConfigurationError: a mistake in the declared resources.
+        """
+        self.handlers.injections(_carrier_of(self.config))
+        return self._profile.describe()
 
     def pause(self, reason: Optional[str] = None) -> None:
         """Accept no tasks: each is answered ``worker_paused`` (retryable). Running ones go on."""
@@ -330,32 +333,51 @@ class Worker:
 
     def stats(self) -> WorkerStats:
         """Return the counts since the start and the state of the lease."""
-        counts = self._dispatcher.counts
-        return WorkerStats(
-            received=counts.received,
-            waiting=self._dispatcher.waiting,
-            running=self._dispatcher.running,
-            completed=counts.completed,
-            failed=counts.failed,
-            rejected=counts.rejected,
-            released=counts.released,
-            duplicates=counts.duplicates,
-            dropped=counts.dropped + self._reporter.dropped + self._control.unusable,
-            undelivered=self._reporter.backlog,
-            overdue=len(self._dispatcher.overdue_names()),
-            reconnects=self._stream.reconnects,
-            last_heartbeat_at=self._heartbeat.last_at,
-            lease_expires_at=self._heartbeat.lease.expires_at,
-        )
+        return self.vitals.stats()
+
+    def health(self) -> WorkerHealth:
+        """Return whether it lives and is ready for tasks, why not, and how its lease and its heartbeat are."""
+        return self.vitals.health()
+
+    @property
+    def health_address(self) -> Optional[Tuple[str, int]]:
+        """Return the host and the port where it is shown over HTTP, None if it is not shown now."""
+        return self.vitals.address
 
     def __repr__(self) -> str:
         return f"<Worker {self.config.agent_id} {self.worker_id[:8]} {self._life.phase.value}>"
 
+    # -- tasks that do not come from the platform --
+
+    def push(self, task: Task, sink: PushedSink) -> None:
+        """Run a task that did not come from the platform as one that did, and give its result to ``sink``.
+
+        :raises NotReadyError: the worker is not started, has not been connected yet, or stayed behind at a fork.
+        """
+        if os.getpid() != self.pid:
+            raise NotReadyError("the worker runs in another process; start one in each process that has the endpoint")
+        if self._life.phase is Phase.NEW:
+            raise NotReadyError("the worker is not started")
+        # Until then it has no lease, and may be refused. Once it stops, the dispatcher knows what to answer.
+        if self._life.phase is Phase.RUNNING and not self._life.was_connected:
+            raise NotReadyError("the worker has not been connected to the platform yet")
+        self._dispatcher.push(task, sink)
+
+    def cancel_pushed(self, sink: PushedSink, reason: str) -> None:
+        """Cancel a pushed task that has not ended."""
+        self._dispatcher.answers.cancel(sink, reason)
+
     # -- starting --
 
-    def reconfigure(self, *, max_workers: Optional[int] = None, stop_when_idle: Optional[float] = None) -> None:
+    def reconfigure(
+        self,
+        *,
+        max_workers: Optional[int] = None,
+        stop_when_idle: Optional[float] = None,
+        health: Optional[HealthAddress] = None,
+    ) -> None:
         """Change options of a worker that has not started, as command lines do. None leaves an option as it is."""
-        given = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
+        given = {"max_workers": max_workers, "stop_when_idle": stop_when_idle, "health": health}
         changes: Dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self._life.phase is not Phase.NEW:
             raise ConfigurationError("cannot be changed once the worker was started", ", ".join(changes))
@@ -363,24 +385,14 @@ class Worker:
         self._dispatcher.resize(self.config)
 
     def _check_startable(self) -> None:
-        if self.handlers.is_empty():
-            raise ConfigurationError("no handler is registered; use @worker.on_task('name') before start()", "on_task")
-        if self.config.credentials_store is None:
-            self.installation.auth.require_credentials()
-        if self.config.policy_required and self.config.policy_gateway is None:
-            raise ConfigurationError(
-                "is True, and there is no policy_gateway that could load a policy; use SekuireSDK with the extra (pip "
-                "install 'sekuire[policy]'), or give policy_gateway=PolicyGateway(...)",
-                "policy_required",
-            )
+        check_start(self.config, self.handlers, self.installation)
+        if self.sdk is not None:
+            self.sdk.check_handlers()
         if self._life.phase is Phase.NEW:
             self.handlers.freeze(_carrier_of(self.config))
 
     def _begin(self) -> None:
-        if not self.handlers.has_catch_all:
-            unhandled = [name for name in self.config.capabilities if self.handlers.find(name) is None]
-            if unhandled:
-                log.warning("no handler for %s; their tasks will fail (unknown_capability)", ", ".join(unhandled))
+        warn_of_unhandled(self.config, self.handlers)
         self.installation.declare(*self.capabilities)
         self._control.open()
         at_exit(self._shutdown)
@@ -401,21 +413,25 @@ def _carrier_of(config: WorkerConfig) -> Optional[Carrier]:
     return carrier_of(config)
 
 
-def _wait_for_end(life: Life, signals: Optional[SignalQueue]) -> None:
-    """Wait until the worker has stopped, and stop it on the first signal; on a second one at once."""
+def _wait_for_end(life: Life, dispatcher: Dispatcher, signals: Optional[DrainSignals]) -> None:
+    """Wait until the worker has stopped. The first signal stops it, a later one ends the process."""
     if signals is None:
         life.wait()
         return
     while not life.wait(0):
-        number = signals.get(_SIGNAL_SLICE)
-        if number is None:
+        come = signals.get(_SIGNAL_SLICE)
+        if come is None:
             continue
-        if life.phase is Phase.STOPPING:
-            log.warning("a second signal: stopping at once")
+        if come.must_end:
+            names = dispatcher.running_names()
+            rest = f" without waiting for {', '.join(names)}" if names else ""
+            log.warning("ending the process (%s)%s", name_of(come.number), rest)
+            life.is_cut_short = True
             life.request_stop(0.0)
-        else:
-            log.info("signal %d: stopping; another one stops at once", number)
-            life.request_stop(reason=f"signal {number}")
+            life.wait(FLUSH_TIME)
+            end_process(128 + come.number)
+        if come.is_first:
+            life.request_stop(reason=f"signal {come.number}")
 
 
 @function_of_options(WorkerConfig)

@@ -310,7 +310,7 @@ def tell_once(outbox: Optional[Outbox]) -> None:
     assert reporter.flush(Deadline(GUARD))
     assert sorted(taken) == sorted(ids)
     assert {task_id: len(bodies) for task_id, bodies in platform.told.items()} == dict.fromkeys(ids, 1)
-    assert (reporter.undelivered(), reporter.dropped) == ([], 0)
+    assert (reporter.undelivered(), reporter.results.dropped) == ([], 0)
     assert reporter.close(Deadline(GUARD)) == []
     if outbox is not None:
         assert outbox.claim("http://127.0.0.1:9", "a", object()) == []
@@ -347,7 +347,7 @@ def storm(end: str, chance: random.Random) -> None:
 
     registry.add("wide", handle)
     registry.add("narrow", handle, None, 1)
-    dispatcher = Dispatcher(config_of(max_queued=5), registry, reporter, timer=timer, lease=lease, scrubber=None)
+    dispatcher = Dispatcher(config_of(max_queued=5), registry, reporter, timer=timer, lease=lease)
     count = 150
     over = threading.Event()
     submitted: Set[str] = set()

@@ -54,6 +54,7 @@ def peak_of(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> List[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_command_behind_ten_thousand_tasks(scripted: Scripted, worker_of: Make) -> None:
     """Tasks beyond max_in_flight wait here, so a terminate behind them acts while the first one runs."""
     worker = worker_of(scripted, max_workers=1, max_queued=1, heartbeat_interval=5.0)
@@ -220,7 +221,7 @@ def test_releases_that_the_platform_does_not_answer_are_bounded(
 ) -> None:
     """A platform that takes neither results nor tasks back is not read on: what is on its way back is bounded."""
     monkeypatch.setattr("sekuire.worker.release.RELEASES", 5)
-    monkeypatch.setattr("sekuire.worker.dispatch._RELEASE_PAUSE", 0.01)
+    monkeypatch.setattr("sekuire.worker.dispatch.RELEASE_PAUSE", 0.01)
     monkeypatch.setattr("sekuire.worker.report.RETRY_MAX", 0.05)
     monkeypatch.setattr("sekuire.worker.release.RETRY_MAX", 0.05)
     accept = threading.Event()

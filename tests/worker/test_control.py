@@ -236,6 +236,19 @@ def test_callbacks_in_order_and_failing_ones(
     assert sum("a callback" in record.message for record in caplog.records) == 6
 
 
+@pytest.mark.parametrize("kind", protocol.COMMANDS)
+def test_every_command_of_the_contract(platform: Any, worker_of: Make, kind: str) -> None:
+    """The local platform sends each type of command, and a worker carries it out and announces it."""
+    worker = worker_of(platform)
+    worker.on_task("echo", lambda ctx, input: input)
+    announced: List[str] = []
+    worker.on_command(lambda command: announced.append(command.type))
+    with worker:
+        assert worker.wait_until_connected(GUARD)
+        platform.command(platform.installations()[0]["installation_id"], kind)
+        until(lambda: announced == [kind])
+
+
 def test_a_hanging_callback_harms_nothing(scripted: Scripted, worker_of: Make, handler: Handler) -> None:
     """While a callback hangs, commands, tasks and heartbeats go on, and a stop names its thread and returns."""
     hang = threading.Event()

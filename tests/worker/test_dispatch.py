@@ -196,7 +196,6 @@ def dispatcher_of(
         sink,
         timer=timer,
         lease=lease or Lease(),
-        scrubber=None,
         audit=None if audit is None else WorkerAudit(audit, "w"),
     )
 
@@ -670,7 +669,7 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
     sink = Sink()
     config = WorkerConfig(agent_id="a", runtime_token="t", max_workers=1, max_queued=10)
     dispatcher = Dispatcher(
-        config, registry, sink, timer=ManualTimer(), lease=Lease(), scrubber=None
+        config, registry, sink, timer=ManualTimer(), lease=Lease()
     )  # fmt: skip
     for number, value in enumerate(inputs):
         dispatcher.submit(task_of(str(number), "a", input=value))
@@ -689,13 +688,14 @@ def test_a_task_that_waited_as_json_gets_its_input_as_it_came(monkeypatch: pytes
         ([State.REJECTED], [State.RUNNING, State.RELEASED, State.FINISHED]),
         ([State.WAITING], [State.RECEIVED, State.RUNNING, State.FINISHED]),
         ([State.STARTING, State.RUNNING], [State.REJECTED, State.RELEASED, State.STARTING]),
+        ([State.STARTING, State.SENT], [State.RUNNING, State.STARTING]),
         ([State.STARTING, State.RUNNING, State.FINISHED], list(State)),
         ([State.RELEASED], [State.WAITING, State.STARTING, State.FINISHED]),
     ],
 )
 def test_only_legal_edges(way: List[State], then: List[State]) -> None:
     """A task ends once, and none that has begun is given back or rejected."""
-    record = Record(task_of("t1", "wide"), HandlerEntry("wide", lambda ctx, input: None))
+    record = Record(task_of("t1", "wide"), HandlerEntry("wide", lambda ctx, input: None), Sink(), "t1")
     for state in way:
         move(record, state)
     for state in then:

@@ -65,6 +65,7 @@ class Balancer(RawServer):
                 target.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [8, 16])
 def test_a_failover_that_leaves_connections_silent(scripted: Scripted, threads: int) -> None:
     """One heartbeat is lost, the next goes over a new connection, and no running task is cancelled."""

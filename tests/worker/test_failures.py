@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import json
 import logging
 import math
+import sys
 import threading
 import urllib.parse
 from typing import Any, Callable, Dict, List
 
 import pytest
 
-from sekuire import TaskContext, TaskError, Worker
+from sekuire import TaskContext, TaskError, TaskRegistry, Worker
 from sekuire._internal.threads import is_owned_by
 from sekuire.errors import PolicyUnavailableError, PolicyViolationError
+from sekuire.testing import run_task
 from sekuire.transport.retry import Backoff
 
 from ..conftest import AGENT
@@ -308,6 +311,51 @@ def test_result_not_serializable(platform: Any, worker_of: Make, make: Callable[
         assert (error["code"], error["retryable"]) == ("result_not_serializable", False)
         until(lambda: worker.stats().failed)
         assert worker.stats().completed == 0
+
+
+@dataclasses.dataclass
+class Row:
+    when: Any
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        ({"rows": [Row(b"x")]}, "output.rows[0].when is bytes; decode it"),
+        (Row, "output is the class Row itself, not an instance of it; return Row(...)"),
+        ([1.0, math.nan], "output[1] is nan, which JSON lacks"),
+        ({"a b": math.inf}, "output['a b'] is inf"),
+        (["\ud800"], "output[0] is a text with a lone surrogate"),
+        ({"x": {(1, 2): 3}}, "output.x has a key of type tuple; use texts as keys"),
+        ({"\ud800": 1}, "output has a key that is a text with a lone surrogate"),
+        (_loop(), "contains itself"),
+        (_deep(), "is nested too deep"),
+        ({1, 1j}, "is of type complex; return"),
+        ((i for i in ()), "output is a generator, which is read only once; return list(...)"),
+        (map(str, []), "output is a map, which is read only once"),
+        (len, "output is a function"),
+        ({"n": 10**5000}, "output.n is an integer with too many digits"),
+    ],
+)
+def test_where_a_result_has_no_json_form(result: Any, problem: str) -> None:
+    """The failure names the capability, the place in the result and what to do."""
+    if isinstance(result, dict) and "n" in result and not hasattr(sys, "get_int_max_str_digits"):
+        pytest.skip("this Python writes integers of any size")
+    tasks = TaskRegistry()
+    tasks.task("summarize", lambda ctx, input: result)
+    error = run_task(tasks, "summarize").error
+    assert error is not None
+    assert error.message.startswith("the handler's result has no JSON form: summarize: output")
+    assert problem in error.message
+
+
+def test_where_details_have_no_json_form() -> None:
+    """So do the details of a TaskError."""
+    tasks = TaskRegistry()
+    tasks.task("summarize", raising(TaskError("own", details={"x": [object()]})))
+    error = run_task(tasks, "summarize").error
+    assert error is not None
+    assert "summarize: error.details.x[0] is of type object; return" in error.message
 
 
 class Unspeakable(ValueError):

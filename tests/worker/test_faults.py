@@ -10,7 +10,7 @@ import pytest
 
 from sekuire import Worker
 from sekuire.local import Faults
-from sekuire.worker import release, report
+from sekuire.worker import release, report, shutdown
 
 from ..conftest import AGENT
 from ..support.waiting import GUARD, until
@@ -102,6 +102,7 @@ def test_each_task_is_done_once(make_platform: Callable[..., Any], worker_of: Ma
     assert (stats.completed, stats.failed, stats.rejected, stats.dropped) == (len(tasks), 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_all_faults_together(make_platform: Callable[..., Any], worker_of: Make) -> None:
     """A bit of everything at once changes nothing of that."""
     platform = make_platform(faults=Faults(seed=11))
@@ -214,7 +215,9 @@ def test_a_command_in_an_outage(platform: Any, worker_of: Make, command: str) ->
         "outage:3600,every=0.01,status=503",
     ],
 )
-def test_a_stop_under_a_fault(make_platform: Callable[..., Any], worker_of: Make, text: str) -> None:
+def test_a_stop_under_a_fault(
+    make_platform: Callable[..., Any], worker_of: Make, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     """stop() returns by its deadline with a handler at work and a fault that does not end, and no thread is left."""
     platform = make_platform()
     worker = worker_of(platform)
@@ -233,6 +236,8 @@ def test_a_stop_under_a_fault(make_platform: Callable[..., Any], worker_of: Make
     fault = platform.faults.add(text)
     if "every" in text:
         until(lambda: fault.injected)
+    # The least that a stop leaves for the reports, whatever its deadline.
+    monkeypatch.setattr(shutdown, "_FLUSH_LEAST", 0.2)
     worker.stop(0.3)
     assert not worker.is_running()
     assert runs == [task_id]

@@ -148,6 +148,7 @@ def test_during_a_wait(scripted: Scripted, worker_of: Make) -> None:
     assert moments(once, step=2) > 5
 
 
+@pytest.mark.slow
 @dropped_connection
 def test_of_a_beacon(scripted: Scripted) -> None:
     """A Beacon whose start() or stop() was interrupted is ended by the next stop()."""

@@ -33,6 +33,9 @@ class Around:
         self.calls.append((when, number, function))
         return number
 
+    def retry(self) -> None:
+        """The thread runs."""
+
     def cancel(self, number: int) -> None:
         self.calls = [one if one[1] != number else (math.inf, number, one[2]) for one in self.calls]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -17,7 +19,8 @@ import pytest
 from sekuire import RuntimeCredentialsStore, SekuireSDK, TaskError, Worker
 from sekuire._internal import delivery
 from sekuire.worker import outbox as outbox_module
-from sekuire.worker.outbox import Outbox, open_outbox
+from sekuire.worker import outbox_file, report
+from sekuire.worker.outbox import Outbox, Stored, open_outbox
 
 from ..conftest import AGENT
 from ..support.builders import task_of
@@ -605,3 +608,184 @@ def test_a_higher_attempt_while_a_stop_keeps_the_result(
         with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db")) as database:
             assert database.execute("SELECT task_id, attempt FROM completion").fetchall() == [("t1", 7)]
         silent.set()
+
+
+# -- a file that others delete, copy or hold --
+
+
+@pytest.fixture
+def quick_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outbox is looked at often."""
+    monkeypatch.setattr(report, "SWEEP", 0.05)
+    monkeypatch.setattr(report, "UPKEEP", 0.05)
+
+
+def kept(folder: Path) -> List[str]:
+    """The tasks in the outbox of this folder, read from a copy of the file alone."""
+    copy = folder / "copy"
+    copy.mkdir(exist_ok=True)
+    if not (folder / "outbox.db").exists():
+        return []
+    shutil.copy(folder / "outbox.db", copy / "outbox.db")
+    return stored(copy)
+
+
+@pytest.mark.usefixtures("quick_upkeep")
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere an open file cannot be deleted")
+def test_an_outbox_that_is_deleted_while_results_wait(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is undelivered is written again, although no new result comes; the next process finds it."""
+    scripted.on["complete"] = lambda request: (503, {})
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db", shutdown_timeout=1.0)
+    worker.on_task("work", lambda ctx, input: "precious")
+    worker.start()
+    for task_id in ("t1", "t2"):
+        scripted.task(task_id, "work")
+    until(lambda: kept(tmp_path) == ["t1", "t2"])
+    for path in tmp_path.glob("outbox.db*"):
+        path.unlink()
+    until(lambda: kept(tmp_path) == ["t1", "t2"])
+    # And if that happens right before the stop.
+    scripted.task("t3", "work")
+    until(lambda: kept(tmp_path) == ["t1", "t2", "t3"])
+    for path in tmp_path.glob("outbox.db*"):
+        path.unlink()
+    worker.stop(1.0)
+    assert stored(tmp_path) == ["t1", "t2", "t3"]
+    assert "they are in the outbox" in caplog.text
+    del scripted.on["complete"]
+    second = worker_of(scripted, outbox=tmp_path / "outbox.db")
+    second.on_task("work", lambda ctx, input: "again")
+    with second:
+        until(lambda: stored(tmp_path) == [])
+    assert [one.json["output"] for one in scripted.completions("t3")][-1] == "precious"
+
+
+@pytest.mark.usefixtures("quick_upkeep")
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere an open file cannot be replaced")
+def test_an_outbox_that_is_replaced_by_a_backup(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """What it holds is delivered, what was delivered already leaves it, and what is undelivered goes into it."""
+    path = tmp_path / "outbox.db"
+    scripted.on["complete"] = lambda request: (503, {})
+    worker = worker_of(scripted, outbox=path, shutdown_timeout=1.0)
+    worker.on_task("work", lambda ctx, input: input)
+    with worker:
+        for task_id in ("t1", "t2"):
+            scripted.task(task_id, "work", "first")
+        until(lambda: kept(tmp_path) == ["t1", "t2"])
+        with contextlib.closing(sqlite3.connect(tmp_path / "copy" / "outbox.db")) as database, database:
+            database.execute(
+                "INSERT INTO completion SELECT api_url, agent_id, 'lost', installation_id, attempt, substituted, "
+                "replace(body, 't1', 'lost'), stored_at FROM completion WHERE task_id = 't1'"
+            )
+        scripted.on["complete"] = lambda request: (200, {}) if request.task_id != "t3" else (503, {})
+        until(lambda: stored(tmp_path) == [])
+        scripted.task("t3", "work", "third")
+        until(lambda: stored(tmp_path) == ["t3"])
+        (tmp_path / "copy" / "outbox.db").chmod(0o600)
+        os.replace(tmp_path / "copy" / "outbox.db", path)
+        until(lambda: scripted.completions("lost"))
+        until(lambda: stored(tmp_path) == ["t3"])
+        assert worker.stats().undelivered == 1
+
+
+@pytest.mark.usefixtures("quick_upkeep")
+def test_an_outbox_that_another_program_holds(
+    scripted: Scripted,
+    worker_of: Callable[..., Worker],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Results are delivered without it, with one warning; when it is free, what is undelivered goes into it."""
+    monkeypatch.setattr(outbox_file, "BUSY_WAIT", 0.1)
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db", shutdown_timeout=1.0, max_workers=4)
+    worker.on_task("work", lambda ctx, input: "precious")
+    with worker:
+        until(worker.is_connected)
+        scripted.on["complete"] = lambda request: (503, {}) if request.task_id == "stays" else (200, {})
+        with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for task_id in ("t1", "t2", "stays", "t3"):
+                scripted.task(task_id, "work")
+            for task_id in ("t1", "t2", "t3"):
+                assert scripted.completion(task_id)["output"] == "precious"
+            until(lambda: scripted.completions("stays"))
+            assert stored(tmp_path) == []
+            other.execute("ROLLBACK")
+        until(lambda: stored(tmp_path) == ["stays"])
+    assert sum("is locked" in one.getMessage() for one in caplog.records) == 1
+
+
+@pytest.mark.usefixtures("quick_upkeep")
+def test_an_outbox_that_another_program_holds_at_the_start(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker starts without it. What an earlier process left is delivered when it is free."""
+    monkeypatch.setattr(outbox_file, "BUSY_WAIT", 0.1)
+    scripted.on["complete"] = lambda request: (503, {})
+    first = worker_of(scripted, outbox=tmp_path / "outbox.db", shutdown_timeout=0.5)
+    first.on_task("work", lambda ctx, input: "precious")
+    with first:
+        scripted.task("t1", "work")
+        until(lambda: stored(tmp_path) == ["t1"])
+    del scripted.on["complete"]
+    before = len(scripted.completions("t1"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        worker = worker_of(scripted, outbox=tmp_path / "outbox.db")
+        worker.on_task("work", lambda ctx, input: "again")
+        worker.start()
+        until(worker.is_connected)
+        assert len(scripted.completions("t1")) == before
+        other.execute("ROLLBACK")
+    until(lambda: len(scripted.completions("t1")) > before)
+    until(lambda: stored(tmp_path) == [])
+
+
+@pytest.mark.usefixtures("quick_upkeep")
+def test_what_an_earlier_process_left_waits_for_the_login(
+    scripted: Scripted, worker_of: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """A look at the file while the platform does not let the worker in claims nothing."""
+    with contextlib.closing(open_outbox(tmp_path / "outbox.db")) as outbox:
+        outbox.put(scripted.url, AGENT, None, Stored("t1", 1, False, b'{"task_id":"t1","status":"completed"'))
+    scripted.on["bootstrap"] = lambda request: (503, {})
+    worker = worker_of(scripted, outbox=tmp_path / "outbox.db", start_timeout=0.01)
+    worker.on_task("work", lambda ctx, input: "again")
+    with worker:
+        scripted.wait_for("bootstrap", 3)
+        assert worker.stats().undelivered == 0
+        del scripted.on["bootstrap"]
+        until(lambda: stored(tmp_path) == [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_copy_of_the_file_alone(make_platform: Callable[..., Any], tmp_path: Path) -> None:
+    """A result that was not delivered is in the file itself: who has nothing else after a kill delivers it."""
+    platform = make_platform(path=tmp_path / "platform.db", redelivery_delay=0.0)
+    token = platform.create_install_token(AGENT)
+    command = [sys.executable, "-c", SCRIPT, platform.url, token, str(tmp_path)]
+    task_id = platform.submit("work", {"number": 1}, agent_id=AGENT)
+    with subprocess.Popen(command) as first:
+        try:
+            until((tmp_path / "runs").exists)
+            platform.stop()
+            (tmp_path / "go-on").touch()
+            until(lambda: kept(tmp_path) == [task_id])
+        finally:
+            first.kill()
+    for suffix in ("-wal", "-shm", ".lock"):
+        (tmp_path / f"outbox.db{suffix}").unlink()
+    platform.start()
+    with subprocess.Popen(command) as second:
+        try:
+            assert platform.wait(task_id, GUARD)["output"] == {"done": 1}
+        finally:
+            second.terminate()
+    assert (tmp_path / "runs").read_text().split() == [task_id]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -12,7 +14,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple, Union
 
 import pytest
 from hypothesis import given, settings
@@ -22,9 +24,11 @@ from sekuire.errors import ConfigurationError
 from sekuire.wire import protocol
 from sekuire.wire.models import is_id
 from sekuire.worker import outbox as outbox_module
+from sekuire.worker import outbox_file
 from sekuire.worker.outbox import Outbox, Stored, open_outbox
 from sekuire.worker.outbox_file import CompletionFile
 
+from ..support.users import OTHER, give_to_another, in_mounts
 from ..support.waiting import GUARD, until
 
 URL, AGENT = "http://127.0.0.1:1", "agent"
@@ -32,6 +36,12 @@ URL, AGENT = "http://127.0.0.1:1", "agent"
 
 def stored(task_id: str, head: bytes = b'{"task_id":"t"', attempt: int = 1) -> Stored:
     return Stored(task_id, attempt, False, head)
+
+
+def write(path: Path, content: Union[bytes, bytearray]) -> None:
+    """Make a file that only this user can read."""
+    path.touch(0o600)
+    path.write_bytes(content)
 
 
 def database_of(outbox: Outbox) -> sqlite3.Connection:
@@ -278,7 +288,7 @@ def test_it_is_private(tmp_path: Path) -> None:
 def test_a_corrupt_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes) -> None:
     """A file that cannot be read is renamed, never deleted, and its new name is told."""
     path = tmp_path / "outbox.db"
-    path.write_bytes(content)
+    write(path, content)
     with caplog.at_level(logging.ERROR):
         outbox = open_outbox(path)
     assert outbox.put(URL, AGENT, None, stored("a"))
@@ -340,7 +350,7 @@ def test_any_damage_is_survived(damage: List[Tuple[int, bytes]]) -> None:
         for place, content in damage:
             at = place % len(data)
             data[at : at + len(content)] = content
-        Path(path).write_bytes(data)
+        write(Path(path), data)
         problem = ""
         try:
             outbox = open_outbox(path)
@@ -449,7 +459,7 @@ def test_an_interrupted_writer_holds_up_no_other(tmp_path: Path) -> None:
 def test_a_damaged_schema_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: bytes) -> None:
     """A file whose names are damaged is set aside, although SQLite's message about it may be no text."""
     path = tmp_path / "outbox.db"
-    path.write_bytes(_filled().replace(b"completion", name))
+    write(path, _filled().replace(b"completion", name))
     outbox = open_outbox(path)
     assert outbox.put(URL, AGENT, None, stored("a"))
     outbox.close()
@@ -460,6 +470,7 @@ def test_a_damaged_schema_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_another_programs_database_is_refused(tmp_path: Path) -> None:
     """A database that is not ours is left alone."""
     path = tmp_path / "theirs.db"
+    path.touch(0o600)
     database = sqlite3.connect(path)
     database.execute("CREATE TABLE theirs (x)")
     database.commit()
@@ -686,3 +697,332 @@ def test_a_removal_leaves_the_next_try(tmp_path: Path) -> None:
     assert outbox.owner_of(URL, AGENT, "a") is None
     assert outbox.claim(URL, AGENT, object()) == []
     outbox.close()
+
+
+# -- whose files these are --------------------------------------------------------------------------------------------
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs owners and modes")
+BESIDE = ["", "-wal", "-shm", "-journal", ".lock"]
+
+
+@posix
+@pytest.mark.parametrize("suffix", BESIDE)
+def test_a_file_of_another_user_is_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has prepared the file, or one that SQLite believes beside it, could have results sent in our name."""
+    path = tmp_path / "outbox.db"
+    write(path, _filled())
+    prepared = tmp_path / f"outbox.db{suffix}"
+    prepared.touch(0o600)
+    give_to_another(prepared, monkeypatch)
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match="belongs to another user") as caught:
+        open_outbox(path)
+    assert caught.value.option == "outbox"
+    assert path.read_bytes() == before
+
+
+@posix
+@pytest.mark.parametrize("suffix", ["", "-wal", "-journal"])
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / "outbox.db", _filled())
+    open_to_all = tmp_path / f"outbox.db{suffix}"
+    open_to_all.touch()
+    open_to_all.chmod(0o604)
+    with pytest.raises(ConfigurationError, match=f"can be read by others; run: chmod 600 {open_to_all}"):
+        open_outbox(tmp_path / "outbox.db")
+
+
+@posix
+@pytest.mark.parametrize("suffix", BESIDE)
+def test_a_fifo_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"outbox.db{suffix}", 0o600)
+    with pytest.raises(ConfigurationError, match="is not a regular file"):
+        open_outbox(tmp_path / "outbox.db")
+
+
+@posix
+def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link of this user leads to the outbox; another user's does not, nor any in place of the files beside it."""
+    link = tmp_path / "link.db"
+    link.symlink_to(tmp_path / "outbox.db")
+    open_outbox(link).close()
+    assert link.is_symlink()
+    for suffix in ("-wal", ".lock"):
+        beside = tmp_path / f"outbox.db{suffix}"
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ConfigurationError, match="is a symbolic link"):
+            open_outbox(link)
+        beside.unlink()
+    assert not (tmp_path / "elsewhere").exists()
+    give_to_another(link, monkeypatch)
+    with pytest.raises(ConfigurationError, match="is a symbolic link of another user"):
+        open_outbox(link)
+
+
+@posix
+def test_a_volume_of_kubernetes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What fsGroup makes of the files is accepted with one warning, and they are private again."""
+    write(tmp_path / "outbox.db", _filled())
+    (tmp_path / "outbox.db.lock").touch()
+    for path in tmp_path.iterdir():
+        path.chmod(0o660)
+    outbox = open_outbox(tmp_path / "outbox.db")
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in tmp_path.iterdir() if one.suffix != ".lock"}
+    outbox.close()
+    assert modes == {"outbox.db": 0o600, "outbox.db-wal": 0o600, "outbox.db-shm": 0o600}
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "fsGroup" in record.getMessage()
+
+
+@posix
+def test_another_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "outbox.db", b"")
+    (tmp_path / "outbox.db").chmod(0o660)
+    monkeypatch.setattr(os, "getgroups", list)
+    monkeypatch.setattr(os, "getegid", lambda: OTHER)
+    with pytest.raises(ConfigurationError, match="chmod 600"):
+        open_outbox(tmp_path / "outbox.db")
+
+
+def test_a_file_that_is_mounted_alone(tmp_path: Path) -> None:
+    """SQLite keeps results in files beside it, which would not be in the mount."""
+    script = """
+import os, subprocess, sys
+from sekuire.errors import ConfigurationError
+from sekuire.worker.outbox import open_outbox
+home, path = sys.argv[1] + "/home.db", sys.argv[1] + "/outbox.db"
+for name in (home, path):
+    os.close(os.open(name, os.O_CREAT, 0o600))
+subprocess.run(["mount", "--bind", home, path], check=True)
+try:
+    open_outbox(path)
+except ConfigurationError as error:
+    print(error)
+"""
+    output = in_mounts(script, str(tmp_path))
+    assert "is mounted as a single file" in output
+    assert "-wal" in output
+    assert "mount the directory" in output
+    assert (tmp_path / "home.db").read_bytes() == b""
+
+
+# -- files that others delete, replace or hold ------------------------------------------------------------------------
+
+
+def ids_in(path: Path) -> List[str]:
+    """The tasks in the file at this path, as another process would find them."""
+    database = sqlite3.connect(path)
+    try:
+        return [row[0] for row in database.execute("SELECT task_id FROM completion ORDER BY task_id")]
+    finally:
+        database.close()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> List[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+posix_files = pytest.mark.skipif(os.name != "posix", reason="elsewhere an open file cannot be deleted")
+
+
+@posix_files
+@pytest.mark.parametrize("gone", [["", "-wal", "-shm", ".lock"], [""], ["-wal"], ["-shm"], [".lock"]])
+def test_a_file_that_is_deleted_while_it_is_open(
+    gone: List[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is opened again, with one warning; what was put before may be missing, which the epoch says."""
+    monkeypatch.setattr(outbox_file, "_LOOK_PAUSE", 0.0)
+    path = tmp_path / "outbox.db"
+    outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    epoch = outbox.epoch
+    for suffix in gone:
+        (tmp_path / f"outbox.db{suffix}").unlink()
+    assert outbox.put(URL, AGENT, None, stored("b"))
+    assert outbox.epoch == epoch + 1
+    (warning,) = warnings_of(caplog)
+    assert "was deleted or replaced by another program" in warning
+    found = ids_in(path)
+    # What was beside the file is not lost with what was beside it.
+    assert found == (["b"] if "" in gone else ["a", "b"])
+    assert outbox.put(URL, AGENT, None, stored("c"))
+    assert outbox.epoch == epoch + 1
+    with pytest.raises(ConfigurationError, match="another process uses it"):
+        other = Outbox(str(path))
+        other.file.open()
+    outbox.close()
+    assert ids_in(path) == [*found, "c"]
+
+
+@posix_files
+def test_a_file_that_is_deleted_at_any_moment_is_noticed_by_the_next_result(tmp_path: Path) -> None:
+    """The database itself is looked at before each commit, not now and then."""
+    outbox = open_outbox(tmp_path / "outbox.db")
+    for number in range(3):
+        assert outbox.put(URL, AGENT, None, stored(f"t{number}"))
+        assert ids_in(tmp_path / "outbox.db") == [f"t{number}"]
+        (tmp_path / "outbox.db").unlink()
+    outbox.close()
+
+
+@posix_files
+def test_a_file_that_is_replaced_while_it_is_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A restored backup is used from then on. What it holds has no owner, and can be claimed."""
+    path = tmp_path / "outbox.db"
+    backup = tmp_path / "backup.db"
+    write(backup, _filled())
+    outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("a"), "mine")
+    os.replace(backup, path)
+    outbox.verify()
+    assert outbox.put(URL, AGENT, None, stored("b"), "mine")
+    claimed = [one.task_id for one in outbox.claim(URL, AGENT, "mine")]
+    outbox.close()
+    assert sorted(claimed) == sorted(f"task-{number}" for number in range(20))
+    assert set(ids_in(path)) == {"b", *claimed}
+    assert len(warnings_of(caplog)) == 1
+
+
+@posix_files
+@pytest.mark.parametrize("kind", ["others can read it", "a FIFO", "a link", "another program's"])
+def test_a_file_that_is_replaced_by_one_that_cannot_be_trusted(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Results go on without the outbox, with one warning that says why, until there is a file that can be trusted."""
+    path = tmp_path / "outbox.db"
+    outbox = open_outbox(path)
+    path.unlink()
+    if kind == "others can read it":
+        path.touch()
+        path.chmod(0o644)
+    elif kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.touch(0o600)
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("CREATE TABLE theirs (x)")
+    before = path.lstat()
+    for number in range(3):
+        assert not outbox.put(URL, AGENT, None, stored(f"t{number}"))
+    assert len(warnings_of(caplog)) == 2
+    assert "cannot be written" in warnings_of(caplog)[1]
+    assert (path.lstat().st_mode, path.lstat().st_size) == (before.st_mode, before.st_size)
+    path.unlink()
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    outbox.close()
+    assert ids_in(path) == ["a"]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@posix_files
+def test_a_directory_that_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Results go on without the outbox until there is a directory again."""
+    path = tmp_path / "inner" / "outbox.db"
+    path.parent.mkdir()
+    outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("a"))
+    shutil.rmtree(path.parent)
+    for number in range(3):
+        assert not outbox.put(URL, AGENT, None, stored(f"t{number}"))
+    assert len(warnings_of(caplog)) == 2
+    path.parent.mkdir()
+    assert outbox.put(URL, AGENT, None, stored("b"))
+    outbox.close()
+    assert ids_in(path) == ["b"]
+
+
+@posix_files
+def test_another_process_that_has_taken_the_place(tmp_path: Path) -> None:
+    """Where the lock was deleted and another process has locked a new one, the file is that process's until it ends."""
+    script = """
+import sys
+from sekuire.worker.outbox import Stored, open_outbox
+outbox = open_outbox(sys.argv[1])
+outbox.put("http://127.0.0.1:1", "agent", None, Stored("theirs", 1, False, b"{"))
+print("open", flush=True)
+sys.stdin.read()
+outbox.close()
+"""
+    path = tmp_path / "outbox.db"
+    outbox = open_outbox(path)
+    for one in list(tmp_path.iterdir()):
+        one.unlink()
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        assert not outbox.put(URL, AGENT, None, stored("a"))
+        process.communicate()
+    assert outbox.put(URL, AGENT, None, stored("b"))
+    outbox.close()
+    assert ids_in(path) == ["b", "theirs"]
+
+
+def test_a_database_that_another_program_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for once, with one warning. Then nobody waits, until it is free; removals are made good."""
+    path = tmp_path / "outbox.db"
+    outbox = open_outbox(path)
+    assert outbox.put(URL, AGENT, None, stored("old"))
+    waits: List[str] = []
+    monkeypatch.setattr(outbox_file, "BUSY_WAIT", 0.3)
+    database_of(outbox).set_trace_callback(lambda text: waits.append(text) if "busy_timeout" in text else None)
+    database_of(outbox).execute("PRAGMA busy_timeout = 300")
+    with caplog.at_level(logging.INFO), contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        for _ in range(2):
+            caplog.clear()
+            other.execute("BEGIN IMMEDIATE")
+            # With the whole wait at each one, this would take 15 minutes.
+            for number in range(3000):
+                assert not outbox.put(URL, AGENT, None, stored(f"t{number}"))
+            outbox.remove(URL, AGENT, "old", 1)
+            outbox.verify()
+            assert ["is locked" in warning for warning in warnings_of(caplog)] == [True]
+            other.execute("ROLLBACK")
+            assert outbox.put(URL, AGENT, None, stored("new"))
+            assert "can be written again" in caplog.text
+            assert ids_in(path) == ["new"]
+    outbox.close()
+    assert waits == ["PRAGMA busy_timeout = 300", *["PRAGMA busy_timeout = 0", "PRAGMA busy_timeout = 300"] * 2]
+
+
+def test_a_database_that_another_program_holds_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opens later, and what an earlier process left can be claimed then."""
+    monkeypatch.setattr(outbox_file, "BUSY_WAIT", 0.05)
+    path = tmp_path / "outbox.db"
+    write(path, _filled())
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        outbox = open_outbox(path)
+        assert outbox.epoch == 0
+        assert outbox.claim(URL, AGENT, "mine") == []
+        assert not outbox.put(URL, AGENT, None, stored("a"))
+        assert len(warnings_of(caplog)) == 1
+        other.execute("ROLLBACK")
+    outbox.verify()
+    assert outbox.epoch == 1
+    assert len(outbox.claim(URL, AGENT, "mine")) == 20
+    outbox.close()
+
+
+@pytest.mark.parametrize("how", ["verify", "close"])
+def test_the_file_alone_holds_everything(how: str, tmp_path: Path) -> None:
+    """What SQLite keeps beside the file is written into it, also while another program reads: a copy has it all."""
+    path = tmp_path / "outbox.db"
+    outbox = open_outbox(path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        assert outbox.put(URL, AGENT, None, stored("a"))
+        reader.execute("SELECT * FROM completion").fetchall()
+        getattr(outbox, how)()
+        (tmp_path / "copy").mkdir()
+        shutil.copy(path, tmp_path / "copy" / "outbox.db")
+    outbox.close()
+    assert ids_in(tmp_path / "copy" / "outbox.db") == ["a"]

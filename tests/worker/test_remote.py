@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from concurrent.futures import Executor
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
@@ -23,7 +24,7 @@ from sekuire import ProcessExecutor, RemoteExecutor, RemoteTaskContext, TaskCont
 from sekuire._internal.threads import is_in_executor
 from sekuire.config import WorkerConfig
 from sekuire.errors import ConfigurationError, PolicyViolationError, TaskError
-from sekuire.executors.backends import FileFlag, is_remote
+from sekuire.executors.backends import WITHDRAWN, ClaimedFlag, FileFlag, is_remote
 from sekuire.executors.process import load_error
 from sekuire.executors.remote import RemoteControl, carrier_of, run_remote
 from sekuire.handlers.context import control_of
@@ -120,6 +121,7 @@ def test_the_context(scripted: Scripted, make: Make) -> None:
         ("own", "own", "said", True),
         ("odd", "handler_error", "Odd: 1 and 2", False),
         ("exit", "handler_error", "SystemExit: 3", False),
+        ("ctrl-c", "worker_shutdown", "Ctrl-C ended the task in its process", True),
         ("local", "handler_error", "Local: of no module", False),
         ("plain", "handler_error", "ValueError: plain", False),
         ("result", "result_not_serializable",
@@ -138,7 +140,7 @@ def test_failures(
 
 
 def test_signals_of_the_terminal(platform: Any, make: Make) -> None:
-    """Ctrl-C, and a SIGTERM to the whole group, do not end a handler: the worker decides."""
+    """Ctrl-C, a closed terminal and a SIGTERM to the whole group do not end a handler: the worker decides."""
     with make(platform):
         assert ended(platform, "fail", "interrupt")["output"] == "still here"
 
@@ -294,7 +296,7 @@ def test_a_cancellation_is_seen(platform: Any, make: Make, tmp_path: pathlib.Pat
         until(lambda: lines_of(path))
         assert list(flags.iterdir()) == []
         platform.command(platform.installations()[0]["installation_id"], "terminate", "enough")
-        assert platform.wait(task_id, GUARD)["error"]["code"] == "cancelled"
+        assert platform.wait(task_id, GUARD)["error"]["code"] == "worker_terminated"
         assert worker.wait(GUARD)
     assert lines_of(path)[1] == "terminated"
     assert list(flags.iterdir()) == []
@@ -312,9 +314,94 @@ def test_a_task_that_waits_in_the_executor(
         platform.command(platform.installations()[0]["installation_id"], "terminate")
         errors = [platform.wait(task_id, GUARD)["error"] for task_id in tasks]
         assert worker.wait(GUARD)
-    assert sorted(error["code"] for error in errors) == ["cancelled", "cancelled", "worker_terminated"]
+    assert [(error["code"], error["retryable"]) for error in errors] == [("worker_terminated", True)] * 3
     assert sum(path.exists() for path in paths) == 2
     assert any("give max_workers=2" in record.getMessage() for record in caplog.records)
+
+
+@pytest.fixture(params=["ours", "standard"])
+def pool(request: pytest.FixtureRequest, processes: ProcessExecutor) -> Iterator[Tuple[Executor, int]]:
+    """A pool of two processes, and the number of tasks for it: some of them wait within the pool."""
+    if request.param == "ours":
+        yield processes, 4
+        return
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=SPAWN) as executor:
+        # It holds one more than it runs in a pipe, where nothing can be cancelled.
+        yield executor, 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("order", "code"), [("pause", "worker_paused"), ("terminate", "worker_terminated"), ("stop", None)]
+)
+def test_what_waits_inside_a_pool_has_not_begun(
+    platform: Any,
+    make: Make,
+    pool: Tuple[Executor, int],
+    tmp_path: pathlib.Path,
+    flags: pathlib.Path,
+    order: str,
+    code: Optional[str],
+) -> None:
+    """It is answered or given back at once, and never begins; what runs goes on."""
+    executor, count = pool
+    paths = [tmp_path / f"{number}" for number in range(count)]
+    worker = make(platform, executor=executor, max_workers=count)
+    with worker:
+        tasks = [platform.submit("hang", {"path": str(path), "until": "gone"}, AGENT) for path in paths]
+        until(lambda: sum(bool(lines_of(path)) for path in paths) == 2 and worker.stats().running == count)
+        begun = {one for one, path in zip(tasks, paths) if lines_of(path)}
+        if order == "stop":
+            worker.request_stop()
+            until(lambda: sum(platform.task(one)["status"] == "queued" for one in tasks) == count - 2)
+        else:
+            platform.command(platform.installations()[0]["installation_id"], order)
+            for one in set(tasks) - begun:
+                task = platform.wait(one, GUARD)
+                assert (task["error"]["code"], task["error"]["retryable"]) == (code, True)
+                assert platform.completions(one)[-1][1]["execution_time_ms"] == 0
+        assert {platform.task(one)["status"] for one in begun} == {"assigned"}
+        assert worker.stats().running == 2
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for one in begun:
+            assert platform.wait(one, GUARD)["output"] == "let go"
+        # Those that came after in the pool's queue have been passed over.
+        assert executor.submit(elsewhere.square, 3).result(GUARD) == 9
+    assert not any(path.exists() for path in paths)
+    until(lambda: list(flags.iterdir()) == [])
+
+
+def test_a_claim_is_made_once(flags: pathlib.Path) -> None:
+    """Either the worker takes a call back, or the process begins it."""
+    for first, second in (("withdraw", "begin"), ("begin", "withdraw")):
+        flag = ClaimedFlag()
+        there = pickle.loads(pickle.dumps(flag))
+        calls = {"withdraw": flag.withdraw, "begin": there.begin}
+        assert calls[first]() == {"withdraw": True, "begin": ""}[first]
+        assert calls[second]() == {"withdraw": False, "begin": WITHDRAWN}[second]
+        flag.lower()
+    assert list(flags.iterdir()) == []
+    flags.rmdir()
+    assert not ClaimedFlag().withdraw()
+    assert ClaimedFlag().begin() == ""
+
+
+def test_a_coroutine_in_another_process(platform: Any, make: Make, tmp_path: pathlib.Path) -> None:
+    """It is cancelled with its task."""
+    path = tmp_path / "pid"
+    with make(platform) as worker:
+        error = ended(platform, "sleep", {"path": str(path)}, timeout_ms=500)["error"]
+        assert error["code"] == "timeout"
+        until(lambda: lines_of(path)[1:] == ["timeout"])
+        until(lambda: worker.stats().overdue == 0)
+
+
+def test_an_error_that_another_process_has_wrapped(platform: Any, make: Make) -> None:
+    """What the handler said arrives, though the cause of an error is not pickled with it."""
+    with make(platform):
+        error = ended(platform, "fail", "wrapped")["error"]
+    assert (error["code"], error["retryable"], error["details"]) == ("own", True, {"x": 1})
 
 
 def test_progress(scripted: Scripted, make: Make) -> None:
@@ -457,11 +544,11 @@ def until_cancelled(ctx: TaskContext, input: Any) -> None:
 def test_a_process_that_sees_the_end_of_the_time_first(left: float) -> None:
     """The task fails as timeout, also if the worker's timer has not come to it: before the handler began, or after."""
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        carry = carrier_of(WorkerConfig(agent_id="a", executor=RemoteExecutor(threads)))
-        assert carry is not None
+        carrier = carrier_of(WorkerConfig(agent_id="a", executor=RemoteExecutor(threads)))
+        assert carrier is not None
         context = TaskContext(task_of(), deadline=time.monotonic() + left)
         with pytest.raises(TaskError) as caught:
-            carry("echo", until_cancelled)(context, None)
+            carrier.carry("echo", until_cancelled, None)(context, None)
     assert (caught.value.code, caught.value.retryable) == ("timeout", True)
 
 
@@ -494,7 +581,7 @@ def test_the_workers_death_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = FileFlag()
     context = remote_of(context_of(), flag)
     monkeypatch.setattr(os, "getppid", os.getpid)
-    assert flag.begin()
+    assert flag.begin() == ""
     assert not context.is_cancelled()
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert context.cancel_reason == "the worker died"

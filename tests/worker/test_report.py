@@ -827,6 +827,32 @@ def test_results_wait_for_threads_that_cannot_be_started(
     overdue.set()
 
 
+def test_a_timeout_while_the_timers_thread_cannot_be_started(
+    scripted: Scripted, worker_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heartbeat starts it once one can be, also if nothing else asks for it: the task is answered timeout."""
+    real, refused = threading.Thread.start, threading.Event()
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "sekuire-timer":
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    scripted.on["heartbeat"] = lambda request: (200, {})
+    worker = worker_of(scripted, max_workers=2, heartbeat_interval=0.2)
+    overdue, begun = threading.Event(), threading.Event()
+    worker.on_task("hang", lambda ctx, input: begun.set() or overdue.wait(GUARD), timeout=0.05)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with worker:
+        scripted.task("t1", "hang")
+        assert begun.wait(GUARD)
+        assert refused.wait(GUARD)
+        monkeypatch.setattr(threading.Thread, "start", real)
+        assert scripted.completion("t1")["error"]["code"] == "timeout"
+        overdue.set()
+
+
 def test_whatever_is_raised_while_releasing_plans_the_release_again(
     scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -841,7 +867,7 @@ def test_whatever_is_raised_while_releasing_plans_the_release_again(
 
     monkeypatch.setattr(reporter.sender, "ask", fail)
     worker.start()
-    given_back = Record(task_of(), HandlerEntry("echo", lambda ctx, input: input))
+    given_back = Record(task_of(), HandlerEntry("echo", lambda ctx, input: input), reporter, "t1")
     move(given_back, State.RELEASED)
     worker._dispatcher.answers.give_back(given_back)
     assert [request.task_id for request in scripted.wait_for("release")] == ["t1"]
@@ -866,7 +892,7 @@ def test_a_release_that_a_failure_of_tls_stops(
     worker.start()
 
     def give_back(task_id: str) -> None:
-        given_back = Record(task_of(task_id), HandlerEntry("echo", lambda ctx, input: input))
+        given_back = Record(task_of(task_id), HandlerEntry("echo", lambda ctx, input: input), reporter, task_id)
         move(given_back, State.RELEASED)
         worker._dispatcher.answers.give_back(given_back)
 

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any, Callable, Iterator, List
 
 import pytest
+
+from sekuire._internal.signals import SECOND_AFTER
 
 from ..conftest import AGENT
 from ..support.scripted import Blackhole, Scripted
@@ -54,6 +57,8 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # As in a terminal: the tests themselves may run under nohup, whose ignored signal a child inherits.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
         )
         self.lines: List[str] = []
         self._condition = threading.Condition()
@@ -140,22 +145,132 @@ threading.Thread(target=tell, daemon=True).start()
     assert platform.count("release", 200) == 1
     assert platform.installations()[0]["status"] == "stopped"
     process.expect("returned")
-    process.expect(f"signal {int(number)}: stopping")
+    process.expect(f"stopping ({signal.Signals(number).name})")
+
+
+ATEXIT = """
+import atexit
+atexit.register(lambda: print("atexit in", threading.current_thread().name, flush=True))
+"""
+
+
+def drained(process: Process, platform: Any, number: int) -> str:
+    """Begin a task that never ends, send the first signal, and wait until a later one may end the process."""
+    task_id: str = platform.submit("hang", {}, AGENT)
+    process.expect("begun")
+    process.signal(number)
+    process.expect(f"stopping ({signal.Signals(number).name})")
+    time.sleep(SECOND_AFTER)
+    return task_id
 
 
 @posix
-def test_a_second_signal_stops_at_once(platform: Any, run: Callable[..., Process]) -> None:
-    """A second signal during the drain answers worker_shutdown and ends the worker without waiting for its handler."""
-    process = run(BLOCK + "os._exit(7)", platform.url, platform.create_install_token(AGENT))
-    task_id = platform.submit("hang", {}, AGENT)
-    process.expect("begun")
-    process.signal(signal.SIGTERM)
-    process.expect("stopping; another one stops at once")
-    process.signal(signal.SIGTERM)
-    process.expect("a second signal")
-    assert process.wait() == 7
-    process.expect("returned")
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process(platform: Any, run: Callable[..., Process], first: int, second: int) -> None:
+    """The task is answered worker_shutdown, atexit functions run once, and the exit code names the signal."""
+    process = run(ATEXIT + BLOCK, platform.url, platform.create_install_token(AGENT))
+    task_id = drained(process, platform, first)
+    process.signal(second)
+    assert process.wait() == 128 + second
+    process.expect(f"ending the process ({signal.Signals(second).name})")
+    assert [line for line in process.lines if "atexit" in line] == ["atexit in MainThread"]
+    assert "returned" not in process.lines
     assert platform.task(task_id)["error"]["code"] == "worker_shutdown"
+    assert platform.installations()[0]["status"] == "stopped"
+
+
+@posix
+def test_an_atexit_function_that_hangs(platform: Any, run: Callable[..., Process]) -> None:
+    """The process ends without it, with the same exit code."""
+    hang = "import atexit\natexit.register(threading.Event().wait)\n"
+    process = run(hang + BLOCK, platform.url, platform.create_install_token(AGENT))
+    drained(process, platform, signal.SIGTERM)
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+
+
+@posix
+def test_signals_that_change_nothing(platform: Any, run: Callable[..., Process], tmp_path: Any) -> None:
+    """Several signals for one stop, and SIGHUP at any time, leave the drain alone."""
+    process = run(BLOCK, platform.url, platform.create_install_token(AGENT))
+    marker = tmp_path / "go"
+    task_id = platform.submit("echo", {"until": str(marker)}, AGENT)
+    process.expect("begun")
+    process.signal(signal.SIGHUP)
+    process.expect("stopping (SIGHUP)")
+    process.signal(signal.SIGTERM)
+    time.sleep(SECOND_AFTER)
+    process.signal(signal.SIGHUP)
+    time.sleep(0.5)
+    marker.touch()
+    assert process.wait() == 0
+    assert platform.task(task_id)["output"] == "finished"
+    assert not any("ending the process" in line for line in process.lines)
+
+
+@posix
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_child_that_a_handler_forks(
+    platform: Any, run: Callable[..., Process], tmp_path: Any, is_nested: bool
+) -> None:
+    """A forked child has the signal handlers that the program had before start(): terminate() ends it."""
+    script = """
+import contextlib, multiprocessing, warnings
+from sekuire._internal.signals import DrainSignals
+warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+def sleep(writer):
+    writer.send(True)
+    time.sleep(600)
+
+@worker.on_task("children")
+def children(ctx, input):
+    codes = []
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        reader, writer = multiprocessing.Pipe(False)
+        child = multiprocessing.get_context("fork").Process(target=sleep, args=(writer,))
+        child.start()
+        # A signal that comes while Python begins in the child is lost.
+        assert reader.recv()
+        os.kill(child.pid, number)
+        child.join()
+        codes.append(child.exitcode)
+    return codes
+
+with DrainSignals() if sys.argv[3] == "True" else contextlib.nullcontext():
+    worker.start(block=True)
+print("returned", flush=True)
+"""
+    process = run(script, platform.url, platform.create_install_token(AGENT), str(is_nested))
+    ended = platform.wait(platform.submit("children", None, AGENT), GUARD)
+    assert ended["output"] == [-signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1]
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    process.expect("returned")
+
+
+@posix
+def test_ignored_signals_stay_ignored(platform: Any, run: Callable[..., Process], tmp_path: Any) -> None:
+    """As under nohup and in a shell's background jobs: a closed terminal and a Ctrl-C do not reach the worker."""
+    ignore = """
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+"""
+    process = run(ignore + BLOCK, platform.url, platform.create_install_token(AGENT))
+    marker = tmp_path / "go"
+    task_id = platform.submit("echo", {"until": str(marker)}, AGENT)
+    process.expect("begun")
+    process.signal(signal.SIGHUP)
+    process.signal(signal.SIGINT)
+    marker.touch()
+    assert platform.wait(task_id, GUARD)["output"] == "finished"
+    assert platform.installations()[0]["status"] == "healthy"
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert [line for line in process.lines if "INFO sekuire.worker stopping" in line] == [
+        "INFO sekuire.worker stopping (SIGTERM)"
+    ]
 
 
 @posix
@@ -192,7 +307,7 @@ def test_a_signal_during_a_backoff(scripted: Scripted, run: Callable[..., Proces
     """While the worker waits to connect anew a signal ends the process at once."""
     scripted.on["stream"] = lambda request: (503, {}, {"Retry-After": "300"})
     process = run(BLOCK, scripted.url, "skt")
-    process.expect("reconnecting in")
+    process.expect("; retrying")
     process.signal(signal.SIGTERM)
     assert process.wait(5.0) == 0
     assert scripted.count("stream") == 1
@@ -244,6 +359,64 @@ print("the end", flush=True)
     assert platform.task(task_id)["output"] == "cancelled"
     assert platform.installations()[0]["status"] == "stopped"
     assert "Traceback" not in " ".join(process.lines)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        # Python refuses it from some moment of the program's end on.
+        'await asyncio.get_running_loop().getaddrinfo("127.0.0.1", 80)',
+        'raise ValueError("the connections are closed")',
+        "sys.exit(1)",
+        "ctx.raise_if_cancelled()",
+    ],
+)
+def test_a_handler_fails_because_the_program_ends(platform: Any, run: Callable[..., Process], end: str) -> None:
+    """It is answered worker_shutdown, retryable, whatever it meets when its program goes away."""
+    script = f"""
+import asyncio
+worker = create_worker(api_base_url=url, agent_id="agent-1", install_token=token)
+
+@worker.on_task("resolve")
+async def resolve(ctx, input):
+    begun.set()
+    try:
+        await asyncio.sleep(100)
+    except asyncio.CancelledError:
+        while True:
+            {end}
+            await asyncio.sleep(0.01)
+
+worker.start()
+begun.wait()
+"""
+    task_id = platform.submit("resolve", None, AGENT)
+    process = run(script, platform.url, platform.create_install_token(AGENT))
+    assert process.wait() == 0, process.lines
+    error = platform.task(task_id)["error"]
+    assert (error["code"], error["retryable"]) == ("worker_shutdown", True)
+
+
+def test_the_program_ends_before_the_first_heartbeat_is_answered(
+    scripted: Scripted, run: Callable[..., Process]
+) -> None:
+    """A last one is tried all the same: the platform may have noted the first."""
+    over = threading.Event()
+
+    def heartbeat(request: Any) -> Any:
+        if request.json["status"] != "stopped":
+            over.wait(GUARD)
+        return 200, {}
+
+    scripted.on["heartbeat"] = heartbeat
+    script = """
+worker.start()
+worker.wait_until_connected()
+"""
+    process = run(script, scripted.url, "skt")
+    assert process.wait() == 0
+    assert [request.json["status"] for request in scripted.of("heartbeat")] == ["healthy", "stopped"]
+    over.set()
 
 
 def test_a_stop_at_the_interpreters_end(scripted: Scripted, run: Callable[..., Process]) -> None:

@@ -183,6 +183,7 @@ def test_a_401_whose_refresh_is_refused_is_fatal(scripted: Scripted, worker_of: 
     assert scripted.count("refresh") == 1
 
 
+@pytest.mark.slow
 def test_retry_after_bounds_the_delay(scripted: Scripted, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry-After is the least delay before the next try."""
     delays = recorded_delays(monkeypatch)
@@ -314,3 +315,17 @@ def test_an_answer_cut_in_its_headers_is_no_verdict(scripted: Scripted, worker_o
     assert worker.wait_until_connected(GUARD)
     assert scripted.count("stream") == 2
     worker.stop()
+
+
+def test_a_flood_of_events_that_cannot_be_read(
+    scripted: Scripted, worker_of: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All are counted, and a few of each kind are logged."""
+    worker = worker_of(scripted)
+    worker.on_task("x", lambda ctx, input: input)
+    with worker:
+        events = ['event: task\ndata: {"capability":"x"}\n\n', 'event: command\ndata: {"type":5}\n\n',
+                  'event: command\ndata: {"type":"dance"}\n\n']  # fmt: skip
+        scripted.raw("".join(events * 500).encode())
+        until(lambda: worker.stats().dropped == 1500)
+    assert sum(record.levelname == "ERROR" for record in caplog.records) <= 30
