@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, Iterator
+import contextlib
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List
 
 import pytest
 
 if TYPE_CHECKING:
     from sekuire.local import LocalPlatform
-    from sekuire.testing import Workbench
+    from sekuire.testing import SubmittedTask, Workbench
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Import the library before the first test if a test uses a fixture of it.
+
+    It must see the clocks and HTTP classes that freezegun, responses or VCR.py replace while a test runs.
+    """
+    for item in session.items:
+        if any(name.startswith("sekuire_") for name in getattr(item, "fixturenames", ())):
+            # The fixture itself says what is missing.
+            with contextlib.suppress(ImportError):
+                import sekuire.local.platform
+                import sekuire.testing  # noqa: F401
+            return
 
 
 @pytest.fixture
@@ -45,3 +60,18 @@ def sekuire_environment(sekuire_workbench: Workbench, monkeypatch: pytest.Monkey
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
+
+
+@pytest.fixture
+def sekuire_run() -> Any:
+    """Return what runs the tasks of ``sekuire_submitted``, None for nothing. Override it in a module or a conftest."""
+    return None
+
+
+@pytest.fixture
+def sekuire_submitted(sekuire_run: Any) -> Iterator[List[SubmittedTask]]:
+    """Provide the list of what is submitted during the test, by ``sekuire.testing.submitted``."""
+    from sekuire.testing import submitted
+
+    with submitted(sekuire_run) as tasks:
+        yield tasks

@@ -1,35 +1,43 @@
-"""Test handlers without a platform, and workers on a local one, without sleeping."""
+"""Test handlers and submissions without a platform, and workers on a local one, without sleeping."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import difflib
 import itertools
 import threading
 import weakref
 from concurrent.futures import Executor, Future
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Type, Union
 
 import attrs
 
 from ._internal.threads import Deadline, Timer
+from .approvals import ApprovalRequest
+from .calls.link import in_place_of_platform
+from .calls.recorded import Recorded, SubmittedTask
 from .config import WorkerConfig
-from .errors import ConfigurationError
+from .errors import ConfigurationError, TaskFailed
 from .handlers.context import TaskContext
-from .handlers.invoke import Handler, call
+from .handlers.invoke import Handler, asked_for, call, keywords_of, structure_of, with_structure
 from .handlers.registry import TaskRegistry
-from .session.installation import Installation
+from .handlers.resources import Injection
 from .wire import protocol
 from .wire.models import Completion, Failure, Task
-from .worker.answers import Accepted
+from .worker.approvals import Approvals
 from .worker.dispatch import Dispatcher
+from .worker.questions import Questions
+from .worker.release import Release
 from .worker.results import encode
+from .worker.sink import Accepted, SingleResult
 from .worker.worker import Worker, create_worker
 
 if TYPE_CHECKING:
     from .local import LocalPlatform
 
-__all__ = ["AGENT", "TaskResult", "Workbench", "run_task", "wait_idle"]
+__all__ = ["AGENT", "SubmittedTask", "TaskResult", "Workbench", "run_task", "submitted", "wait_idle"]
 
 #: The agent of a :class:`Workbench`'s workers, unless one is given.
 AGENT = "test-agent"
@@ -51,17 +59,33 @@ class TaskResult:
         result = run_task(tasks, "shorten", {"text": "A long story"})
         print(result.status, result.output)  # completed {'text': 'A long story'}
 
-    ``status`` is ``"completed"`` or ``"failed"``. ``output`` is what the platform would read from the JSON. ``error``
-    has a ``code``, ``message``, ``retryable`` and ``details``. ``progress`` lists the fractions that the handler
-    reported, each with its message. ``exception`` is what the handler or its middleware raised, or None.
+    ``status`` is ``"completed"`` or ``"failed"``. ``output`` is what the platform would read from the JSON. ``value``
+    is the same, and raises if the task failed. ``error`` has a ``code``, ``message``, ``retryable`` and ``details``.
+    ``progress`` lists the fractions that the handler reported, each with its message. ``approvals`` lists what was
+    asked for (:class:`sekuire.approvals.ApprovalRequest`). ``exception`` is what the handler or its middleware raised,
+    or None.
     """
 
     status: str
     output: Any = None
     error: Optional[Failure] = None
     progress: Tuple[Tuple[float, Optional[str]], ...] = ()
+    approvals: Tuple[ApprovalRequest, ...] = ()
     execution_time_ms: int = 0
     exception: Optional[BaseException] = attrs.field(default=None, eq=False)
+
+    @property
+    def value(self) -> Any:
+        """The output of a completed task. ::
+
+            assert run_task(tasks, "shorten", {"text": "A long story"}).value == {"text": "A long story"}
+
+        :raises TaskFailed: the task failed. The cause is what the handler raised, if it raised something.
+        """
+        if self.error is None:
+            return self.output
+        error = self.error
+        raise TaskFailed(error.code, error.message, error.details, error.retryable) from self.exception
 
 
 def run_task(
@@ -70,6 +94,8 @@ def run_task(
     input: Any = None,
     *,
     policy_gateway: Any = _OWN,
+    resources: Optional[Mapping[str, Any]] = None,
+    approve: Union[bool, Callable[[ApprovalRequest], object]] = False,
     **context: Any,
 ) -> TaskResult:
     """Run one handler as a worker would, but without the network, and return its result. ::
@@ -86,30 +112,40 @@ def run_task(
     :param worker: a Worker, or a :class:`~sekuire.TaskRegistry`, which needs no credentials.
     :param input: the task's input; it must have a JSON form.
     :param policy_gateway: used in place of the worker's. None: no gateway.
+    :param resources: values that replace resources, ``{"db": fake}``. Others that the handler uses are opened for this
+        run and closed at its end, whatever their scope.
+    :param approve: decides on each request for approval, of the handler and of the policy: True, or a function that
+        returns True. Anything else denies.
     :param context: further fields of the task, such as ``trace_id``, ``workspace_id``, ``attempt`` or ``timeout``
         (seconds).
-    :raises ConfigurationError: an argument is wrong, such as an unknown field or an input without a JSON form.
+    :raises ConfigurationError: an argument is wrong, such as a capability without a handler, an unknown field or an
+        input without a JSON form.
     """
-    scrubber: Optional[Installation] = None
     if isinstance(worker, Worker):
-        config, handlers, scrubber = worker.config, worker.handlers, worker.installation
+        config, handlers = worker.config, worker.handlers
+        worker.made.forget()
     elif isinstance(worker, TaskRegistry):
         config, handlers = WorkerConfig(agent_id=AGENT), worker
     else:
         raise ConfigurationError(f"must be a Worker or a TaskRegistry, got {type(worker).__name__}", "worker")
+    if not isinstance(approve, bool) and not callable(approve):
+        raise ConfigurationError(f"must be True, False or a function, got {approve!r}", "approve")
     task = _task(capability, input, context)
+    _check_known(handlers, capability)
     config = attrs.evolve(
         config,
         executor=_Inline() if not _is_in_loop() else None,
         policy_gateway=config.policy_gateway if policy_gateway is _OWN else policy_gateway,
     )
-    sink = _Sink(config.max_result_bytes)
-    registry = handlers.copy()
-    registry.freeze()
+    sink = _Sink(config.max_result_bytes, config.result_encoder)
+    config = attrs.evolve(config, approval_handler=sink.decider(approve))
+    registry = handlers.copy_for(capability)
+    registry.freeze(_Alone(registry, resources))
     for entry in registry:
         entry.call = sink.watch(entry.call)
     timer = Timer()
-    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), scrubber=scrubber)
+    approvals = Approvals(config, Questions(config, None, timer=timer))
+    dispatcher = Dispatcher(config, registry, sink, timer=timer, lease=_Lease(), approvals=approvals)
     try:
         dispatcher.submit(task)
         sink.done.wait()
@@ -121,6 +157,58 @@ def run_task(
     if isinstance(sink.exception, KeyboardInterrupt):
         raise sink.exception
     return sink.result()
+
+
+@contextlib.contextmanager
+def submitted(
+    run: Union[Worker, TaskRegistry, Mapping[str, Handler], None] = None,
+) -> Iterator[List[SubmittedTask]]:
+    """Record every task that this process submits, in place of a platform. ::
+
+        with submitted() as tasks:
+            order_a_summary()
+        assert [task.capability for task in tasks] == ["summarize"]
+
+    It catches the submissions of every :class:`~sekuire.SekuireClient`, in every thread: ``submit``, ``submit_many``
+    and ``call``, of ``sdk.client()`` too, ``submit_on_commit`` of Django (at the commit) and ``submit`` of the Flask
+    extension. Nothing is sent. A client still needs its settings, whatever their values. Handles work: a recorded task
+    is ``"queued"``, and waiting for it is an error instead of a wait without end. Calls about anything but tasks go to
+    the platform.
+
+    :param run: run each task at its submission, as :func:`run_task` does, in the thread that submits it: by a Worker, a
+        :class:`~sekuire.TaskRegistry`, or a mapping from a capability to its handler. Handles have results then. A task
+        with ``max_attempts`` is tried again. ``delay`` is not waited for. A capability without a handler is only
+        recorded.
+    :raises ConfigurationError: ``run`` is none of these.
+    """
+    source = TaskRegistry()
+    if run is not None:
+        _check_source(run, "run")
+    if isinstance(run, (Worker, TaskRegistry)):
+        handlers = run.handlers if isinstance(run, Worker) else run
+    else:
+        handlers = source
+        for name, handler in (run or {}).items():
+            source.task(name, handler)
+
+    def run_one(task: SubmittedTask) -> Optional[TaskResult]:
+        if handlers.find(task.capability) is None:
+            return None
+        return run_task(
+            run if isinstance(run, Worker) else handlers,
+            task.capability,
+            task.input,
+            task_id=task.task_id,
+            attempt=task.attempt,
+            timeout=task.timeout,
+            workspace_id=task.workspace_id,
+            trace_id=task.trace_id,
+        )
+
+    tasks: List[SubmittedTask] = []
+    hint = "give run= a registry, or a mapping, with a handler for it"
+    with in_place_of_platform(Recorded(tasks, run_one, hint)):
+        yield tasks
 
 
 def wait_idle(
@@ -267,9 +355,19 @@ def _task(capability: str, input: Any, context: Mapping[str, Any]) -> Task:
     raise ConfigurationError(f"is not a task that a platform could send: {problem}", "run_task")
 
 
-def _check_source(source: Any) -> None:
-    """Raise ConfigurationError if a worker can get no handlers from ``source``."""
-    if isinstance(source, (TaskRegistry, Mapping)):
+def _check_known(handlers: TaskRegistry, capability: str) -> None:
+    """Raise ConfigurationError if no handler would run. A worker answers such a task; a test has a spelling mistake."""
+    if handlers.find(capability) is not None:
+        return
+    names = handlers.names
+    close = difflib.get_close_matches(capability, names, n=1)
+    known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(repr, names)) or 'no handlers'}"
+    raise ConfigurationError(f"no handler for {capability!r}; {known}", "capability")
+
+
+def _check_source(source: Any, option: str = "worker") -> None:
+    """Raise ConfigurationError if there are no handlers in ``source``. In place of a worker it cannot be one."""
+    if isinstance(source, (TaskRegistry, Mapping)) or (option != "worker" and isinstance(source, Worker)):
         return
     found = type(source).__name__
     if isinstance(source, ModuleType):
@@ -278,7 +376,7 @@ def _check_source(source: Any) -> None:
         if names:
             found += f"; did you mean {' or '.join(names)}?"
     raise ConfigurationError(
-        f"must be a TaskRegistry, or a mapping from a capability to its handler, got {found}", "worker"
+        f"must be a TaskRegistry, or a mapping from a capability to its handler, got {found}", option
     )
 
 
@@ -308,6 +406,30 @@ def _left(worker: Worker, platform: Optional[LocalPlatform]) -> List[str]:
     return left
 
 
+class _Alone:
+    """Have a handler run with resources of its own, or with values in their place."""
+
+    has_processes = True
+
+    def __init__(self, registry: TaskRegistry, values: Optional[Mapping[str, Any]]) -> None:
+        if values is not None and not isinstance(values, Mapping):
+            raise ConfigurationError(
+                f"must be a mapping, such as {{'db': fake}}, got {type(values).__name__}", "resources"
+            )
+        self.values: Optional[Mapping[str, Any]] = {} if values is None else values
+        names = {one.name for one in registry.resources}.union(*(keywords_of(entry.function) for entry in registry))
+        for name in self.values or ():
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                known = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(names)) or 'none'}"
+                raise ConfigurationError(f"no resource {name!r}; {known}", "resources")
+
+    def carry(self, option: str, function: Handler, injection: Optional[Injection]) -> Handler:
+        """Return the handler with its resources and its input."""
+        inner = function if injection is None else injection.around_alone(function, self.values or {})
+        return with_structure(inner, structure_of(asked_for(function)))
+
+
 class _Inline(Executor):
     """Run each call at once, in the thread that submits it."""
 
@@ -324,18 +446,28 @@ class _Lease:
         return True
 
 
-class _Sink:
+class _Sink(SingleResult):
     """Accept the one result of one task, as a Reporter would, and set ``done`` once it is complete."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, result_encoder: Optional[Callable[[Any], Any]]) -> None:
         self.done = threading.Event()
         self.exception: Optional[BaseException] = None
         self.code: Optional[str] = None
         self.on_room: Callable[[], None] = lambda: None
-        self.can_release: Optional[bool] = False
         self._max_bytes = max_bytes
+        self._result_encoder = result_encoder
         self._head = b""
         self._progress: List[Tuple[float, Optional[str]]] = []
+        self._approvals: List[ApprovalRequest] = []
+
+    def decider(self, approve: Any) -> Callable[[ApprovalRequest], object]:
+        """Return the function that decides on requests for approval, and notes them."""
+
+        def decide(request: ApprovalRequest) -> object:
+            self._approvals.append(request)
+            return approve(request) if callable(approve) else approve
+
+        return decide
 
     def watch(self, function: Handler) -> Handler:
         """Return ``function`` wrapped, so that what it raises is kept in ``exception``."""
@@ -357,33 +489,23 @@ class _Sink:
             output=body.get("output"),
             error=None if error is None else Failure(**error),
             progress=tuple(self._progress),
+            approvals=tuple(self._approvals),
             execution_time_ms=body["execution_time_ms"],
             exception=self.exception,
         )
 
     def accept(self, completion: Completion) -> Optional[Accepted]:
-        self._head, self.code = encode(completion, self._max_bytes)
+        self._head, self.code = encode(completion, self._max_bytes, self._result_encoder)
         return self
 
     def post(self, report: Any) -> None:
         self.done.set()
 
-    def keep(self, report: Any) -> None: ...
-
     def enqueue(self, report: Any) -> None:
         self.done.set()
 
-    def redelivered(self, task_id: str, attempt: int) -> bool:
-        return False
-
-    def release(self, order: Any, delay: float = 0.0) -> None:
-        order.end(is_released=False, is_supported=False)
-
-    def has_room_for_release(self) -> bool:
-        return True
-
-    def has_room(self) -> bool:
-        return True
+    def release(self, release: Release, delay: float = 0.0) -> None:
+        release.end(is_released=False, is_supported=False)
 
     def progress(self, context: TaskContext, fraction: float, message: Optional[str]) -> None:
         self._progress.append((fraction, message))

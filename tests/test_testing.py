@@ -12,10 +12,11 @@ from typing import Any, Iterator
 
 import pytest
 
-from sekuire import TaskError, TaskRegistry, create_worker
+from sekuire import PolicyGateway, TaskContext, TaskError, TaskRegistry, create_worker
 from sekuire.errors import ConfigurationError, PolicyViolationError
 from sekuire.testing import AGENT, TaskResult, Workbench, run_task, wait_idle
 
+from .support.builders import tasks_of
 from .support.gateway import FakeGateway
 from .support.scripted import Scripted
 from .support.waiting import GUARD, client_threads
@@ -25,13 +26,6 @@ from .support.waiting import GUARD, client_threads
 def bench() -> Iterator[Workbench]:
     with Workbench() as bench:
         yield bench
-
-
-def tasks_of(**handlers: Any) -> TaskRegistry:
-    tasks = TaskRegistry()
-    for name, handler in handlers.items():
-        tasks.task(name, handler)
-    return tasks
 
 
 REGISTRY = TaskRegistry()
@@ -95,9 +89,6 @@ def test_failures() -> None:
     assert unable.error is not None
     assert unable.error.code == "result_not_serializable"
 
-    unknown = run_task(tasks_of(fail=fail), "other")
-    assert unknown.error is not None
-    assert unknown.error.code == "unknown_capability"
     assert "bytes" in str(run_task(worker_with(big=lambda ctx, input: "x" * 2000, max_result_bytes=1000), "big").error)
 
 
@@ -224,6 +215,9 @@ def test_tokens_are_taken_out_of_errors() -> None:
         (lambda: run_task(None, "x"), "must be a Worker or a TaskRegistry, got NoneType"),  # type: ignore[arg-type]
         (lambda: run_task(tasks_of(x=fail), "x", object()), "input: has no JSON form"),
         (lambda: run_task(tasks_of(x=fail), "x", float("nan")), "input: has no JSON form"),
+        (lambda: run_task(tasks_of(summarize=fail), "sumarize"), "'sumarize'; did you mean 'summarize'?"),
+        (lambda: run_task(tasks_of(a=fail, b=fail), "other"), "capability: no handler for 'other'; there are 'a', 'b'"),
+        (lambda: run_task(tasks_of(), "other"), "no handler for 'other'; there are no handlers"),
         (lambda: run_task(tasks_of(x=fail), "x", trace="t"), "trace: unknown field of a task; known are task_id"),
         (lambda: run_task(tasks_of(x=fail), "x", trace_id=7), "trace_id must be a string"),
         (lambda: run_task(tasks_of(x=fail), "x", timeout="1"), "timeout: must be a number of seconds"),
@@ -404,7 +398,8 @@ def test_it(pytestconfig):
     assert pytestconfig.pluginmanager.has_plugin("sekuire")
     assert [name for name in sys.modules if name.split(".")[0] in ("sekuire", "requests", "flask")] == []
 """
-    assert "1 passed" in run_pytest(tmp_path, code)
+    # A plugin of another package imports requests.
+    assert "1 passed" in run_pytest(tmp_path, code, "-p", "no:requests_mock")
 
 
 @pytest.mark.slow
@@ -434,3 +429,68 @@ def test_platform(request):
         request.getfixturevalue("sekuire_platform")
 """
     assert "2 passed" in run_pytest(tmp_path, code)
+
+
+# -- approvals --------------------------------------------------------------------------------------------------------
+
+
+def approved_tasks() -> TaskRegistry:
+    tasks = TaskRegistry()
+
+    @tasks.task("pay")
+    def pay(ctx: TaskContext, input: Any) -> Any:
+        decision = ctx.require_approval("pay", input)
+        return [decision.status, threading.current_thread() is threading.main_thread()]
+
+    @tasks.task("pay async")
+    async def pay_async(ctx: TaskContext, input: Any) -> Any:
+        return (await ctx.require_approval_async("pay", input)).status
+
+    return tasks
+
+
+@pytest.mark.parametrize("capability", ["pay", "pay async"])
+def test_approvals_are_denied_by_default(capability: str) -> None:
+    """A test says who approves; without that nobody does."""
+    result = run_task(approved_tasks(), capability, {"amount": 5})
+    assert result.error is not None
+    assert result.error.code == "approval_denied"
+    assert [(one.kind, one.name, one.details) for one in result.approvals] == [("action", "pay", {"amount": 5})]
+
+
+def test_approvals_of_a_test() -> None:
+    """True approves all, a function decides on each, and its errors deny."""
+    tasks = approved_tasks()
+    assert run_task(tasks, "pay", {"amount": 5}, approve=True).output == ["approved", True]
+    assert run_task(tasks, "pay async", approve=True).output == "approved"
+    small = lambda request: request.details["amount"] < 10  # noqa: E731
+    assert run_task(tasks, "pay", {"amount": 5}, approve=small).status == "completed"
+    assert run_task(tasks, "pay", {"amount": 50}, approve=small).status == "failed"
+    assert run_task(tasks, "pay", {}, approve=small).status == "failed"
+    assert run_task(tasks, "pay", {}, approve=lambda request: 1).status == "failed"
+    with pytest.raises(ConfigurationError, match="approve"):
+        run_task(tasks, "pay", approve="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("approves", [True, False])
+def test_approvals_that_a_policy_wants(tmp_path: Any, approves: bool) -> None:
+    """The gate before the handler is the same, and the handler runs in the test's thread."""
+    path = tmp_path / "policy.json"
+    path.write_text('{"agent": {"capabilities": {"require_approval": ["where"], "require_tool_approval": true}}}')
+    tasks = TaskRegistry()
+
+    @tasks.task("where")
+    def where(ctx: TaskContext, input: Any) -> Any:
+        ctx.policy.enforce_tool("search")
+        return threading.current_thread() is threading.main_thread()
+
+    with PolicyGateway.from_file(path) as gateway:
+        result = run_task(tasks, "where", policy_gateway=gateway, approve=approves, tool="search")
+    asked = [(one.kind, one.name) for one in result.approvals]
+    if approves:
+        assert result.output is True
+        assert asked == [("capability", "where"), ("tool", "search")]
+    else:
+        assert result.error is not None
+        assert result.error.code == "approval_denied"
+        assert asked == [("capability", "where")]
