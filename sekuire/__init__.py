@@ -16,16 +16,20 @@ Importing this package loads none of its modules. Each public name is loaded whe
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, List
 
 from .version import __version__
 
+#: Type checkers read it as True. typing itself takes longer to import than this module.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any, List
+
     from . import errors
     from .beacon import Beacon
+    from .client import SekuireClient, TaskHandle, TaskProgress
     from .config import WorkerConfig
     from .credentials import RuntimeCredentialsStore
-    from .errors import SekuireError, TaskCancelled, TaskError
+    from .errors import SekuireError, TaskCancelled, TaskError, TaskFailed, TaskTimeout
     from .executors.process import ProcessExecutor
     from .executors.remote import RemoteExecutor, RemoteTaskContext
     from .handlers.context import TaskContext
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from .policy.enforcer import PolicyEnforcer
     from .policy.gateway import PolicyGateway
     from .sdk import SekuireSDK
-    from .wire.models import BeaconStatus, Command, RuntimeCredentials, WorkerStats
+    from .wire.models import BeaconStatus, Command, RuntimeCredentials, WorkerHealth, WorkerStats
     from .worker.worker import Worker, create_worker
 
 __all__ = [
@@ -55,14 +59,20 @@ __all__ = [
     "RemoteTaskContext",
     "RuntimeCredentials",
     "RuntimeCredentialsStore",
+    "SekuireClient",
     "SekuireError",
     "SekuireSDK",
     "TaskCancelled",
     "TaskContext",
     "TaskError",
+    "TaskFailed",
+    "TaskHandle",
+    "TaskProgress",
     "TaskRegistry",
+    "TaskTimeout",
     "Worker",
     "WorkerConfig",
+    "WorkerHealth",
     "WorkerStats",
     "__version__",
     "create_worker",
@@ -86,14 +96,20 @@ _HOMES = {
     "RemoteTaskContext": "executors.remote",
     "RuntimeCredentials": "wire.models",
     "RuntimeCredentialsStore": "credentials",
+    "SekuireClient": "client",
     "SekuireError": "errors",
     "SekuireSDK": "sdk",
     "TaskCancelled": "errors",
     "TaskContext": "handlers.context",
     "TaskError": "errors",
+    "TaskFailed": "errors",
+    "TaskHandle": "client",
+    "TaskProgress": "client",
     "TaskRegistry": "handlers.registry",
+    "TaskTimeout": "errors",
     "Worker": "worker.worker",
     "WorkerConfig": "config",
+    "WorkerHealth": "wire.models",
     "WorkerStats": "wire.models",
     "create_worker": "worker.worker",
     "errors": "",

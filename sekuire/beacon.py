@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from types import TracebackType
@@ -9,11 +10,21 @@ from typing import Any, Dict, Optional, Type, TypeVar
 
 import attrs
 
-from ._internal.logs import get_logger
+from ._internal.checks import check_number
+from ._internal.logs import enable_loggers, get_logger
+from ._internal.raising import raises_here
 from ._internal.threads import CallbackThread, Deadline, at_exit, check_process, check_starter, forget_exit, is_owned_by
 from .config import BeaconConfig, from_options, method_of_options
-from .errors import AuthenticationError, ConfigurationError, PlanLimitError, RevokedError, SekuireError
+from .errors import (
+    AuthenticationError,
+    ConfigurationError,
+    PlanLimitError,
+    RevokedError,
+    SekuireError,
+    TransportError,
+)
 from .session.installation import Installation
+from .transport.reach import duration
 from .transport.retry import Backoff
 from .wire.models import BeaconStatus, HeartbeatReply, RuntimeCredentials, WorkerReport
 
@@ -42,6 +53,9 @@ class LeaseKeeper:
     :param pool_size: how many connections may be kept open.
     """
 
+    #: Whether the first heartbeat that is accepted is said. A Worker says for itself that it is connected.
+    says_connected = False
+
     def __init__(self, config: BeaconConfig, pool_size: int = 2) -> None:
         self.pid = os.getpid()
         self.config = config
@@ -51,8 +65,10 @@ class LeaseKeeper:
             pool_size=pool_size,
             api_key=config.api_key,
             workspace_id=config.workspace_id,
+            is_required=config.required,
             owner=self,
         )
+        self._reach = self.installation.auth.reach
         self._lock = threading.Lock()
         self._status = BeaconStatus()
         self._backoff = Backoff(0.5, config.heartbeat_interval)
@@ -60,39 +76,54 @@ class LeaseKeeper:
         self._verdict = threading.Event()
         self._refusal: Optional[SekuireError] = None
         self._is_started = False
+        #: The caller of start() waits, and gets a refusal.
+        self._is_awaited = False
         self._is_stopped = False
         self._ended = threading.Event()
         self._callbacks = CallbackThread(owner=self)
 
     # -- life --
 
-    def start(self) -> None:
+    @raises_here
+    def start(self, timeout: float = START_TIMEOUT) -> None:
         """Log in and begin to beat.
 
-        It waits up to 10 s for the platform's first verdict. Without a verdict it returns, and the login goes on in
-        the background.
+        It waits at most ``timeout`` seconds (default 10) for the platform's first verdict. Without a verdict it
+        returns, and the login goes on in the background. With ``required=False`` it also returns if the login is
+        refused: the state is then *degraded*, and the login is tried again.
 
         :raises AuthenticationError: the platform refused every login method.
         :raises RevokedError: the installation is revoked.
-        :raises ConfigurationError: the Beacon was started or stopped before.
+        :raises ConfigurationError: the Beacon was started or stopped before, or ``timeout`` is not a number of seconds.
         """
+        check_number("timeout", timeout, zero=True)
         check_starter("Beacon")
+        enable_loggers()
         check_process(self.pid, "Beacon")
         with self._lock:
             if self._is_started or self._is_stopped:
                 raise ConfigurationError("a Beacon starts once; make a new one", "Beacon.start")
             self._is_started = True
         try:
+            self.installation.patience = Deadline(timeout)
+            problem = self.installation.problem
+            if problem is not None:
+                log.warning("the agent goes on without the platform: %s", problem)
+                self._change("degraded", str(problem))
+                return
             self._change("connecting", None)
             at_exit(self)
             self.installation.heartbeat.attach(self)
+            self._is_awaited = True
             self.installation.heartbeat.start()
-            self._verdict.wait(START_TIMEOUT)
+            self._verdict.wait(timeout)
+            # From now on a refusal is logged. Only then look: one that came before is raised.
+            self._is_awaited = False
         except BaseException:
             self.stop(0)
             raise
         refusal = self._refusal
-        if refusal is not None:
+        if refusal is not None and (self.config.required or isinstance(refusal, RevokedError)):
             self.stop(STOP_TIMEOUT)
             raise refusal
 
@@ -130,8 +161,9 @@ class LeaseKeeper:
                 heartbeat.end()
             else:
                 heartbeat.stop(deadline.earlier(min(LAST_BEAT, deadline.remaining() / 2)))
-            if self._status.state in ("connected", "degraded") and self._status.last_heartbeat_at is not None:
+            if self._status.state != "revoked" and heartbeat.is_expected:
                 heartbeat.beat_now("stopped", max(min(LAST_BEAT, deadline.remaining()), 0.25))
+        self._reach.leave(self)
         if self._status.state != "revoked":
             self._change("stopped", self._status.error)
         self._verdict.set()
@@ -142,12 +174,14 @@ class LeaseKeeper:
 
     def leave(self) -> None:
         """Send one last heartbeat from the calling thread, because the interpreter ends."""
-        if self._is_started and not self._is_stopped and self._status.last_heartbeat_at is not None:
+        heartbeat = self.installation.heartbeat
+        if self._is_started and not self._is_stopped and heartbeat.is_expected:
             self._is_stopped = True
             self.installation.stop.set()
-            self.installation.heartbeat.end()
-            self.installation.heartbeat.beat_now("stopped", LAST_BEAT)
+            heartbeat.end()
+            heartbeat.beat_now("stopped", LAST_BEAT)
 
+    @raises_here
     def __enter__(self: _Self) -> _Self:
         self.start()
         return self
@@ -208,18 +242,41 @@ class LeaseKeeper:
                 self.installation.heartbeat.end()
         else:
             self._backoff.reset()
+            is_first = self._status.last_heartbeat_at is None
             self._change("connected", None)
+            after = self._reach.restore(self)
+            if is_first and (self.says_connected or after is not None):
+                self._say_connected(after)
         self._verdict.set()
 
-    def on_heartbeat_problem(self, error: SekuireError) -> None:
+    def on_heartbeat_problem(self, error: SekuireError) -> bool:
         self._pause = max(0.1, self._backoff.next())
-        is_final = isinstance(error, (AuthenticationError, PlanLimitError, ConfigurationError))
-        if is_final and self._status.last_heartbeat_at is None:
-            self._refusal = error
-            self._verdict.set()
-        if self._status.state not in ("degraded", "revoked", "stopped"):
-            log.warning("cannot send heartbeats (%s); the agent goes on, retrying", error)
+        is_refusal = isinstance(error, (AuthenticationError, PlanLimitError, ConfigurationError))
+        is_refused = is_refusal and self._status.last_heartbeat_at is None
+        was_degraded = self._status.state in ("degraded", "revoked", "stopped")
         self._change("degraded", str(error))
+        if is_refused:
+            self._refusal = error
+        is_raised = is_refused and self._is_awaited and self.config.required
+        if is_raised or was_degraded:
+            pass
+        elif isinstance(error, TransportError):
+            self._reach.fail(self, error)
+        elif is_refused:
+            self._reach.fail(self, error, "the agent goes on without the platform")
+        else:
+            log.warning("the platform does not accept heartbeats (%s); the agent goes on, retrying", error)
+        if is_refused:
+            self._verdict.set()
+        return True
+
+    def _say_connected(self, after: Optional[float]) -> None:
+        installation_id = self._status.installation_id
+        log.say(
+            logging.INFO, "connected to %s as %s%s%s", self.config.api_base_url, self.config.agent_id,
+            f", installation {installation_id}" if installation_id else "",
+            "" if after is None else f" (after {duration(after)})",
+        )  # fmt: skip
 
     def on_change(self, status: BeaconStatus) -> None:
         """Do nothing: a subclass may look at each new state here. It must not block."""
@@ -263,8 +320,12 @@ class Beacon(LeaseKeeper):
     :param heartbeat_interval: seconds between beats, at most. The platform may ask for less.
     :param on_status_change: called with the new :class:`BeaconStatus` after each change of state.
     :param credentials_store: shared with a :class:`~sekuire.Worker` to keep both in step.
+    :param required: False: go on without the platform. A login that is refused or not possible makes the state
+        *degraded*, and :meth:`start` raises nothing. A revocation is raised all the same.
     :raises ConfigurationError: an option is unknown or wrong, or there is nothing to authenticate with.
     """
+
+    says_connected = True
 
     @method_of_options(BeaconConfig)
     def __init__(self, options: Dict[str, Any]) -> None:

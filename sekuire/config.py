@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import contextvars
 import functools
 import inspect
 import ipaddress
@@ -15,6 +17,8 @@ from typing import (
     Callable,
     Dict,
     Iterable,
+    Iterator,
+    Literal,
     Mapping,
     Optional,
     Sequence,
@@ -28,8 +32,10 @@ from urllib.parse import urlsplit
 import attrs
 
 from ._internal.checks import check_number, check_whole
+from ._internal.speech import speech
+from ._internal.values import Shown
 from .errors import ConfigurationError
-from .secret import Secret, check_secret, to_secret
+from .secret import HiddenUrls, Secret, check_secret, discreet_class, hide, to_secret
 from .wire import protocol
 
 if TYPE_CHECKING:
@@ -37,12 +43,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Concatenate, ParamSpec
 
+    from .approvals import ApprovalRequest
     from .wire.models import BeaconStatus, RuntimeCredentials
 
     _Options = ParamSpec("_Options")
 
     class CredentialsStore(Protocol):
-        """What a :class:`~sekuire.RuntimeCredentialsStore` offers."""
+        """Offer what a :class:`~sekuire.RuntimeCredentialsStore` offers."""
 
         @property
         def current(self) -> RuntimeCredentials: ...
@@ -53,7 +60,7 @@ if TYPE_CHECKING:
         def update(self, credentials: RuntimeCredentials, /) -> object: ...
 
     class PolicyChecks(Protocol):
-        """What a :class:`~sekuire.PolicyGateway` offers."""
+        """Offer what a :class:`~sekuire.PolicyGateway` offers."""
 
         def check_request(self) -> object: ...
 
@@ -65,6 +72,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AgentConfig",
     "BeaconConfig",
+    "ClientConfig",
     "ConnectionConfig",
     "SDKConfig",
     "WorkerConfig",
@@ -77,11 +85,15 @@ _Config = TypeVar("_Config")
 _Self = TypeVar("_Self")
 _Result = TypeVar("_Result")
 
+#: Decides on a request for approval; only True approves.
+ApprovalHandler = Callable[["ApprovalRequest"], object]
 #: Returns a runtime token.
 TokenSource = Callable[[], Union[str, Secret]]
 
 MIB = 1024 * 1024
 _LONGEST = 366 * 24 * 3600.0
+#: What a policy's signature may cover: hash, id, version and workspace, or the hash alone.
+SIGNATURE_FORMS = ("bound", "hash")
 
 
 def from_options(
@@ -95,12 +107,11 @@ def from_options(
     known = [field.alias for field in attrs.fields(cls) if field.init]  # type: ignore[arg-type]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
-        import difflib  # Only an error needs it.
-
-        close = difflib.get_close_matches(unknown, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
-        found = ConfigurationError(f"unknown option of {cls.__name__}; {hint}", unknown)
-    elif "agent_id" in known and "agent_id" not in options:
+        found = ConfigurationError(f"unknown option of {cls.__name__}; {_hint(unknown, known)}", unknown)
+    elif "agent_id" not in options and any(
+        field.name == "agent_id" and field.default is attrs.NOTHING
+        for field in attrs.fields(cls)  # type: ignore[arg-type]
+    ):
         found = ConfigurationError("is required", "agent_id")
     else:
         try:
@@ -110,6 +121,42 @@ def from_options(
             found = error.with_traceback(None)
     del options
     raise with_source(found, sources or {})
+
+
+#: Names that other libraries use → the options of this one. The hint shows those that the object has.
+_OTHER_NAMES: Mapping[str, Tuple[str, ...]] = {
+    **dict.fromkeys(("api_url", "url", "base_url", "api_base", "endpoint", "host", "server_url"), ("api_base_url",)),
+    **dict.fromkeys(
+        ("token", "access_token", "auth_token", "auth", "secret", "credentials"),
+        ("install_token", "runtime_token", "api_key", "credentials_store"),
+    ),
+    **dict.fromkeys(("key", "apikey"), ("api_key",)),
+    **dict.fromkeys(
+        ("concurrency", "max_concurrency", "threads", "num_workers", "workers", "pool_size"), ("max_workers",)
+    ),
+    **dict.fromkeys(("timeout", "timeout_ms"), ("task_timeout", "read_timeout", "connect_timeout")),
+    "heartbeat_interval_ms": ("heartbeat_interval",),
+    "heartbeat_interval_seconds": ("heartbeat_interval",),
+    **dict.fromkeys(("agent", "id", "sekuire_id"), ("agent_id",)),
+    "name": ("agent_name",),
+    **dict.fromkeys(("workspace", "tenant"), ("workspace_id",)),
+    **dict.fromkeys(("ssl_verify", "verify_ssl", "ca", "ca_bundle"), ("verify",)),
+    **dict.fromkeys(("proxy", "http_proxy", "https_proxy"), ("proxies",)),
+    "insecure": ("allow_insecure_http",),
+}
+
+
+def _hint(unknown: str, known: Sequence[str]) -> str:
+    """Return what to write instead of the option ``unknown``. TypeScript's names become those of Python."""
+    import difflib  # Only an error needs it.
+
+    name = re.sub(r"(?<=[a-z0-9])[A-Z]", r"_\g<0>", unknown).lower()
+    meant = [one for one in _OTHER_NAMES.get(name, (name,)) if one in known]
+    if meant:
+        unit = " (seconds)" if name.endswith("_ms") else ""
+        return f"use {' or '.join(meant)}{unit}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(sorted(known))}"
 
 
 def with_source(error: ConfigurationError, sources: Mapping[str, str]) -> ConfigurationError:
@@ -125,7 +172,8 @@ def method_of_options(
     Editors, type checkers and :func:`inspect.signature` see each option with its type. The method itself receives the
     options that were given as one dictionary, which is cleared when it ends: an error's frames must not hold tokens.
 
-    :param first: the one option that may be positional, and that may be left out.
+    :param first: the one option that may be positional, and that may be left out. The method itself reads one that
+        ``config`` does not declare.
     :param left_out: options of ``config`` that the method refuses.
     """
 
@@ -141,13 +189,17 @@ def method_of_options(
 def function_of_options(
     config: Callable[_Options, object],
 ) -> Callable[[Callable[[Dict[str, Any]], _Result]], Callable[_Options, _Result]]:
-    """Return a decorator that gives a function the parameters of ``config``; as :func:`method_of_options`."""
+    """Return a decorator that gives a function the parameters of ``config``. See :func:`method_of_options`."""
 
     def decorate(function: Callable[[Dict[str, Any]], _Result]) -> Callable[_Options, _Result]:
         typed: Callable[_Options, _Result] = _accept_options(function, config, 0)
         return typed
 
     return decorate
+
+
+def _may_be_left_out(parameter: inspect.Parameter) -> inspect.Parameter:
+    return parameter.replace(default=None) if parameter.default is parameter.empty else parameter
 
 
 def _accept_options(
@@ -159,10 +211,12 @@ def _accept_options(
 ) -> Any:
     parameters = [one for one in inspect.signature(config).parameters.values() if one.name not in left_out]
     if first:
-        one = parameters.pop([each.name for each in parameters].index(first))
-        default = None if one.default is one.empty else one.default
-        rest = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
-        parameters = [one.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default), *rest]
+        names = [each.name for each in parameters]
+        one = inspect.Parameter(first, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="_Path")
+        if first in names:
+            one = parameters.pop(names.index(first)).replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        rest = [_may_be_left_out(each).replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        parameters = [_may_be_left_out(one), *rest]
     positional = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(function)
@@ -175,6 +229,8 @@ def _accept_options(
             found = TypeError(f"{function.__qualname__}() {problem}")
         else:
             options.update(zip(positional, given))
+            # At once: a warning that is logged below may be reported with all frames that are running.
+            conceal(options)
             try:
                 return function(*owner, options)
             except ConfigurationError as error:
@@ -231,6 +287,24 @@ def _flag(instance: object, attribute: Any, value: Any) -> None:
         _fail(attribute, f"must be True or False, got {value!r}")
 
 
+def _optional_flag(instance: object, attribute: Any, value: Any) -> None:
+    if value is not None:
+        _flag(instance, attribute, value)
+
+
+#: The forms of a log line; the first is the default.
+LOG_FORMATS = ("text", "json")
+
+
+def _not_a_format(value: object) -> str:
+    return f"must be {' or '.join(map(repr, LOG_FORMATS))}, got {value!r}"
+
+
+def _log_format(instance: object, attribute: Any, value: Any) -> None:
+    if value not in (None, *LOG_FORMATS):
+        _fail(attribute, _not_a_format(value))
+
+
 def _optional_callable(instance: object, attribute: Any, value: Any) -> None:
     if value is not None and not callable(value):
         _fail(attribute, f"must be callable, got {type(value).__name__}")
@@ -269,6 +343,14 @@ def _optional_text(instance: object, attribute: Any, value: Any) -> None:
         _text(instance, attribute, value)
 
 
+def _optional_header(instance: object, attribute: Any, value: Any) -> None:
+    if value is None:
+        return
+    is_text = isinstance(value, str) and value.isascii() and value.isprintable() and value == value.strip()
+    if not is_text or not 0 < len(value) <= 1024:
+        _fail(attribute, "must be a str of 1 to 1,024 visible ASCII characters, without a space at an end")
+
+
 def _offers(*names: str) -> Callable[[object, Any, object], None]:
     def check(instance: object, attribute: Any, value: Any) -> None:
         missing = [name for name in names if value is not None and not hasattr(value, name)]
@@ -288,6 +370,49 @@ def _executor(instance: object, attribute: Any, value: Any) -> None:
             "must not fork this process, whose threads and locks a fork copies in any state; use "
             "sekuire.ProcessExecutor(), or give the pool mp_context=multiprocessing.get_context('spawn')",
         )
+
+
+#: Where health and metrics are: a pair (host, port), or its text.
+HealthAddress = Union[Tuple[str, int], str]
+_HEALTH_FORM = "must be (host, port) such as ('127.0.0.1', 8080), or its text: '8080' for this machine, '0.0.0.0:8080'"
+
+
+def shown_address(address: Tuple[str, int]) -> str:
+    """Return an address as URLs have it."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def health_address(text: str) -> Optional[Tuple[str, int]]:
+    """Return the address that ``[HOST:]PORT`` names, or None if it has another form. Without a host it is loopback."""
+    host, colon, port = text.rpartition(":")
+    if not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
+        return None
+    if not colon:
+        return "127.0.0.1", int(port)
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    is_name = host.isascii() and host.isprintable() and not set(host) & set(" /@[]")
+    return (host, int(port)) if host and is_name else None
+
+
+def _health(value: Optional[HealthAddress]) -> Any:
+    if isinstance(value, str):
+        return health_address(value) or value
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _at_port(instance: object, attribute: Any, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, tuple) and len(value) == 2:
+        host, port = value
+        is_typed = isinstance(host, str) and type(port) is int and port >= 0
+        if is_typed and health_address(shown_address((host, port))) == (host, port):
+            return
+    _fail(attribute, f"{_HEALTH_FORM}; got {value!r}"[:300])
 
 
 def _credentials_store(value: Optional[CredentialsStore]) -> Any:
@@ -383,6 +508,11 @@ def _keys(value: Iterable[str]) -> Tuple[str, ...]:
     return keys
 
 
+def _signature_form(instance: object, attribute: Any, value: Any) -> None:
+    if value not in SIGNATURE_FORMS:
+        _fail(attribute, f"must be {' or '.join(map(repr, SIGNATURE_FORMS))}, got {value!r}")
+
+
 def _endpoints(value: Union[protocol.Endpoints, Mapping[str, str], None]) -> protocol.Endpoints:
     return value if isinstance(value, protocol.Endpoints) else protocol.Endpoints(value)
 
@@ -395,6 +525,41 @@ def _cert_paths(
     value: Union[str, os.PathLike[str], Tuple[Union[str, os.PathLike[str]], Union[str, os.PathLike[str]]], None],
 ) -> Union[str, Tuple[str, str], None]:
     return _as_str(value)  # type: ignore[no-any-return]
+
+
+def _proxies(value: Optional[Mapping[str, str]]) -> Any:
+    given: Any = value
+    if given is None or isinstance(given, HiddenUrls):
+        return given
+    if isinstance(given, Mapping) and all(
+        isinstance(key, str) and isinstance(url, str) and "://" in url for key, url in given.items()
+    ):
+        return HiddenUrls(given)
+    # For the check, which refuses it. It is not kept: it may hold a password.
+    return type(given)
+
+
+def _policy_options(value: Optional[Mapping[str, Any]]) -> Any:
+    uri = value.get("storage_uri") if isinstance(value, Mapping) else None
+    # It may hold the password of a store.
+    return {**value, "storage_uri": hide(uri)} if value is not None and isinstance(uri, str) else value
+
+
+#: Options that may hold secrets, with what hides them. The configurations use it too.
+_CONCEALED: Mapping[str, Callable[[Any], Any]] = {
+    "api_key": to_secret,
+    "install_token": to_secret,
+    "policy_options": _policy_options,
+    "proxies": _proxies,
+    "refresh_token": to_secret,
+    "runtime_token": to_secret,
+}
+
+
+def conceal(options: Dict[str, Any]) -> None:
+    """Replace plain tokens and passwords among ``options`` by objects that do not show them. What is wrong stays so."""
+    for name in _CONCEALED.keys() & options.keys():
+        options[name] = _CONCEALED[name](options[name])
 
 
 def _as_str(path: Any) -> Any:
@@ -420,8 +585,8 @@ def _file(option: str, value: object) -> None:
 # means for a class.
 
 
-@attrs.frozen(slots=False, eq=False)
-class ConnectionConfig:
+@attrs.frozen(slots=False, eq=False, repr=False)
+class ConnectionConfig(Shown):
     """Say how to reach the platform. Times are in seconds.
 
     :param api_base_url: where the platform is, without ``/api/v1``.
@@ -431,6 +596,7 @@ class ConnectionConfig:
     :param client_cert: the path of a certificate with its key, or a pair (certificate, key).
     :param proxies: a mapping from scheme to URL. None: from the environment; ``{}``: no proxy.
     :param allow_insecure_http: permit ``http://`` to a host that is not this machine.
+    :param device_fingerprint: sent as ``X-Device-Fingerprint`` with each API key, where the platform asks for one.
     :param endpoints: paths that differ from the contract's (:class:`sekuire.wire.protocol.Endpoints`).
     """
 
@@ -439,8 +605,9 @@ class ConnectionConfig:
     read_timeout: float = attrs.field(default=10.0, validator=_seconds, kw_only=True)
     verify: Union[bool, str] = attrs.field(default=True, converter=_ca_path, kw_only=True)
     client_cert: Union[str, Tuple[str, str], None] = attrs.field(default=None, converter=_cert_paths, kw_only=True)
-    proxies: Optional[Mapping[str, str]] = attrs.field(default=None, repr=False, kw_only=True)
+    proxies: Optional[Mapping[str, str]] = attrs.field(default=None, converter=_proxies, repr=False, kw_only=True)
     allow_insecure_http: bool = attrs.field(default=False, validator=_flag, kw_only=True)
+    device_fingerprint: Optional[str] = attrs.field(default=None, validator=_optional_header, kw_only=True)
     endpoints: protocol.Endpoints = attrs.field(default=None, converter=_endpoints, repr=False, kw_only=True)
 
     @verify.validator
@@ -459,11 +626,7 @@ class ConnectionConfig:
 
     @proxies.validator
     def _check_proxies(self, attribute: Any, value: Any) -> None:
-        if value is None:
-            return
-        if not isinstance(value, Mapping) or not all(
-            isinstance(key, str) and isinstance(url, str) and "://" in url for key, url in value.items()
-        ):
+        if value is not None and not isinstance(value, HiddenUrls):
             _fail(attribute, "must map 'http' and 'https' to URLs such as 'http://proxy.example:3128'")
 
     @allow_insecure_http.validator
@@ -472,12 +635,12 @@ class ConnectionConfig:
         if parts.scheme == "http" and not value and not is_loopback(parts.hostname or ""):
             raise ConfigurationError(
                 "is http:// to another machine, so tokens would travel unencrypted; use https://, or pass "
-                "allow_insecure_http=True where the network itself is trusted",
+                "allow_insecure_http=True (SEKUIRE_ALLOW_INSECURE_HTTP=1) where the network itself is trusted",
                 "api_base_url",
             )
 
 
-@attrs.frozen(slots=False, eq=False)
+@attrs.frozen(slots=False, eq=False, repr=False)
 class AgentConfig(ConnectionConfig):
     """Say who the agent is and how it authenticates. A Beacon, an SDK and a Worker share these options."""
 
@@ -511,9 +674,11 @@ class AgentConfig(ConnectionConfig):
     def __attrs_post_init__(self) -> None:
         if self.refresh_token is not None and self.installation_id is None and self.credentials_store is None:
             raise ConfigurationError("is needed with refresh_token: it says whose token it is", "installation_id")
+        if self.endpoints.bootstrap_names_installation and self.install_token and self.installation_id is None:
+            raise ConfigurationError("is needed where endpoints['bootstrap'] holds it", "installation_id")
 
 
-@attrs.frozen(slots=False, eq=False)
+@attrs.frozen(slots=False, eq=False, repr=False)
 class BeaconConfig(AgentConfig):
     """Hold the settings of a :class:`sekuire.Beacon`. Times are in seconds."""
 
@@ -523,6 +688,7 @@ class BeaconConfig(AgentConfig):
     on_status_change: Optional[Callable[[BeaconStatus], object]] = attrs.field(
         default=None, validator=_optional_callable, repr=False, kw_only=True
     )
+    required: bool = attrs.field(default=True, validator=_flag, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         AgentConfig.__attrs_post_init__(self)
@@ -532,25 +698,45 @@ class BeaconConfig(AgentConfig):
             )
 
 
-@attrs.frozen(slots=False, eq=False)
-class SDKConfig(BeaconConfig):
+@attrs.frozen(slots=False, eq=False, repr=False)
+class PolicyTrust(Shown):
+    """Say whose policies are believed. A PolicyClient and an SDK share these options.
+
+    :param policy_signature: ``"bound"``: the platform signs the policy's id, version and workspace with its hash.
+        ``"hash"``: a signature over the hash alone is accepted too; older policies can then be replayed.
+    """
+
+    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys, kw_only=True)
+    policy_signature: Literal["bound", "hash"] = attrs.field(default="bound", validator=_signature_form, kw_only=True)
+
+
+@attrs.frozen(slots=False, eq=False, repr=False)
+class SDKConfig(BeaconConfig, PolicyTrust):
     """Hold the settings of a :class:`sekuire.SekuireSDK`. Times are in seconds."""
 
     # The SDK itself listens to its Beacon.
     on_status_change: Optional[Callable[[BeaconStatus], object]] = attrs.field(default=None, init=False, repr=False)
     agent_name: Optional[str] = attrs.field(default=None, validator=_optional_text, kw_only=True)
-    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys, kw_only=True)
     policy_path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path, kw_only=True)
     policy_options: Optional[Mapping[str, Any]] = attrs.field(
-        default=None, validator=_optional_mapping, repr=False, kw_only=True
+        default=None, converter=_policy_options, validator=_optional_mapping, repr=False, kw_only=True
     )
     auto_heartbeat: bool = attrs.field(default=True, validator=_flag, kw_only=True)
     environment: str = attrs.field(default="production", validator=_text, kw_only=True)
     logging_enabled: bool = attrs.field(default=True, validator=_flag, kw_only=True)
+    result_encoder: Optional[Callable[[Any], Any]] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
+    )
+    health: Optional[Tuple[str, int]] = attrs.field(default=None, converter=_health, validator=_at_port, kw_only=True)
+    approval_handler: Optional[ApprovalHandler] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
+    )
+    quiet: Optional[bool] = attrs.field(default=None, validator=_optional_flag, kw_only=True)
+    log_format: Optional[str] = attrs.field(default=None, validator=_log_format, kw_only=True)
 
 
-@attrs.frozen(slots=False, eq=False)
-class PolicyClientConfig(ConnectionConfig):
+@attrs.frozen(slots=False, eq=False, repr=False)
+class PolicyClientConfig(ConnectionConfig, PolicyTrust):
     """Hold the settings of a :class:`sekuire.PolicyClient`. Times are in seconds."""
 
     # Declared again, because it may be positional here.
@@ -566,7 +752,6 @@ class PolicyClientConfig(ConnectionConfig):
     token_provider: Optional[TokenSource] = attrs.field(
         default=None, validator=_optional_callable, repr=False, kw_only=True
     )
-    trusted_policy_keys: Tuple[str, ...] = attrs.field(default=(), converter=_keys, kw_only=True)
     cache_ttl: float = attrs.field(default=300.0, validator=_seconds_or_zero, kw_only=True)
     path: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path, kw_only=True)
 
@@ -577,7 +762,27 @@ class PolicyClientConfig(ConnectionConfig):
             )
 
 
-@attrs.frozen(slots=False)
+@discreet_class
+@attrs.frozen(slots=False, eq=False, repr=False)
+class ClientConfig(ConnectionConfig):
+    """Hold the settings of a :class:`sekuire.SekuireClient`. Times are in seconds, sizes in bytes.
+
+    :param api_key: the platform's key, ``sk_live_...``.
+    :param agent_id: the agent that gets tasks for which no other is named.
+    :param workspace_id: the workspace of tasks for which no other is named. None: the platform's default.
+    :param retry_for: how long a call is sent again while the platform cannot be reached or says that it is busy.
+    :param max_result_bytes: most bytes of a task as the platform returns it, with its input and output.
+    """
+
+    api_key: Optional[Secret] = attrs.field(default=None, converter=to_secret, validator=check_secret, kw_only=True)
+    agent_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier, kw_only=True)
+    workspace_id: Optional[str] = attrs.field(default=None, validator=_optional_identifier, kw_only=True)
+    retry_for: float = attrs.field(default=60.0, validator=_seconds_or_zero, kw_only=True)
+    max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count, kw_only=True)
+
+
+@discreet_class
+@attrs.frozen(slots=False, eq=False, repr=False)
 class WorkerConfig(AgentConfig):
     """Hold the settings of a :class:`~sekuire.Worker`. Times are in seconds, sizes in bytes. ::
 
@@ -597,7 +802,15 @@ class WorkerConfig(AgentConfig):
     :param max_waiting_bytes: most bytes of the tasks that wait; further tasks are released.
     :param outbox: a file that keeps results until the platform has them, also through a crash. One process may use it
         at a time.
+    :param result_encoder: called with each value of a result that has no JSON form; returns one that has, or raises
+        TypeError.
+    :param approval_handler: decides on requests for approval where the platform offers none, as
+        :func:`sekuire.approvals.ask_on_terminal` does. It approves by returning True, and by nothing else.
     :param expose_errors: send the message of an unexpected exception to the platform; False: only its type.
+    :param quiet: print no lines for people on stderr, in all of the process. None: as ``SEKUIRE_QUIET`` says.
+    :param log_format: ``"text"`` or ``"json"``: the form of the lines that the library prints where the program has no
+        logging, in all of the process. None: as ``SEKUIRE_LOG_FORMAT`` says.
+    :param health: where health and metrics are shown over HTTP, such as ``("127.0.0.1", 8080)``. None: nowhere.
     :raises ConfigurationError: a value is wrong; the error names its option.
     """
 
@@ -622,7 +835,16 @@ class WorkerConfig(AgentConfig):
     max_result_bytes: int = attrs.field(default=16 * MIB, validator=_count, kw_only=True)
     max_waiting_bytes: int = attrs.field(default=64 * MIB, validator=_count, kw_only=True)
     outbox: Union[str, os.PathLike[str], None] = attrs.field(default=None, validator=_optional_path, kw_only=True)
+    result_encoder: Optional[Callable[[Any], Any]] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
+    )
     expose_errors: bool = attrs.field(default=True, validator=_flag, kw_only=True)
+    approval_handler: Optional[ApprovalHandler] = attrs.field(
+        default=None, validator=_optional_callable, repr=False, kw_only=True
+    )
+    quiet: Optional[bool] = attrs.field(default=None, validator=_optional_flag, kw_only=True)
+    log_format: Optional[str] = attrs.field(default=None, validator=_log_format, kw_only=True)
+    health: Optional[Tuple[str, int]] = attrs.field(default=None, converter=_health, validator=_at_port, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         AgentConfig.__attrs_post_init__(self)
@@ -655,13 +877,14 @@ if TYPE_CHECKING:
 
     @attrs.frozen
     class EnvironmentConfig(SDKConfig):
-        """The options of ``SekuireSDK.from_env``, which finds the agent's id in the environment."""
+        """Hold the options of ``SekuireSDK.from_env``, which finds the agent's id in the environment."""
 
-        agent_id: str = attrs.field(default="")
+        env_file: Union[str, os.PathLike[str], None] = attrs.field(default=None)
+        agent_id: str = attrs.field(default="", kw_only=True)
 
     @attrs.frozen
     class TaskWorkerConfig(WorkerConfig):
-        """The options of ``SekuireSDK.create_task_worker``: a Worker's, without those in DECIDED_BY_SDK."""
+        """Hold the options of ``SekuireSDK.create_task_worker``: a Worker's, without those in DECIDED_BY_SDK."""
 
         # Declared again, because it may be positional here.
         capabilities: Tuple[str, ...] = attrs.field(default=(), converter=_capabilities)
@@ -692,12 +915,37 @@ ENVIRONMENT: Mapping[str, str] = {
     "api_key": "SEKUIRE_API_KEY",
     "workspace_id": "SEKUIRE_WORKSPACE_ID",
     "environment": "SEKUIRE_ENVIRONMENT",
+    "log_format": "SEKUIRE_LOG_FORMAT",
+    "device_fingerprint": "SEKUIRE_DEVICE_FINGERPRINT",
+    "policy_signature": "SEKUIRE_POLICY_SIGNATURE",
+    "health": "SEKUIRE_WORKER_HTTP",
+}
+#: Boolean option → environment variable.
+BOOLEAN_ENVIRONMENT: Mapping[str, str] = {
+    "allow_insecure_http": "SEKUIRE_ALLOW_INSECURE_HTTP",
+    "quiet": "SEKUIRE_QUIET",
 }
 
 OUTBOX_VARIABLE = "SEKUIRE_OUTBOX"
 CREDENTIALS_FILE_VARIABLE = "SEKUIRE_CREDENTIALS_FILE"
 POLICY_KEYS_VARIABLE = "SEKUIRE_POLICY_PUBLIC_KEYS"
 POLICY_OVERRIDE_VARIABLE = "SEKUIRE_POLICY_DEV_OVERRIDE"
+HEALTH_STATUS_VARIABLE = "SEKUIRE_WORKER_HTTP_STATUS"
+
+#: All variables that this library reads.
+KNOWN_VARIABLES = (
+    *ENVIRONMENT.values(),
+    *BOOLEAN_ENVIRONMENT.values(),
+    OUTBOX_VARIABLE,
+    CREDENTIALS_FILE_VARIABLE,
+    POLICY_KEYS_VARIABLE,
+    POLICY_OVERRIDE_VARIABLE,
+    HEALTH_STATUS_VARIABLE,
+)
+#: Set by the library itself for its child processes.
+OWN_VARIABLES = frozenset(("SEKUIRE_RELOADER", "SEKUIRE_WORKER_RELOAD"))
+#: Kubernetes sets these for a service whose name begins with "sekuire".
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_.+)?)\Z")
 
 
 #: Characters that a file, a shell or a YAML document leaves around a value. No value begins or ends with them.
@@ -706,8 +954,59 @@ _UNSEEN = "\ufeff\u200b\u2060"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
+class EnvFile:
+    """Hold the ``SEKUIRE_...`` variables of a file, without those that the environment sets itself."""
+
+    __slots__ = ("path", "set_elsewhere", "values")
+
+    def __init__(self, path: str, values: Mapping[str, str], set_elsewhere: Sequence[str] = ()) -> None:
+        self.path = path
+        self.values = values
+        #: The names in the file that the environment sets too.
+        self.set_elsewhere = tuple(set_elsewhere)
+
+    def __repr__(self) -> str:
+        return f"<EnvFile {self.path!r}: {', '.join(self.values)}>"
+
+
+#: The file whose variables count where the environment sets none. Each thread has its own value, so there is no lock.
+_env_file: contextvars.ContextVar[Optional[EnvFile]] = contextvars.ContextVar("sekuire_env_file", default=None)
+
+
+@contextlib.contextmanager
+def using_file(file: Optional[EnvFile]) -> Iterator[None]:
+    """Read the variables that the environment does not set from ``file``, inside the context and on this thread.
+
+    None changes nothing: a file in use stays so.
+    """
+    if file is None:
+        yield
+        return
+    token = _env_file.set(file)
+    try:
+        yield
+    finally:
+        _env_file.reset(token)
+
+
+def file_in_use() -> Optional[EnvFile]:
+    """Return the file whose variables count here, or None."""
+    return _env_file.get()
+
+
+def _raw(name: str) -> Optional[str]:
+    value = os.environ.get(name)
+    file = _env_file.get()
+    return file.values.get(name) if value is None and file is not None else value
+
+
 def source_of(name: str) -> str:
     """Return how an error names the environment variable ``name``."""
+    file = _env_file.get()
+    value = None if file is None else file.values.get(name)
+    # A command sets them in the environment too.
+    if file is not None and value is not None and os.environ.get(name, value) == value:
+        return f"{name} in {file.path}"
     return f"environment variable {name}"
 
 
@@ -718,7 +1017,7 @@ def variable(name: str, option: Optional[str] = None) -> Optional[str]:
     :raises ConfigurationError: the value begins or ends with a quote, a byte order mark, a space or a line end. The
         error does not show the value, which may be a token.
     """
-    value = os.environ.get(name)
+    value = _raw(name)
     if not value:
         return None
     problem = ""
@@ -751,6 +1050,27 @@ def boolean_variable(name: str) -> bool:
     )
 
 
+def keep_quiet(quiet: Optional[bool]) -> None:
+    """Print no lines for people in this process, if the option ``quiet`` or, without it, ``SEKUIRE_QUIET`` says so.
+
+    :raises ConfigurationError: the variable is neither true nor false.
+    """
+    if boolean_variable(BOOLEAN_ENVIRONMENT["quiet"]) if quiet is None else quiet:
+        speech.is_quiet = True
+
+
+def log_format(given: Optional[str]) -> str:
+    """Return ``"json"`` or ``"text"``: the option ``log_format`` or, without it, ``SEKUIRE_LOG_FORMAT``.
+
+    :raises ConfigurationError: the variable holds another format.
+    """
+    name = ENVIRONMENT["log_format"]
+    found = variable(name) if given is None else given
+    if found not in (None, *LOG_FORMATS):
+        raise ConfigurationError(_not_a_format(found), "log_format", source_of(name))
+    return found or LOG_FORMATS[0]
+
+
 _PRODUCTION = frozenset(("production", "prod", "prd"))
 _NOT_PRODUCTION = frozenset(("non", "not", "no", "pre", "like", "test"))
 
@@ -764,13 +1084,27 @@ def is_production(environment: str) -> bool:
 def policy_keys_from_environment() -> Tuple[str, ...]:
     """Return the public keys in ``SEKUIRE_POLICY_PUBLIC_KEYS``, which separates them by commas.
 
-    :raises ConfigurationError: the variable is set and holds no key. Also as :func:`variable`.
+    :raises ConfigurationError: the variable is set and holds no key, or as for :func:`variable`.
     """
     text = variable(POLICY_KEYS_VARIABLE)
     keys = split_policy_keys(text or "")
     if text is not None and not keys:
         raise ConfigurationError(PINS_NOTHING, None, source_of(POLICY_KEYS_VARIABLE))
     return keys
+
+
+def policy_signature_from_environment() -> str:
+    """Return what ``SEKUIRE_POLICY_SIGNATURE`` says of policies' signatures, or ``"bound"`` if it is not set.
+
+    :raises ConfigurationError: it says something else, or as for :func:`variable`.
+    """
+    name = ENVIRONMENT["policy_signature"]
+    value = variable(name) or "bound"
+    if value not in SIGNATURE_FORMS:
+        raise ConfigurationError(
+            f"must be {' or '.join(map(repr, SIGNATURE_FORMS))}, got {value[:40]!r}", None, source_of(name)
+        )
+    return value
 
 
 #: The problem of a list of keys that was given and is empty. Its author meant to pin a key.
@@ -787,10 +1121,14 @@ def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tupl
 
     A variable that is set but empty counts as not set.
 
-    :raises ConfigurationError: as :func:`variable`.
+    :raises ConfigurationError: as :func:`variable` and :func:`boolean_variable`.
     """
     options = dict(overrides)
     sources: Dict[str, str] = {}
+    for name, boolean in BOOLEAN_ENVIRONMENT.items():
+        if name not in options and boolean_variable(boolean):
+            options[name] = True
+            sources[name] = source_of(boolean)
     for name in names:
         if name in options:
             continue
@@ -798,4 +1136,28 @@ def read_environment(overrides: Mapping[str, Any], names: Sequence[str]) -> Tupl
         if value is not None:
             options[name] = value
             sources[name] = source_of(ENVIRONMENT[name])
+    conceal(options)
     return options, sources
+
+
+def unknown_variables() -> Dict[str, str]:
+    """Return each ``SEKUIRE_...`` variable that nothing reads, with the one that was probably meant, or ``""``.
+
+    Variables of framework settings (:mod:`sekuire.contrib`) have other places, and Kubernetes' service links count as
+    known.
+    """
+    found: Dict[str, str] = {}
+    file = _env_file.get()
+    for name in sorted({*os.environ, *(() if file is None else file.values)}):
+        if not name.upper().startswith("SEKUIRE_") or name in KNOWN_VARIABLES or name in OWN_VARIABLES:
+            continue
+        if _SERVICE_LINK.search(name) is None:
+            import difflib
+
+            found[name] = next(iter(difflib.get_close_matches(name.upper(), KNOWN_VARIABLES, n=1, cutoff=0.8)), "")
+    return found
+
+
+def advice_on_variable(meant: str) -> str:
+    """Return what to do about a variable that nothing reads, of which :func:`unknown_variables` gives ``meant``."""
+    return f"did you mean {meant}?" if meant else "unset it, unless another program reads it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import multiprocessing
+import os
 import pathlib
 from typing import Any, Callable, Dict
 
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from sekuire import Beacon, PolicyClient, SekuireSDK, create_worker
 from sekuire.config import (
     ENVIRONMENT,
+    KNOWN_VARIABLES,
     AgentConfig,
     BeaconConfig,
+    ClientConfig,
     ConnectionConfig,
     PolicyClientConfig,
     SDKConfig,
@@ -28,6 +31,7 @@ from sekuire.config import (
     is_loopback,
     policy_keys_from_environment,
     read_environment,
+    unknown_variables,
 )
 from sekuire.contrib.settings import Settings
 from sekuire.errors import ConfigurationError
@@ -79,20 +83,46 @@ WRONG: Dict[str, Any] = {
     "max_waiting_bytes": COUNTS,
     "max_queued": [-1, 1.0, "5", True],
     "allow_insecure_http": FLAGS,
+    "device_fingerprint": ["", " x", "é", "a\nb", "x" * 1025, 5, b"x"],
     "policy_required": FLAGS,
+    "required": FLAGS,
     "expose_errors": FLAGS,
     "auto_heartbeat": FLAGS,
     "logging_enabled": FLAGS,
+    "quiet": [value for value in FLAGS if value is not None],
+    "health": [
+        8080,
+        True,
+        "",
+        "x",
+        ":8080",
+        "::1:8080",
+        "[::1:8080",
+        "a b:8080",
+        "http://127.0.0.1:8080",
+        "127.0.0.1:65536",
+        ("127.0.0.1",),
+        ("127.0.0.1", "8080"),
+        ("127.0.0.1", True),
+        ("127.0.0.1", -1),
+        ("", 8080),
+        (None, 8080),
+    ],
+    "log_format": ["xml", "", 1, True],
     "agent_name": ["", 5, "a\nb"],
     "environment": ["", None, 5, "a\nb"],
     "token_provider": ["token", 5],
     "on_status_change": ["f", 5],
+    "approval_handler": ["f", 5],
+    "result_encoder": ["f", 5],
     "executor": [5, concurrent.futures.ThreadPoolExecutor, FORKING],
     "credentials_store": [5, {}, object()],
     "policy_gateway": [5, {}, object()],
     "policy_options": [5, "x", ["on_change"]],
     "policy_path": ["", 5, b""],
+    "policy_signature": ["", "Hash", "none", None, 5, True, ["hash"]],
     "trusted_policy_keys": ["ab" * 32, b"x", 5, [5], [b"x"], [""], None],
+    "retry_for": [-1, float("inf"), "5", None, True],
     "cache_ttl": [-1, float("inf"), "5", None, True],
     "path": ["", 5],
     "capabilities": ["summarize", b"x", 5, None, [5], ["a,b"], ["a\nb"], [""], [" a"], ["a "], ["x" * 257], [b"x"]],
@@ -107,7 +137,7 @@ WRONG: Dict[str, Any] = {
     ],
 }  # fmt: skip
 
-CLASSES = (WorkerConfig, SDKConfig, BeaconConfig, PolicyClientConfig)
+CLASSES = (WorkerConfig, SDKConfig, BeaconConfig, PolicyClientConfig, ClientConfig)
 CASES = [(name, value) for name, values in WRONG.items() for value in values]
 
 
@@ -116,7 +146,7 @@ def class_of(option: str) -> Any:
 
 
 def options(**extra: Any) -> Dict[str, Any]:
-    if set(extra) & {"cache_ttl", "path"}:
+    if set(extra) & {"cache_ttl", "path", "retry_for"}:
         return {"api_key": TOKEN, "api_base_url": URL, **extra}
     return {"agent_id": "agent", "install_token": TOKEN, "api_base_url": URL, **extra}
 
@@ -176,7 +206,7 @@ SHARED: Dict[str, Any] = {"runtime_token": TOKEN, "api_key": TOKEN, "installatio
         (lambda: Beacon("a", runtime_token=TOKEN), ConfigurationError, "installation_id: is needed"),
         (lambda: SekuireSDK("a", on_status_change=print, **SHARED), ConfigurationError, "unknown option"),
         (lambda: SekuireSDK("a", auto_heartbeat=5, **SHARED), ConfigurationError, "auto_heartbeat: must be True"),
-        (lambda: SekuireSDK.from_env("a", api_url=URL, **SHARED), ConfigurationError, "did you mean 'api_base_url'"),
+        (lambda: SekuireSDK.from_env(agent_id="a", api_url=URL, **SHARED), ConfigurationError, "use api_base_url"),
         (lambda: SekuireSDK.from_env(**SHARED), ConfigurationError, "agent_id: is required; set SEKUIRE_AGENT_ID"),
         (lambda: SekuireSDK("a", **SHARED).create_task_worker(install_token=TOKEN), ConfigurationError, "belongs to"),
         (lambda: PolicyClient(URL, api_key=TOKEN, cache_ttl=-1), ConfigurationError, "cache_ttl: must be"),
@@ -201,6 +231,14 @@ def test_no_token_in_the_frames_of_a_wrong_call(make: Callable[[], object], kind
         ("heartbeat_intervall", "did you mean 'heartbeat_interval'"),
         ("agentid", "did you mean 'agent_id'"),
         ("qqq", "known options: "),
+        ("api_url", "use api_base_url$"),
+        ("apiUrl", "use api_base_url$"),
+        ("url", "use api_base_url$"),
+        ("token", "use install_token or runtime_token or credentials_store$"),
+        ("heartbeatIntervalMs", r"use heartbeat_interval \(seconds\)$"),
+        ("installToken", "use install_token$"),
+        ("timeout", "use task_timeout or read_timeout or connect_timeout$"),
+        ("name", "known options: "),
     ],
 )
 def test_a_misspelt_option(name: str, hint: str) -> None:
@@ -209,6 +247,51 @@ def test_a_misspelt_option(name: str, hint: str) -> None:
         from_options(WorkerConfig, {"agent_id": "a", name: 5})
     assert caught.value.option == name
     assert "WorkerConfig" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SekuireSDK("a", api_url="http://x"),  # type: ignore[call-arg]
+        lambda: SekuireSDK.from_env(api_url="http://x"),  # type: ignore[call-arg]
+        lambda: Beacon("a", api_url="http://x"),  # type: ignore[call-arg]
+        lambda: create_worker(agent_id="a", api_url="http://x"),  # type: ignore[call-arg]
+        lambda: PolicyClient(api_url="http://x"),  # type: ignore[call-arg]
+    ],
+)
+def test_the_name_of_typescript(make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every constructor answers ``api_url=`` with the option's name here."""
+    monkeypatch.setenv("SEKUIRE_AGENT_ID", "a")
+    with pytest.raises(ConfigurationError, match="use api_base_url"):
+        make()
+
+
+SERVICE_LINKS = [
+    "SEKUIRE_SERVICE_HOST",
+    "SEKUIRE_LOCAL_SERVICE_PORT",
+    "SEKUIRE_LOCAL_SERVICE_PORT_HTTP",
+    "SEKUIRE_PORT",
+    "SEKUIRE_PORT_9300_TCP_ADDR",
+]
+
+
+def test_unknown_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that nothing reads is found, with the one that was meant. Service links are not."""
+    for name in [name for name in os.environ if name.startswith("SEKUIRE_")]:
+        monkeypatch.delenv(name)
+    for name in (
+        *SERVICE_LINKS,
+        *KNOWN_VARIABLES,
+        "SEKUIRE_INSTALL_TOKENS",
+        "SEKUIRE_COLOUR_OF_LOGS",
+        "sekuire_api_url",
+    ):
+        monkeypatch.setenv(name, "x")
+    assert unknown_variables() == {
+        "SEKUIRE_COLOUR_OF_LOGS": "",
+        "SEKUIRE_INSTALL_TOKENS": "SEKUIRE_INSTALL_TOKEN",
+        "sekuire_api_url": "SEKUIRE_API_URL",
+    }
 
 
 def test_a_missing_agent() -> None:

@@ -250,12 +250,11 @@ def test_an_unreachable_platform_is_no_error(
     make_platform: Callable[..., Any], beacon_of: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """start() returns without a verdict, and the Beacon connects by itself when the platform is there."""
-    monkeypatch.setattr("sekuire.beacon.START_TIMEOUT", 0.05)
     platform = make_platform(path=tmp_path / "db")
     token = platform.create_install_token(AGENT)
     beacon = beacon_of(platform, install_token=token)
     platform.stop()
-    beacon.start()
+    beacon.start(0.05)
     assert beacon.status.state in ("connecting", "degraded")
     platform.start()
     until(beacon.is_connected)
@@ -302,9 +301,8 @@ def test_a_failing_callback_harms_nothing(scripted: Scripted, beacon_of: Make, c
 
 def test_stop_during_a_login(blackhole: Blackhole, beacon_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop while the login waits for an answer returns without it."""
-    monkeypatch.setattr("sekuire.beacon.START_TIMEOUT", 0.01)
     beacon = beacon_of(blackhole.url, install_token="skt", read_timeout=GUARD)
-    beacon.start()
+    beacon.start(0.01)
     with blackhole.accept() as sock:
         sock.recv(1)
         beacon.stop(0.2)

@@ -11,7 +11,7 @@ from sekuire import RuntimeCredentialsStore, SekuireSDK
 from sekuire.errors import AuthenticationError, ConfigurationError
 
 from ..conftest import AGENT
-from ..support.scripted import Scripted
+from ..support.scripted import Scripted, grant
 from ..support.waiting import GUARD, client_threads, until
 
 Make = Callable[..., SekuireSDK]
@@ -248,6 +248,55 @@ def test_a_wrong_environment_is_named(
     for word in words:
         assert word in str(caught.value)
     assert "has space" not in str(caught.value)
+
+
+def test_http_to_another_machine(clean_environment: pytest.MonkeyPatch) -> None:
+    """``SEKUIRE_ALLOW_INSECURE_HTTP`` permits what a compose file needs; an argument wins; another value is refused."""
+    clean_environment.setenv("SEKUIRE_API_URL", "http://host.docker.internal:9300")
+    clean_environment.setenv("SEKUIRE_AGENT_ID", AGENT)
+    clean_environment.setenv("SEKUIRE_INSTALL_TOKEN", "skt_1")
+    with pytest.raises(ConfigurationError, match="SEKUIRE_ALLOW_INSECURE_HTTP=1"):
+        SekuireSDK.from_env()
+    clean_environment.setenv("SEKUIRE_ALLOW_INSECURE_HTTP", "Yes")
+    assert SekuireSDK.from_env().config.allow_insecure_http
+    with pytest.raises(ConfigurationError, match="is http:// to another machine"):
+        SekuireSDK.from_env(allow_insecure_http=False)
+    clean_environment.setenv("SEKUIRE_ALLOW_INSECURE_HTTP", "2")
+    with pytest.raises(ConfigurationError, match="SEKUIRE_ALLOW_INSECURE_HTTP"):
+        SekuireSDK.from_env()
+
+
+def test_a_bootstrap_of_an_older_platform(scripted: Scripted, sdk_of: Make) -> None:
+    """Its path may hold the installation's id, which is then required."""
+    endpoints = {"bootstrap": "/api/v1/installations/{installation_id}/bootstrap"}
+    with pytest.raises(ConfigurationError, match="installation_id") as caught:
+        sdk_of(scripted, endpoints=endpoints)
+    assert caught.value.option == "installation_id"
+    scripted.on["unknown"] = lambda request: (201, grant())
+    with sdk_of(scripted, endpoints=endpoints, installation_id="i/1"):
+        paths = [request.path for request in scripted.of("unknown")]
+    assert paths == ["/api/v1/installations/i%2F1/bootstrap"]
+
+
+def test_a_misspelt_variable(
+    scripted: Scripted, clean_environment: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """from_env() warns of a variable that nothing reads, and says which was meant."""
+    clean_environment.setenv("SEKUIRE_AGENT_ID", AGENT)
+    clean_environment.setenv("SEKUIRE_API_URL", scripted.url)
+    clean_environment.setenv("SEKUIRE_INSTALL_TOKENS", "skt_secret")
+    with pytest.raises(ConfigurationError, match="no credentials"):
+        SekuireSDK.from_env()
+    expected = "unknown environment variable SEKUIRE_INSTALL_TOKENS; did you mean SEKUIRE_INSTALL_TOKEN?"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+
+
+def test_credentials_before_the_login(scripted: Scripted, sdk_of: Make) -> None:
+    """The credentials are false until there is an installation."""
+    sdk = sdk_of(scripted)
+    assert not sdk.installation_credentials
+    with sdk:
+        assert sdk.installation_credentials
 
 
 def test_a_store_of_ones_own(scripted: Scripted, sdk_of: Make) -> None:
