@@ -8,6 +8,7 @@ from typing import Any, Callable, Container, Dict, FrozenSet, List, Mapping, Opt
 
 import attrs
 
+from .._internal.checks import is_whole
 from ..errors import ConfigurationError
 from ..wire.protocol import DEFAULT_ENDPOINTS
 
@@ -52,10 +53,6 @@ _SPAN_TEXT = re.compile(rf"({_NUMBER})(?:-({_NUMBER}))?\Z", re.ASCII)
 # -- checks: each returns the converted argument ---------------------------------------------------------------------
 
 
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -94,9 +91,9 @@ def _rate(value: Any) -> float:
 
 
 def _times(value: Any) -> Optional[int]:
-    if value is not None and (not is_int(value) or value < 1):
+    if value is not None and (not is_whole(value) or value < 1):
         raise ConfigurationError("must be an integer from 1", "times")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _on(value: Any) -> Optional[FrozenSet[str]]:
@@ -135,15 +132,15 @@ def check_interim(value: Any) -> int:
 
 
 def _check_status(value: Any, wanted: Container[int], problem: str) -> int:
-    if not is_int(value) or value not in wanted:
+    if not is_whole(value) or value not in wanted:
         raise ConfigurationError(problem, "status")
     return int(value)
 
 
 def _retry_after(value: Any) -> Optional[int]:
-    if value is not None and (not is_int(value) or not 0 <= value <= _DAY):
+    if value is not None and (not is_whole(value) or not 0 <= value <= _DAY):
         raise ConfigurationError(f"must be a whole number of seconds from 0 to {_DAY:g}", "retry_after")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _code(value: Any) -> Optional[str]:

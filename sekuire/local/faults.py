@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import random
 import threading
-import time
 from collections import Counter
 from types import TracebackType
 from typing import (
@@ -22,10 +21,12 @@ from typing import (
     Union,
 )
 
+from .._internal.checks import is_whole
+from .._internal.clock import time
 from .._internal.logs import get_logger
 from ..errors import ConfigurationError
 from . import fault_terms
-from .fault_terms import EXAMPLES, Span, Terms, is_int
+from .fault_terms import EXAMPLES, Span, Terms
 
 __all__ = ["Fault", "Faults"]
 
@@ -182,7 +183,7 @@ class Faults:
     # Faults that happen at a moment run on the platform's watch thread.
 
     def __init__(self, seed: Optional[int] = 0) -> None:
-        if seed is not None and not is_int(seed):
+        if seed is not None and not is_whole(seed):
             raise ConfigurationError("must be an integer, or None to draw one", "seed")
         self._seed = random.SystemRandom().randrange(1_000_000_000) if seed is None else seed
         self._changed = threading.Condition()

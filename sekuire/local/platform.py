@@ -6,22 +6,35 @@ import os
 import socket
 import threading
 from types import TracebackType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
+from .._internal.checks import is_whole
 from .._internal.logs import get_logger
 from ..errors import APIError, ConfigurationError
-from ..wire.protocol import COMMANDS
-from .app import Application, Hosts, Server, check_submission, explain_bind, is_loopback
+from ..wire.protocol import APPROVAL_STATES, COMMANDS, DECISIONS, MAX_DURATION
+from .app import MAX_APPROVALS, Application, Hosts, is_loopback
+from .approvals import Approvals, Decision
 from .faults import Faults
-from .record import Record
+from .fields import check_submission
+from .record import Happening, Record
+from .server import Limits, Server, explain_bind
 from .store import TASK_TEXTS, Refusal, Settings, Store, check_id
 from .streams import Hub, Watch
+
+if TYPE_CHECKING:
+    from .ui import Dashboard
 
 __all__ = ["LocalPlatform"]
 
 logger = get_logger("sekuire.local")
 
-_SUBMIT_FIELDS = (*TASK_TEXTS, "timeout_ms", "max_attempts")
+#: Threads for requests, which are short, and connections without a stream, beside those of the streams.
+MORE_THREADS = 32
+#: Threads for the open pages of the dashboard.
+UI_THREADS = 24
+MORE_CONNECTIONS = 512
+
+_SUBMIT_FIELDS = (*TASK_TEXTS, "timeout_ms", "max_attempts", "delay_ms", "expires_in_ms")
 
 
 class LocalPlatform:
@@ -60,9 +73,12 @@ class LocalPlatform:
     :param heartbeat_refreshes_token: True if heartbeats renew the runtime token when a fifth of its lifetime is left. A
         number sets another fraction (1.0: every heartbeat).
     :param max_streams: how many workers may be connected at once; each needs a thread.
+    :param head_timeout: seconds in which the request line and all headers of a request must arrive.
+    :param body_timeout: seconds in which the whole body must arrive after that.
     :param allowed_hosts: further values of the ``Host`` header to accept, with or without a port, for example
         ``["host.docker.internal"]``.
     :param faults: the faults to inject, see :attr:`faults`; None makes an object without any.
+    :param ui: True serves the dashboard under ``/ui/``; :meth:`dashboard_link` lets a person in.
     :raises ConfigurationError: a value is wrong, or the file cannot be used; the text says why and what to do.
     """
 
@@ -87,14 +103,17 @@ class LocalPlatform:
         rotate_refresh_tokens: bool = True,
         heartbeat_refreshes_token: Union[bool, float] = True,
         max_streams: int = 1000,
+        head_timeout: float = 10.0,
+        body_timeout: float = 30.0,
         allowed_hosts: Sequence[str] = (),
         faults: Optional[Faults] = None,
+        ui: bool = False,
     ) -> None:
         if not isinstance(host, str) or not host:
             raise ConfigurationError("must be a host name or an address such as 127.0.0.1", "host")
-        if not _is_int(port) or not 0 <= port <= 65535:
+        if not is_whole(port) or not 0 <= port <= 65535:
             raise ConfigurationError("must be an integer from 0 (any free port) to 65535", "port")
-        if not _is_int(max_streams) or max_streams < 1:
+        if not is_whole(max_streams) or max_streams < 1:
             raise ConfigurationError("must be an integer from 1", "max_streams")
         if isinstance(allowed_hosts, str) or not all(isinstance(name, str) for name in allowed_hosts):
             raise ConfigurationError("must be a list of host names", "allowed_hosts")
@@ -119,7 +138,12 @@ class LocalPlatform:
         )
         self._host = host
         self._port = port
-        self._max_streams = max_streams
+        self._limits = Limits(
+            threads=max_streams + MORE_THREADS + (UI_THREADS if ui else 0),
+            connections=4 * max_streams + MORE_CONNECTIONS,
+            head_seconds=_seconds(head_timeout, "head_timeout"),
+            body_seconds=_seconds(body_timeout, "body_timeout"),
+        )
         self._allowed_hosts = tuple(allowed_hosts)
         self._lock = threading.Lock()
         self._record = Record()
@@ -131,7 +155,15 @@ class LocalPlatform:
         self._server: Optional[Server] = None
         self._guard: Optional[socket.socket] = None
         self._store = Store(None if path is None else os.fspath(path), self._settings)
-        self._hub = Hub(self._store, self._settings, max_streams)
+        self._hub = Hub(self._store, self._record, self._settings, max_streams)
+        self._approvals = Approvals(self._store, self._hub, self._record)
+        self._dashboard: Optional[Dashboard] = None
+        if ui:
+            from .ui import Dashboard
+
+            self._dashboard = Dashboard(
+                self._store, self._hub, self._approvals, self._record, self._settings, self._faults
+            )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -145,7 +177,10 @@ class LocalPlatform:
                 return
             self._store.open()
             watch = Watch()
-            application = Application(self._store, self._hub, self._record, self._settings, self._faults)
+            application = Application(
+                self._store, self._hub, self._approvals, self._record, self._settings, self._faults
+            )
+            application.dashboard = self._dashboard
             problem: Optional[ConfigurationError] = None
             server: Optional[Server] = None
             try:
@@ -161,7 +196,10 @@ class LocalPlatform:
                 assert problem is not None
                 raise problem
             self._hub.start(watch)
+            self._approvals.start()
             watch.start()
+            if self._dashboard is not None:
+                self._dashboard.start(watch, self.url, self._port)
             # Clients that connected before this waited on the listening socket.
             server.run()
             self._watch = watch
@@ -187,6 +225,8 @@ class LocalPlatform:
                 server, guard = self._server, self._guard
                 self._application = self._server = self._guard = None
             self._hub.close()
+            if self._dashboard is not None:
+                self._dashboard.stop()
             if server is not None:
                 server.stop()
             if guard is not None:
@@ -196,8 +236,7 @@ class LocalPlatform:
 
     def _listen(self, application: Application) -> Server:
         """Return a server on this platform's address, not yet running."""
-        # Further threads for requests, which are short, beside those of the streams.
-        server = Server(self._host, self._port, application, self._max_streams + 32)
+        server = Server(self._host, self._port, application, self._limits)
         try:
             self._port = server.listen()
         except OSError as error:
@@ -216,7 +255,10 @@ class LocalPlatform:
             if self._application is None:
                 return
             if self._faults.is_down:
-                if self._server is not None:
+                if self._dashboard is not None:
+                    # The dashboard, where an outage can be ended, stays. The application resets all other requests.
+                    self._hub.lose_all()
+                elif self._server is not None:
                     server, self._server = self._server, None
                     server.resetting = True
                     self._hub.lose_all()
@@ -273,21 +315,40 @@ class LocalPlatform:
         """The platform's API key, which is kept in the database."""
         return self._store.api_key
 
+    def dashboard_link(self) -> str:
+        """Return a link to the dashboard, which lets one browser in, once and within ten minutes.
+
+        :raises ConfigurationError: there is no dashboard, or the platform has not started yet.
+        """
+        if self._dashboard is None or not self._port:
+            raise ConfigurationError("the dashboard needs LocalPlatform(ui=True), and start()", "ui")
+        return self._dashboard.link()
+
     # -- what an administrator does -----------------------------------------------------------------------------------
 
     def create_install_token(self, agent_id: str, max_uses: int = 1) -> str:
         """Return an install token for ``max_uses`` installations of this agent."""
         _check_id(agent_id, "agent_id")
-        if not _is_int(max_uses) or not 1 <= max_uses <= 1_000_000:
+        if not is_whole(max_uses) or not 1 <= max_uses <= 1_000_000:
             raise ConfigurationError("must be an integer from 1 to 1000000", "max_uses")
         return self._store.create_install_token(agent_id, max_uses)
+
+    def reuse_install_token(self, agent_id: str, max_uses: int = 1) -> str:
+        """Return the agent's own install token, for ``max_uses`` more installations. It stays the same.
+
+        The database keeps it in plain text.
+        """
+        _check_id(agent_id, "agent_id")
+        if not is_whole(max_uses) or not 1 <= max_uses <= 1_000_000:
+            raise ConfigurationError("must be an integer from 1 to 1000000", "max_uses")
+        return self._store.reuse_install_token(agent_id, max_uses)
 
     def submit(self, capability: str, input: Any, agent_id: Optional[str] = None, **fields: Any) -> str:
         """Queue a task and return its id.
 
         :param agent_id: the agent that gets the task; None: the agent of the newest install token or installation.
         :param fields: ``tool``, ``workspace_id``, ``requester_agent_id``, ``parent_task_id``, ``workflow_id``,
-            ``trace_id``, ``timeout_ms``, ``max_attempts``.
+            ``trace_id``, ``timeout_ms``, ``max_attempts``, ``delay_ms``, ``expires_in_ms``.
         :raises ConfigurationError: no agent exists yet, or a field is unknown.
         :raises APIError: 400, a value is wrong.
         """
@@ -300,14 +361,14 @@ class LocalPlatform:
                 raise ConfigurationError("name the agent, or call create_install_token() first", "agent_id")
         _check_id(agent_id, "agent_id")
         try:
-            name, checked, max_attempts = check_submission({"capability": capability, "input": input, **fields})
-            task_id = self._store.submit(agent_id, name, checked, max_attempts)
+            task = check_submission({"capability": capability, "input": input, **fields})
+            task_id = self._store.submit(agent_id, task)
         except Refusal as refusal:
             problem = refusal
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
             problem = Refusal(400, "INVALID_REQUEST", f"input is not JSON: {error}")
         else:
-            self._hub.submitted(agent_id, name)
+            self._hub.queued(agent_id, task.capability, task.delay, task.expires_in, task_id)
             return task_id
         raise _api_error(problem)
 
@@ -367,6 +428,49 @@ class LocalPlatform:
         """
         try:
             return self._hub.revoke(installation_id, reason, _timeout(shutdown_timeout))
+        except Refusal as refusal:
+            problem = refusal
+        raise _api_error(problem)
+
+    def approvals(self, status: Optional[str] = None) -> List[Dict[str, Any]]:
+        """Return the requests for approval, newest first, as ``GET /approvals`` shows them.
+
+        :param status: only those that are ``"pending"``, ``"approved"``, ``"denied"`` or ``"expired"``.
+        """
+        if status is not None and status not in APPROVAL_STATES:
+            raise ConfigurationError(f"must be one of {', '.join(APPROVAL_STATES)}, got {status!r}", "status")
+        found: List[Dict[str, Any]] = []
+        before: Optional[str] = None
+        while True:
+            page, before = self._approvals.page(status, MAX_APPROVALS, before)
+            found += page
+            if before is None:
+                return found
+
+    def wait_for_approval(self, timeout: Optional[float] = None, *, task_id: Optional[str] = None) -> Dict[str, Any]:
+        """Wait until something asks for an approval, and return the oldest request that is pending.
+
+        :param task_id: wait for one of this task.
+        :raises TimeoutError: there is none after ``timeout`` seconds.
+        """
+        return self._approvals.wait(timeout, task_id)
+
+    def decide(
+        self, approval_id: str, decision: str, reason: Optional[str] = None, *, decided_by: Optional[str] = None
+    ) -> Dict[str, Any]:
+        """Decide a request for approval, as a person does, and return it.
+
+        :param decision: ``"approved"`` or ``"denied"``.
+        :param decided_by: who decides, for the worker's log. Nothing proves it.
+        :raises APIError: 404 no such request, 409 it is decided, 410 it has expired or its task has ended.
+        """
+        if decision not in DECISIONS:
+            raise ConfigurationError(f"must be one of {', '.join(DECISIONS)}, got {decision!r}", "decision")
+        for name, value in (("reason", reason), ("decided_by", decided_by)):
+            if value is not None and not isinstance(value, str):
+                raise ConfigurationError(f"must be a str, got {type(value).__name__}", name)
+        try:
+            return self._approvals.decide(approval_id, Decision(decision, "local", reason, decided_by))
         except Refusal as refusal:
             problem = refusal
         raise _api_error(problem)
@@ -443,6 +547,10 @@ class LocalPlatform:
         """Return the audit events with a number above ``number``, oldest first, with their numbers. They begin at 1."""
         return self._store.logs(None, None, after=number)
 
+    def happenings_after(self, number: int) -> List[Happening]:
+        """Return what happened after the one with this number, oldest first, of the last 10,000. They begin at 1."""
+        return self._record.happenings_after(number)
+
     def streams(self) -> List[Dict[str, Any]]:
         """Return the connected workers.
 
@@ -513,11 +621,7 @@ def _check_id(value: object, option: str) -> None:
         raise ConfigurationError(problem.partition(" ")[2], option)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _seconds(value: Any, option: str, highest: float = 30 * 24 * 3600.0, zero: bool = False) -> float:
+def _seconds(value: Any, option: str, highest: float = MAX_DURATION, zero: bool = False) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not (value >= 0 if zero else value > 0) or value > highest:
         raise ConfigurationError(f"must be a number of seconds {'from' if zero else 'above'} 0 to {highest:g}", option)

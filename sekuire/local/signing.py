@@ -1,4 +1,4 @@
-"""Hash policies, and sign them with an Ed25519 key of the platform's own."""
+"""Hash policies, and sign them with the platform's own Ed25519 key."""
 
 from __future__ import annotations
 

@@ -16,18 +16,33 @@ import secrets
 import sqlite3
 import stat
 import threading
-import time
 import uuid
 import weakref
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    FrozenSet,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Protocol,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import attrs
 
+from .._internal.clock import time
 from ..errors import ConfigurationError
 from ..wire.protocol import CODE_REVOKED, encode_json, format_time, is_id
 from .signing import PolicyKey, policy_hash
 
-__all__ = ["Claim", "Completed", "Identity", "Refusal", "Settings", "Store"]
+__all__ = ["Claim", "Completed", "Identity", "NewTask", "Refusal", "Settings", "Store", "cancel_event", "erase"]
 
 #: Marks a database as ours ("Seku"), so that another program's file is refused and not filled with tables.
 APPLICATION_ID = 0x53656B75
@@ -35,6 +50,12 @@ SCHEMA_VERSION = 3
 
 #: How many audit events are kept. The oldest are dropped.
 MAX_LOGS = 10_000
+
+#: How many versions of a workspace's policy are kept, to compare them.
+MAX_POLICY_VERSIONS = 100
+
+#: Seconds in which a repeated ``Idempotency-Key`` of a submission gets the same task.
+SUBMISSION_WINDOW = 24 * 3600.0
 
 #: Seconds in which a revoked installation may still report its tasks, if the revocation names no time.
 DEFAULT_SHUTDOWN_TIMEOUT = 30.0
@@ -87,6 +108,48 @@ CREATE TABLE logs (
     data TEXT NOT NULL);
 CREATE INDEX logs_by_batch ON logs (batch) WHERE batch IS NOT NULL;
 """
+#: Tables that a file of this version may lack, because they were added without a change of the others.
+_ADDED = """
+CREATE TABLE IF NOT EXISTS published (
+    installation_id TEXT PRIMARY KEY, capabilities TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS submissions (
+    workspace_id TEXT NOT NULL, key TEXT NOT NULL, fingerprint TEXT NOT NULL, task_id TEXT NOT NULL,
+    expires_at REAL NOT NULL, PRIMARY KEY (workspace_id, key)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS submissions_by_end ON submissions (expires_at);
+CREATE TABLE IF NOT EXISTS requests (
+    agent_id TEXT NOT NULL, workspace_id TEXT NOT NULL, task_id TEXT NOT NULL,
+    PRIMARY KEY (agent_id, workspace_id, task_id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS policy_versions (
+    workspace_id TEXT NOT NULL, version INTEGER NOT NULL, hash TEXT NOT NULL, content TEXT NOT NULL,
+    activated_at REAL NOT NULL, PRIMARY KEY (workspace_id, version)) WITHOUT ROWID;
+INSERT OR IGNORE INTO policy_versions SELECT workspace_id, version, hash, content, activated_at FROM policies;
+CREATE TABLE IF NOT EXISTS sessions (hash TEXT PRIMARY KEY, expires_at REAL NOT NULL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS tasks_by_agent ON tasks (agent_id, seq);
+CREATE INDEX IF NOT EXISTS tasks_failed ON tasks (seq) WHERE status = 'failed';
+CREATE INDEX IF NOT EXISTS tasks_ended ON tasks (updated_at) WHERE status IN ('completed', 'failed');
+CREATE TABLE IF NOT EXISTS approvals (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, approval_id TEXT NOT NULL UNIQUE, task_id TEXT NOT NULL,
+    attempt INTEGER NOT NULL, worker_id TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, details TEXT NOT NULL,
+    policy_hash TEXT, digest TEXT NOT NULL, status TEXT NOT NULL DEFAULT 'pending', created_at REAL NOT NULL,
+    expires_at REAL NOT NULL, decided_at REAL, decided_by TEXT, credential TEXT, reason TEXT, decision_key TEXT);
+CREATE INDEX IF NOT EXISTS approvals_by_task ON approvals (task_id);
+CREATE INDEX IF NOT EXISTS approvals_pending ON approvals (expires_at) WHERE status = 'pending';
+CREATE TRIGGER IF NOT EXISTS approvals_of_ended_task AFTER UPDATE OF status ON tasks
+    WHEN NEW.status IN ('completed', 'failed') BEGIN
+    UPDATE approvals SET status = 'expired', decided_at = NEW.updated_at, reason = 'the task has ended'
+        WHERE task_id = NEW.task_id AND status = 'pending'; END;
+"""
+#: Columns of tasks that a file of this version may lack, for the same reason. `cancel` is the JSON object of a cancel
+#: that was accepted, `retry_key` is that of the last retry, and `timeline` holds JSON objects, each with a comma.
+_ADDED_COLUMNS = (
+    ("expires_at", "REAL"),
+    ("cancel", "TEXT"),
+    ("retry_key", "TEXT"),
+    ("timeline", "TEXT NOT NULL DEFAULT ''"),
+)
+_ADDED_INDEX = "CREATE INDEX IF NOT EXISTS tasks_by_expiry ON tasks (expires_at) WHERE expires_at IS NOT NULL"
+#: From this length on a timeline gets no further entries.
+_LONGEST_TIMELINE = 64 * 1024
 
 
 @attrs.frozen(kw_only=True, slots=True)
@@ -107,8 +170,12 @@ class Settings:
     heartbeat_refresh_below: float = 0.2
 
 
+#: What it means that this platform does not know a credential.
+OF_ANOTHER = "it belongs to another platform, or to an earlier start of this one"
+
+
 class Refusal(Exception):
-    """Raised to refuse a request, with an HTTP status, a code for programs and a sentence for people."""
+    """Refuse a request, with an HTTP status, a code for programs and a sentence for people."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(status, code, message)
@@ -134,6 +201,8 @@ class Claim(NamedTuple):
     task_id: str
     attempt: int
     data: str
+    #: True if it was cancelled. ``data`` is then that of the ``cancel`` event.
+    is_cancelled: bool = False
 
 
 class Completed(NamedTuple):
@@ -158,10 +227,11 @@ class Store:
     last transactions, which is acceptable for a development tool. This process locks the file, because two platforms
     with one file would give each task to two workers.
 
-    Tokens are stored only as SHA-256. Three secrets are stored in plain text, so only the file's owner can read it
-    (mode 0600): the API key, which is made to be printed; the key that signs policies; and, for ``idempotency_window``,
-    the answers of bootstrap, recover and refresh. A client that lost such an answer, because the platform restarted for
-    example, gets the same answer again. Expired answers are deleted, and ``secure_delete`` overwrites them.
+    Tokens are stored only as SHA-256. Four secrets are stored in plain text, so only the file's owner can read it
+    (mode 0600): the API key and the install token of :meth:`reuse_install_token`, which are made to be printed; the key
+    that signs policies; and, for ``idempotency_window``, the answers of bootstrap, recover and refresh. A client that
+    lost such an answer, because the platform restarted for example, gets the same answer again. Expired answers are
+    deleted, and ``secure_delete`` overwrites them.
 
     :raises ConfigurationError: the path cannot be used; the text says why and what to do.
     """
@@ -230,6 +300,14 @@ class Store:
                 db.execute("ROLLBACK")
                 raise
 
+    def transaction(self) -> ContextManager[sqlite3.Connection]:
+        """Return a transaction for another module's tables. Nothing else of the store may be called within it."""
+        return self._transaction()
+
+    def now(self) -> float:
+        """Return the time by which the store counts (Unix time)."""
+        return self._clock()
+
     # -- credentials --------------------------------------------------------------------------------------------------
 
     def is_api_key(self, key: Optional[str]) -> bool:
@@ -247,12 +325,12 @@ class Store:
                     "SELECT i.installation_id, i.agent_id, i.workspace_id, t.expires_at, i.revoked_until"
                     " FROM tokens t JOIN installations i USING (installation_id)"
                     " WHERE t.hash = ? AND t.kind = 'runtime'",
-                    (_hash(token),),
+                    (hash_of(token),),
                 )
                 .fetchone()
             )
         if row is None:
-            raise Refusal(401, "INVALID_TOKEN", "the runtime token is unknown; refresh it or log in again")
+            raise Refusal(401, "INVALID_TOKEN", f"this platform knows no such runtime token; {OF_ANOTHER}")
         identity = Identity(*row)
         if identity.expires_at <= self._clock():
             raise Refusal(401, "TOKEN_EXPIRED", "the runtime token has expired; refresh it")
@@ -267,7 +345,22 @@ class Store:
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO install_tokens (hash, agent_id, max_uses, created_at) VALUES (?, ?, ?, ?)",
-                (_hash(token), agent_id, max_uses, self._clock()),
+                (hash_of(token), agent_id, max_uses, self._clock()),
+            )
+        return token
+
+    def reuse_install_token(self, agent_id: str, max_uses: int) -> str:
+        """Return the agent's install token that is kept, with all its uses. Make it if there is none."""
+        with self._transaction() as db:
+            name = f"install_token:{agent_id}"
+            row = db.execute("SELECT value FROM meta WHERE key = ?", (name,)).fetchone()
+            token = "skt_" + secrets.token_urlsafe(32) if row is None else str(row[0])
+            if row is None:
+                db.execute("INSERT INTO meta VALUES (?, ?)", (name, token))
+            db.execute(
+                "INSERT INTO install_tokens (hash, agent_id, max_uses, created_at) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (hash) DO UPDATE SET uses = 0, max_uses = excluded.max_uses",
+                (hash_of(token), agent_id, max_uses, self._clock()),
             )
         return token
 
@@ -283,35 +376,37 @@ class Store:
 
         :raises Refusal: 401 unknown token, 403 another agent's, 409 used up.
         """
-        fingerprint = _hash("\n".join(("bootstrap", token, agent_id)))
+        fingerprint = hash_of("\n".join(("bootstrap", token, agent_id)))
         with self._transaction() as db:
             known = self._replay(db, key, fingerprint)
             if known is not None:
                 return known
             row = db.execute(
-                "SELECT agent_id, max_uses, uses FROM install_tokens WHERE hash = ?", (_hash(token),)
+                "SELECT agent_id, max_uses, uses FROM install_tokens WHERE hash = ?", (hash_of(token),)
             ).fetchone()
             if row is None:
-                raise Refusal(401, "INVALID_INSTALL_TOKEN", "the install token is unknown")
+                raise Refusal(
+                    401, "INVALID_INSTALL_TOKEN", f"this platform has not made this install token; {OF_ANOTHER}"
+                )
             if row[0] != agent_id:
-                raise Refusal(403, "WRONG_AGENT", "the install token was made for another agent_id")
+                raise Refusal(403, "WRONG_AGENT", f"the install token was made for the agent {row[0]!r}")
             if row[2] >= row[1]:
                 raise Refusal(
                     409,
                     "INSTALL_TOKEN_CONSUMED",
-                    f"the install token has been used {row[2]} of {row[1]} times; keep the credentials of the first"
-                    " use (SEKUIRE_CREDENTIALS_FILE), or make one token per replica, or one with max_uses",
+                    f"the install token has been used {row[2]} of {row[1]} times",
                 )
-            db.execute("UPDATE install_tokens SET uses = uses + 1 WHERE hash = ?", (_hash(token),))
-            return self._install(
-                db, agent_id, self._settings.workspace_id, capabilities, runtime_info, key, fingerprint
-            )
+            db.execute("UPDATE install_tokens SET uses = uses + 1 WHERE hash = ?", (hash_of(token),))
+            # What is in memory ends with the platform, so that nobody needs the token again.
+            left = {} if self._path is None else {"install_token_uses_left": row[1] - row[2] - 1}
+            workspace = self._settings.workspace_id
+            return self._install(db, agent_id, workspace, capabilities, runtime_info, key, fingerprint, left)
 
     def recover(
         self, agent_id: str, workspace_id: Optional[str], runtime_info: Mapping[str, Any], key: Optional[str]
     ) -> Dict[str, Any]:
         """Make an installation for a holder of the API key."""
-        fingerprint = _hash("\n".join(("recover", self.api_key, agent_id)))
+        fingerprint = hash_of("\n".join(("recover", self.api_key, agent_id)))
         with self._transaction() as db:
             known = self._replay(db, key, fingerprint)
             if known is not None:
@@ -331,7 +426,7 @@ class Store:
         """
         now = self._clock()
         settings = self._settings
-        fingerprint = _hash("\n".join(("refresh", installation_id, token)))
+        fingerprint = hash_of("\n".join(("refresh", installation_id, token)))
         with self._transaction() as db:
             row = _find_installation(
                 db, installation_id, "SELECT workspace_id, revoked_until, reason FROM installations"
@@ -343,10 +438,10 @@ class Store:
                 return known
             found = db.execute(
                 "SELECT expires_at FROM tokens WHERE hash = ? AND installation_id = ? AND kind = 'refresh'",
-                (_hash(token), installation_id),
+                (hash_of(token), installation_id),
             ).fetchone()
             if found is None or (found[0] is not None and found[0] <= now):
-                raise Refusal(401, "INVALID_REFRESH_TOKEN", "the refresh token is unknown or was replaced")
+                raise Refusal(401, "INVALID_REFRESH_TOKEN", f"the refresh token was replaced, or {OF_ANOTHER}")
             answer = self._runtime_token(db, installation_id)
             if settings.rotate_refresh_tokens:
                 if found[0] is None:
@@ -381,6 +476,7 @@ class Store:
         runtime_info: Mapping[str, Any],
         key: Optional[str],
         fingerprint: str,
+        more: Mapping[str, Any] = {},
     ) -> Dict[str, Any]:
         now = self._clock()
         installation_id = new_id("inst")
@@ -397,6 +493,7 @@ class Store:
             "refresh_token": self._refresh_token(db, installation_id),
             "heartbeat_interval_seconds": _plain(self._settings.heartbeat_interval),
             "lease_expires_at": instant(lease),
+            **more,
         }
         self._remember(db, key, fingerprint, answer)
         return answer
@@ -410,12 +507,12 @@ class Store:
             "DELETE FROM tokens WHERE installation_id = ? AND expires_at IS NOT NULL AND expires_at < ?",
             (installation_id, now - 86400.0),
         )
-        db.execute("INSERT INTO tokens VALUES (?, ?, 'runtime', ?)", (_hash(token), installation_id, end))
+        db.execute("INSERT INTO tokens VALUES (?, ?, 'runtime', ?)", (hash_of(token), installation_id, end))
         return {"runtime_token": token, "expires_at": instant(end)}
 
     def _refresh_token(self, db: sqlite3.Connection, installation_id: str) -> str:
         token = "rf_" + secrets.token_urlsafe(32)
-        db.execute("INSERT INTO tokens VALUES (?, ?, 'refresh', NULL)", (_hash(token), installation_id))
+        db.execute("INSERT INTO tokens VALUES (?, ?, 'refresh', NULL)", (hash_of(token), installation_id))
         return token
 
     def _replay(self, db: sqlite3.Connection, key: Optional[str], fingerprint: str) -> Optional[Dict[str, Any]]:
@@ -431,7 +528,7 @@ class Store:
             "SELECT r.fingerprint, r.answer, t.expires_at > ? AND i.revoked_until IS NULL FROM replays r"
             " LEFT JOIN tokens t ON t.hash = r.token LEFT JOIN installations i USING (installation_id)"
             " WHERE r.key = ?",
-            (now, _hash(key)),
+            (now, hash_of(key)),
         ).fetchone()
         if row is None:
             return None
@@ -451,15 +548,23 @@ class Store:
         db.execute(
             "INSERT OR REPLACE INTO replays VALUES (?, ?, ?, ?, ?)",
             (
-                _hash(key),
+                hash_of(key),
                 fingerprint,
                 _text(answer),
-                _hash(answer["runtime_token"]),
+                hash_of(answer["runtime_token"]),
                 now + self._settings.idempotency_window,
             ),
         )
 
     # -- installations ------------------------------------------------------------------------------------------------
+
+    def publish(self, installation_id: str, capabilities: Sequence[Mapping[str, Any]]) -> None:
+        """Store what an installation can do, in place of what was there."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO published (installation_id, capabilities) VALUES (?, ?)",
+                (installation_id, _text(list(capabilities))),
+            )
 
     def heartbeat(self, identity: Identity, body: Mapping[str, Any]) -> Dict[str, Any]:
         """Renew the lease, and return the answer to the heartbeat."""
@@ -490,6 +595,12 @@ class Store:
                 answer["shutdown_timeout_ms"] = round(timeout * 1000)
             if policy is not None and policy[0]:
                 answer["active_policy_hash"] = policy[0]
+            cancelled = db.execute(
+                "SELECT task_id FROM tasks WHERE installation_id = ? AND status = 'assigned' AND cancel IS NOT NULL",
+                (identity.installation_id,),
+            ).fetchall()
+            if cancelled:
+                answer["cancel_tasks"] = [row[0] for row in cancelled]
             left = identity.expires_at - now
             if revoked_until is None and left < settings.heartbeat_refresh_below * settings.token_lifetime:
                 token = self._runtime_token(db, identity.installation_id)
@@ -588,11 +699,11 @@ class Store:
             row = _find_installation(self._connection(), installation_id, _INSTALLATION)
         return _installation(row)
 
-    def installations(self) -> List[Dict[str, Any]]:
-        """Return every installation, oldest first."""
+    def installations(self, limit: int = -1) -> List[Dict[str, Any]]:
+        """Return every installation, oldest first, or the newest ``limit``."""
         with self._lock:
-            rows = self._connection().execute(f"{_INSTALLATION} ORDER BY seq").fetchall()
-        return [_installation(row) for row in rows]
+            rows = self._connection().execute(f"{_INSTALLATION} ORDER BY seq DESC LIMIT ?", (limit,)).fetchall()
+        return [_installation(row) for row in reversed(rows)]
 
     def draining(self) -> List[Tuple[str, float]]:
         """Return the revoked installations that may still report: id and end (Unix time)."""
@@ -620,18 +731,170 @@ class Store:
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
-    def submit(self, agent_id: str, capability: str, fields: Mapping[str, Any], max_attempts: int = 1) -> str:
-        """Queue a task and return its id. ``fields`` are checked already, and go to the worker unchanged."""
+    def submit(self, agent_id: str, task: NewTask) -> str:
+        """Queue a task and return its id."""
+        with self._transaction() as db:
+            return self._queue(db, agent_id, task)
+
+    def submit_once(self, key: str, agent_id: str, task: NewTask) -> Tuple[str, bool]:
+        """Queue a task unless one with this key was queued in its workspace. Return its id, and True if it is new.
+
+        :raises Refusal: 422 the key came with another task.
+        """
+        now = self._clock()
+        workspace_id = task.fields.get("workspace_id") or self._settings.workspace_id
+        facts = [agent_id, task.capability, task.max_attempts, task.fields]
+        if task.delay or task.expires_in is not None:
+            facts += [task.delay, task.expires_in]
+        fingerprint = hash_of(json.dumps(facts, sort_keys=True, separators=(",", ":")))
+        with self._transaction() as db:
+            db.execute("DELETE FROM submissions WHERE expires_at <= ?", (now,))
+            known = db.execute(
+                "SELECT fingerprint, task_id FROM submissions WHERE workspace_id = ? AND key = ?",
+                (workspace_id, hash_of(key)),
+            ).fetchone()
+            if known is not None:
+                if known[0] != fingerprint:
+                    raise Refusal(
+                        422,
+                        "IDEMPOTENCY_KEY_REUSED",
+                        "this Idempotency-Key came before with another task; use a new one",
+                    )
+                return known[1], False
+            task_id = self._queue(db, agent_id, task)
+            db.execute(
+                "INSERT INTO submissions VALUES (?, ?, ?, ?, ?)",
+                (workspace_id, hash_of(key), fingerprint, task_id, now + SUBMISSION_WINDOW),
+            )
+            return task_id, True
+
+    def _queue(self, db: sqlite3.Connection, agent_id: str, task: NewTask) -> str:
         now = self._clock()
         task_id = new_id("task")
-        data = _text({"task_id": task_id, "capability": capability, **fields})
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO tasks (task_id, agent_id, capability, data, max_attempts, available_at, created_at,"
-                " updated_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (task_id, agent_id, capability, data, max_attempts, now, now, now),
-            )
+        workspace_id = task.fields.get("workspace_id") or self._settings.workspace_id
+        requester = task.fields.get("requester_agent_id")
+        data = _text({"task_id": task_id, "capability": task.capability, **task.fields, "workspace_id": workspace_id})
+        if requester is not None:
+            db.execute("INSERT INTO requests VALUES (?, ?, ?)", (requester, workspace_id, task_id))
+        end = None if task.expires_in is None else now + task.expires_in
+        db.execute(
+            "INSERT INTO tasks (task_id, agent_id, capability, data, max_attempts, available_at, created_at,"
+            " updated_at, expires_at, timeline) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                task_id, agent_id, task.capability, data, task.max_attempts, now + task.delay, now, now, end,
+                _entry("queued", now, 0),
+            ),
+        )  # fmt: skip
         return task_id
+
+    def retry(self, task_id: str, key: Optional[str]) -> Tuple[str, str, Optional[float]]:
+        """Queue a failed task again, as its next attempt. Return its agent, its capability, and in how many seconds.
+
+        The seconds are None if the key has done so before.
+
+        :raises Refusal: 404 no such task, 409 it has not failed.
+        """
+        now = self._clock()
+        with self._transaction() as db:
+            row = _find_task(db, task_id, "SELECT agent_id, capability, status, attempt, retry_key FROM tasks")
+            agent_id, capability, status, attempt, last_key = row
+            digest = None if key is None else hash_of(key)
+            if digest is not None and digest == last_key:
+                return agent_id, capability, None
+            if status != "failed":
+                raise Refusal(409, "NOT_FAILED", f"the task is {status}; only a failed task can be tried again")
+            db.execute(
+                "UPDATE tasks SET status = 'queued', result = NULL, progress = NULL, failures = 0, cancel = NULL,"
+                " expires_at = NULL, available_at = ?, next_attempt = attempt + 1, retry_key = ?, updated_at = ?,"
+                f" timeline = {_APPEND} WHERE task_id = ?",
+                # Not at once: its worker may not have seen the answer to its report.
+                (now + self._settings.retry_delay, digest, now, _entry("queued", now, attempt), task_id),
+            )
+            return agent_id, capability, self._settings.retry_delay
+
+    def cancel(self, task_id: str, reason: Optional[str]) -> Optional[Tuple[str, str]]:
+        """Cancel a task. A queued one ends; of an assigned one return the installation and the worker to notify.
+
+        :raises Refusal: 404 no such task, 409 it has its result.
+        """
+        now = self._clock()
+        with self._transaction() as db:
+            select = "SELECT status, attempt, installation_id, worker_id, result, cancel FROM tasks"
+            status, attempt, installation_id, worker_id, result, cancel = _find_task(db, task_id, select)
+            if status in FINAL:
+                if cancel is not None and _is_ended_by_cancel(result):
+                    return None
+                raise Refusal(409, "ALREADY_COMPLETED", "the task has its result already")
+            order = _text({} if reason is None else {"reason": reason})
+            if status == "queued":
+                db.execute("UPDATE tasks SET cancel = ? WHERE task_id = ?", (order, task_id))
+                self._end_cancelled(db, now, "task_id = ?", (task_id,))
+                return None
+            if cancel is None:
+                db.execute(
+                    f"UPDATE tasks SET cancel = ?, updated_at = ?, timeline = {_APPEND} WHERE task_id = ?",
+                    (order, now, _entry("cancelling", now, attempt, worker_id), task_id),
+                )
+            return installation_id, worker_id
+
+    @staticmethod
+    def _end_cancelled(db: sqlite3.Connection, now: float, where: str, values: Sequence[Any]) -> List[str]:
+        """End the cancelled tasks that fulfil a condition and will get no result. Return their ids."""
+        rows = db.execute(
+            f"SELECT task_id, attempt, cancel FROM tasks WHERE {where} AND cancel IS NOT NULL", values
+        ).fetchall()
+        for task_id, attempt, cancel in rows:
+            reason = json.loads(cancel).get("reason")
+            message = "the task was cancelled" + (f": {reason}" if reason else "")
+            result = {"error": {"code": "cancelled", "message": message, "retryable": False}, "by_platform": True}
+            db.execute(
+                f"UPDATE tasks SET status = 'failed', result = ?, updated_at = ?, timeline = {_APPEND}"
+                " WHERE task_id = ?",
+                (_text(result), now, _entry("failed", now, attempt), task_id),
+            )
+        return [row[0] for row in rows]
+
+    def end_cancelled(self, installation_id: str, workers: Sequence[str], task_ids: FrozenSet[str]) -> List[str]:
+        """End those of these cancelled tasks that one of these workers has. Return their ids."""
+        if not workers or not task_ids:
+            return []
+        where = "installation_id = ? AND status = 'assigned'"
+        where += f" AND worker_id IN ({','.join('?' * len(workers))}) AND task_id IN ({_marks(task_ids)})"
+        with self._transaction() as db:
+            return self._end_cancelled(db, self._clock(), where, (installation_id, *workers, *task_ids))
+
+    def expire(self) -> List[str]:
+        """End the queued tasks whose time to begin has passed. Return their ids."""
+        now = self._clock()
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT task_id, attempt FROM tasks WHERE expires_at <= ? AND status = 'queued' AND failures = 0",
+                (now,),
+            ).fetchall()
+            error = {"code": "expired", "message": "the task did not begin in its time", "retryable": False}
+            for task_id, attempt in rows:
+                db.execute(
+                    f"UPDATE tasks SET status = 'failed', result = ?, updated_at = ?, timeline = {_APPEND}"
+                    " WHERE task_id = ?",
+                    (_text({"error": error, "by_platform": True}), now, _entry("failed", now, attempt), task_id),
+                )
+        return [row[0] for row in rows]
+
+    def expiring(self) -> List[float]:
+        """Return when the queued tasks expire that can (Unix times)."""
+        with self._lock:
+            rows = (
+                self._connection()
+                .execute("SELECT expires_at FROM tasks WHERE expires_at IS NOT NULL AND status = 'queued'")
+                .fetchall()
+            )
+        return [row[0] for row in rows]
+
+    def is_final(self, task_id: str) -> bool:
+        """Return True if a task has its last result."""
+        with self._lock:
+            row = self._connection().execute("SELECT status FROM tasks WHERE task_id = ?", (task_id,)).fetchone()
+        return row is not None and row[0] in FINAL
 
     def claim(
         self,
@@ -652,7 +915,8 @@ class Store:
         """
         now = self._clock()
         where = ["agent_id = ?", "status = 'queued'", "available_at <= ?"]
-        values: List[Any] = [agent_id, now]
+        where.append("(expires_at IS NULL OR expires_at > ? OR failures > 0)")
+        values: List[Any] = [agent_id, now, now]
         unserved, unserved_values = "0", ()  # type: Tuple[str, Tuple[str, ...]]
         if left_to_others is not None:
             unserved, unserved_values = f"capability NOT IN ({_marks(left_to_others)})", tuple(left_to_others)
@@ -685,8 +949,16 @@ class Store:
                 next_attempt = attempt + 1
             db.execute(
                 "UPDATE tasks SET status = 'assigned', attempt = ?, next_attempt = ?, worker_id = ?,"
-                " installation_id = ?, updated_at = ? WHERE seq = ?",
-                (next_attempt, next_attempt, worker_id, installation_id, now, seq),
+                f" installation_id = ?, updated_at = ?, timeline = {_APPEND} WHERE seq = ?",
+                (
+                    next_attempt,
+                    next_attempt,
+                    worker_id,
+                    installation_id,
+                    now,
+                    _entry("assigned", now, next_attempt, worker_id),
+                    seq,
+                ),
             )
             # A task that its worker released and gets again is the same attempt.
             db.execute(
@@ -723,13 +995,19 @@ class Store:
             rows = (
                 self._connection()
                 .execute(
-                    "SELECT task_id, attempt, data FROM tasks"
+                    "SELECT task_id, attempt, data, cancel FROM tasks"
                     " WHERE installation_id = ? AND worker_id = ? AND status = 'assigned' ORDER BY seq",
                     (installation_id, worker_id),
                 )
                 .fetchall()
             )
-        return [Claim(task_id, attempt, _event(data, attempt)) for task_id, attempt, data in rows]
+        return [
+            Claim(task_id, attempt, _event(data, attempt))
+            if cancel is None
+            # A task that was cancelled is not sent again.
+            else Claim(task_id, attempt, cancel_event(task_id, json.loads(cancel).get("reason")), True)
+            for task_id, attempt, data, cancel in rows
+        ]
 
     def assigned_workers(self) -> List[Tuple[str, str, str]]:
         """Return every worker that has a task: installation, worker, agent."""
@@ -757,14 +1035,20 @@ class Store:
             for worker in workers
         )
 
-    def requeue(self, installation_id: str, worker_id: str) -> int:
-        """Queue the tasks of a vanished worker again. If it comes back first, it gets the same attempts."""
+    def requeue(self, installation_id: str, worker_id: str) -> Tuple[int, List[str]]:
+        """Queue the tasks of a vanished worker again. If it comes back first, it gets the same attempts.
+
+        Return the number of those tasks, and the ids of the cancelled ones, which end instead.
+        """
+        now = self._clock()
+        where, values = "installation_id = ? AND worker_id = ? AND status = 'assigned'", (installation_id, worker_id)
         with self._transaction() as db:
-            return db.execute(
-                "UPDATE tasks SET status = 'queued', updated_at = ?"
-                " WHERE installation_id = ? AND worker_id = ? AND status = 'assigned'",
-                (self._clock(), installation_id, worker_id),
+            ended = self._end_cancelled(db, now, where, values)
+            count = db.execute(
+                f"UPDATE tasks SET status = 'queued', updated_at = ?, timeline = {_APPEND_QUEUED} WHERE {where}",
+                (now, instant(now), *values),
             ).rowcount
+        return count, ended
 
     def complete(self, identity: Identity, task_id: str, key: Optional[str], body: Mapping[str, Any]) -> Completed:
         """Accept a task's result. The first result of any attempt wins. The same key gets the same answer again.
@@ -774,9 +1058,9 @@ class Store:
         now = self._clock()
         with self._transaction() as db:
             row = _find_task(
-                db, task_id, "SELECT agent_id, status, attempt, max_attempts, failures, capability FROM tasks"
+                db, task_id, "SELECT agent_id, status, attempt, max_attempts, failures, capability, cancel FROM tasks"
             )
-            agent_id, status, current, max_attempts, failures, capability = row
+            agent_id, status, current, max_attempts, failures, capability, cancel = row
             attempt = body.get("attempt", current)
             given = self._assignment(db, identity, task_id, attempt)
             worker_id, reported = given
@@ -796,6 +1080,8 @@ class Store:
             result = {name: body[name] for name in ("output", "error", "execution_time_ms") if name in body}
             failed = body["status"] == "failed"
             retry = failed and body["error"].get("retryable") is True and failures + 1 < max_attempts
+            # Who has cancelled a task does not want it tried again.
+            retry = retry and cancel is None
             retry_in = min(self._settings.retry_delay * 2.0**failures, MAX_RETRY_DELAY) if retry else None
             state = "queued" if retry else body["status"]
             if retry and status == "assigned" and attempt != current:
@@ -803,8 +1089,16 @@ class Store:
                 state, retry_in = "assigned", None
             db.execute(
                 "UPDATE tasks SET status = ?, result = ?, failures = failures + ?, available_at = ?,"
-                " next_attempt = attempt + 1, updated_at = ? WHERE task_id = ?",
-                (state, _text(result), int(failed), now + (retry_in or 0.0), now, task_id),
+                f" next_attempt = attempt + 1, updated_at = ?, timeline = {_APPEND} WHERE task_id = ?",
+                (
+                    state,
+                    _text(result),
+                    int(failed),
+                    now + (retry_in or 0.0),
+                    now,
+                    _entry(state, now, attempt, worker_id),
+                    task_id,
+                ),
             )
             db.execute("UPDATE assignments SET reported = 1 WHERE task_id = ? AND attempt = ?", (task_id, attempt))
             answer = {"task_id": task_id, "status": state, "attempt": attempt}
@@ -823,9 +1117,12 @@ class Store:
             agent_id, status, current, holder = row
             if status not in ("assigned", "queued") or (current, holder) != (attempt, worker_id):
                 raise Refusal(409, "NOT_ASSIGNED", "the task is no longer this worker's")
+            now = self._clock()
+            where = "task_id = ? AND status = 'assigned'"
+            self._end_cancelled(db, now, where, (task_id,))
             db.execute(
-                "UPDATE tasks SET status = 'queued', updated_at = ? WHERE task_id = ? AND status = 'assigned'",
-                (self._clock(), task_id),
+                f"UPDATE tasks SET status = 'queued', updated_at = ?, timeline = {_APPEND_QUEUED} WHERE {where}",
+                (now, instant(now), task_id),
             )
         return str(agent_id)
 
@@ -845,13 +1142,17 @@ class Store:
                 (_text(body), self._clock(), task_id),
             )
 
-    def task(self, task_id: str) -> Dict[str, Any]:
+    def task(self, task_id: str, requester: Optional[Identity] = None) -> Dict[str, Any]:
         """Return a task as JSON.
 
+        :param requester: find only what this agent requested.
         :raises Refusal: 404 no such task.
         """
+        where, values = _requested_by(requester)
         with self._lock:
-            row = _find_task(self._connection(), task_id, _TASK)
+            row = self._connection().execute(f"{_TASK} WHERE task_id = ? AND {where}", (task_id, *values)).fetchone()
+        if row is None:
+            raise _no_task(task_id)
         return _task(row)
 
     def tasks(
@@ -860,31 +1161,60 @@ class Store:
         capability: Optional[str] = None,
         limit: int = 50,
         before: Optional[str] = None,
+        requester: Optional[Identity] = None,
+        *,
+        agent_id: Optional[str] = None,
+        is_short: bool = False,
     ) -> Tuple[List[Dict[str, Any]], Optional[str]]:
         """Return tasks, newest first, and the ``before`` of the next page (None on the last).
 
+        :param requester: find only what this agent requested.
+        :param is_short: leave out inputs and outputs.
         :raises Refusal: 400 ``before`` is not a task's id.
         """
-        where, values = ["1"], []  # type: Tuple[List[str], List[Any]]
+        condition, visible = _requested_by(requester)
+        where, values = [condition], [*visible]
         if status is not None:
             where.append("status = ?")
             values.append(status)
         if capability is not None:
             where.append("capability = ?")
             values.append(capability)
+        if agent_id is not None:
+            where.append("agent_id = ?")
+            values.append(agent_id)
         with self._lock:
             db = self._connection()
             if before is not None:
-                row = db.execute("SELECT seq FROM tasks WHERE task_id = ?", (before,)).fetchone()
+                find = f"SELECT seq FROM tasks WHERE {condition} AND task_id = ?"
+                row = db.execute(find, (*visible, before)).fetchone()
                 if row is None:
                     raise Refusal(400, "INVALID_REQUEST", "before must be the task_id of a task")
                 where.append("seq < ?")
                 values.append(row[0])
             rows = db.execute(
-                f"{_TASK} WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?", (*values, limit + 1)
+                f"{_SUMMARY if is_short else _TASK} WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
+                (*values, limit + 1),
             ).fetchall()
-        tasks = [_task(row) for row in rows[:limit]]
+        tasks = [_summary(row) if is_short else _task(row) for row in rows[:limit]]
         return tasks, tasks[-1]["task_id"] if len(rows) > limit else None
+
+    def summaries(self, task_ids: Sequence[str], requester: Optional[Identity] = None) -> List[Dict[str, Any]]:
+        """Return these tasks without input and output, in the order of the ids. Unknown ones are left out.
+
+        :param requester: find only what this agent requested.
+        """
+        where, values = _requested_by(requester)
+        with self._lock:
+            rows = (
+                self._connection()
+                .execute(
+                    f"{_SUMMARY} WHERE task_id IN ({','.join('?' * len(task_ids))}) AND {where}", (*task_ids, *values)
+                )
+                .fetchall()
+            )
+        known = {row[0]: row for row in rows}
+        return [_summary(known[task_id]) for task_id in dict.fromkeys(task_ids) if task_id in known]
 
     @staticmethod
     def _assignment(db: sqlite3.Connection, identity: Identity, task_id: str, attempt: int) -> Tuple[str, int]:
@@ -919,6 +1249,16 @@ class Store:
                 " version = version + 1, hash = excluded.hash, content = excluded.content,"
                 " activated_at = excluded.activated_at, updated_at = excluded.updated_at",
                 (workspace_id, new_id("pol"), digest, _text(content), now, now),
+            )
+            db.execute(
+                "INSERT OR IGNORE INTO policy_versions SELECT workspace_id, version, hash, content, activated_at"
+                " FROM policies WHERE workspace_id = ?",
+                (workspace_id,),
+            )
+            db.execute(
+                "DELETE FROM policy_versions WHERE workspace_id = ? AND version <="
+                " (SELECT version FROM policies WHERE workspace_id = ?) - ?",
+                (workspace_id, workspace_id, MAX_POLICY_VERSIONS),
             )
         return self.policy(workspace_id)
 
@@ -989,6 +1329,32 @@ class Store:
             )
         return [(row[0], json.loads(row[1])) for row in rows]
 
+    # -- the dashboard ------------------------------------------------------------------------------------------------
+
+    def read(self, sql: str, values: Sequence[Any] = ()) -> List[Tuple[Any, ...]]:
+        """Return the rows of a query. It holds up every request while it runs, so it must be short."""
+        with self._lock:
+            return self._connection().execute(sql, values).fetchall()
+
+    def changes(self) -> int:
+        """Return how many rows were changed since the database was opened."""
+        with self._lock:
+            return self._connection().total_changes
+
+    def open_session(self, digest: str, seconds: float) -> None:
+        """Store a session of the dashboard by its secret's hash, and drop those that have expired."""
+        now = self._clock()
+        with self._transaction() as db:
+            db.execute("DELETE FROM sessions WHERE expires_at <= ?", (now,))
+            db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?)", (digest, now + seconds))
+
+    def is_session(self, digest: str) -> bool:
+        return bool(self.read("SELECT 1 FROM sessions WHERE hash = ? AND expires_at > ?", (digest, self._clock())))
+
+    def close_session(self, digest: str) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM sessions WHERE hash = ?", (digest,))
+
     def _connection(self) -> sqlite3.Connection:
         if self._db is None:
             raise ConfigurationError("the local platform is stopped and its database closed; call start() first")
@@ -999,12 +1365,63 @@ class Store:
 
 _INSTALLATION = (
     "SELECT installation_id, agent_id, workspace_id, capabilities, runtime_info, created_at, lease_expires_at,"
-    " last_heartbeat_at, heartbeat, desired_state, reason, revoked_until FROM installations"
+    " last_heartbeat_at, heartbeat, desired_state, reason, revoked_until,"
+    " (SELECT capabilities FROM published p WHERE p.installation_id = installations.installation_id)"
+    " FROM installations"
 )
 _TASK = (
     "SELECT task_id, agent_id, data, status, attempt, worker_id, installation_id, max_attempts, created_at,"
-    " updated_at, result, progress FROM tasks"
+    " updated_at, result, progress, available_at, timeline FROM tasks"
 )
+_SUMMARY = _TASK.replace(" data,", " json_remove(data, '$.input'),").replace(
+    " result,", " json_remove(result, '$.output'),"
+)
+#: Append an entry to a timeline: one that is given, or that of a queued task at a time that is given.
+_FITS = f"length(timeline) < {_LONGEST_TIMELINE}"
+_APPEND = f"CASE WHEN {_FITS} THEN timeline || ? ELSE timeline END"
+_APPEND_QUEUED = (
+    f'CASE WHEN {_FITS} THEN timeline || \'{{"state":"queued","at":"\' || ? || \'","attempt":\''
+    " || attempt || '},' ELSE timeline END"
+)
+
+
+class NewTask(Protocol):
+    """Describe a checked submission (:class:`sekuire.local.fields.Submission`). Times are in seconds.
+
+    ``fields`` go to the worker unchanged, with the default ``workspace_id`` where they have none.
+    """
+
+    @property
+    def capability(self) -> str: ...
+
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
+
+    @property
+    def max_attempts(self) -> int: ...
+
+    @property
+    def delay(self) -> float: ...
+
+    @property
+    def expires_in(self) -> Optional[float]: ...
+
+
+def _entry(state: str, at: float, attempt: int, worker_id: Optional[str] = None) -> str:
+    """Return an entry of a timeline."""
+    entry: Dict[str, Any] = {"state": state, "at": instant(at), "attempt": attempt}
+    if worker_id is not None:
+        entry["worker_id"] = worker_id
+    return _text(entry) + ","
+
+
+def cancel_event(task_id: str, reason: Optional[str]) -> str:
+    """Return the JSON text of a ``cancel`` event."""
+    return _text({"task_id": task_id} if reason is None else {"task_id": task_id, "reason": reason})
+
+
+def _is_ended_by_cancel(result: Optional[str]) -> bool:
+    return result is not None and bool(json.loads(result).get("by_platform"))
 
 
 def _installation(row: Sequence[Any]) -> Dict[str, Any]:
@@ -1024,6 +1441,7 @@ def _installation(row: Sequence[Any]) -> Dict[str, Any]:
         "desired_state": row[9],
         "reason": row[10],
         "revoked": row[11] is not None,
+        "capability_info": json.loads(row[12]) if row[12] else [],
     }
 
 
@@ -1045,7 +1463,16 @@ def _task(row: Sequence[Any]) -> Dict[str, Any]:
         "error": result.get("error"),
         "execution_time_ms": result.get("execution_time_ms"),
         "progress": json.loads(row[11]) if row[11] else None,
+        "available_at": instant(row[12]),
+        "timeline": json.loads(f"[{row[13][:-1]}]"),
     }
+
+
+def _summary(row: Sequence[Any]) -> Dict[str, Any]:
+    """Return a task as JSON, without its input and output."""
+    task = _task(row)
+    del task["output"]
+    return task
 
 
 def _event(data: str, attempt: int) -> str:
@@ -1063,8 +1490,20 @@ def _owns(db: sqlite3.Connection, identity: Identity, task_id: str) -> bool:
 def _find_task(db: sqlite3.Connection, task_id: str, select: str) -> Tuple[Any, ...]:
     row: Optional[Tuple[Any, ...]] = db.execute(f"{select} WHERE task_id = ?", (task_id,)).fetchone()
     if row is None:
-        raise Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+        raise _no_task(task_id)
     return row
+
+
+def _no_task(task_id: str) -> Refusal:
+    return Refusal(404, "TASK_NOT_FOUND", f"there is no task {task_id!r}")
+
+
+def _requested_by(requester: Optional[Identity]) -> Tuple[str, List[Any]]:
+    """Return the condition, with its values, on tasks that an agent may see: those that it requested. None: all."""
+    if requester is None:
+        return "1", []
+    where = "task_id IN (SELECT task_id FROM requests WHERE agent_id = ? AND workspace_id = ?)"
+    return where, [requester.agent_id, requester.workspace_id]
 
 
 def _not_yours() -> Refusal:
@@ -1074,7 +1513,7 @@ def _not_yours() -> Refusal:
 def _find_installation(db: sqlite3.Connection, installation_id: str, select: str) -> Tuple[Any, ...]:
     row: Optional[Tuple[Any, ...]] = db.execute(f"{select} WHERE installation_id = ?", (installation_id,)).fetchone()
     if row is None:
-        raise Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r}")
+        raise Refusal(404, "INSTALLATION_NOT_FOUND", f"there is no installation {installation_id!r} here; {OF_ANOTHER}")
     return row
 
 
@@ -1096,7 +1535,8 @@ def _plain(number: float) -> Union[int, float]:
     return int(number) if number == int(number) else number
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
+    """Return the SHA-256 of a text, which is kept in its place."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -1115,6 +1555,7 @@ def _connect(path: Optional[str]) -> sqlite3.Connection:
     if path is None:
         db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         _create(db)
+        _add_missing(db)
         return db
     _make_file(path)
     problem = ""
@@ -1135,6 +1576,41 @@ def _connect(path: Optional[str]) -> sqlite3.Connection:
     return db
 
 
+def erase(path: str) -> bool:
+    """Delete a platform's database, and return False if there is none.
+
+    :raises ConfigurationError: the file is in use, or it is not the database of a local platform.
+    """
+    if not os.path.exists(path):
+        return False
+    problem = ""
+    try:
+        db = sqlite3.connect(path, timeout=2.0, isolation_level=None)
+        try:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            application = db.execute("PRAGMA application_id").fetchone()[0]
+            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] and application != APPLICATION_ID:
+                problem = "is the database of another program, which is not deleted"
+            else:
+                # Fails while another process uses it.
+                db.execute("BEGIN EXCLUSIVE")
+                db.execute("ROLLBACK")
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        problem = _describe(error)
+    try:
+        if not problem:
+            for name in (f"{path}-wal", f"{path}-shm", path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+    except OSError as error:
+        problem = f"cannot be deleted: {error.strerror}"
+    if problem:
+        raise ConfigurationError(f"{path}: {problem}", "path")
+    return True
+
+
 def _make_file(path: str) -> None:
     problem = ""
     folder = os.path.dirname(os.path.abspath(path))
@@ -1153,7 +1629,7 @@ def _make_file(path: str) -> None:
 
 
 def _prepare(db: sqlite3.Connection) -> str:
-    """Check that the file is ours, and set up an empty one. Return what is wrong with it, or nothing."""
+    """Check that the file is ours, and set up an empty one. Return what is wrong with it, or None."""
     # Before the first access, so that the WAL needs no shared memory and the first write acquires the lock.
     db.execute("PRAGMA locking_mode = EXCLUSIVE")
     application = db.execute("PRAGMA application_id").fetchone()[0]
@@ -1165,7 +1641,7 @@ def _prepare(db: sqlite3.Connection) -> str:
         if version != SCHEMA_VERSION:
             return (
                 f"was made by another version of sekuire.local (schema {version}, this one writes {SCHEMA_VERSION});"
-                " delete it or give another path"
+                " delete it (sekuire dev --reset does), or give another path"
             )
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -1173,6 +1649,7 @@ def _prepare(db: sqlite3.Connection) -> str:
         _create(db)
     else:
         db.execute("PRAGMA secure_delete = ON")
+    _add_missing(db)
     # A write acquires the lock until the connection closes.
     db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     return ""
@@ -1182,6 +1659,16 @@ def _create(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA secure_delete = ON")
     db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;")
+
+
+def _add_missing(db: sqlite3.Connection) -> None:
+    """Add what a file of this version may lack."""
+    db.executescript(_ADDED)
+    columns = {row[1] for row in db.execute("PRAGMA table_info(tasks)")}
+    for name, kind in _ADDED_COLUMNS:
+        if name not in columns:
+            db.execute(f"ALTER TABLE tasks ADD COLUMN {name} {kind}")
+    db.execute(_ADDED_INDEX)
 
 
 def _describe(error: sqlite3.Error) -> str:
@@ -1205,7 +1692,10 @@ def _restrict(path: str) -> None:
 
 
 def check_id(value: object, name: str) -> str:
-    """:raises Refusal: 400, naming the field."""
+    """Return ``value`` if it is an id.
+
+    :raises Refusal: 400, naming the field.
+    """
     if not is_id(value):
         raise Refusal(400, "INVALID_REQUEST", f"{name} must be a string of 1 to 256 bytes without control characters")
     return value

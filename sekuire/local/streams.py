@@ -12,10 +12,11 @@ import queue
 import selectors
 import socket
 import threading
-import time
 from typing import (
     Any,
     Callable,
+    Collection,
+    Counter,
     Deque,
     Dict,
     FrozenSet,
@@ -30,9 +31,11 @@ from typing import (
     Union,
 )
 
+from .._internal.clock import time
 from .._internal.logs import get_logger
-from ..wire.protocol import EVENT_COMMAND, EVENT_CONNECTED, EVENT_TASK, encode_json
-from .store import Completed, Identity, Refusal, Settings, Store, revoked
+from ..wire.protocol import EVENT_CANCEL, EVENT_COMMAND, EVENT_CONNECTED, EVENT_TASK, encode_json
+from .record import Record
+from .store import Completed, Identity, Refusal, Settings, Store, cancel_event, revoked
 
 __all__ = ["Hub", "Stream", "StreamBody", "Watch", "break_off"]
 
@@ -58,6 +61,8 @@ class _Stall(NamedTuple):
 
 
 _END, _CUT, _RESUME = _Sign
+#: Workers that have disconnected, which are remembered.
+_MOST_LEFT = 1000
 
 Key = Tuple[str, str]
 Item = Union[bytes, _Sign, _Stall]
@@ -105,6 +110,13 @@ class Stream:
     def room(self) -> int:
         return 0 if self.closing else self.max_in_flight - len(self.in_flight)
 
+    @property
+    def accepted(self) -> Collection[Optional[str]]:
+        """The capabilities whose tasks it accepts now. None stands for all of them."""
+        if self.paused or self.closing:
+            return ()
+        return (None,) if self.capabilities is None else self.capabilities
+
     def serves(self, capability: str) -> bool:
         return self.capabilities is None or capability in self.capabilities
 
@@ -117,20 +129,29 @@ class Hub:
     # acquired under it, never the other way round. Nothing is written to a socket under it: events go into the stream's
     # queue, and the stream's own HTTP thread writes them.
 
-    def __init__(self, store: Store, settings: Settings, max_streams: int) -> None:
+    def __init__(self, store: Store, record: Record, settings: Settings, max_streams: int) -> None:
         self._store = store
+        self._record = record
         self._settings = settings
         self._max_streams = max_streams
         self._lock = threading.Lock()
         self._streams: Dict[Key, Stream] = {}
+        #: Agent → how many streams that accept tasks serve each capability. Counted again after a stream has changed.
+        self._served: Dict[str, Counter[Optional[str]]] = {}
         self._turns = itertools.count(1)
-        self._waiters: Dict[str, List[threading.Event]] = {}
+        #: Callers of wait(), and requests that wait for a task's end.
+        self._waiters: Dict[str, List[Callable[[], None]]] = {}
+        self._polls: Dict[str, List[Callable[[], None]]] = {}
+        #: Installation → the cancelled tasks that the answer to its last heartbeat has named.
+        self._named: Dict[str, FrozenSet[str]] = {}
         #: None while the platform is stopped.
         self._watch: Optional[Watch] = None
         #: While true, commands are recorded but not sent on the streams.
         self.hold_commands = False
         #: How many streams each worker has opened, so that a late timer of an earlier connection does nothing.
         self._epochs: Dict[Key, int] = {}
+        #: What was noted of the last workers that have disconnected.
+        self._left: Dict[Key, Dict[str, Any]] = {}
 
     def start(self, watch: Watch) -> None:
         """Continue from the database: workers that have tasks count as disconnected now, and delays go on."""
@@ -143,6 +164,8 @@ class Hub:
                 self._close_at(installation_id, end)
             for agent_id, capability, due in self._store.delayed():
                 self._offer_later(due - time.time(), agent_id, capability)
+            for due in self._store.expiring():
+                self._later(due - time.time() + 0.01, self.expire)
 
     def close(self) -> None:
         """End every stream properly. Calls of wait() go on, because the platform may start again."""
@@ -150,8 +173,10 @@ class Hub:
             self._watch = None
             streams = list(self._streams.values())
             self._streams.clear()
+            self._served.clear()
         for stream in streams:
             stream.outbox.put(_END)
+        self._end_polls()
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -183,9 +208,14 @@ class Hub:
                 stream.outbox.put(_frame(EVENT_COMMAND, data, event_id))
             for claim in self._store.assigned(*stream.key):
                 stream.in_flight.add((claim.task_id, claim.attempt))
-                stream.outbox.put(_frame(EVENT_TASK, claim.data))
+                stream.outbox.put(_frame(EVENT_CANCEL if claim.is_cancelled else EVENT_TASK, claim.data))
             self._streams[stream.key] = stream
+            self._served.clear()
             self._epochs[stream.key] = self._epochs.get(stream.key, 0) + 1
+            self._record.note(
+                "connect", agent_id=stream.identity.agent_id, installation_id=installation_id,
+                worker_id=stream.worker_id, capabilities=stream.capabilities, state=stream.desired_state,
+            )  # fmt: skip
             self._fill(stream)
         if old is not None:
             # The same worker has connected again: its old connection is dead, even if that was not noticed yet.
@@ -205,9 +235,9 @@ class Hub:
         self._detach(stream)
         stream.outbox.put(_CUT)
 
-    def drop_all(self) -> int:
-        """Cut every live stream at its socket, and return their number."""
-        streams = self._all()
+    def drop_all(self, installation_id: Optional[str] = None) -> int:
+        """Cut every live stream, or those of one installation, at its socket. Return their number."""
+        streams = [stream for stream in self._all() if installation_id in (None, stream.identity.installation_id)]
         for stream in streams:
             self.lose(stream)
             if stream.socket is not None:
@@ -219,6 +249,7 @@ class Hub:
         """Handle the loss of the network: every client has disconnected."""
         for stream in self._all():
             self.lose(stream)
+        self._end_polls()
 
     def stall_all(self, seconds: float) -> int:
         """Send nothing on the live streams for ``seconds``, and return their number."""
@@ -242,6 +273,14 @@ class Hub:
             if self._streams.get(stream.key) is not stream:
                 return
             del self._streams[stream.key]
+            self._served.clear()
+            fields = self._record.note(
+                "disconnect", agent_id=stream.identity.agent_id, worker_id=stream.worker_id, reported=stream.reported,
+                in_flight=len(stream.in_flight),
+            )  # fmt: skip
+            self._left[stream.key] = fields
+            while len(self._left) > _MOST_LEFT:
+                self._left.pop(next(iter(self._left)))
             self._gone(stream.key, stream.identity.agent_id)
             # A paused worker may now be the only one for some tasks.
             self._pump(stream.identity.agent_id)
@@ -259,8 +298,11 @@ class Hub:
                 self._later(max(self._settings.redelivery_delay, 0.1), lambda: self._reclaim(key, agent_id, epoch))
                 return
             del self._epochs[key]
-            if self._store.requeue(*key):
+            is_queued, ended = self._store.requeue(*key)
+            if is_queued:
                 self._pump(agent_id)
+        self._finish(ended)
+        self.expire()
 
     def snapshot(self) -> List[Dict[str, Any]]:
         with self._lock:
@@ -277,13 +319,27 @@ class Hub:
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
-    def submitted(self, agent_id: str, capability: str) -> None:
-        """Handle a new task of this agent."""
+    def queued(
+        self, agent_id: str, capability: str, delay: float, expires_in: Optional[float], task_id: Optional[str] = None
+    ) -> None:
+        """Handle a new task of this agent, or without a ``task_id`` a known one. It may have to wait or may expire."""
         with self._lock:
-            able, working = self._able(agent_id)
-            for stream in able:
-                if stream.serves(capability) and self._feed(stream, working):
-                    break
+            if expires_in is not None:
+                self._later(expires_in + 0.01, self.expire)
+            if delay:
+                self._offer_later(delay, agent_id, capability)
+        if not delay:
+            self.submitted(agent_id, capability, task_id)
+
+    def submitted(self, agent_id: str, capability: str, task_id: Optional[str] = None) -> None:
+        """Handle a new task of this agent, or without a ``task_id`` one that may be tried again. It may begin now."""
+        with self._lock:
+            for stream in self._able(agent_id):
+                if stream.serves(capability) and self._feed(stream):
+                    return
+            served = self._served_of(agent_id)
+            if task_id is not None and not served[capability] and not served[None]:
+                self._record.note("waiting", agent_id=agent_id, capability=capability, task_id=task_id)
 
     def completed(self, identity: Identity, task_id: str, done: Completed) -> None:
         """Handle a result, whether the first or not: its worker has room again."""
@@ -292,20 +348,51 @@ class Hub:
             if stream is not None:
                 stream.in_flight.discard((task_id, done.attempt))
                 self._fill(stream)
-            waiters = self._waiters.pop(task_id, []) if done.final else []
             if done.retry_in is not None:
                 self._offer_later(done.retry_in, done.agent_id, done.capability)
-        for waiter in waiters:
-            waiter.set()
+        if done.final:
+            self._finish([task_id])
+
+    def cancel(self, task_id: str, reason: Optional[str]) -> None:
+        """Cancel a task: end it if it is queued, else notify its worker.
+
+        :raises Refusal: see :meth:`Store.cancel`.
+        """
+        with self._lock:
+            key = self._store.cancel(task_id, reason)
+            stream = None if key is None else self._streams.get(key)
+            if stream is not None and not self.hold_commands:
+                stream.outbox.put(_frame(EVENT_CANCEL, cancel_event(task_id, reason)))
+        if key is None:
+            self._finish([task_id])
+
+    def notify(self, key: Key, event: str, data: str) -> None:
+        """Send an event to a worker, if it is connected."""
+        with self._lock:
+            stream = self._streams.get(key)
+            if stream is not None and not self.hold_commands:
+                stream.outbox.put(_frame(event, data))
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        """Call back on the watch thread after ``delay`` seconds, unless the platform stops before."""
+        with self._lock:
+            self._later(delay, callback)
+
+    def expire(self) -> None:
+        """End the queued tasks whose time to begin has passed."""
+        self._finish(self._store.expire())
 
     def released(self, identity: Identity, task_id: str, worker_id: str, attempt: int, agent_id: str) -> None:
-        """Handle a task that its worker has released."""
+        """Handle a task that its worker has released. A cancelled one has ended."""
         with self._lock:
             stream = self._streams.get((identity.installation_id, worker_id))
             if stream is not None:
                 stream.in_flight.discard((task_id, attempt))
                 stream.refused.add(task_id)
             self._pump(agent_id)
+        if self._store.is_final(task_id):
+            self._finish([task_id])
+        self.expire()
 
     def wait(self, task_id: str, timeout: Optional[float]) -> Dict[str, Any]:
         """Wait until the task has its last result, and return it.
@@ -315,7 +402,7 @@ class Hub:
         """
         event = threading.Event()
         with self._lock:
-            self._waiters.setdefault(task_id, []).append(event)
+            self._waiters.setdefault(task_id, []).append(event.set)
         try:
             task = self._store.task(task_id)
             if task["completed_at"] is None:
@@ -325,44 +412,91 @@ class Hub:
             return task
         finally:
             with self._lock, contextlib.suppress(KeyError, ValueError):
-                self._waiters[task_id].remove(event)
+                self._waiters[task_id].remove(event.set)
                 if not self._waiters[task_id]:
                     del self._waiters[task_id]
+
+    def poll(self, task_id: str, seconds: float, resume: Callable[[], None]) -> None:
+        """Call ``resume`` once: when the task has ended, after ``seconds``, or when the platform stops."""
+        with self._lock:
+            watch = self._watch
+            self._polls.setdefault(task_id, []).append(resume)
+            if watch is not None:
+                watch.call_later(seconds, lambda: self._resume(task_id, resume))
+        # After it was noted, so that no end in between is missed.
+        if watch is None or self._store.is_final(task_id):
+            self._resume(task_id, resume)
+
+    def _resume(self, task_id: str, resume: Callable[[], None]) -> None:
+        with self._lock:
+            polls = self._polls.get(task_id, [])
+            if resume not in polls:
+                return
+            polls.remove(resume)
+            if not polls:
+                del self._polls[task_id]
+        resume()
+
+    def _finish(self, task_ids: Sequence[str]) -> None:
+        """Notify all who wait for the end of these tasks. Without the lock."""
+        for task_id in task_ids:
+            with self._lock:
+                waiting = self._waiters.pop(task_id, []) + self._polls.pop(task_id, [])
+            for notify in waiting:
+                notify()
+
+    def _end_polls(self) -> None:
+        with self._lock:
+            polls = [resume for each in self._polls.values() for resume in each]
+            self._polls.clear()
+        for resume in polls:
+            resume()
 
     def _pump(self, agent_id: str) -> None:
         """Assign this agent's queued tasks, one to each stream in turn. Needs the lock."""
         if not self._store.has_queued(agent_id):
             return
-        able, working = self._able(agent_id)
+        able = self._able(agent_id)
         while able:
-            able = [stream for stream in able if self._feed(stream, working) and stream.room > 0]
+            able = [stream for stream in able if self._feed(stream) and stream.room > 0]
 
     def _fill(self, stream: Stream) -> None:
         """Assign tasks to a stream until it has no room. Needs the lock."""
-        if stream.room > 0:
-            _, working = self._able(stream.identity.agent_id)
-            while stream.room > 0 and self._feed(stream, working):
-                pass
+        while stream.room > 0 and self._feed(stream):
+            pass
 
-    def _able(self, agent_id: str) -> Tuple[List[Stream], List[Stream]]:
-        """Return this agent's streams with room, in the order they are served, and all that accept tasks."""
+    def _able(self, agent_id: str) -> List[Stream]:
+        """Return this agent's streams with room, in the order they are served."""
         streams = [stream for stream in self._streams.values() if stream.identity.agent_id == agent_id]
         able = [stream for stream in streams if stream.room > 0]
         # The one with the fewest tasks first, then the one that has waited longest. Paused workers come last.
         able.sort(key=lambda s: (s.paused, len(s.in_flight) / s.max_in_flight, s.turn))
-        return able, [stream for stream in streams if not stream.paused and not stream.closing]
+        return able
 
-    def _feed(self, stream: Stream, working: Sequence[Stream]) -> bool:
+    def _served_of(self, agent_id: str) -> Counter[Optional[str]]:
+        """Return how many of this agent's streams that accept tasks serve each capability. None: all capabilities."""
+        served = self._served.get(agent_id)
+        if served is None:
+            served = self._served[agent_id] = collections.Counter()
+            for stream in self._streams.values():
+                if stream.identity.agent_id == agent_id:
+                    served.update(stream.accepted)
+        return served
+
+    def _left_to_others(self, stream: Stream) -> Optional[FrozenSet[str]]:
+        """Return the capabilities that a stream other than ``stream`` serves. None: all of them."""
+        served, own = self._served_of(stream.identity.agent_id), stream.accepted
+        if served[None] > (None in own):
+            return None
+        return frozenset(name for name, count in served.items() if name is not None and count > (name in own))
+
+    def _feed(self, stream: Stream) -> bool:
         """Assign a task to a stream with room. Return True if there was one."""
-        others = [other for other in working if other is not stream]
-        left_to_others: Optional[FrozenSet[str]] = None
-        if all(other.capabilities is not None for other in others):
-            left_to_others = frozenset().union(*(other.capabilities or () for other in others))
         claim = self._store.claim(
             *stream.key,
             stream.identity.agent_id,
             capabilities=stream.capabilities,
-            left_to_others=left_to_others,
+            left_to_others=self._left_to_others(stream),
             paused=stream.paused,
             refused=frozenset(stream.refused),
         )
@@ -387,6 +521,7 @@ class Hub:
                 installation_id, kind, reason, shutdown_timeout, not self.hold_commands
             )
             self._tell(installation_id, data, event_id)
+        self._record.note("command", installation_id=installation_id, type=kind, reason=reason)
         return data
 
     def revoke(self, installation_id: str, reason: Optional[str], shutdown_timeout: Optional[float]) -> None:
@@ -399,9 +534,14 @@ class Hub:
             if data:
                 self._tell(installation_id, data, event_id)
                 self._close_at(installation_id, end)
+        self._record.note("command", installation_id=installation_id, type="revoke", reason=reason)
 
-    def reported(self, identity: Identity, body: Dict[str, Any]) -> None:
-        """Update the streams of a heartbeat's workers: a worker that stops gets no more tasks."""
+    def reported(self, identity: Identity, body: Dict[str, Any], cancelled: FrozenSet[str]) -> None:
+        """Update the streams of a heartbeat's workers: a worker that stops gets no more tasks.
+
+        :param cancelled: the cancelled tasks that the answer names.
+        """
+        self._end_unknown(identity.installation_id, body, cancelled)
         workers = {worker["worker_id"]: worker.get("status") for worker in body.get("workers") or []}
         changed = False
         with self._lock:
@@ -411,7 +551,27 @@ class Hub:
                     stream.reported = status
                     changed = True
             if changed:
+                self._served.clear()
                 self._pump(identity.agent_id)
+            for key in [key for key in self._left if key[0] == identity.installation_id]:
+                # A worker that stops closes its stream and sends this at the same time.
+                status = workers.get(key[1]) if workers else body["status"]
+                if status in ("stopping", "stopped"):
+                    self._left.pop(key)["reported"] = status
+
+    def _end_unknown(self, installation_id: str, body: Dict[str, Any], cancelled: FrozenSet[str]) -> None:
+        """End the cancelled tasks that their worker does not have, because their delivery was lost.
+
+        That is so if an earlier heartbeat was answered with their cancel, and the worker has no tasks now.
+        """
+        with self._lock:
+            before = self._named.pop(installation_id, frozenset())
+            if not cancelled:
+                return
+            self._named[installation_id] = cancelled
+            idle = [one["worker_id"] for one in body.get("workers") or [] if one.get("active_tasks") == 0]
+            ended = self._store.end_cancelled(installation_id, idle, before & cancelled)
+        self._finish(ended)
 
     def _tell(self, installation_id: str, data: Dict[str, Any], event_id: Optional[int]) -> None:
         state = self._store.installation(installation_id)
@@ -422,6 +582,7 @@ class Hub:
                 stream.reported = None
             if event_id is not None:
                 stream.outbox.put(_frame(EVENT_COMMAND, encode_json(data).decode(), event_id))
+        self._served.clear()
         self._pump(state["agent_id"])
 
     def _close_at(self, installation_id: str, end: float) -> None:

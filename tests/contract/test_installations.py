@@ -264,9 +264,6 @@ def test_installations_are_listed(client: Client, installation: Installation) ->
         ("POST", "/installations/x/commands"),
         ("POST", "/installations/x/revoke"),
         ("PUT", "/workspaces/x/policy"),
-        ("POST", "/tasks"),
-        ("GET", "/tasks"),
-        ("GET", "/tasks/x"),
     ],
 )
 def test_administration_needs_the_api_key(installation: Installation, method: str, path: str) -> None:
@@ -322,3 +319,41 @@ def test_revoking_reaches_the_stream(installation: Installation) -> None:
     assert command["type"] == "terminate"
     assert command["reason"] == "stolen"
     assert command["shutdown_timeout_ms"] == 5000
+
+
+# -- what an installation can do --------------------------------------------------------------------------------------
+
+
+def test_published_capabilities(client: Client, installation: Installation) -> None:
+    """What an installation publishes replaces what was there, and is listed; another's token is refused."""
+    path = f"/installations/{installation.id}/capabilities"
+    first = {"name": "a", "description": "Do a.", "input_schema": {"type": "object"}, "output_schema": {}}
+    assert installation.call("POST", path, {"capabilities": [first, {"name": "b", "more": 1}]}).status == 200
+
+    def listed() -> Any:
+        found = client.admin("GET", "/installations").body["installations"]
+        return next(one["capability_info"] for one in found if one["installation_id"] == installation.id)
+
+    assert listed() == [first, {"name": "b"}]
+    assert installation.call("POST", path, {"capabilities": []}).status == 200
+    assert listed() == []
+    other = client.install()
+    assert other.call("POST", path, {"capabilities": []}).status == 403
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({}, "capabilities"),
+        ({"capabilities": {}}, "capabilities"),
+        ({"capabilities": [{"description": "x"}]}, "capabilities"),
+        ({"capabilities": [{"name": "a", "description": 3}]}, "description"),
+        ({"capabilities": [{"name": "a", "input_schema": []}]}, "input_schema"),
+        ({"capabilities": [{"name": "a", "output_schema": {"title": "x" * 65536}}]}, "output_schema"),
+    ],
+)
+def test_malformed_capabilities(installation: Installation, body: Any, name: str) -> None:
+    """The refusal names the field."""
+    answer = installation.call("POST", f"/installations/{installation.id}/capabilities", body)
+    assert answer.status == 400
+    assert name in answer.body["message"]

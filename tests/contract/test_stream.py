@@ -48,6 +48,13 @@ def test_a_task_arrives_with_its_fields(installation: Installation) -> None:
     assert (task["task_id"], task["capability"], task["attempt"]) == (task_id, "work", 1)
 
 
+def test_every_task_has_a_workspace(installation: Installation) -> None:
+    """A task that was submitted without a workspace arrives with one."""
+    with installation.stream() as stream:
+        installation.submit()
+        assert stream.next("task")["workspace_id"]
+
+
 def test_tasks_wait_for_a_worker(installation: Installation) -> None:
     """Tasks submitted before anyone is connected come in order when somebody is."""
     ids = [installation.submit() for _ in range(3)]

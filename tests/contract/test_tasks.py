@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from typing import Any, Dict, List
 
@@ -330,3 +331,27 @@ def test_malformed_audit_events(installation: Installation, fields: Dict[str, An
 def test_wrong_queries_of_the_log(client: Client, query: str) -> None:
     """A wrong filter or page of the log is refused, not ignored."""
     assert client.admin("GET", f"/logs?{query}").status == 400
+
+
+def test_a_submission_with_a_key_is_one_task(client: Client) -> None:
+    """The same Idempotency-Key and body get the same task, 200; another body gets 422; another workspace, a task."""
+    body = {"agent_id": "a", "capability": "once", "input": {"n": 1}}
+    headers = {"X-API-Key": client.api_key, "Idempotency-Key": secrets.token_hex(16)}
+    first, again = (client.call("POST", "/tasks", body, headers) for _ in range(2))
+    assert (first.status, again.status) == (201, 200)
+    assert first.body["task_id"] == again.body["task_id"]
+    for other in ({**body, "input": {"n": 2}}, {**body, "agent_id": "b"}, {**body, "max_attempts": 2}):
+        answer = client.call("POST", "/tasks", other, headers)
+        assert (answer.status, answer.code) == (422, "IDEMPOTENCY_KEY_REUSED")
+    elsewhere = client.call("POST", "/tasks", {**body, "workspace_id": "elsewhere"}, headers)
+    assert elsewhere.status == 201
+    assert elsewhere.body["task_id"] != first.body["task_id"]
+
+
+def test_submissions_without_a_key_are_new(client: Client) -> None:
+    """Without a key, or under another, the same body is another task."""
+    body = {"agent_id": "a", "capability": "often", "input": {}}
+    keys: list[dict[str, str]] = [{}, {}, {"Idempotency-Key": secrets.token_hex(16)}]
+    answers = [client.call("POST", "/tasks", body, {"X-API-Key": client.api_key, **key}) for key in keys]
+    assert {answer.status for answer in answers} == {201}
+    assert len({answer.body["task_id"] for answer in answers}) == 3

@@ -1,4 +1,4 @@
-"""Fuzz every decoder with atheris and say what came of it: ``tox -e fuzz -- --runs 1000000``."""
+"""Fuzz every decoder with atheris, and a local platform over HTTP: ``tox -e fuzz -- --runs 1000000``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ import time
 from pathlib import Path
 from typing import List
 
-from . import corpus, targets
+from . import corpus, http, targets
 
 _STATUS = re.compile(r"^#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+) corp: (\d+)")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
-    parser.add_argument("--runs", type=int, default=100_000, help="inputs in all (default %(default)s)")
+    parser.add_argument(
+        "--runs", type=int, default=100_000, help="inputs of the decoders (default %(default)s; 0: none)"
+    )
+    parser.add_argument("--requests", type=int, default=20_000, help="HTTP requests (default %(default)s; 0: none)")
     parser.add_argument("--seed", type=int, default=1, help="of the mutations; the same one, the same inputs")
     parser.add_argument("--max-bytes", type=int, default=4096, help="longest input (default %(default)s)")
     parser.add_argument("--corpus", type=Path, help="a directory to keep and begin with what was found interesting")
@@ -28,8 +31,19 @@ def main() -> int:
         targets.run(options.input.read_bytes())
         print(f"{options.input}: nothing escaped")
         return 0
-    with tempfile.TemporaryDirectory(prefix="sekuire-fuzz-") as directory:
-        return _fuzz(options, Path(directory))
+    status = 0
+    if options.runs:
+        with tempfile.TemporaryDirectory(prefix="sekuire-fuzz-") as directory:
+            status = _fuzz(options, Path(directory))
+    return _attack(options) or status if options.requests else status
+
+
+def _attack(options: argparse.Namespace) -> int:
+    outcome = http.attack(options.requests, options.seed)
+    print(f"local platform: {outcome}")
+    for problem in outcome.problems[:10]:
+        print(problem)
+    return 0 if outcome.is_fine else 1
 
 
 def _fuzz(options: argparse.Namespace, directory: Path) -> int:

@@ -85,11 +85,17 @@ def stream(data: bytes) -> None:
 def task(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     try:
+        # One that is pushed may have no id, and anybody may send it.
+        _check_task(protocol.decode_pushed_task(text, "new"))
+    except Malformed as error:
+        _check_text(error)
+    try:
         found = protocol.decode_task(text)
     except MalformedTask as error:
         _check_malformed(error)
         return
     _check_task(found)
+    assert found == protocol.decode_pushed_task(text, "new")
 
 
 def untyped(data: bytes) -> None:
@@ -381,7 +387,7 @@ def row(data: bytes) -> None:
             _check_id(stored.task_id)
             assert 1 <= stored.attempt < 2**31
             assert stored.substituted in (True, False)
-            assert protocol.is_retryable_failure(stored.head) in (True, False)
+            assert isinstance(protocol.failure_code(stored.head), (str, type(None)))
             assert isinstance(stored.head, bytes)
     finally:
         outbox.disown(owner)

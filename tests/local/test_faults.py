@@ -852,7 +852,7 @@ def test_text(text: str, spelled: Optional[str]) -> None:
         ("error:503,status=500", "status: given twice"),
         ("error:times=-1", "times: must be a whole number"),
         ("error:every=3", "every: unknown argument; known are status, rate, times"),
-        ("error:on=completes", "on: there is no endpoint 'completes'; known are bootstrap, "),
+        ("error:on=completes", "on: there is no endpoint 'completes'; known are approval, "),
         ("error:on=", "on: there is no endpoint ''"),
         ("latency", "seconds: missing"),
         ("latency:0.2-0.1", "high: must be a number of seconds from 0.2"),

@@ -312,6 +312,28 @@ def test_a_resumed_worker_works_before_its_next_heartbeat(platform: LocalPlatfor
         assert stream.next("task")["task_id"] == task_id
 
 
+def test_a_paused_worker_gets_what_no_other_serves(platform: LocalPlatform, installation: Installation) -> None:
+    """Who serves what is known after each change: a worker pauses, another comes, pauses, goes on and leaves."""
+    other = client_of(platform).install(installation.agent_id)
+    with installation.stream("one", max_in_flight=9) as one:
+        submitted = platform.submit("c", {})
+        assert one.next("task")["task_id"] == submitted
+        platform.command(installation.id, "pause")
+        one.next("command")
+        submitted = platform.submit("c", {})
+        assert one.next("task")["task_id"] == submitted
+        with other.stream("two", max_in_flight=1) as two:
+            first, second = platform.submit("c", {}), platform.submit("c", {})
+            assert two.next("task")["task_id"] == first
+            assert platform.task(second)["status"] == "queued"
+            other.heartbeat("paused")
+            assert one.next("task")["task_id"] == second
+            other.heartbeat("healthy")
+            third = platform.submit("c", {})
+            assert platform.task(third)["status"] == "queued"
+        assert one.next("task")["task_id"] == third
+
+
 def test_held_commands_are_lost_on_the_stream(platform: LocalPlatform, installation: Installation) -> None:
     """With hold_commands a pause is in the heartbeat's answer but on no stream, not even after a reconnect."""
     with installation.stream() as stream:

@@ -116,7 +116,7 @@ def test_a_number_that_is_none_is_refused_over_http(platform: LocalPlatform) -> 
     client = client_of(platform)
     headers = {"X-API-Key": platform.api_key}
     answer = client.call("PUT", "/workspaces/w/policy", headers=headers, raw=b'{"content": {"a": 1e999}}')
-    assert (answer.status, answer.code) == (400, "INVALID_POLICY")
+    assert (answer.status, answer.code) == (400, "INVALID_JSON")
 
 
 def test_content_must_be_a_mapping(platform: LocalPlatform) -> None:

@@ -150,6 +150,7 @@ def test_secrets_are_not_in_the_file(make: Make, path: Path) -> None:
     assert platform.api_key.encode() in content, "made for printing, and kept"
 
 
+@pytest.mark.slow
 def test_one_platform_per_file(make: Make, path: Path) -> None:
     """A second platform on the same file is refused while the first runs, and welcome afterwards."""
     first = make(path=path)
@@ -205,6 +206,7 @@ def test_an_empty_file_will_do(path: Path) -> None:
         platform.submit("c", {}, agent_id="a")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_kill_in_the_middle_of_completions_loses_none(run: Callable[..., Process], path: Path) -> None:
     """Whatever was answered 200 before a kill is there after it."""
@@ -224,3 +226,23 @@ def test_a_kill_in_the_middle_of_completions_loses_none(run: Callable[..., Proce
     second = run(path)
     assert {second.client.task(task_id)["status"] for task_id in accepted} == {"completed"}
     assert len(accepted) == 61
+
+
+def test_a_file_without_the_newer_tables(tmp_path: Path) -> None:
+    """A file that an earlier version of the same schema has made gets what it lacks, and keys outlive a restart."""
+    path = tmp_path / "earlier.db"
+    with LocalPlatform(path):
+        pass
+    db = sqlite3.connect(path)
+    db.execute("DROP TABLE submissions")
+    db.commit()
+    db.close()
+    body = {"agent_id": "a", "capability": "c", "input": {}}
+    ids = []
+    for status in (201, 200):
+        with LocalPlatform(path) as platform:
+            headers = {"X-API-Key": platform.api_key, "Idempotency-Key": "k"}
+            answer = client_of(platform).call("POST", "/tasks", body, headers)
+            assert answer.status == status
+            ids.append(answer.body["task_id"])
+    assert ids[0] == ids[1]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import pytest
 
 from sekuire.local import store as local_store
+from sekuire.local.fields import Submission
 from sekuire.local.store import Identity, Refusal, Settings, Store
+
+
+def task_of(capability: str, fields: Dict[str, Any], max_attempts: int = 1) -> Submission:
+    return Submission(capability, fields, max_attempts, 0.0, None)
 
 
 class Clock:
@@ -57,7 +62,7 @@ def test_the_newest_audit_events_are_kept(store: Store, monkeypatch: pytest.Monk
 def test_tries_wait_twice_as_long_each_time(store: Store, clock: Clock) -> None:
     """The pause before a new try is 1, 2, 4 … seconds and at most a minute."""
     identity = _install(store)
-    task_id = store.submit("a", "c", {"input": 1}, max_attempts=10)
+    task_id = store.submit("a", task_of("c", {"input": 1}, 10))
     delays = []
     for attempt in range(1, 10):
         claim = _claim(store, identity)
@@ -77,7 +82,7 @@ def test_tries_wait_twice_as_long_each_time(store: Store, clock: Clock) -> None:
 def test_the_oldest_of_several_capabilities_comes_first(store: Store) -> None:
     """A worker with several capabilities gets its tasks in order of age."""
     identity = _install(store)
-    ids = [store.submit("a", name, {"input": 1}) for name in ("x", "y", "z", "y", "x")]
+    ids = [store.submit("a", task_of(name, {"input": 1})) for name in ("x", "y", "z", "y", "x")]
     got = []
     while True:
         claim = _claim(store, identity, capabilities=frozenset({"x", "y"}))
@@ -90,7 +95,7 @@ def test_the_oldest_of_several_capabilities_comes_first(store: Store) -> None:
 def test_a_task_is_given_once_under_contention(store: Store) -> None:
     """Many threads that claim at once never get the same task."""
     identity = _install(store)
-    ids = [store.submit("a", "c", {"input": 1}) for _ in range(200)]
+    ids = [store.submit("a", task_of("c", {"input": 1})) for _ in range(200)]
     got: list[str] = []
 
     def claim_all(worker_id: str) -> None:
@@ -111,7 +116,7 @@ def test_a_task_is_given_once_under_contention(store: Store) -> None:
 def test_the_first_completion_wins_under_contention(store: Store) -> None:
     """Of many completions at once exactly one is accepted."""
     identity = _install(store)
-    task_id = store.submit("a", "c", {"input": 1})
+    task_id = store.submit("a", task_of("c", {"input": 1}))
     _claim(store, identity)
     statuses: list[int] = []
     barrier = threading.Barrier(8)
@@ -154,8 +159,35 @@ def test_an_install_token_is_used_once_under_contention(store: Store) -> None:
 def test_a_refused_change_leaves_nothing_behind(store: Store) -> None:
     """A refusal in the middle of a transaction undoes it, and the next one works."""
     identity = _install(store)
-    task_id = store.submit("a", "c", {"input": 1})
+    task_id = store.submit("a", task_of("c", {"input": 1}))
     with pytest.raises(Refusal):
         store.complete(identity, task_id, "k", {"status": "completed", "output": 1})
     assert store.task(task_id)["status"] == "queued"
     assert _claim(store, identity) is not None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 601.0, 3601.0])
+def test_a_used_up_install_token_is_used_up(store: Store, clock: Clock, seconds: float) -> None:
+    """Another holder never gets an installation for it. The same one gets its answer again, for ten minutes."""
+    token = store.create_install_token("a")
+    first = store.bootstrap(token, "a", [], {}, "holder-1")
+    clock.now += seconds
+    if not seconds:
+        assert store.bootstrap(token, "a", ["other"], {}, "holder-1") == first
+    for key in ("holder-2", None) if not seconds else ("holder-1", "holder-2", None):
+        with pytest.raises(Refusal) as refused:
+            store.bootstrap(token, "a", [], {}, key)
+        assert (refused.value.status, refused.value.code) == (409, "INSTALL_TOKEN_CONSUMED")
+    assert len(store.installations()) == 1
+
+
+def test_the_key_of_a_submission_is_forgotten_after_a_day(store: Store, clock: Clock) -> None:
+    """For 24 hours a repeated key gets the same task; after that it makes another."""
+    fields = {"input": {}}
+    first = store.submit_once("k", "a", task_of("c", fields))
+    clock.now += 86_399
+    assert store.submit_once("k", "a", task_of("c", fields)) == (first[0], False)
+    clock.now += 2
+    second = store.submit_once("k", "a", task_of("c", fields))
+    assert second[1]
+    assert second[0] != first[0]
