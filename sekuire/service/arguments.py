@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Tuple
+
+from ..config import health_address
 
 #: The refusal of two options together, by every command that has them.
 IDLE_WITH_RELOAD = "--stop-when-idle does not go with --reload, which waits for the next save"
@@ -19,6 +22,13 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         help="end after so many seconds without a task, with exit code 0; for a drain that a scheduler starts",
     )
     parser.add_argument(
+        "--http",
+        type=address,
+        metavar="[HOST:]PORT",
+        help="show health and metrics here: /livez, /readyz, /metrics, /status; PORT alone is for this machine only "
+        "(default: SEKUIRE_WORKER_HTTP)",
+    )
+    parser.add_argument(
         "--liveness-file",
         metavar="PATH",
         help="touch this file every 5 s while the worker is alive, and remove it at the end; for a probe",
@@ -28,6 +38,17 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for development: restart it whenever a Python file is saved, after it has drained",
     )
+
+
+def address(text: str) -> Tuple[str, int]:
+    """Return the host and the port of ``[HOST:]PORT``.
+
+    :raises argparse.ArgumentTypeError: ``text`` has another form.
+    """
+    found = health_address(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be PORT or HOST:PORT, such as 8080 or 0.0.0.0:8080, got {text!r}")
+    return found
 
 
 def count(text: str) -> int:

@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from .._internal.signals import ENDING, SignalQueue
+from .._internal.clock import time
+from .._internal.signals import DRAINING, SignalQueue
 from ..config import CREDENTIALS_FILE_VARIABLE
 from ..errors import ConfigurationError
 from .exit_codes import INTERRUPTED, OK
@@ -74,10 +74,8 @@ class Reloader:
 
     def run(self) -> int:
         """Run until a signal has ended the child. Return the exit code: 130 after Ctrl-C, else 0."""
-        # nohup ignores SIGHUP; otherwise a closed terminal would leave the child behind.
-        numbers = [*ENDING, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-        heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        with SignalQueue(heeded, self._events):
+        # SIGHUP too: a closed terminal would leave the child behind.
+        with SignalQueue(DRAINING, self._events):
             self._run()
         return INTERRUPTED if self._first_signal == signal.SIGINT else OK
 

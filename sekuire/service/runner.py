@@ -1,25 +1,28 @@
-"""Run a Worker as a process: signals, the SDK's shutdown, a liveness file, and an exit that does not hang."""
+"""Run a Worker as a process: signals, the SDK's shutdown, what supervisors watch, and an exit that does not hang."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import logging
 import os
 import signal
 import sys
 import threading
-from typing import Callable, Iterator, List, NoReturn, Optional, Union
+from typing import Callable, Iterator, Optional, Union
 
-from .._internal import threads as thread_tools
-from .._internal.signals import ENDING, TakenSignals
+from .._internal.ending import end_process
+from .._internal.greenlets import is_main_thread
+from .._internal.signals import DRAINING, DrainSignals
+from .._internal.speech import speech
 from .._internal.threads import Deadline, PeriodicThread, join_all
+from .._internal.unstarted import forget_all
 from ..errors import ConfigurationError, SekuireError
 from ..worker.worker import Worker
 from .exit_codes import INTERRUPTED, OK
 from .reloader import end_with_reloader
+from .systemd import notified
 
-#: Seconds that flushing may take while handlers still run, and that idle threads have to end.
-_FLUSH_TIME = 3.0
+#: Seconds that idle threads have to end.
 _IDLE_TIME = 1.0
 #: Seconds between two touches of the liveness file.
 LIVENESS_INTERVAL = 5.0
@@ -30,96 +33,122 @@ def run(
     report: Callable[[SekuireError], int],
     liveness_file: Union[str, os.PathLike[str], None] = None,
 ) -> int:
-    """Make a worker, run it until it has stopped, shut its SDK down, and return the exit code.
+    """Make a worker, start its SDK and run it until it has stopped, shut its SDK down, and return the exit code.
 
-    SIGTERM and Ctrl-C end ``make``. Once the worker runs they drain it, and a second signal hurries the drain. The
-    process ends here if a handler still runs then: the interpreter would wait for it without limit.
+    SIGTERM, SIGHUP and Ctrl-C end ``make`` and the SDK's login. Once the worker runs they drain it, and a later SIGTERM
+    or Ctrl-C ends the process. The process ends here too if a handler still runs after the drain: the interpreter would
+    wait for it without limit. Either way the ``atexit`` functions run.
 
     :param make: makes the worker, for example by importing the user's module.
     :param report: reports the error that stopped the worker to the user, and returns its exit code.
     :param liveness_file: touched every 5 s while the worker is alive, and removed at its end; for a probe.
-    :raises ConfigurationError: the liveness file cannot be written.
+    :raises ConfigurationError: the liveness file cannot be written, or the port for health and metrics is taken.
     """
-    with _Signals() as signals:
+    with _spoken(), _Signals() as signals, contextlib.ExitStack() as shown:
         end_with_reloader()
         try:
             worker = make()
+            shown.callback(worker.vitals.close)
+            # Before the login, which may take a while and may use up an install token.
+            worker.vitals.show()
+            if worker.sdk is not None and not worker.sdk.is_started():
+                worker.sdk.start()
         except _Ended as ended:
             return ended.code
-        with _liveness(worker, liveness_file):
-            signals.leave_with = INTERRUPTED
-            code = _serve(worker, report)
-            signals.leave_with = code
-        if _is_busy(worker):
-            _leave_at_once(code)
+        signals.worker = worker
+        try:
+            with _liveness(worker, liveness_file), notified(worker):
+                code = _serve(worker, report)
+                signals.is_over = True
+                _shut_down(worker, signals)
+            if _is_busy(worker):
+                end_process(code)
+        except _Ended as ended:
+            end_process(ended.code)
     return code
 
 
+@contextlib.contextmanager
+def _spoken() -> Iterator[None]:
+    """Print the library's lines on stderr, terminal or not, and what handlers print at once."""
+    _print_at_once()
+    speech.is_worker = True
+    try:
+        yield
+    finally:
+        speech.is_worker = False
+        # This process runs one of the workers that the module may hold.
+        forget_all()
+
+
+def _print_at_once() -> None:
+    """Write each line of stdout when it is printed, also to a pipe: what a handler prints belongs to its task."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        with contextlib.suppress(OSError, ValueError):
+            reconfigure(line_buffering=True)
+
+
 class _Ended(BaseException):
-    """Raised by SIGTERM before the worker runs. It is not an Exception, so that the user's module does not catch it."""
+    """Raised by a signal that ends the process. It is not an Exception, so that the user's module does not catch it."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
         self.code = code
 
 
-class _Signals(TakenSignals):
-    """Handle signals before and after the Worker runs. Before, they end the import; after, they end the process.
+class _Signals(DrainSignals):
+    """Handle signals before and after the Worker runs. After, a later one ends all.
 
-    The Worker replaces these handlers during ``start(block=True)`` and puts them back. Outside the main thread, where
-    no handler can be set, this class sets none.
+    Before, they end the import, and a resource that does not open.
+
+    The Worker replaces these handlers during ``start(block=True)`` and puts them back. What comes just before, it finds
+    in the queue. Outside the main thread, where no handler can be set, this class sets none.
     """
 
     def __init__(self) -> None:
-        #: The exit code for a signal after the worker ran; None before.
-        self.leave_with: Optional[int] = None
-        super().__init__(ENDING if threading.current_thread() is threading.main_thread() else ())
+        #: The worker, once it is made.
+        self.worker: Optional[Worker] = None
+        #: The worker has stopped.
+        self.is_over = False
+        super().__init__(DRAINING if is_main_thread() else ())
 
     def note(self, number: int) -> None:
-        if self.leave_with is not None:
-            os._exit(self.leave_with)
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-        else:
+        if self.worker is None or self.worker.shared.is_opening:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             raise _Ended(OK)
+        come = self.classify(number)
+        if not self.is_over:
+            self.put(come)
+        elif come.must_end:
+            raise _Ended(128 + number)
 
 
 def _serve(worker: Worker, report: Callable[[SekuireError], int]) -> int:
-    """Run ``worker`` until it has stopped, shut its SDK down, and return the exit code."""
+    """Run ``worker`` until it has stopped, and return the exit code."""
     try:
         worker.start(block=True)
-        code = INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
     except SekuireError as error:
-        code = report(error)
+        return report(error)
+    return INTERRUPTED if worker.stop_reason == f"signal {int(signal.SIGINT)}" else OK
+
+
+def _shut_down(worker: Worker, signals: _Signals) -> None:
+    """Shut the worker's SDK down."""
+    # What came while the Worker gave the signals back.
+    come = signals.get(0.0)
+    if come is not None and come.must_end:
+        raise _Ended(128 + come.number)
     if worker.sdk is not None:
         # The SDK's Beacon keeps the lease while it sends heartbeats. Its last one reports that the agent has stopped.
         worker.sdk.shutdown()
-    return code
 
 
 def _is_busy(worker: Worker) -> bool:
     """Return True if handlers still run. The interpreter would wait for them without limit."""
     threads = [one for one in threading.enumerate() if one.name.startswith("sekuire-task")]
     return bool(join_all(threads, Deadline(_IDLE_TIME))) or bool(worker.stats().overdue)
-
-
-def _leave_at_once(code: int) -> NoReturn:
-    """End the process without waiting for its threads, after flushing logs and output."""
-    # On a thread with a limit: a handler that hangs in a write to stdout holds the lock that a flush needs.
-    thread = threading.Thread(target=_flush, name="sekuire-flush", daemon=True)
-    thread.start()
-    thread.join(_FLUSH_TIME)
-    os._exit(code)
-
-
-def _flush() -> None:
-    steps: List[Callable[[], object]] = [thread_tools._leave, logging.shutdown]
-    steps += [stream.flush for stream in (sys.stdout, sys.stderr) if stream is not None]
-    for step in steps:
-        try:
-            step()
-        except Exception:  # noqa: BLE001  # Nothing is left to report it to.
-            pass
 
 
 # -- the liveness file ------------------------------------------------------------------------------------------------
@@ -135,6 +164,8 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
         yield
         return
     _touch(path)
+    # Where the process ends without coming back here.
+    atexit.register(_remove, path)
     thread = PeriodicThread("sekuire-liveness", _Liveness(worker, path))
     thread.start()
     try:
@@ -142,8 +173,13 @@ def _liveness(worker: Worker, path: Union[str, os.PathLike[str], None]) -> Itera
     finally:
         thread.stop()
         thread.join(Deadline(_IDLE_TIME))
-        with contextlib.suppress(OSError):
-            os.remove(path)
+        atexit.unregister(_remove)
+        _remove(path)
+
+
+def _remove(path: Union[str, os.PathLike[str]]) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 class _Liveness:
