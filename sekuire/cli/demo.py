@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sysconfig
-import threading
 import time
 import warnings
 from types import FrameType
@@ -19,6 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import attrs
 
+from .._internal.greenlets import is_main_thread
 from ..config import ConnectionConfig
 from ..errors import SekuireError
 from ..handlers.context import TaskContext
@@ -31,7 +31,6 @@ from . import terminal
 from .exits import FAILED, INTERRUPTED, OK, CommandError, complain
 from .options import key_header, local_platform
 
-HELP = "show the whole path of a task, on a platform of its own"
 DESCRIPTION = """\
 Start a local platform in this process, connect an agent to it, and have a worker summarize the paragraphs of the
 given files (without a file: the docstrings of the standard library's modules). Then pause the worker, resume it and
@@ -57,7 +56,7 @@ _SLICE = 0.1
 
 @attrs.frozen(slots=True)
 class Piece:
-    """A text to summarize, and where it comes from."""
+    """Hold a text to summarize, and where it comes from."""
 
     source: str
     text: str = attrs.field(repr=False)
@@ -65,7 +64,7 @@ class Piece:
 
 @attrs.frozen(slots=True)
 class Result:
-    """The summary of a piece, or why it has none. The times are the platform's."""
+    """Hold the summary of a piece, or why it has none. The times are the platform's."""
 
     source: str
     text: str
@@ -121,7 +120,7 @@ class Interrupts:
         self._previous: Any = None
 
     def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
+        if is_main_thread():
             self._previous = signal.signal(signal.SIGINT, self._note)
         return self
 
@@ -209,7 +208,7 @@ def _split(name: str, text: str) -> List[Piece]:
 
 
 def _docstrings() -> List[Piece]:
-    """Return the docstrings of the standard library's modules, read from their sources: some imports have effects."""
+    """Return the docstrings of the standard library's modules, read from the sources: some imports have effects."""
     folder = sysconfig.get_paths()["stdlib"]
     pieces = []
     try:

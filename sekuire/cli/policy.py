@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 from .._internal import files
@@ -12,27 +13,27 @@ from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
     POLICY_KEYS_VARIABLE,
-    ConnectionConfig,
+    SIGNATURE_FORMS,
     policy_keys_from_environment,
+    policy_signature_from_environment,
     source_of,
     variable,
 )
-from ..credentials import RuntimeCredentialsStore
 from ..credentials.file import CredentialsFile
 from ..errors import ConfigurationError, PolicyIntegrityError
 from ..secret import Secret, as_secret
+from ..service.policies import ORIGINS, client_for
 from ..wire import protocol
 from ..wire.models import RuntimeCredentials
 from . import terminal
 from .exits import FAILED, OK, CommandError
-from .options import add_connection, api_key, connection, logging_options, read_input
+from .options import add_connection, api_key, connection, read_input
+from .parsing import logging_options
 
 if TYPE_CHECKING:
-    from ..policy.client import PolicyClient
     from ..policy.document import Policy
     from ..policy.enforcer import Decision, PolicyEnforcer
 
-HELP = "see and verify the workspace's policy, and ask what it allows"
 DESCRIPTION = """\
 See the policy of a workspace, verify it, and ask whether it would allow something, and by which rule. The policy comes
 from the platform, or from a file."""
@@ -47,11 +48,6 @@ LOG_LEVEL = "warning"
 
 #: MiB.
 _LONGEST_FILE = 1
-ORIGINS = {
-    "pinned": "signed by a pinned key",
-    "integrity": "whole, as its signature shows; no key is pinned, so its origin is not proved",
-    "unsigned": "unsigned: only its hash is proved",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="a public key that may have signed it; may be repeated (default: SEKUIRE_POLICY_PUBLIC_KEYS)",
     )
+    source.add_argument(
+        "--policy-signature",
+        choices=SIGNATURE_FORMS,
+        help="hash: a signature over the hash alone is accepted too (default: SEKUIRE_POLICY_SIGNATURE, or bound)",
+    )
     source.add_argument("--api-key-file", metavar="PATH", help="a file with the API key (default: SEKUIRE_API_KEY)")
     add_connection(source)
     file = argparse.ArgumentParser(add_help=False)
@@ -71,16 +72,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--file", metavar="PATH", help="a policy as pull writes it, or a policy's content alone; - for stdin"
     )
 
-    def add(name: str, act: Callable[[argparse.Namespace], int], text: str, *parents: Any) -> argparse.ArgumentParser:
+    def add(
+        name: str, act: Callable[[argparse.Namespace], int], text: str, *parents: Any, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
         described = f"{text[0].upper()}{text[1:]}."
-        one = actions.add_parser(name, help=text, description=described, parents=[*parents, source, logging_options()])
+        one = actions.add_parser(
+            name, aliases=aliases, help=text, description=described, parents=[*parents, source, logging_options()]
+        )
         one.set_defaults(act=act)
         return one
 
     pull = add("pull", _pull, "fetch the policy, verify it, and write it unchanged")
-    pull.add_argument("--output", metavar="PATH", help="the file to write (default: stdout)")
-    add("verify", _verify, "verify hash, signature, key and workspace", file)
+    pull.add_argument("--output", "--out", metavar="PATH", help="the file to write (default: stdout)")
+    add("verify", _verify, "verify hash, signature, key and workspace", file, aliases=["validate"])
     add("show", _show, "show what the policy says", file)
+    accept = actions.add_parser(
+        "accept",
+        help="let a policy return that was replaced (policy_signature='hash')",
+        description="Let a policy be in force again that was replaced. Running workers find it at their next refresh.",
+        parents=[logging_options()],
+    )
+    accept.add_argument("hash", metavar="HASH", help="its hash, as the error names it: 64 hex digits")
+    accept.add_argument(
+        "--policy-path", required=True, metavar="PATH", help="the file of policy_path=, which keeps what was replaced"
+    )
+    accept.add_argument("--workspace", metavar="ID", help="only in this workspace (default: in each of the file)")
+    accept.set_defaults(act=_accept)
     check = actions.add_parser("check", help="ask whether something is allowed", description="Ask what is allowed.")
     kinds = check.add_subparsers(title="kinds", dest="kind", metavar="KIND", required=True)
     for kind, noun in _KINDS.items():
@@ -216,6 +233,28 @@ def _question(args: argparse.Namespace, enforcer: PolicyEnforcer) -> Callable[[s
     return asked[args.kind]
 
 
+def _accept(args: argparse.Namespace) -> int:
+    from ..policy.cache import PolicyCache
+
+    digest, path = args.hash.lower(), args.policy_path
+    if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        raise CommandError(f"HASH: must be 64 hex digits, got {args.hash[:80]!r}")
+    if not os.path.exists(path):
+        raise CommandError(f"--policy-path: there is no file {path!r}")
+    try:
+        found = PolicyCache(path).accept(digest, args.workspace)
+    except ConfigurationError as error:
+        problem = error.problem
+    else:
+        for workspace_id in found:
+            terminal.say(f"accepted: the policy {digest} may be in force again in {terminal.clean(workspace_id)}")
+        if found:
+            return OK
+        where = f" in {args.workspace}" if args.workspace is not None else ""
+        raise CommandError(f"{path!r} does not have {digest} among the replaced policies{where}", code=FAILED)
+    raise CommandError(f"--policy-path: {problem}")
+
+
 def _named(policy: Policy) -> str:
     return f"policy {policy.policy_id} of {policy.workspace_id}, version {policy.version}"
 
@@ -234,6 +273,15 @@ def _policy(args: argparse.Namespace) -> Optional[Policy]:
 
 def _keys(args: argparse.Namespace) -> Tuple[str, ...]:
     return tuple(args.trusted_key) if args.trusted_key else policy_keys_from_environment()
+
+
+def _signature_form(args: argparse.Namespace) -> str:
+    """Return what a signature must cover.
+
+    :raises ConfigurationError: the variable holds something else.
+    """
+    given: Optional[str] = args.policy_signature
+    return given or policy_signature_from_environment()
 
 
 def _keys_source(args: argparse.Namespace) -> str:
@@ -286,7 +334,8 @@ def _read(args: argparse.Namespace, whole: bool = False) -> Policy:
             workspace = stated if isinstance(stated, str) else ""
         with _naming(_keys_source(args)):
             keys = [parse_key(key) for key in _keys(args)]
-        return decode_policy(data, workspace_id=workspace, trusted_keys=keys)
+        accepts_hash = _signature_form(args) == "hash"
+        return decode_policy(data, workspace_id=workspace, trusted_keys=keys, accepts_hash=accepts_hash)
     if _keys(args):
         terminal.note("warning: the file holds a policy's content alone, which no key can prove")
     return Policy.from_content(content_of(payload))
@@ -303,23 +352,6 @@ def _naming(source: str) -> Iterator[None]:
     if found.option != "trusted_policy_keys":
         raise found
     raise CommandError(f"{source}: {found.problem}")
-
-
-def client_for(
-    config: ConnectionConfig, keys: Sequence[str], key: Optional[Secret], token: Optional[Secret]
-) -> PolicyClient:
-    """Return a client that uses an API key or a runtime token.
-
-    :raises ConfigurationError: a key is malformed, or the extra is not installed.
-    """
-    from ..policy.client import PolicyClient
-
-    options: Dict[str, Any] = {"api_key": key}
-    if key is None:
-        options = {"credentials_store": RuntimeCredentialsStore(RuntimeCredentials(runtime_token=token))}
-    return PolicyClient(
-        config.api_base_url, trusted_policy_keys=keys, allow_insecure_http=config.allow_insecure_http, **options
-    )
 
 
 def _fetch(args: argparse.Namespace) -> Optional[Policy]:
@@ -342,8 +374,9 @@ def _fetch(args: argparse.Namespace) -> Optional[Policy]:
         raise CommandError("whose policy? give --workspace, or set SEKUIRE_WORKSPACE_ID")
     if not protocol.is_id(workspace):
         raise CommandError(f"--workspace: must be at most 256 bytes without control characters, got {workspace!r}")
+    signature = _signature_form(args)
     with _naming(_keys_source(args)):
-        client = client_for(config, _keys(args), key, token)
+        client = client_for(config, _keys(args), signature, key, token)
     with client:
         return client.fetch_active_policy(workspace)
 

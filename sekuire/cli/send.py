@@ -5,42 +5,44 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
-from typing import Any, Callable, Dict, NoReturn, Optional, TypeVar
+import os
+from typing import Any, Dict
 
-from ..client import TaskSubmitter
-from ..config import ENVIRONMENT, check_capability, variable
-from ..errors import APIError, SekuireError
-from ..transport.http import Reply
-from ..transport.retry import is_retryable
+from ..config import check_capability
 from ..wire import protocol
 from . import terminal
-from .exits import FAILED, OK, CommandError, complain
-from .options import add_connection, api_key, connection, read_input
+from .access import add_access, agent_of, client_for, seconds, whole
+from .exits import OK, CommandError
+from .options import read_input
+from .results import wait_and_print
 
-_T = TypeVar("_T")
-
-HELP = "submit a task, and wait for its result with --wait"
 DESCRIPTION = """\
-Submit a task to an agent and print its id; with --wait, print its output as JSON when it is completed. The API key is
-taken from SEKUIRE_API_KEY or a file, not from the command line, which other users of the machine can read."""
+Submit a task to an agent and print its id; with --wait, print its output as
+JSON when it is completed. With --jsonl or --csv, submit a task for each line
+of a file, and print a JSON object for each. The API key is taken from
+SEKUIRE_API_KEY or a file, not from the command line, which other users of the
+machine can read."""
 EPILOG = """\
-example:  sekuire send summarize '{"text": "Once upon a time"}' --wait 30
+examples:
+  sekuire send summarize '{"text": "Once upon a time"}' --wait 30
+  sekuire send invoice orders.csv --csv --wait > results.jsonl
 
-Exit codes: 0 submitted, or completed with --wait; 1 refused, failed or not ended in time; 2 wrong usage or
-configuration; 130 interrupted (the task goes on)."""
+A job that was interrupted is continued by the same command: lines that were
+sent keep their tasks.
+
+Exit codes: 0 submitted, or completed with --wait; 1 refused, failed or not
+ended in time; 2 wrong usage or configuration; 130 interrupted (tasks go on)."""
 LOG_LEVEL = "warning"
 
-_FIRST_POLL, _LONGEST_POLL = 0.05, 1.0
-#: Seconds for which the platform may be unreachable before the wait for a result ends.
-_PATIENCE = 60.0
 #: MiB.
 _LONGEST_INPUT = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("capability", metavar="CAPABILITY", help="what is to be done, such as summarize")
-    parser.add_argument("json", metavar="JSON", help="the input: JSON text, @FILE, or - for stdin")
+    parser.add_argument(
+        "json", metavar="JSON", help="the input: JSON text, @FILE, or - for stdin; with --jsonl and --csv: FILE, or -"
+    )
     parser.add_argument(
         "--wait",
         nargs="?",
@@ -49,12 +51,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="wait for the result, without limit or so many seconds; write it last, or --wait=SECONDS",
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="send it only if it fits the schema that the agent's workers have published",
+    )
     parser.add_argument("--agent-id", metavar="ID", help="the agent that gets the task (default: SEKUIRE_AGENT_ID)")
-    parser.add_argument("--api-key-file", metavar="PATH", help="a file with the API key (default: SEKUIRE_API_KEY)")
-    add_connection(parser)
-    parser.add_argument("--timeout-ms", type=_count, metavar="MS", help="how long the task's handler may run")
-    parser.add_argument("--max-attempts", type=_count, metavar="N", help="how often to try when it fails retryably")
+    add_access(parser)
+    parser.add_argument(
+        "--delay", type=seconds, metavar="SECONDS", help="begin it no sooner than in so many seconds, such as 90 or 10m"
+    )
+    parser.add_argument(
+        "--expires-in", type=_some_seconds, metavar="SECONDS", help="let it fail (expired) if it has not begun by then"
+    )
+    parser.add_argument(
+        "--idempotency-key", metavar="KEY", help="within 24 hours the same key gets the same task (default: a new key)"
+    )
+    parser.add_argument("--timeout-ms", type=whole, metavar="MS", help="how long the task's handler may run")
+    parser.add_argument("--max-attempts", type=whole, metavar="N", help="how often to try when it fails retryably")
     parser.add_argument("--trace-id", metavar="ID", help="an id that travels with the task, to find it in traces")
+    many = parser.add_argument_group("a task for each line of a file")
+    many.add_argument("--jsonl", action="store_true", help="each line of FILE is an input, as JSON")
+    many.add_argument(
+        "--csv",
+        action="store_true",
+        help="each row of FILE is an input: an object of texts, named by the header",
+    )
+    many.add_argument("--delimiter", type=_delimiter, default=",", metavar="C", help="between CSV columns (,), or tab")
+    many.add_argument("--job", metavar="NAME", help="what to call the job, to continue it (default: the file's name)")
+    many.add_argument(
+        "--key-field", metavar="NAME", help="the field that tells a line from all others (default: number and content)"
+    )
+    many.add_argument("--again", action="store_true", help="begin a job once more: each line makes a new task")
+    many.add_argument("--job-dir", metavar="DIR", help="where to note when a job began (default: .sekuire/jobs)")
+
+
+def _delimiter(text: str) -> str:
+    found = {"tab": "\t", "\\t": "\t"}.get(text, text)
+    if len(found) != 1 or found in '\r\n"':
+        raise argparse.ArgumentTypeError(f"must be one character, or tab, got {text!r}")
+    return found
 
 
 def _wait(text: str) -> float:
@@ -69,37 +105,55 @@ def _wait(text: str) -> float:
     return seconds
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:12]) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
-    return int(text)
+def _some_seconds(text: str) -> float:
+    found = seconds(text)
+    if not found:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
     capability = check_capability(args.capability, "CAPABILITY")
+    if args.jsonl or args.csv:
+        return _send_many(args, capability)
+    for option in ("job", "key_field", "again", "job_dir"):
+        if getattr(args, option) not in (None, False):
+            raise CommandError(f"--{option.replace('_', '-')} goes with --jsonl or --csv")
     value = _parse(*_input(args.json))
-    agent_id = args.agent_id or variable(ENVIRONMENT["agent_id"])
-    if not agent_id:
-        raise CommandError("whose task is it? give --agent-id, or set SEKUIRE_AGENT_ID")
-    if not protocol.is_id(agent_id):
-        source = "--agent-id" if args.agent_id else "SEKUIRE_AGENT_ID"
-        raise CommandError(f"{source}: must be at most 256 bytes without control characters, got {agent_id!r}")
-    config = connection(args)
-    key, key_source = api_key(args.api_key_file)
-    fields = {name: getattr(args, name) for name in ("timeout_ms", "max_attempts", "trace_id")}
-    submitter = TaskSubmitter(config, key, pool_size=1)
-    try:
-        client = _Client(submitter, key_source)
-        task_id = client.submit(
-            capability, value, agent_id, {name: one for name, one in fields.items() if one is not None}
-        )
+    agent_id = agent_of(args, "whose task is it?")
+    with client_for(args, agent_id=agent_id) as client:
+        if args.check:
+            from .check import check_input
+
+            check_input(client, capability, value, agent_id)
+        handle = client.submit(capability, value, idempotency_key=args.idempotency_key, **fields_of(args))
         if args.wait is None:
-            terminal.say(task_id)
+            terminal.say(handle.id)
             return OK
-        terminal.note(f"task {task_id}")
-        return _show(client.wait(task_id, args.wait, f"agent {agent_id!r} with the capability {capability!r}"))
-    finally:
-        submitter.close()
+        return wait_and_print(args, handle, args.wait, f"agent {agent_id!r} with the capability {capability!r}")
+
+
+def _send_many(args: argparse.Namespace, capability: str) -> int:
+    from .bulk import RETRY_FOR, run_job
+
+    if args.jsonl and args.csv:
+        raise CommandError("give --jsonl or --csv, not both")
+    if args.idempotency_key:
+        raise CommandError("--idempotency-key is for one task; of a job each line has a key, or give --key-field NAME")
+    agent_id = agent_of(args, "whose tasks are they?")
+    with client_for(args, agent_id=agent_id, retry_for=RETRY_FOR) as client:
+        return run_job(args, client, agent_id, fields_of(args), args.wait)
+
+
+def fields_of(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return the fields of a task that options give, by the names of ``SekuireClient.submit``."""
+    return {
+        "timeout": None if args.timeout_ms is None else args.timeout_ms / 1000,
+        "delay": args.delay,
+        "expires_in": args.expires_in,
+        "max_attempts": args.max_attempts,
+        "trace_id": args.trace_id,
+    }
 
 
 # -- the input --------------------------------------------------------------------------------------------------------
@@ -119,14 +173,19 @@ def _input(argument: str) -> tuple[str, str]:
     raise CommandError(f"cannot read the input from {where!r}: {problem}")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.isfile(text)
+    except ValueError:  # A NUL.
+        return False
 
 
 def _parse(text: str, where: str) -> Any:
     hint = """; in a shell, quote the whole: '{"text": "hello"}'""" if where == "JSON" else ""
+    if where == "JSON" and _is_file(text):
+        hint = f"; {text} is a file: give @{text} for its JSON, or add --jsonl or --csv for a task for each line"
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=protocol.refuse_constant)
     except json.JSONDecodeError as error:
         problem = f"line {error.lineno}, column {error.colno}: {error.msg}{hint}"
     except RecursionError:
@@ -134,97 +193,3 @@ def _parse(text: str, where: str) -> Any:
     except ValueError as error:
         problem = str(error)
     raise CommandError(f"{where}: {problem}")
-
-
-# -- the platform -----------------------------------------------------------------------------------------------------
-
-
-class _Client:
-    """Submit a task and ask for its result, with an API key."""
-
-    def __init__(self, submitter: TaskSubmitter, key_source: str) -> None:
-        self._submitter = submitter
-        self._http = submitter.http
-        self._key_source = key_source
-
-    def submit(self, capability: str, value: Any, agent_id: str, fields: Dict[str, Any]) -> str:
-        """Submit a task and return its id."""
-        try:
-            return self._naming_the_key(lambda: self._submitter.submit(capability, value, agent_id, **fields))
-        except APIError as error:
-            problem = error
-        if problem.status < 500:
-            raise problem
-        # What failed may have done so after the task was queued.
-        raise CommandError(f"{problem}; whether the task was submitted is not known", code=FAILED)
-
-    def wait(self, task_id: str, seconds: float, whose: str) -> Dict[str, Any]:
-        """Ask for the task until it has ended, and return it.
-
-        :raises CommandError: the task has not ended in time.
-        :raises SekuireError: the platform has been unreachable for a minute, or refuses to answer.
-        """
-        end = time.monotonic() + seconds
-        lost_since: Optional[float] = None
-        path = self._http.endpoints.path("task", task_id=task_id)
-        pause = _FIRST_POLL
-        status = "submitted"
-        while True:
-            now = time.monotonic()
-            try:
-                task = _task(self._ask(path))
-            except SekuireError as error:
-                lost_since = now if lost_since is None else lost_since
-                if not is_retryable(error) or now - lost_since > _PATIENCE:
-                    raise
-            else:
-                lost_since = None
-                status = str(task.get("status"))
-                if status in ("completed", "failed"):
-                    return task
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.5, _LONGEST_POLL)
-        hint = f"; is a worker running for {whose}?" if status == "queued" else ""
-        raise CommandError(f"task {task_id} is still {status} after {seconds:g} s{hint}", code=FAILED)
-
-    def _ask(self, path: str) -> Reply:
-        return self._naming_the_key(
-            lambda: self._http.request("GET", path, credential=self._submitter.credential).check()
-        )
-
-    def _naming_the_key(self, call: Callable[[], _T]) -> _T:
-        """Return the result of ``call``. Name the origin of an API key that is refused."""
-        try:
-            return call()
-        except APIError as error:
-            refusal = error
-        if refusal.status in (401, 403):
-            raise CommandError(f"the platform refused the API key from {self._key_source}: {refusal}", code=FAILED)
-        raise refusal
-
-
-def _task(reply: Reply) -> Dict[str, Any]:
-    try:
-        task = reply.json()
-    except protocol.Malformed:
-        task = None
-    if not isinstance(task, dict):
-        raise CommandError("the platform's answer is not a task; is the URL a Sekuire platform's?", code=FAILED)
-    return task
-
-
-def _show(task: Dict[str, Any]) -> int:
-    if task["status"] == "completed":
-        terminal.say(json.dumps(task.get("output"), indent=2, ensure_ascii=False))
-        return OK
-    error = task.get("error")
-    error = error if isinstance(error, dict) else {}
-    advice = " (trying again may help)" if error.get("retryable") is True else ""
-    lines = [f"the task failed: {error.get('code')}: {error.get('message')}{advice}"]
-    if error.get("details"):
-        lines.append(f"details: {json.dumps(error['details'], ensure_ascii=False)}")
-    complain("send", *lines)
-    return FAILED

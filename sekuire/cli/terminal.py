@@ -10,9 +10,9 @@ import shutil
 import sys
 import threading
 import time
-from typing import Any, Iterator, List, Optional, Sequence, TextIO
+from typing import Any, ContextManager, Iterator, List, Mapping, Optional, Sequence, TextIO
 
-from .exits import FAILED, CommandError
+from .exits import FAILED, CommandError, lines_of_process
 
 _REDRAW = 0.05
 #: What the bar is made of.
@@ -25,19 +25,10 @@ _bar: Optional[Progress] = None
 
 
 class OutputClosed(Exception):
-    """Raised when nobody reads stdout any more (``| head``)."""
+    """Report that nobody reads stdout any more (``| head``)."""
 
 
 # -- stdout: results --------------------------------------------------------------------------------------------------
-
-
-def prepare() -> None:
-    """Replace characters that the terminal's encoding lacks, instead of failing on them."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            with contextlib.suppress(OSError, ValueError):
-                reconfigure(errors="replace")
 
 
 def say(text: str = "") -> None:
@@ -50,8 +41,15 @@ def say(text: str = "") -> None:
     if out is None:
         return
     try:
-        out.write(text + "\n")
-        out.flush()
+        with _lock:
+            # A line on the same terminal would begin behind the bar.
+            is_below_bar = _bar is not None and is_terminal(out)
+            if is_below_bar:
+                _clear()
+            out.write(text + "\n")
+            out.flush()
+            if is_below_bar:
+                _draw()
     except OSError as error:
         problem = error
     else:
@@ -60,25 +58,6 @@ def say(text: str = "") -> None:
     if isinstance(problem, BrokenPipeError) or (os.name == "nt" and problem.errno == errno.EINVAL):
         raise OutputClosed
     raise CommandError(f"cannot write the output: {problem.strerror}", code=FAILED)
-
-
-def flush_output() -> None:
-    """Flush stdout and stderr. Discard one that cannot be flushed, or the interpreter's own flush would fail."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except (OSError, ValueError):
-            _discard(stream)
-
-
-def _discard(stream: Optional[TextIO]) -> None:
-    if stream is None:
-        return
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -164,7 +143,7 @@ def note(text: str) -> None:
     """Write a line to stderr. Ignore a stderr that cannot be written."""
     with _lock:
         _clear()
-        _to_stderr(text + "\n")
+        _to_stderr(lines_of_process.made(logging.INFO, text))
         _draw()
 
 
@@ -179,14 +158,19 @@ def _can_show(stream: Optional[TextIO], text: str) -> bool:
 class Progress:
     """Show on stderr how many of ``total`` things are done: a bar on a terminal, else a line at each quarter.
 
+    Where ``total`` is None, because nobody knows it, a terminal shows the number, and nothing else does. With
+    ``is_percent`` it shows per cent instead of numbers,
+    and at its end it is erased, because what it shows may stop anywhere.
+
     Use it as a context manager. One thread updates it; log lines of other threads appear above the bar. ``rich``'s bar
     does not replace it: that one moves the cursor with escape sequences where ``NO_COLOR`` is set, too.
     """
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: Optional[int], *, done: int = 0, is_percent: bool = False) -> None:
         self._label = label
         self._total = total
-        self._done = 0
+        self._is_percent = is_percent
+        self._done = done
         self._is_bar = is_terminal(sys.stderr) and _can_show(sys.stderr, _FULL + _EMPTY)
         self._drawn = 0
         self._drawn_at = 0.0
@@ -204,29 +188,38 @@ class Progress:
         global _bar
         with _lock:
             if self._is_bar:
-                self.draw()
-                _to_stderr("\n")
+                if self._is_percent:
+                    self.clear()
+                else:
+                    self.draw()
+                    _to_stderr("\n")
                 self._drawn = 0
                 _bar = None
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, label: Optional[str] = None) -> None:
         """Show that ``done`` things are done. A smaller number than before is ignored."""
-        done = min(done, self._total)
-        if done <= self._done:
-            return
-        self._done = done
-        with _lock:
-            self._show()
+        if self._total is not None:
+            done = min(done, self._total)
+        is_news = done > self._done or (label is not None and label != self._label)
+        self._done = max(done, self._done)
+        self._label = self._label if label is None else label
+        if is_news:
+            with _lock:
+                self._show()
 
     def _show(self) -> None:
         if self._is_bar:
             if self._done == self._total or time.monotonic() - self._drawn_at >= _REDRAW:
                 self.draw()
             return
+        if self._total is None:
+            return
         quarter = 4 * self._done // self._total
         if quarter > self._quarter:
             self._quarter = quarter
-            _to_stderr(f"{self._label}: {self._done} of {self._total} ({100 * self._done // self._total} %)\n")
+            percent = f"{100 * self._done // self._total} %"
+            count = percent if self._is_percent else f"{self._done} of {self._total} ({percent})"
+            _to_stderr(lines_of_process.made(logging.INFO, f"{self._label}: {count}"))
 
     def draw(self) -> None:
         """Redraw the bar. Needs the lock."""
@@ -243,7 +236,9 @@ class Progress:
             self._drawn = 0
 
     def _line(self, width: int) -> str:
-        count = f"{self._done}/{self._total}"
+        if self._total is None:
+            return f"{self._label} {self._done}"[:width]
+        count = f"{100 * self._done // self._total} %" if self._is_percent else f"{self._done}/{self._total}"
         length = min(40, width - len(self._label) - len(count) - 4)
         if length < 5:
             return count if len(count) <= width else ""
@@ -290,17 +285,82 @@ class _LogHandler(logging.StreamHandler):  # type: ignore[type-arg]  # It is gen
             super().handleError(record)
 
 
+#: Packages whose log lines say nothing to the user of a command. ``-vv`` shows them.
+_OTHERS = ("urllib3", "sseclient", "watchfiles", "werkzeug", "cheroot", "django.utils")
+
+
 @contextlib.contextmanager
-def logs(level: str) -> Iterator[None]:
-    """Send this process's log to stderr from ``level`` up, until the context ends."""
+def logs(level: str, *, others: Optional[str] = None, is_json: bool = False) -> Iterator[None]:
+    """Send this process's log to stderr until the context ends: the library's from ``level`` up.
+
+    :param others: the level of all other packages; None for ``level``, but without their debugging.
+    :param is_json: write each line as a JSON object, also Python's warnings and the errors that end a thread.
+    """
     root = logging.getLogger()
     handler: Any = _LogHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(level)
+    handler.setFormatter(_json_formatter() if is_json else logging.Formatter(_LOG_FORMAT))
+    least = "INFO" if level == "DEBUG" else level
+    all_in_json = _all_in_json() if is_json else contextlib.nullcontext()
+    with _levels({"": others or least, "sekuire": level}), _quiet(others is None), all_in_json:
+        root.addHandler(handler)
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def printed_logs(level: Optional[str]) -> Iterator[None]:
+    """Have the library's records printed from ``level`` up, until the context ends. Add no handler.
+
+    The user's module may set up logging by itself, which a handler would hinder.
+    """
+    with _levels({} if level is None else {"sekuire": level}), _quiet(True):
+        yield
+
+
+@contextlib.contextmanager
+def _levels(levels: Mapping[str, str]) -> Iterator[None]:
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        root.removeHandler(handler)
-        root.setLevel(before)
+        for name, number in before.items():
+            logging.getLogger(name).setLevel(number)
+
+
+def _quiet(is_wanted: bool) -> ContextManager[None]:
+    """Return a context in which other packages log errors only, unless the user has given them a level."""
+    names = [name for name in _OTHERS if is_wanted and logging.getLogger(name).level == logging.NOTSET]
+    return _levels(dict.fromkeys(names, "ERROR"))
+
+
+def _json_formatter() -> logging.Formatter:
+    from ..logging import JsonFormatter
+
+    return JsonFormatter()
+
+
+@contextlib.contextmanager
+def _all_in_json() -> Iterator[None]:
+    """Log what Python and the command itself would write to stderr as text."""
+    hook = threading.excepthook
+    log = logging.getLogger("sekuire.cli")
+
+    def note(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            name = args.thread.name if args.thread is not None else "?"
+            details = args.exc_type, args.exc_value, args.exc_traceback
+            log.error("an error that nothing caught ended the thread %s", name, exc_info=details)
+
+    threading.excepthook = note
+    logging.captureWarnings(True)
+    lines_of_process.is_json = True
+    try:
+        yield
+    finally:
+        lines_of_process.is_json = False
+        logging.captureWarnings(False)
+        threading.excepthook = hook

@@ -1,4 +1,4 @@
-"""Run a Worker from the user's own module as a process that stops in order: ``sekuire worker``."""
+"""Run the handlers of the user's own module as a process that stops in order: ``sekuire worker``."""
 
 from __future__ import annotations
 
@@ -6,38 +6,54 @@ import argparse
 import difflib
 import importlib
 import inspect
+import logging
 import os
 import sys
 import traceback
 from types import ModuleType, TracebackType
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
-from ..errors import SekuireError
+from ..config import (
+    CREDENTIALS_FILE_VARIABLE,
+    ENVIRONMENT,
+    file_in_use,
+    shown_address,
+    source_of,
+    variable,
+    with_source,
+)
+from ..errors import ConfigurationError, SekuireError
+from ..handlers.registry import TaskRegistry
 from ..sdk import SekuireSDK
 from ..service import runner
 from ..service.arguments import IDLE_WITH_RELOAD, add_worker_arguments
 from ..service.reloader import Reloader
 from ..worker.worker import Worker
 from . import terminal
-from .exits import CommandError, report
+from .exits import CommandError, lines_of_process, report
+from .options import add_env_file
 
-HELP = "run a worker from a module of yours"
 DESCRIPTION = """\
-Import MODULE, with the current directory first on the path, and run its WORKER: a sekuire.Worker, or a function
-without arguments that returns one. SIGTERM and Ctrl-C let running tasks end, give waiting ones back and send the last
-heartbeat; a second signal ends the process at once."""
+Import MODULE, with the current directory first on the path, and run its NAME: a sekuire.TaskRegistry, whose worker is
+made from the SEKUIRE_... variables; a sekuire.Worker; or a function without arguments that returns one of these.
+SIGTERM and Ctrl-C let running tasks end, give waiting ones back and send the last heartbeat; a second signal, a second
+or more after the first, ends the process."""
 EPILOG = """\
-example:  sekuire worker tasks:worker          (tasks.py holds worker = create_worker(...))
-          sekuire worker tasks:worker --reload (while you write tasks.py)
+example:  sekuire worker summarizer:tasks          (summarizer.py holds tasks = TaskRegistry() and its handlers)
+          sekuire worker summarizer:tasks --reload (while you write summarizer.py)
 
 Exit codes: 0 stopped by SIGTERM, by the platform (terminated, revoked) or by itself (idle); 1 the platform refused it,
-or it failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C."""
+or it failed; 2 the module or the configuration is wrong; 130 stopped by Ctrl-C;
+128 + its number (130, 143) ended by a second signal."""
 LOG_LEVEL = "info"
+
+_WANTED = "a sekuire.TaskRegistry or a sekuire.Worker"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="MODULE:WORKER", help="such as tasks:worker or package.tasks:make_worker")
+    parser.add_argument("target", metavar="MODULE:NAME", help="such as summarizer:tasks or package.agents:make_worker")
     add_worker_arguments(parser)
+    add_env_file(parser)
     parser.add_argument(
         "--reload-dir",
         action="append",
@@ -56,11 +72,29 @@ def run(args: argparse.Namespace) -> int:
 
     def make() -> Worker:
         worker = find(args.target, args.max_workers)
+        _set_address(worker, args.http)
         if args.stop_when_idle is not None:
             worker.reconfigure(stop_when_idle=args.stop_when_idle)
         return worker
 
     return runner.run(make, lambda error: report("worker", error), args.liveness_file)
+
+
+def _set_address(worker: Worker, given: Optional[Tuple[str, int]]) -> None:
+    """Show the worker where the option says or, if its module does not say it, the variable."""
+    if given is None and worker.config.health is None:
+        name = ENVIRONMENT["health"]
+        text = variable(name, "health")
+        if text is None:
+            return
+        try:
+            worker.reconfigure(health=text)
+            return
+        except ConfigurationError as error:
+            found = error
+        raise with_source(found, {"health": source_of(name)})
+    if given is not None:
+        worker.reconfigure(health=given)
 
 
 def _reload(args: argparse.Namespace) -> int:
@@ -69,12 +103,24 @@ def _reload(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "sekuire", "worker", args.target]
     if args.max_workers is not None:
         command += ["--max-workers", str(args.max_workers)]
+    if args.http is not None:
+        command += ["--http", shown_address(args.http)]
     if args.liveness_file is not None:
         command += ["--liveness-file", args.liveness_file]
-    if getattr(args, "verbose", False):
-        command.append("--verbose")
-    elif hasattr(args, "log_level"):
+    if args.env_file is not None:
+        command += ["--env-file", args.env_file]
+    command += ["--verbose"] * getattr(args, "verbose", 0)
+    if getattr(args, "quiet", False):
+        command.append("--quiet")
+    if hasattr(args, "log_level"):
         command += ["--log-level", args.log_level]
+    if hasattr(args, "log_format"):
+        command += ["--log-format", args.log_format]
+    file = file_in_use()
+    for name in () if file is None else file.values:
+        # The child reads the file itself, and so knows what comes from it. The reloader needs to know the one.
+        if name != CREDENTIALS_FILE_VARIABLE:
+            os.environ.pop(name, None)
     paths = args.reload_dir or [os.getcwd()]
     return Reloader(command, paths, say=lambda line: terminal.note(f"reload: {line}")).run()
 
@@ -97,7 +143,7 @@ def find(target: str, max_workers: Optional[int] = None) -> Worker:
         except AttributeError:
             break
     else:
-        return _checked(_made(target, found, max_workers), target, max_workers)
+        return _worker_of(_made(target, found, max_workers), target, max_workers)
     raise CommandError(f"the module {name!r} has no {attribute!r}; {_candidates(module, attribute)}")
 
 
@@ -108,7 +154,7 @@ def _split(target: str) -> Tuple[str, str]:
     """
     name, _, attribute = target.partition(":")
     if not name or not attribute:
-        raise CommandError(f"{target!r} is not of the form MODULE:WORKER, such as tasks:worker")
+        raise CommandError(f"{target!r} is not of the form MODULE:NAME, such as summarizer:tasks")
     if name.endswith(".py") or "/" in name or "\\" in name:
         dotted = (name[:-3] if name.endswith(".py") else name).replace("\\", ".").replace("/", ".").strip(".")
         raise CommandError(f"{name!r} is a file; name the module, such as {dotted}:{attribute}")
@@ -153,7 +199,8 @@ def _trace(error: BaseException, what: str) -> Tuple[str, ...]:
         tb = tb.tb_next
     # Not through the log, which may hide it: the traceback must be seen at every level.
     try:
-        sys.stderr.write("".join(traceback.format_exception(type(error), error, tb)))
+        shown = "".join(traceback.format_exception(type(error), error, tb))
+        sys.stderr.write(lines_of_process.made(logging.ERROR, what, shown))
     except (OSError, ValueError, AttributeError):
         pass
     return (f"{what}: {type(error).__name__}: {error}",)
@@ -166,15 +213,15 @@ def _is_ours(tb: TracebackType) -> bool:
 
 def _made(target: str, found: Any, max_workers: Optional[int]) -> Any:
     """Return ``found``, or what it returns if it is a function."""
-    if isinstance(found, Worker):
+    if isinstance(found, (Worker, TaskRegistry)):
         return found
     if isinstance(found, SekuireSDK):
-        raise CommandError(f"{target} is a SekuireSDK; name a worker made by its create_task_worker(...)")
+        raise CommandError(f"{target} is a SekuireSDK; name a TaskRegistry, or a worker of its create_task_worker(...)")
     if inspect.isclass(found) or not callable(found):
         what = f"the class {found.__name__}" if inspect.isclass(found) else f"a {type(found).__name__}"
-        raise CommandError(f"{target} is {what}; it must be a sekuire.Worker or a function that returns one")
+        raise CommandError(f"{target} is {what}; it must be {_WANTED}, or a function that returns one")
     if inspect.iscoroutinefunction(found):
-        raise CommandError(f"{target} is an async function; make it a plain one that returns a sekuire.Worker")
+        raise CommandError(f"{target} is an async function; make it a plain one that returns {_WANTED}")
     try:
         parameters = inspect.signature(found).parameters
     except (TypeError, ValueError):
@@ -200,9 +247,17 @@ def _made(target: str, found: Any, max_workers: Optional[int]) -> Any:
     raise CommandError(*problem)
 
 
-def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
+def _worker_of(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
+    """Return the worker that ``target`` is, or a new one with the handlers of the registry that it is."""
+    if isinstance(worker, TaskRegistry):
+        if worker.is_empty():
+            raise CommandError(f'{target} has no handlers; declare one with @{target.rpartition(":")[2]}.task("name")')
+        options: Dict[str, Any] = {} if max_workers is None else {"max_workers": max_workers}
+        made = SekuireSDK.from_env().create_task_worker(**options)
+        made.include(worker)
+        return made
     if not isinstance(worker, Worker):
-        raise CommandError(f"{target} returned a {type(worker).__name__}; it must return a sekuire.Worker")
+        raise CommandError(f"{target} returned a {type(worker).__name__}; it must return {_WANTED}")
     is_running = worker.is_running()
     if is_running or worker.wait(0):
         if is_running:
@@ -216,13 +271,13 @@ def _checked(worker: Any, target: str, max_workers: Optional[int]) -> Worker:
 
 
 def _candidates(module: ModuleType, attribute: str) -> str:
-    """Name the workers and functions in ``module`` that could be meant: similar names, or all."""
-    workers = [name for name, value in vars(module).items() if isinstance(value, Worker)]
+    """Name the registries, workers and functions in ``module`` that could be meant: similar names, or all."""
+    workers = [name for name, value in vars(module).items() if isinstance(value, (TaskRegistry, Worker))]
     factories = [name for name, value in vars(module).items() if _is_factory(module, value)]
     names = difflib.get_close_matches(attribute, workers + factories) or workers + factories
     if names:
         return f"did you mean {' or '.join(f'{module.__name__}:{name}' for name in names[:5])}?"
-    return "it must hold a worker: worker = create_worker(...), or a function that returns one"
+    return "it must hold a registry, tasks = TaskRegistry(), or a worker, worker = create_worker(...)"
 
 
 def _is_factory(module: ModuleType, value: Any) -> bool:

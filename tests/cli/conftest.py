@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import pytest
 
+from sekuire import SekuireClient
 from sekuire.cli import main
 from sekuire.local import LocalPlatform
 
@@ -44,8 +45,7 @@ class Process:
             [sys.executable, "-X", "dev", *program, *args],
             cwd=str(cwd),
             env=environ,
-            stdin=subprocess.DEVNULL,
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
         self._changed = threading.Condition()
         self._lines: Dict[str, List[str]] = {"stdout": [], "stderr": []}
@@ -166,3 +166,16 @@ def variables(platform: LocalPlatform, **more: str) -> Dict[str, str]:
         "SEKUIRE_INSTALL_TOKEN": platform.create_install_token(AGENT),
         **more,
     }
+
+
+@pytest.fixture
+def environ(platform: LocalPlatform) -> Dict[str, str]:
+    """The environment of an agent of the platform, with the API key."""
+    return variables(platform, SEKUIRE_API_KEY=platform.api_key)
+
+
+@pytest.fixture
+def client(platform: LocalPlatform) -> Iterator[SekuireClient]:
+    """A client of the platform, for the agent."""
+    with SekuireClient(api_base_url=platform.url, api_key=platform.api_key, agent_id=AGENT) as client:
+        yield client

@@ -230,6 +230,7 @@ def test_a_missing_rejection(call: Call, file: Path, monkeypatch: pytest.MonkeyP
     assert "a paused worker did not reject a task: it is completed" in err
 
 
+@pytest.mark.slow
 def test_a_task_without_a_result(call: Call, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo gives up after a limit."""
 
@@ -414,6 +415,7 @@ def test_the_plain_table() -> None:
     assert lines[10] == "10  a.md:3  1234.5  late"
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_terminal_without_rich(tmp_path: Path, file: Path) -> None:
     """The extra is missing: the rows are plain lines, and everything else is the same."""
@@ -424,6 +426,7 @@ def test_a_terminal_without_rich(tmp_path: Path, file: Path) -> None:
     assert re.search(r"^failures   \S*0", written, re.M)
 
 
+@pytest.mark.slow
 def test_rich_is_imported_on_a_terminal_only(run: Run, file: Path) -> None:
     """A command whose output is a pipe does not pay for it."""
     code = "import sys; from sekuire.cli import main; main(['demo', 'notes.md']); print('rich' in sys.modules)"

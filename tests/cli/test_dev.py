@@ -13,6 +13,7 @@ import signal
 import socket
 from pathlib import Path
 from typing import Dict, List, Optional
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -84,15 +85,16 @@ def test_it_shows_audit_events(run: Run) -> None:
         sdk.log("model_call", {"model": "large\x1b[31m\x9b\u202e\n"}, "warn")
         sdk.log("file_access", {"path": "/tmp/ä"})
     line = process.line("stderr", "model_call")
-    _, severity, event_type, agent, data = line.split(" ", 4)
-    assert (severity, event_type, agent) == ("warn", "model_call", "my-agent")
-    assert data == '{"model": "large\\u001b[31m\\x9b\\u202e\\n"}\n'
-    assert '{"path": "/tmp/ä"}' in process.line("stderr", "file_access")
-    assert '"state": "connected"' in process.line("stderr", "health")
+    _, at, rest = line.split(" ", 2)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d", at)
+    assert rest == 'warn model_call of my-agent: model="large\\u001b[31m\\x9b\\u202e\\n"\n'
+    assert "path=/tmp/ä" in process.line("stderr", "file_access")
+    assert "state=connected" in process.line("stderr", "health")
     process.signal(signal.SIGTERM)
     assert process.end()[0] == 0
 
 
+@pytest.mark.slow
 @POSIX_ONLY
 def test_a_signal_while_a_worker_is_connected(run: Run) -> None:
     """An open stream does not hold it up."""
@@ -171,12 +173,6 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert codes == [130]
 
 
-def test_shells() -> None:
-    """Values are quoted for a POSIX shell, or for the one of Windows."""
-    assert dev.shell_lines({"A": "x y'z", "B": "plain"}, windows=False) == ["export A='x y'\"'\"'z'", "export B=plain"]
-    assert dev.shell_lines({"A": "x & y"}, windows=True) == ['set "A=x & y"']
-
-
 POLICY = {"agent": {"capabilities": {"denied_capabilities": ["drop"]}}}
 
 
@@ -228,7 +224,8 @@ def test_a_policy(run: Run, tmp_path: Path) -> None:
         ("[]", "not a JSON object"),
         ('{"permissions": {"network": {"enabled": "yes"}}}', "permissions.network.enabled"),
         ('{"a": 1, "a": 2}', "twice"),
-        ('{"a": 99999999999999999999}', "99999999999999999999"),
+        ('{"compliance": 99999999999999999999}', "99999999999999999999"),
+        ('{"Statement": [{"Effect": "Deny"}]}', "has 'Statement' and not one of permissions"),
         ('{"a": "' + "x" * 1024 * 1024 + '"}', "larger than 1 MiB"),
     ],
 )
@@ -327,3 +324,73 @@ def test_wrong_faults(call: Call, args: List[str], problem: str) -> None:
     assert (code, out) == (2, "")
     assert problem in err
     assert "Traceback" not in err
+
+
+def dashboard_link(process: Process) -> str:
+    return process.line("stderr", "dashboard: ").partition("dashboard: ")[2].strip()
+
+
+def status_of(url: str) -> int:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=10)
+    try:
+        connection.request("GET", f"{parts.path}?{parts.query}")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_it_prints_links_to_the_dashboard(run: Run, call: Call) -> None:
+    """One at its start, and with --link another one for the platform that runs, as .env names it."""
+    process = run("dev", "--port", "0")
+    link = dashboard_link(process)
+    assert status_of(link) == 200
+    process.line("stderr", ".env")
+    code, out, err = call("dev", "--link")
+    assert (code, err) == (0, "")
+    assert out.startswith(link.partition("code=")[0])
+    assert out.strip() != link
+    assert status_of(out.strip()) == 200
+    process.signal(signal.SIGINT)
+    process.end()
+    code, out, err = call("dev", "--link")
+    assert (code, out) == (1, "")
+    assert "no platform answers at" in err
+    assert "start it: sekuire dev" in err
+
+
+def test_a_link_needs_the_key_of_the_platform_that_runs(run: Run, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = run("dev", "--port", "0", "--ephemeral")
+    monkeypatch.setenv("SEKUIRE_API_URL", exported(process)["SEKUIRE_API_URL"])
+    code, _, err = call("dev", "--link")
+    assert code == 2
+    assert "no API key" in err
+    monkeypatch.setenv("SEKUIRE_API_KEY", "sk_live_of_another_one")
+    code, _, err = call("dev", "--link")
+    assert code == 1
+    assert "does not accept the key of SEKUIRE_API_KEY" in err
+
+
+def test_without_the_dashboard(run: Run, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = run("dev", "--port", "0", "--no-ui")
+    found = exported(process)
+    process.line("stderr", ".env")
+    assert not any("dashboard" in line for line in process._lines["stderr"])
+    assert status_of(f"{found['SEKUIRE_API_URL']}/ui/") == 404
+    code, _, err = call("dev", "--link")
+    assert code == 1
+    assert "has no dashboard; start it without --no-ui" in err
+    code, _, err = call("dev", "--no-ui", "--open")
+    assert code == 2
+    assert "--open opens the dashboard" in err
+
+
+def test_a_browser_is_opened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where none can be started, a line says so."""
+    opened: List[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or url.endswith("1"))
+    dev._open("http://127.0.0.1:1/1")
+    assert capsys.readouterr().err == ""
+    dev._open("http://127.0.0.1:1/2")
+    assert "open the link yourself" in capsys.readouterr().err
+    assert len(opened) == 2

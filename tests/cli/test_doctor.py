@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator, Optional
 
 import pytest
 
 from sekuire import RuntimeCredentials, RuntimeCredentialsStore
-from sekuire.cli import doctor
 from sekuire.local import LocalPlatform
+from sekuire.service import doctor
+from sekuire.service.findings import WARNING, WRONG, Findings
 
 from ..contract.client import Client
+from ..support.proxies import ConnectProxy
 from .conftest import AGENT, POSIX_ONLY, Call, Run, variables
 from .test_send import serve
 
@@ -41,6 +44,22 @@ def finding(out: str, what: str) -> str:
     lines = out.splitlines()
     index = next(i for i, line in enumerate(lines) if line[9:].startswith(f"{what}: "))
     return "\n".join(lines[index : index + 2]) if lines[index + 1].startswith("    ") else lines[index]
+
+
+@pytest.fixture(autouse=True)
+def each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is wrong or odd comes with what to do."""
+    without = []
+    add = Findings.add
+
+    def check(self: Findings, state: str, what: str, text: str, fix: str = "") -> None:
+        if state in (WARNING, WRONG) and not fix:
+            without.append((what, text))
+        add(self, state, what, text, fix)
+
+    monkeypatch.setattr(Findings, "add", check)
+    yield
+    assert without == []
 
 
 def test_all_is_well(run: Run, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path) -> None:
@@ -111,8 +130,14 @@ def test_nothing_is_set(call: Call) -> None:
         ("SEKUIRE_API_URL", "http://10.0.0.1", "address", "api_base_url (from environment variable SEKUIRE_API_URL)"),
         ("SEKUIRE_POLICY_DEV_OVERRIDE", "1", "SEKUIRE_POLICY_DEV_OVERRIDE", "is refused in production"),
         ("SEKUIRE_POLICY_PUBLIC_KEYS", "abc", "SEKUIRE_POLICY_PUBLIC_KEYS", "an Ed25519 public key is 32 bytes"),
+        ("SEKUIRE_POLICY_PUBLIC_KEYS", " ,", "SEKUIRE_POLICY_PUBLIC_KEYS", "begins or ends with a space"),
+        ("SEKUIRE_POLICY_PUBLIC_KEYS", ",", "SEKUIRE_POLICY_PUBLIC_KEYS", "-> name one, or unset it"),
+        ("SEKUIRE_POLICY_DEV_OVERRIDE", "'1'", "SEKUIRE_POLICY_DEV_OVERRIDE", "-> remove the quotes"),
+        ("SEKUIRE_POLICY_DEV_OVERRIDE", "maybe", "SEKUIRE_POLICY_DEV_OVERRIDE", "maybe"),
+        ("SEKUIRE_ALLOW_INSECURE_HTTP", "maybe", "address", "SEKUIRE_ALLOW_INSECURE_HTTP"),
+        ("SEKUIRE_API_URL", "nonsense", "address", "must begin with https://"),
         ("SEKUIRE_OUTBOX", "missing/outbox.db", "SEKUIRE_OUTBOX", "does not exist"),
-        ("SEKUIRE_CREDENTIALS_FILE", "missing/file", "SEKUIRE_CREDENTIALS_FILE", "does not exist; make it first"),
+        ("SEKUIRE_CREDENTIALS_FILE", "missing/file", "SEKUIRE_CREDENTIALS_FILE", "-> make it first"),
         ("SEKUIRE_CREDENTIALS_FILE", "new", "SEKUIRE_CREDENTIALS_FILE", "is still empty; the first login fills it"),
         ("SEKUIRE_CREDENTIALS_FILE", "text", "SEKUIRE_CREDENTIALS_FILE", "is not a credentials file of this library"),
     ],
@@ -128,6 +153,23 @@ def test_variables(
     assert code == (2 if "WRONG" in finding(out, what) else 0), out
 
 
+def test_an_install_token_without_a_file(call: Call, environ: Dict[str, str]) -> None:
+    """A restart would need another token."""
+    code, out, _ = call("doctor", env=environ)
+    assert code == 0
+    assert finding(out, "SEKUIRE_CREDENTIALS_FILE").startswith("warning  SEKUIRE_CREDENTIALS_FILE: is not set, so a")
+
+
+def test_a_credentials_file_that_cannot_be_written(
+    call: Call, environ: Dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a volume that is mounted for reading."""
+    monkeypatch.setattr(doctor.CredentialsFile, "_is_read_only", lambda self: True)
+    code, out, _ = call("doctor", env={**environ, "SEKUIRE_CREDENTIALS_FILE": "credentials.json"})
+    assert code == 0
+    assert "make it and its directory writable" in finding(out, "SEKUIRE_CREDENTIALS_FILE")
+
+
 @POSIX_ONLY
 def test_a_credentials_file_that_others_can_read(call: Call, environ: Dict[str, str], tmp_path: Path) -> None:
     """The line says how to fix it."""
@@ -135,7 +177,7 @@ def test_a_credentials_file_that_others_can_read(call: Call, environ: Dict[str, 
     (tmp_path / "credentials.json").chmod(0o644)
     code, out, _ = call("doctor", env={**environ, "SEKUIRE_CREDENTIALS_FILE": "credentials.json"})
     assert code == 2
-    assert "can be read by others; run: chmod 600" in finding(out, "SEKUIRE_CREDENTIALS_FILE")
+    assert "-> run: chmod 600" in finding(out, "SEKUIRE_CREDENTIALS_FILE")
 
 
 def test_a_key_from_a_file(call: Call, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path) -> None:
@@ -146,6 +188,37 @@ def test_a_key_from_a_file(call: Call, platform: LocalPlatform, environ: Dict[st
     code, out, _ = call("doctor", "--api-key-file", "missing", env=environ)
     assert code == 2
     assert "cannot read 'missing'" in finding(out, "API key")
+
+
+# -- for programs -----------------------------------------------------------------------------------------------------
+
+
+def test_json(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """One object on stdout with all findings, the same as the lines; and the same exit code."""
+    env = {**environ, "SEKUIRE_API_KEY": "sk_live_wrong", "SEKUIRE_ZZZ": "x"}
+    code, out, err = call("doctor", "--json", env=env)
+    found = json.loads(out)
+    assert (code, err) == (1, "")
+    assert {name: value for name, value in found.items() if name != "findings"} == {
+        "verdict": "1 wrong, 2 to look at", "exit_code": 1, "wrong": 1, "warnings": 2,
+    }  # fmt: skip
+    lines = []
+    for one in found["findings"]:
+        assert list(one) == ["state", "what", "text", "fix"]
+        state = "WRONG" if one["state"] == "wrong" else one["state"]
+        lines.append(f"{state.ljust(8)} {one['what']}: {one['text']}")
+        lines += [f"         -> {one['fix']}"] if one["fix"] is not None else []
+    text = call("doctor", env=env)[1]
+    assert [line.partition(" was reached in")[0] for line in [*lines, "", found["verdict"]]] == [
+        line.partition(" was reached in")[0] for line in text.splitlines()
+    ]
+    assert platform.count("bootstrap") == 0
+
+
+def test_json_of_a_wrong_setting(call: Call) -> None:
+    """Exit 2 also in the object."""
+    code, out, _ = call("doctor", "--json", "--url", "http://127.0.0.1:9")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2)
 
 
 # -- the platform -----------------------------------------------------------------------------------------------------
@@ -229,16 +302,63 @@ def test_tls_that_is_none(call: Call, platform: LocalPlatform, environ: Dict[str
     assert finding(out, "TLS").startswith("WRONG")
 
 
-def test_a_proxy(call: Call, environ: Dict[str, str]) -> None:
-    """Through a proxy, name and port are not tried from here; the proxy's password is not shown."""
-    proxy = {"HTTPS_PROXY": "http://user:canary@127.0.0.1:9", "https_proxy": "http://user:canary@127.0.0.1:9"}
-    code, out, err = call(
-        "doctor", env={**environ, **proxy, "NO_PROXY": "", "no_proxy": "", "SEKUIRE_API_URL": "https://host.invalid"}
-    )
+def behind(environ: Dict[str, str], proxy: str, no_proxy: str = "") -> Dict[str, str]:
+    """Variables for a platform that only ``proxy`` may be able to reach."""
+    url = "https://host.invalid"
+    # Those in lower case would win.
+    proxies = {"HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": no_proxy, "no_proxy": no_proxy}
+    return {**environ, **proxies, "SEKUIRE_API_URL": url}
+
+
+def test_a_proxy_that_is_not_there(call: Call, environ: Dict[str, str]) -> None:
+    """Name and port are those of the proxy, whose password is not shown."""
+    code, out, err = call("doctor", env=behind(environ, "http://user:canary@127.0.0.1:9"))
     assert code == 1
-    assert finding(out, "network").startswith("ok ")
-    assert "through the proxy" in finding(out, "platform")
+    network = finding(out, "network")
+    assert network.startswith("ok ")
+    assert "through the proxy http://127.0.0.1:9 (HTTPS_PROXY), with user and password" in network
+    assert finding(out, "name").startswith("ok ")
+    assert "is the proxy running? does a firewall stand in between? check HTTPS_PROXY" in finding(out, "port")
     assert "canary" not in out + err
+    code, out, err = call("doctor", env=behind(environ, "http://user:canary@proxy.invalid:3128"))
+    assert code == 1
+    assert "proxy.invalid cannot be resolved" in finding(out, "name")
+    assert "check HTTPS_PROXY and the DNS" in finding(out, "name")
+    assert "canary" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem", "fix"),
+    [
+        (b"HTTP/1.1 407 X\r\n\r\n", "rejected its user and password (407)", "check them in environment variable HTTPS"),
+        (b"HTTP/1.1 403 X\r\n\r\n", "does not allow connections to host.invalid:443 (403)", "NO_PROXY if it can"),
+        (b"HTTP/1.1 502 X\r\n\r\n", "cannot connect to host.invalid:443 (502)", "that the proxy can resolve"),
+        (b"HTTP/1.1 503 X\r\nX-Squid-Error: ERR_DNS_FAIL 0\r\n\r\n", "cannot resolve the name", "the proxy's DNS"),
+        (b"\x15\x03\x03\x00\x02\x02\x16", "did not answer in HTTP", "https:// for an HTTP proxy"),
+    ],
+)
+def test_what_a_proxy_answers(call: Call, environ: Dict[str, str], answer: bytes, problem: str, fix: str) -> None:
+    """It is a finding about the proxy, with what to do on the next line."""
+    with ConnectProxy(9, answer=answer) as proxy:
+        code, out, err = call("doctor", env=behind(environ, proxy.url.replace("//", "//user:canary@")))
+    assert code == 1
+    found = finding(out, "proxy").splitlines()
+    assert found[0].startswith("WRONG")
+    assert problem in found[0]
+    assert fix in found[1]
+    assert "canary" not in out + err
+
+
+def test_a_proxy_that_cannot_be_used(call: Call, environ: Dict[str, str]) -> None:
+    """A URL of no known kind is named by its variable; NO_PROXY by its entry."""
+    code, out, err = call("doctor", env=behind(environ, "ftp://user:canary@proxy.test"))
+    assert code == 2
+    assert finding(out, "network").startswith("WRONG")
+    assert "environment variable HTTPS_PROXY" in finding(out, "network")
+    assert "canary" not in out + err
+    code, out, _ = call("doctor", env=behind(environ, "http://proxy.test", no_proxy="a.test, *.invalid"))
+    assert code == 1
+    assert "no proxy: HTTPS_PROXY does not apply: NO_PROXY holds '*.invalid'" in finding(out, "network")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +375,48 @@ def test_other_servers(
     found, out, _ = call("doctor", env={**environ, "SEKUIRE_API_URL": serve(lambda method: answer)})
     assert text in finding(out, what)
     assert found == code
+
+
+REVOKED = b'{"code": "INSTALLATION_REVOKED", "message": "it was stolen"}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "code"),
+    [
+        ((403, REVOKED), "WRONG    runtime token: the installation is revoked: HTTP 403 INSTALLATION_REVOKED", 1),
+        ((200, b'{"revoked": true, "reason": "stolen"}'), "WRONG    runtime token: the installation is revoked", 1),
+        ((200, b"<html>"), "ok       runtime token: was accepted", 0),
+        ((401, b'{"code": "X"}'), "WRONG    runtime token: was rejected: HTTP 401", 1),
+    ],
+)
+def test_answers_to_the_heartbeat(
+    call: Call, environ: Dict[str, str], serve: Any, answer: Any, text: str, code: int
+) -> None:
+    url = serve(lambda method: answer if method == "POST" else (401, b'{"code": "X", "message": "no"}'))
+    tokens = {"SEKUIRE_RUNTIME_TOKEN": "rt", "SEKUIRE_INSTALLATION_ID": "inst-1"}
+    found, out, _ = call("doctor", env={**environ, **tokens, "SEKUIRE_API_URL": url})
+    assert text in finding(out, "runtime token")
+    assert found == code
+
+
+@pytest.mark.parametrize("what", ["runtime token", "API key"])
+def test_a_platform_that_stops_answering(call: Call, environ: Dict[str, str], serve: Any, what: str) -> None:
+    """The first question is answered, and the one that counts is not."""
+    asked = []
+
+    def answers(method: str) -> Any:
+        asked.append(method)
+        if len(asked) > 1:
+            raise ConnectionError
+        return 401, b'{"code": "X", "message": "no"}'
+
+    env = {"SEKUIRE_API_KEY": "sk_live_x"}
+    if what == "runtime token":
+        env = {"SEKUIRE_RUNTIME_TOKEN": "rt", "SEKUIRE_INSTALLATION_ID": "inst-1"}
+    code, out, _ = call("doctor", env={**environ, **env, "SEKUIRE_API_URL": serve(answers)})
+    assert code == 1
+    assert finding(out, what).startswith("WRONG")
+    assert "-> try again" in finding(out, what)
 
 
 @pytest.mark.parametrize(("offset", "text"), [(-3600, "3600 s ahead of"), (3600, "3600 s behind")])
@@ -323,6 +485,29 @@ def test_a_pinned_policy(call: Call, platform: LocalPlatform, environ: Dict[str,
     code, out, _ = call("doctor", env=environ)
     assert code == 1
     assert "WRONG    policy: is refused" in of_policy(out)
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "text"),
+    [
+        ("hash", 0, "warning  SEKUIRE_POLICY_SIGNATURE: is 'hash': older policies can be replayed"),
+        ("bound", 0, None),
+        ("loose", 2, "WRONG    SEKUIRE_POLICY_SIGNATURE: must be 'bound' or 'hash', got 'loose'"),
+        ("'hash'", 2, "WRONG    SEKUIRE_POLICY_SIGNATURE: begins or ends with a quote"),
+    ],
+)
+def test_what_a_signature_covers(
+    call: Call, platform: LocalPlatform, environ: Dict[str, str], value: str, code: int, text: Optional[str]
+) -> None:
+    """A platform that signs the hash alone is a warning, because older policies can be replayed. It is said once."""
+    platform.set_policy("ws_local", {})
+    environ.update(SEKUIRE_API_KEY=platform.api_key, SEKUIRE_WORKSPACE_ID="ws_local", SEKUIRE_POLICY_SIGNATURE=value)
+    environ["SEKUIRE_POLICY_PUBLIC_KEYS"] = platform.policy_public_key
+    found, out, _ = call("doctor", env=environ)
+    assert found == code
+    lines = [line for line in out.splitlines() if "SEKUIRE_POLICY_SIGNATURE:" in line]
+    assert len(lines) == (0 if text is None else 1)
+    assert text is None or text in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from sekuire import RuntimeCredentials, RuntimeCredentialsStore
 from sekuire.local import LocalPlatform
 
-from ..policy.signing import Signer
+from ..policy.signing import Served, Signer
+from ..support.scripted import Scripted
 from .conftest import AGENT, Call
 
 WORKSPACE = "ws_local"
@@ -85,6 +86,30 @@ def test_verify_a_file_that_was_changed(
     code, out, err = call("policy", "verify", "--file", "policy.json", env=environ)
     assert (code, out) == (1, "")
     assert "the policy is refused" in err
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_a_signature_over_the_hash(call: Call, scripted: Scripted, environ: Dict[str, str], by: str) -> None:
+    """--policy-signature hash, or its variable, accepts what else is refused, from the platform and from a file."""
+    owner = Signer(1)
+    Served(scripted, owner.policy(3, CONTENT, workspace_id=WORKSPACE, covers="hash"))
+    environ.update(SEKUIRE_API_URL=scripted.url, SEKUIRE_POLICY_PUBLIC_KEYS=owner.public)
+    code, _, err = call("policy", "verify", env=environ)
+    assert code == 1
+    assert "covers the hash alone" in err
+    assert "SEKUIRE_POLICY_SIGNATURE=hash" in err
+    options = ("--policy-signature", "hash") if by == "option" else ()
+    if by == "variable":
+        environ["SEKUIRE_POLICY_SIGNATURE"] = "hash"
+    assert call("policy", "pull", "--output", "policy.json", *options, env=environ)[0] == 0
+    for more in ((), ("--file", "policy.json")):
+        code, out, err = call("policy", "verify", *options, *more, env=environ)
+        assert (code, err) == (0, "")
+        assert "signed by a pinned key over its hash alone" in out
+    environ["SEKUIRE_POLICY_SIGNATURE"] = "loose"
+    code, _, err = call("policy", "verify", env=environ)
+    assert code == 2
+    assert "environment variable SEKUIRE_POLICY_SIGNATURE: must be 'bound' or 'hash', got 'loose'" in err
 
 
 def test_show(call: Call, platform: LocalPlatform, environ: Dict[str, str], tmp_path: Path) -> None:

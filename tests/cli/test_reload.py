@@ -8,12 +8,14 @@ import re
 import signal
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 import pytest
 
+from sekuire._internal.signals import SECOND_AFTER
 from sekuire.local import LocalPlatform
 from sekuire.service.reloader import program
 
@@ -65,7 +67,7 @@ def environment(platform: LocalPlatform, tmp_path: Path) -> Dict[str, str]:
 
 def begin(run: Run, environment: Dict[str, str], *args: str) -> Process:
     process = run("worker", "tasks:make_worker", "--reload", "-v", *args, env=environment)
-    process.line("stderr", "the task stream is open")
+    process.line("stderr", "connected to")
     return process
 
 
@@ -94,7 +96,7 @@ def test_a_save_drains_and_restarts(
     until(lambda: platform.progress(running))
     save(MODULE.replace("{version!r}", "'two'"))
     process.line("stderr", "tasks.py changed; draining")
-    process.line("stderr", "signal 15: stopping")
+    process.line("stderr", "stopping (SIGTERM)")
     assert platform.task(running)["status"] == "assigned"
     (tmp_path / "go").touch()
     assert platform.wait(running, timeout=GUARD)["output"] == "one"
@@ -132,16 +134,17 @@ def test_a_syntax_error_waits_for_the_next_save(
 def test_ctrl_c(
     run: Run, save: Callable[[str], None], platform: LocalPlatform, environment: Dict[str, str], tmp_path: Path
 ) -> None:
-    """The child drains; a second Ctrl-C stops it at once. No process and no file stays."""
+    """The child drains; a second Ctrl-C ends it. No process and no file stays."""
     save(MODULE.replace("{version!r}", "'one'"))
     process = begin(run, environment)
     (child,) = children(process)
     running = platform.submit("answer", {"until": "never"}, agent_id=AGENT)
     until(lambda: platform.progress(running))
     process.signal(signal.SIGINT)
-    process.line("stderr", "signal 15: stopping")
+    process.line("stderr", "stopping (SIGTERM)")
+    time.sleep(SECOND_AFTER)
     process.signal(signal.SIGINT)
-    process.line("stderr", "a second signal: stopping at once")
+    process.line("stderr", "ending the process (SIGTERM)")
     code, _, err = process.end()
     assert code == 130
     assert "Traceback" not in err
@@ -162,7 +165,7 @@ def test_the_death_of_the_reloader(
     running = platform.submit("answer", {"until": "go"}, agent_id=AGENT)
     until(lambda: platform.progress(running))
     process.signal(signal.SIGKILL)
-    process.line("stderr", "signal 15: stopping")
+    process.line("stderr", "stopping (SIGTERM)")
     (tmp_path / "go").touch()
     assert platform.wait(running, timeout=GUARD)["output"] == "one"
     process.end()
@@ -258,7 +261,7 @@ def test_watches_the_directories_that_are_named(
     [
         (("tasks:worker", "--reload", "--reload-dir", "nowhere"), "there is no directory 'nowhere' to watch"),
         (("tasks:worker", "--reload-dir", "."), "--reload-dir goes with --reload"),
-        (("tasks.py", "--reload"), "is not of the form MODULE:WORKER"),
+        (("tasks.py", "--reload"), "is not of the form MODULE:NAME"),
     ],
 )
 def test_wrong_usage(call: Call, arguments: List[str], text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import json
 import signal
@@ -14,15 +15,12 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 
 from sekuire import TaskError, create_worker
-from sekuire.cli import send
+from sekuire.calls import waits
+from sekuire.cli import access
 from sekuire.local import LocalPlatform
 
-from .conftest import AGENT, POSIX_ONLY, Call, Run, variables
-
-
-@pytest.fixture
-def environ(platform: LocalPlatform) -> Dict[str, str]:
-    return variables(platform, SEKUIRE_API_KEY=platform.api_key)
+from ..support.waiting import until
+from .conftest import AGENT, POSIX_ONLY, Call, Run
 
 
 @pytest.fixture
@@ -53,6 +51,53 @@ def test_it_prints_the_id(run: Run, platform: LocalPlatform, environ: Dict[str, 
     assert (task["timeout_ms"], task["max_attempts"], task["trace_id"]) == (500, 3, "t1")
 
 
+def test_when_it_may_begin(call: Call, platform: LocalPlatform, environ: Dict[str, str]) -> None:
+    """--delay and --expires-in take units; a key gets the same task."""
+    args = ("send", "echo", "1", "--delay", "1.5h", "--expires-in", "2d", "--idempotency-key", "order-7")
+    code, out, _ = call(*args, env=environ)
+    assert code == 0
+    task = platform.task(out.strip())
+    created, available = (dt.datetime.fromisoformat(task[name][:-1]) for name in ("created_at", "available_at"))
+    assert available - created == dt.timedelta(hours=1.5)
+    assert call(*args)[1] == out
+    assert call("send", "echo", "2", "--idempotency-key", "order-7")[0] == 1
+    code, out, err = call("send", "echo", "1", "--expires-in", "0.05", "--wait", "30")
+    assert (code, out) == (1, "")
+    assert "the task failed: expired: " in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_what_it_shows_while_it_waits(
+    run: Run, platform: LocalPlatform, environ: Dict[str, str], is_quiet: bool
+) -> None:
+    """A question while nobody takes the task, then the handler's progress."""
+    process = run("send", "count", "{}", "--wait", *(["--quiet"] if is_quiet else []), env=environ)
+    if is_quiet:
+        until(lambda: platform.count("tasks"))
+    else:
+        line = process.line("stderr", "the task still waits")
+        assert line == f"the task still waits; is a worker running for agent '{AGENT}' with the capability 'count'?\n"
+    worker = create_worker(
+        api_base_url=platform.url, agent_id=AGENT, install_token=platform.create_install_token(AGENT), quiet=True
+    )
+    seen = threading.Event()
+
+    @worker.on_task("count")
+    def count(ctx: Any, input: Any) -> str:
+        ctx.report_progress(0.5, "page 2\x1b[2J of 4")
+        seen.wait(30.0)
+        return "counted"
+
+    with worker:
+        if not is_quiet:
+            assert process.line("stderr", "page 2") == "page 2 [2J of 4: 50 %\n"
+        seen.set()
+        code, out, err = process.end()
+    assert (code, out) == (0, '"counted"\n')
+    assert err == "" if is_quiet else "task task_" in err
+
+
 @pytest.mark.parametrize("flag", ["--wait", "--wait=30"])
 def test_it_waits_for_the_result(run: Run, environ: Dict[str, str], worker: None, flag: str) -> None:
     """With --wait: the output as JSON on stdout, the id on stderr."""
@@ -67,7 +112,8 @@ def test_a_failed_task(call: Call, environ: Dict[str, str], worker: None) -> Non
     """Exit 1, with code, message, advice and details on stderr, and nothing on stdout."""
     code, out, err = call("send", "fail", "null", "--wait", env=environ)
     assert (code, out) == (1, "")
-    assert err.splitlines()[1:] == [
+    # The worker is in this process, and its lines are among them.
+    assert [line for line in err.splitlines() if line.startswith("sekuire")] == [
         "sekuire send: error: the task failed: no_luck: not today (trying again may help)",
         'sekuire send: error: details: {"tomorrow": "é"}',
     ]
@@ -92,6 +138,7 @@ def test_ctrl_c_while_it_waits(run: Run, platform: LocalPlatform, environ: Dict[
     assert "sekuire send: error: interrupted" in err.splitlines()
     # In the making of http.client's answer it leaves one without attributes, of which the collector tells too.
     assert "KeyboardInterrupt" not in err
+    assert f"the task goes on; to continue, run: sekuire tasks wait {task_id}\n" in err
     assert platform.task(task_id)["status"] == "queued"
 
 
@@ -152,13 +199,18 @@ def test_input_that_is_no_json(
         (["a,b", "{}"], "", "CAPABILITY: 'a,b' cannot name a capability"),
         (["echo", "{}", "--agent-id", "a" * 300], "", "--agent-id: must be at most 256 bytes"),
         (["echo", "{}", "--url", "ftp://x"], "", "api_base_url (from --url): must begin with https://"),
-        (["echo", "{}", "--url", "http://10.0.0.1"], "", "or give --allow-insecure-http where the network"),
+        (["echo", "{}", "--url", "http://10.0.0.1"], "", "or give --allow-insecure-http (SEKUIRE_ALLOW_INSECURE"),
         (["echo", "{}", "--api-key-file", "missing"], "", "--api-key-file: cannot read 'missing': No such file"),
         (["echo", "{}", "--api-key-file", "binary"], "", "--api-key-file: cannot read 'binary': it is not text"),
         (["echo", "{}", "--api-key-file", "empty"], "", "--api-key-file empty: is empty"),
         (["echo", "{}", "--timeout-ms", "0"], "", "--timeout-ms: must be a whole number, 1 or more, got '0'"),
         (["--wait", "echo", "{}"], "", "write --wait after CAPABILITY and JSON, or --wait=SECONDS"),
         (["echo", "{}", "--wait=-1"], "", "'-1' is not a number of seconds"),
+        (["echo", "{}", "--delay", "soon"], "", "--delay: must be seconds up to 30 days, such as 90, 10m, 2h or 1d"),
+        (["echo", "{}", "--delay", "31d"], "", "--delay: must be seconds up to 30 days"),
+        (["echo", "{}", "--expires-in=-1"], "", "--expires-in: must be seconds up to 30 days"),
+        (["echo", "{}", "--expires-in", "0"], "", "--expires-in: must be more than 0"),
+        (["echo", "{}", "--idempotency-key", "é"], "", "idempotency_key: must be a str of 1 to 256 printable ASCII"),
     ],
 )
 def test_wrong_usage(
@@ -201,25 +253,29 @@ def test_a_refused_task(call: Call, environ: Dict[str, str]) -> None:
     assert "HTTP 400 INVALID_REQUEST: max_attempts" in err
 
 
-def test_nobody_answers(call: Call, environ: Dict[str, str]) -> None:
-    """A task that may or may not have been submitted is not submitted twice, and the error says so."""
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The submission is sent again for a moment only."""
+    monkeypatch.setattr(access, "RETRY_FOR", 0.3)
+
+
+def test_nobody_answers(call: Call, environ: Dict[str, str], impatient: None) -> None:
+    """A task that may or may not have been submitted: the error says so, and how to find out."""
     code, out, err = call("send", "echo", "{}", "--url", "http://127.0.0.1:9", env=environ)
     assert (code, out) == (1, "")
-    assert "cannot reach 127.0.0.1:9: Connection refused; whether the task was submitted is not known" in err
+    assert "cannot reach 127.0.0.1:9: Connection refused; nothing was submitted" in err
 
 
-@pytest.mark.parametrize(("when", "tasks"), [("before", 0), ("after", 1)])
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_submission_that_fails_on_the_way(
-    call: Call, environ: Dict[str, str], platform: LocalPlatform, when: str, tasks: int
+    call: Call, environ: Dict[str, str], platform: LocalPlatform, when: str
 ) -> None:
-    """After a 5xx the task may be there or not: it is not submitted twice, and the error says so."""
-    with platform.faults.error(502, on="tasks", when=when) as fault:
-        code, out, err = call("send", "echo", "{}", env=environ)
-    assert (code, out) == (1, "")
-    assert "HTTP 502 INJECTED" in err
-    assert "; whether the task was submitted is not known" in err
+    """After a 5xx it is sent again under the same key, and there is one task."""
+    fault = platform.faults.add(f"error:502,when={when},times=1,on=tasks")
+    code, out, _ = call("send", "echo", "{}", env=environ)
+    assert code == 0
     assert fault.injected == 1
-    assert len(platform._store.tasks(None, None, 10, None)[0]) == tasks
+    assert [one["task_id"] for one in platform._store.tasks(None, None, 10, None)[0]] == [out.strip()]
 
 
 @pytest.mark.parametrize("text", ["error:503", "reset", "half-answer", "error:429,when=after", "latency:0.01"])
@@ -275,12 +331,22 @@ def serve() -> Iterator[Callable[[Answers], str]]:
         server.server_close()
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"task_id": ".."}'])
-def test_another_server(call: Call, environ: Dict[str, str], serve: Any, body: bytes) -> None:
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"<html>", "that is another server"),
+        (b"[]", "that is another server"),
+        (b"{}", "is the URL a Sekuire platform's?"),
+        (b'{"task_id": ".."}', "is the URL a Sekuire platform's?"),
+    ],
+)
+def test_another_server(
+    call: Call, environ: Dict[str, str], serve: Any, impatient: None, body: bytes, text: str
+) -> None:
     """An answer that is not a task is reported as such."""
     code, out, err = call("send", "echo", "{}", "--url", serve(lambda method: (200, body)), env=environ)
     assert (code, out) == (1, "")
-    assert "is the URL a Sekuire platform's?" in err
+    assert text in err
 
 
 def test_a_platform_that_stumbles(call: Call, environ: Dict[str, str], serve: Any) -> None:
@@ -295,10 +361,14 @@ def test_a_platform_that_forgets(
     call: Call, environ: Dict[str, str], serve: Any, monkeypatch: pytest.MonkeyPatch, status: int, patience: float
 ) -> None:
     """An answer that does not get better, at once or after a while, ends the waiting."""
-    monkeypatch.setattr(send, "_PATIENCE", patience)
+    monkeypatch.setattr(waits, "_PATIENCE", patience)
 
     def answer(method: str) -> Any:
-        return (201, b'{"task_id": "t"}') if method == "POST" else (status, b'{"code": "GONE", "message": "away"}')
+        return (
+            (201, b'{"task_id": "t"}')
+            if method == "POST"
+            else (status, b'{"error": "gone", "code": "GONE", "message": "away"}')
+        )
 
     code, _, err = call("send", "echo", "{}", "--wait", "--url", serve(answer), env=environ)
     assert code == 1
