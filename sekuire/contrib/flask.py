@@ -6,9 +6,12 @@ serves factories and tests with many applications.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from typing import Any, Callable, List, Optional, TypeVar
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, TypeVar
 
 try:
     import click
@@ -19,24 +22,30 @@ except ModuleNotFoundError as error:
         f"sekuire.contrib.flask needs Flask ({error}); run: pip install 'sekuire[flask]'", name=error.name
     ) from error
 
-from .._internal.logs import get_logger
+from .._internal.logs import enable_loggers, get_logger
+from ..client import SekuireClient, TaskHandle
 from ..errors import ConfigurationError, SekuireError
 from ..handlers.context import TaskContext
-from ..handlers.invoke import CallNext, Handler, Middleware
+from ..handlers.invoke import CallNext, Middleware
 from ..handlers.registry import TaskRegistry, shown
 from ..sdk import SekuireSDK
 from ..service import runner
 from ..service.arguments import IDLE_WITH_RELOAD
 from ..service.exit_codes import code_of
+from ..service.findings import GOOD, WARNING, WRONG, Finding
 from ..service.reloader import Reloader, is_reloaded, program
 from ..worker.worker import Worker
-from .settings import PREFIX, Settings
+from .flask_pushed import pushed_tasks
+from .settings import PREFIX, Settings, diagnose
 
-__all__ = ["Sekuire", "tasks_of"]
+if TYPE_CHECKING:
+    from ..handlers.invoke import DeclaredHandler
+
+__all__ = ["Sekuire", "pushed_tasks", "tasks_of"]
 
 log = get_logger("sekuire.contrib.flask")
 
-_H = TypeVar("_H", bound=Handler)
+_H = TypeVar("_H", bound="DeclaredHandler")
 _M = TypeVar("_M", bound=Middleware)
 
 _NAME = "sekuire"
@@ -48,6 +57,17 @@ class _State:
     def __init__(self) -> None:
         self.extension: Optional[Sekuire] = None
         self.registries: List[TaskRegistry] = []
+        self._lock = threading.Lock()
+        self._client: Optional[SekuireClient] = None
+
+    def client(self, app: flask.Flask, settings: Settings) -> SekuireClient:
+        """Return the application's client, which keeps its connections open. A forked child opens its own."""
+        with self._lock:
+            if self._client is None:
+                client = self._client = settings.client()
+                # With an application of a test, for example, of which there are many.
+                weakref.finalize(app, client.close).atexit = False
+            return self._client
 
 
 def _check_app(app: Any, option: str) -> None:
@@ -58,6 +78,11 @@ def _check_app(app: Any, option: str) -> None:
 def _state(app: Any) -> _State:
     state: _State = app.extensions.setdefault(_NAME, _State())
     return state
+
+
+def _current_app() -> flask.Flask:
+    app: flask.Flask = flask.current_app._get_current_object()  # type: ignore[attr-defined]  # Not in the stubs.
+    return app
 
 
 def _settings(app: flask.Flask) -> Settings:
@@ -90,7 +115,7 @@ class Sekuire:
             self.init_app(app)
 
     def init_app(self, app: flask.Flask) -> None:
-        """Attach the extension to ``app``, with the command ``flask sekuire worker``.
+        """Attach the extension to ``app``, with the commands ``flask sekuire worker`` and ``flask sekuire doctor``.
 
         :raises ConfigurationError: another extension object is attached already, or ``app`` is not an application.
         """
@@ -135,6 +160,42 @@ class Sekuire:
         self._declared.append(lambda own: own.middleware(function))
         return function
 
+    # -- submitting --
+
+    def submit(
+        self, capability: str, input: Any = None, *, agent_id: Optional[str] = None, **fields: Any
+    ) -> TaskHandle:
+        """Submit a task with the API key of the current application, and return its handle. ::
+
+            @app.post("/orders")
+            def order():
+                handle = sekuire.submit("confirm_order", {"order_id": 7})
+                return {"task_id": handle.id}, 202
+
+        It is sent again for up to 5 seconds while the platform cannot be reached. The application's settings count as
+        they are at the first call.
+
+        :param agent_id: the agent that gets the task; the default is the settings' agent.
+        :param fields: the others of :meth:`SekuireClient.submit() <sekuire.SekuireClient.submit>`, such as ``delay``,
+            ``timeout`` or ``idempotency_key``.
+        :raises ConfigurationError: there is no application context, the API key or the agent is missing, or the task
+            is invalid.
+        :raises SekuireError: the task could not be submitted, as :meth:`SekuireClient.submit()
+            <sekuire.SekuireClient.submit>` says.
+        """
+        if not flask.has_app_context():
+            raise ConfigurationError(
+                "needs an application context: call it while a request or a task is handled, or within "
+                "`with app.app_context():`",
+                "Sekuire.submit",
+            )
+        app = _current_app()
+        self._check_attached(app)
+        settings = _settings(app)
+        client = _state(app).client(app, settings)
+        agent_id = settings.agent_id() if agent_id is None else agent_id
+        return client.send(client.prepare(capability, input, agent_id=agent_id, **fields))
+
     # -- running --
 
     def sdk(self, app: flask.Flask) -> SekuireSDK:
@@ -156,9 +217,8 @@ class Sekuire:
         :raises ConfigurationError: a setting is wrong, a name is declared twice, or no handler is declared.
         """
         _check_app(app, "app")
-        state = _state(app)
-        if state.extension is not self:
-            raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
+        self._check_attached(app)
+        enable_loggers()  # The application's dictConfig may have disabled them.
         settings = _settings(app)
         worker = settings.worker(settings.sdk() if sdk is None else sdk, **options)
         if settings.runs_elsewhere(**options):
@@ -175,10 +235,14 @@ class Sekuire:
         registry = TaskRegistry()
         for declare in self._declared:
             declare(registry)
-        for one in state.registries:
+        for one in _state(app).registries:
             registry.include(one)
         worker.include(registry)
         return worker
+
+    def _check_attached(self, app: flask.Flask) -> None:
+        if _state(app).extension is not self:
+            raise ConfigurationError("call init_app(app) first: the application does not know this extension", "app")
 
 
 def tasks_of(blueprint: flask.Blueprint) -> TaskRegistry:
@@ -218,6 +282,9 @@ _commands = AppGroup(_NAME, help="Work for a Sekuire platform.")
     metavar="S",
     help="End after so many seconds without a task.",
 )
+@click.option(
+    "--http", metavar="[HOST:]PORT", help="Show health and metrics here; PORT alone is for this machine only."
+)
 @click.option("--liveness-file", metavar="PATH", help="Touch this file every 5 s while the worker is alive.")
 @click.option("--reload", is_flag=True, help="For development: restart it whenever a Python file is saved.")
 @click.pass_obj
@@ -225,6 +292,7 @@ def _worker(
     info: ScriptInfo,
     max_workers: Optional[int],
     stop_when_idle: Optional[float],
+    http: Optional[str],
     liveness_file: Optional[str],
     reload: bool,
 ) -> None:
@@ -234,23 +302,41 @@ def _worker(
     # The child inherits FLASK_SEKUIRE_WORKER_RELOAD, which sets the option too.
     if reload and not is_reloaded():
         sys.exit(_reload())
-    changed = {"max_workers": max_workers, "stop_when_idle": stop_when_idle}
+    changed = {"max_workers": max_workers, "stop_when_idle": stop_when_idle, "health": http}
     options = {name: value for name, value in changed.items() if value is not None}
 
     def make() -> Worker:
         app = info.load_app()
         extension = _state(app).extension
         assert extension is not None  # init_app() has added this command.
-        sdk = extension.sdk(app)
-        worker = extension.create_worker(app, sdk, **options)
-        sdk.start()
-        return worker
+        return extension.create_worker(app, extension.sdk(app), **options)
 
     try:
         code = runner.run(make, _report, liveness_file)
     except SekuireError as error:
         code = _report(error)
     sys.exit(code)
+
+
+@_commands.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print all findings as one JSON object.")
+def _doctor(as_json: bool) -> None:
+    """Check the settings, the credentials and the way to the platform, and say how to fix what is wrong."""
+    app = _current_app()
+    findings = diagnose(lambda: _settings(app), (lambda finding: None) if as_json else _show)
+    if as_json:
+        click.echo(json.dumps(findings.as_json(), indent=2))
+    else:
+        click.echo("\n" + findings.verdict())
+    sys.exit(findings.exit_code)
+
+
+_COLOURS = {GOOD: "green", WARNING: "yellow", WRONG: "red"}
+
+
+def _show(finding: Finding) -> None:
+    for line in finding.lines(click.style(finding.state.ljust(8), _COLOURS.get(finding.state))):
+        click.echo(line)
 
 
 def _reload() -> int:

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import Any, Callable, Dict, FrozenSet, Mapping, Optional, Tuple
 
 import attrs
 
-from ..client import TaskSubmitter
+from ..client import SekuireClient
 from ..config import (
     CREDENTIALS_FILE_VARIABLE,
     ENVIRONMENT,
     OUTBOX_VARIABLE,
     PINS_NOTHING,
     POLICY_KEYS_VARIABLE,
+    ClientConfig,
     ConnectionConfig,
     SDKConfig,
     WorkerConfig,
+    conceal,
     from_options,
     policy_keys_from_environment,
     read_environment,
     source_of,
     split_policy_keys,
     variable,
+    with_source,
 )
 from ..credentials import RuntimeCredentialsStore
 from ..errors import ConfigurationError
 from ..sdk import SekuireSDK
-from ..secret import as_secret
+from ..service.doctor import Configuration, examine
+from ..service.findings import Finding, Findings
 from ..worker.worker import Worker
 
 PREFIX = "SEKUIRE_"
+#: Seconds for which a submission is sent again.
+RETRY_FOR = 5.0
 
 _SDK = frozenset(str(field.alias) for field in attrs.fields(SDKConfig)) - {"on_status_change"}
 #: A worker gets the other options from its SDK. Both have the interval.
@@ -83,6 +90,7 @@ class Settings:
                 raise ConfigurationError(f"says the same as {label(self._keys[option])}; give one of them", label(key))
             self._keys[option] = key
             self._options[option] = value
+        conceal(self._options)
 
     def sdk(self) -> SekuireSDK:
         """Return an SDK from these settings and the environment, not yet started. The settings win.
@@ -100,7 +108,7 @@ class Settings:
         finally:
             # An error's frames must not hold plain tokens.
             options.clear()
-        raise self._named(found)
+        raise self.named(found)
 
     def worker(self, sdk: SekuireSDK, **options: Any) -> Worker:
         """Return a worker of ``sdk`` with these settings. ``options`` win over them.
@@ -112,10 +120,10 @@ class Settings:
             return sdk.create_task_worker(**own, **options)
         except ConfigurationError as error:
             found = error
-        raise self._named(found) if found.option in own else found
+        raise self.named(found) if found.option in own else found
 
     def check(self) -> None:
-        """Check every value that is set, here or in the environment. Options that are not set are not missed.
+        """Check every value that is set, here or in the environment. An option that is not set is not an error.
 
         It opens, creates and requests nothing; it only checks that directories exist.
 
@@ -144,7 +152,7 @@ class Settings:
             found = error
         finally:
             options.clear()
-        raise self._named(found)
+        raise self.named(found)
 
     def options(self) -> Dict[str, Any]:
         """Return all options that are set, here or in the environment. Tokens are plain text."""
@@ -168,28 +176,43 @@ class Settings:
             raise ConfigurationError("is required; set SEKUIRE_AGENT_ID", self._label("AGENT_ID"))
         return agent_id
 
-    def submitter(self) -> TaskSubmitter:
-        """Return a submitter that uses the API key.
+    def client(self) -> SekuireClient:
+        """Return a client that uses the API key. It does not try long: a request may wait for it.
 
         :raises ConfigurationError: there is no API key, or another setting is wrong.
         """
         options, sources = self._resolved()
-        connection = frozenset(str(field.alias) for field in attrs.fields(ConnectionConfig))
+        known = frozenset(str(field.alias) for field in attrs.fields(ClientConfig))
         try:
             if options.get("api_key") is None:
                 raise ConfigurationError("is required to submit tasks; set SEKUIRE_API_KEY", self._label("API_KEY"))
-            config = from_options(ConnectionConfig, _only(options, connection), sources)
-            return TaskSubmitter(config, as_secret(options["api_key"], "api_key"))
+            return SekuireClient(retry_for=RETRY_FOR, **_only(options, known))
         except ConfigurationError as error:
-            found = error
+            found = with_source(error, sources)
         finally:
             options.clear()
-        raise self._named(found)
+        raise self.named(found)
+
+    def configuration(self) -> Configuration:
+        """Return these settings and the environment for :func:`sekuire.service.doctor.examine`."""
+        return _Examined(self)
+
+    def given(self) -> Dict[str, Any]:
+        """Return the options that are set here, and the path of the credentials file as ``credentials_file``."""
+        return {**self._options, "credentials_file": self._file}
+
+    def name_of(self, option: str) -> str:
+        """Return the user's name for an option: that of the setting, unless only the variable is set."""
+        key = _CREDENTIALS_FILE if option == "credentials_file" else self._keys.get(option)
+        if key is None:
+            key = ENVIRONMENT.get(option, PREFIX + option.upper())[len(PREFIX) :]
+        is_here = self.given().get(option) is not None
+        return PREFIX + key if not is_here and os.environ.get(PREFIX + key) else self._label(key)
 
     def _resolved(self) -> Tuple[Dict[str, Any], Dict[str, str]]:
         return read_environment(self._options, tuple(ENVIRONMENT))
 
-    def _named(self, error: ConfigurationError) -> ConfigurationError:
+    def named(self, error: ConfigurationError) -> ConfigurationError:
         """Return a copy of ``error`` that has no frames and names the option as the user does."""
         key = self._keys.get(error.option or "")
         if error.option == "path" and self._file is not None:
@@ -201,8 +224,43 @@ class Settings:
         return ConfigurationError(error.problem, self._label(key))
 
 
+class _Examined(Configuration):
+    """Show the doctor a framework's settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def given(self) -> Mapping[str, Any]:
+        return self._settings.given()
+
+    def name(self, option: str) -> str:
+        return self._settings.name_of(option)
+
+    def check(self) -> None:
+        self._settings.check()
+
+    def connection(self) -> ConnectionConfig:
+        try:
+            return super().connection()
+        except ConfigurationError as error:
+            found = error
+        raise self._settings.named(found)
+
+
+def diagnose(read: Callable[[], Settings], show: Callable[[Finding], object]) -> Findings:
+    """Return what the doctor finds with the settings that ``read`` returns. Each finding is also shown at once."""
+    findings = Findings(show)
+    configuration: Optional[Configuration] = None
+    with findings.catching("settings"):
+        configuration = read().configuration()
+    findings.is_usage = configuration is None
+    if configuration is not None:
+        examine(configuration, findings)
+    return findings
+
+
 def is_unprepared(executor: Any) -> bool:
-    """Return True if ``executor`` runs calls in processes that do not begin with a function of the user's."""
+    """Return True if ``executor`` runs calls in processes that no initializer of the user prepares."""
     if executor is None:
         return False
     # A web process, which has none, need not pay for it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import contextvars
 import gc
 import json
 import os
@@ -13,19 +14,23 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
-from sekuire import ProcessExecutor
-from sekuire.errors import ConfigurationError, TransportError
+from sekuire import ProcessExecutor, testing
+from sekuire.errors import ConfigurationError, SekuireError, TaskFailed, TransportError
 from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Run
 from ..conftest import AGENT
+from ..health.asking import ask, free_port
+from ..support.builders import context_of
 from ..support.waiting import GUARD, until
 
 django = pytest.importorskip("django")
@@ -55,7 +60,8 @@ if not settings.configured:
     django.setup()
 
 from django.core.management import CommandError, call_command  # noqa: E402
-from django.db import connection, connections, transaction  # noqa: E402
+from django.db import DatabaseError, connection, connections, transaction  # noqa: E402
+from django.db.backends.signals import connection_created  # noqa: E402
 from django.test import override_settings  # noqa: E402
 
 from sekuire.contrib.django import checks, conf, handlers, submit_on_commit  # noqa: E402
@@ -92,7 +98,8 @@ def submitted(platform: LocalPlatform) -> List[Dict[str, Any]]:
     request = urllib.request.Request(f"{platform.url}/api/v1/tasks", headers={"X-API-Key": platform.api_key})
     with urllib.request.urlopen(request, timeout=GUARD) as answer:
         found: List[Dict[str, Any]] = json.load(answer)["tasks"]
-    return found
+    # A list has no inputs.
+    return [platform.task(task["task_id"]) for task in found]
 
 
 def results(platform: LocalPlatform, *capabilities: str) -> List[Any]:
@@ -133,9 +140,83 @@ class TestAround:
         assert (second["was_open"], second["count"]) == (False, 0)
 
     def test_an_async_handler(self, platform: LocalPlatform) -> None:
-        """It may use the async interface of the ORM."""
-        Note.objects.create(text="one")
-        assert results(platform, "async") == [1]
+        """Its coroutine and its database thread begin as a request does too."""
+        first, second = results(platform, "async", "async")
+        assert first == second == {"found": [False, "de", "Europe/Berlin"], "language": first["language"], "count": 0}
+
+
+@pytest.fixture
+def opened() -> Iterator[List[Tuple[Any, Any]]]:
+    """Every connection that was opened, each as Django's wrapper and the driver's object."""
+    found: List[Tuple[Any, Any]] = []
+
+    def note(*, connection: Any, **kwargs: Any) -> None:
+        found.append((connection, connection.connection))
+
+    connection_created.connect(note)
+    yield found
+    connection_created.disconnect(note)
+
+
+@pytest.mark.usefixtures("configured")
+class TestAsync:
+    """Database work of async handlers, which asgiref runs in other threads than the handlers'."""
+
+    def test_an_open_transaction_ends_with_its_task(self, platform: LocalPlatform) -> None:
+        """It is rolled back, and the writes of later tasks are not in it."""
+        found = results(platform, "async-spoil", "async-write", "async-write")
+        assert found[0] is None
+        assert [note.text for note in Note.objects.all()] == ["kept", "kept"]
+
+    def test_a_broken_connection_costs_one_task(self, platform: LocalPlatform) -> None:
+        """The next task has a connection of its own."""
+        assert results(platform, "async-cut", "async-write", "async-write") == [None, 1, 2]
+
+    def test_handlers_do_not_wait_for_each_other(self, platform: LocalPlatform) -> None:
+        """Two handlers are in the database at once, on two connections."""
+        with conf.read().sdk() as sdk, conf.make_worker(sdk, max_workers=2):
+            ids = [platform.submit("async-meet", None, agent_id=AGENT) for _ in range(2)]
+            first, second = (platform.wait(task_id, timeout=2 * GUARD) for task_id in ids)
+        assert (first["status"], second["status"]) == ("completed", "completed"), (first, second)
+        assert first["output"] != second["output"]
+
+    @pytest.mark.parametrize("name", ["async-write", "async-spoil", "async-elsewhere", "plain-with-loop"])
+    def test_no_connection_is_left(self, platform: LocalPlatform, opened: List[Tuple[Any, Any]], name: str) -> None:
+        """Each connection is closed at the end of its task: of asgiref's thread, of another one, of a late task."""
+        found = results(platform, name)[0]
+        assert not isinstance(found, dict), found
+        assert opened
+        assert [wrapper.connection for wrapper, _ in opened] == [None] * len(opened)
+
+    def test_a_connection_of_a_thread_that_others_use_stays(self, platform: LocalPlatform) -> None:
+        """A pool of the project's own may be working for another task."""
+        with ThreadPoolExecutor(1) as pool:
+            made: List[Any] = []
+
+            def around(input: Any) -> None:
+                context = contextvars.copy_context()
+                made.append(pool.submit(context.run, lambda: (Note.objects.count(), connection)[1].connection).result())
+
+            handlers.around(context_of(), None, around)
+            assert pool.submit(lambda: connection.connection).result(GUARD) is made[0]
+            pool.submit(connections.close_all).result(GUARD)
+
+    def test_a_connection_that_cannot_be_closed(
+        self, platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The task has its result all the same; the log names the database and no more."""
+        wrapper_class = type(connections["default"])
+        real = wrapper_class._close
+
+        def fail(wrapper: Any) -> None:
+            real(wrapper)
+            if threading.current_thread().name.startswith("sekuire-task"):
+                raise DatabaseError("password=canary")
+
+        monkeypatch.setattr(wrapper_class, "_close", fail)
+        assert results(platform, "async-write") == [1]
+        assert "cannot close a connection to the database 'default' (DatabaseError)" in caplog.text
+        assert "canary" not in caplog.text
 
 
 @pytest.mark.usefixtures("configured")
@@ -145,7 +226,7 @@ class TestSubmitOnCommit:
         input = {"note": 1}
         with transaction.atomic():
             Note.objects.create(text="kept")
-            submit_on_commit("look", input, trace_id="trace-1", timeout_ms=5000, max_attempts=2)
+            submit_on_commit("look", input, trace_id="trace-1", timeout=5.0, max_attempts=2)
             input["note"] = 2
             assert submitted(platform) == []
         (task,) = submitted(platform)
@@ -183,16 +264,16 @@ class TestSubmitOnCommit:
         with transaction.atomic():
             with pytest.raises(ConfigurationError, match=text):
                 submit_on_commit(*arguments)
-        with pytest.raises(ConfigurationError, match="unknown field of a task; known are workspace_id"):
+        with pytest.raises(ConfigurationError, match="unknown field of a task; known are capability"):
             submit_on_commit("look", None, priority=1)
 
     @pytest.mark.parametrize(
         ("field", "value", "text"),
         [
-            ("timeout_ms", "60s", "must be a number of milliseconds above 0, got '60s'"),
-            ("timeout_ms", 0, "must be a number of milliseconds above 0, got 0"),
-            ("timeout_ms", float("inf"), "must be a number of milliseconds above 0, got inf"),
-            ("timeout_ms", True, "must be a number of milliseconds above 0, got True"),
+            ("timeout", "60s", "must be a number of seconds above 0, got '60s'"),
+            ("timeout", 0, "must be a number of seconds above 0, got 0"),
+            ("timeout", float("inf"), "must be a number of seconds above 0, got inf"),
+            ("timeout", True, "must be a number of seconds above 0, got True"),
             ("max_attempts", 0, "must be a whole number, 1 or more, got 0"),
             ("max_attempts", 1.0, "must be a whole number, 1 or more, got 1.0"),
             ("trace_id", 7, "must be a non-empty str"),
@@ -209,14 +290,72 @@ class TestSubmitOnCommit:
 
     def test_a_field_that_is_none(self, platform: LocalPlatform) -> None:
         """It counts as not given."""
-        submit_on_commit("look", None, trace_id=None, timeout_ms=None, max_attempts=None, workspace_id=None)
+        submit_on_commit("look", None, trace_id=None, timeout=None, max_attempts=None, workspace_id=None)
         (task,) = submitted(platform)
         assert task.get("trace_id") is None
 
+    def test_the_handle(self, platform: LocalPlatform) -> None:
+        """Its key is known before the commit, its id after it."""
+        with transaction.atomic():
+            handle = submit_on_commit("look", 1)
+            key = handle.idempotency_key
+            for use in (lambda: handle.id, handle.status, handle.result, handle.cancel, lambda: handle.wait(0)):
+                with pytest.raises(SekuireError, match=f"the task with the key {key} is not submitted before its"):
+                    use()
+            assert repr(handle) == f"<OnCommitHandle without a task, key {key}>"
+        (task,) = submitted(platform)
+        assert (handle.id, handle.status()) == (task["task_id"], "queued")
+        assert handle.id in repr(handle)
+        again = submit_on_commit("look", 1, idempotency_key=key)
+        assert again.id == handle.id
+        handle.cancel()
+        with pytest.raises(TaskFailed, match="cancelled"):
+            handle.result(GUARD)
+
+    def test_the_handle_after_a_rollback(self, platform: LocalPlatform) -> None:
+        """It says so, of a whole transaction and of a savepoint."""
+        with transaction.atomic():
+            kept = submit_on_commit("look", "kept")
+            with pytest.raises(ValueError, match="on purpose"):
+                with transaction.atomic():
+                    lost = submit_on_commit("look", "lost")
+                    raise ValueError("on purpose")
+            with pytest.raises(SekuireError, match="was not submitted: its transaction was rolled back"):
+                lost.wait(0)
+        assert kept.status() == "queued"
+        with pytest.raises(ValueError, match="on purpose"):
+            with transaction.atomic():
+                lost = submit_on_commit("look", "lost")
+                raise ValueError("on purpose")
+        with pytest.raises(SekuireError, match="its transaction was rolled back"):
+            print(lost.id)
+
+    def test_the_handle_after_a_failure(self, platform: LocalPlatform) -> None:
+        """It says why nothing was submitted; the same key can be used again."""
+        with platform.faults.error(400, on="tasks"):
+            with transaction.atomic():
+                handle = submit_on_commit("look", None, robust=True)
+        with pytest.raises(SekuireError, match="was not submitted after the commit: HTTP 400"):
+            handle.status()
+        assert submit_on_commit("look", None, idempotency_key=handle.idempotency_key).status() == "queued"
+
+    def test_recorded_for_a_test(self) -> None:
+        """A rollback records nothing; a commit does, and runs the task if there is a handler."""
+        with testing.submitted(run={"look": lambda ctx, input: input + 1}) as tasks:
+            with transaction.atomic():
+                handle = submit_on_commit("look", 1, delay=5.0)
+                assert tasks == []
+            assert (handle.result(), tasks[0].delay, tasks[0].agent_id) == (2, 5.0, AGENT)
+            with pytest.raises(ValueError, match="on purpose"):
+                with transaction.atomic():
+                    submit_on_commit("look", 1)
+                    raise ValueError("on purpose")
+        assert len(tasks) == 1
+
     def test_a_platform_that_is_not_there(self, platform: LocalPlatform) -> None:
-        """The data is committed, and the error says that the task is in doubt; robust=True hands it to Django's log."""
+        """The data is committed, and the error says that nothing was submitted; robust=True logs it."""
         with override_settings(SEKUIRE={**settings.SEKUIRE, "API_URL": "http://127.0.0.1:9"}):
-            with pytest.raises(TransportError, match="whether the task was submitted is not known"):
+            with pytest.raises(TransportError, match="nothing was submitted"):
                 with transaction.atomic():
                     Note.objects.create(text="kept")
                     submit_on_commit("look", None)
@@ -433,12 +572,15 @@ class TestCommand:
         self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
     ) -> None:
         """The running task ends and is reported, the last heartbeat is sent, the exit code is 0."""
+        port = free_port()
         process = run(
-            "run_sekuire_worker", "--liveness-file", "alive", env=variables, program=("-m", "django")
+            "run_sekuire_worker", "--liveness-file", "alive", "--http", str(port), env=variables,
+            program=("-m", "django"),
         )  # fmt: skip
         task_id = platform.submit("slow", None, agent_id=AGENT)
         until(lambda: platform.progress(task_id))
         assert (project / "alive").exists()
+        assert ask(("127.0.0.1", port), "/readyz")[0] == 200
         process.signal(signal.SIGTERM)
         (project / "go").touch()
         code, _, err = process.end()
@@ -455,6 +597,28 @@ class TestCommand:
         process = run("run_sekuire_worker", "--stop-when-idle", "0.3", env=variables, program=("-m", "django"))
         assert process.end()[0] == 0
         assert platform.task(task_id)["output"] == "done"
+
+    @pytest.mark.slow
+    @POSIX_ONLY
+    def test_loggers_that_the_settings_disabled(
+        self, platform: LocalPlatform, project: Path, run: Run, variables: Dict[str, str]
+    ) -> None:
+        """LOGGING disables the loggers of what the settings import; the worker's log lines are there all the same."""
+        logging = {
+            "version": 1,
+            "formatters": {"f": {"format": "%(name)s: %(message)s"}},
+            "handlers": {"o": {"class": "logging.StreamHandler", "formatter": "f"}},
+            "root": {"level": "INFO", "handlers": ["o"]},
+        }
+        with (project / "site_settings.py").open("a") as file:
+            file.write(f"from sekuire import ProcessExecutor, SekuireSDK, Worker\nLOGGING = {logging!r}\n")
+        (project / "go").touch()
+        platform.submit("slow", None, agent_id=AGENT)
+        process = run("run_sekuire_worker", "--stop-when-idle", "0.3", env=variables, program=("-m", "django"))
+        code, _, err = process.end()
+        assert code == 0
+        assert "sekuire.worker were disabled" in err
+        assert "sekuire.worker: the worker has stopped" in err
 
     @pytest.mark.slow
     @POSIX_ONLY
@@ -492,9 +656,9 @@ class TestCommand:
         )
         (project / "inside.py").write_text(
             "import django\nfrom django.core.management import call_command\ndjango.setup()\n"
-            "call_command('run_sekuire_worker', reload=True, liveness_file='alive', max_workers=1)\n"
+            "call_command('run_sekuire_worker', reload=True, liveness_file='alive', max_workers=1, http='0')\n"
         )
-        options = () if program == ("inside.py",) else ("--liveness-file", "alive", "--max-workers", "1")
+        options = () if program == ("inside.py",) else ("--liveness-file", "alive", "--max-workers", "1", "--http", "0")
         # Python puts the directory of a script on the path, and `-m` the current one.
         variables = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
         process = run(*options, env={**variables, "PYTHONDONTWRITEBYTECODE": "1"}, program=program)
@@ -525,10 +689,10 @@ class TestCommand:
         with pytest.raises(CommandError, match="needs settings that are a module"):
             call_command("run_sekuire_worker", reload=True)
 
-    @pytest.mark.parametrize("arguments", [["--max-workers", "0"], ["--stop-when-idle", "never"]])
+    @pytest.mark.parametrize("arguments", [["--max-workers", "0"], ["--stop-when-idle", "never"], ["--http", "x"]])
     def test_wrong_arguments(self, arguments: List[str]) -> None:
         """They are refused before anything starts."""
-        with pytest.raises(CommandError, match="must be a"):
+        with pytest.raises(CommandError, match="must be"):
             call_command("run_sekuire_worker", *arguments)
 
 
@@ -536,3 +700,38 @@ def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Django does not pay for it."""
     code = "import sekuire, sys; sys.exit('django' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0
+
+
+def test_results_that_hold_models() -> None:
+    """A model or a query set is not a result; the error says what to return in its place."""
+    from sekuire import TaskRegistry
+    from sekuire.testing import run_task
+
+    tasks = TaskRegistry()
+    Note.objects.create(text="secret")
+
+    @tasks.task("one")
+    def one(ctx: Any, input: Any) -> Any:
+        return {"note": Note.objects.first()}
+
+    @tasks.task("all")
+    def every(ctx: Any, input: Any) -> Any:
+        return {"notes": Note.objects.all()}
+
+    @tasks.task("values")
+    def values(ctx: Any, input: Any) -> Any:
+        return list(Note.objects.values("text"))
+
+    messages = []
+    for name in ("one", "all"):
+        error = run_task(tasks, name).error
+        assert error is not None
+        assert error.code == "result_not_serializable"
+        messages.append(error.message)
+    assert messages[0].endswith(
+        "one: output.note is a Note; return django.forms.models.model_to_dict(value), or a dict of the fields you want"
+    )
+    assert messages[1].endswith(
+        "all: output.notes is a QuerySet; return list(value.values(...)) with the fields you want"
+    )
+    assert run_task(tasks, "values").value == [{"text": "secret"}]

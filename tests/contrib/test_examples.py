@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
 import pytest
 
+from sekuire import SekuireClient, TaskFailed
 from sekuire.local import LocalPlatform
 
 from ..cli.conftest import POSIX_ONLY, Run, clean_environ
@@ -83,7 +85,7 @@ def test_django(platform: LocalPlatform, tmp_path: pathlib.Path, run: Run, varia
     command(tmp_path, *manage, "migrate", "--verbosity", "0", env=env)
     assert "no issues" in command(tmp_path, *manage, "check", env=env)
     worker = run("run_sekuire_worker", env=env, program=manage)
-    worker.line("stderr", "the task stream is open")
+    worker.line("stderr", "connected to")
     pages = run("runserver", "--noreload", "127.0.0.1:0", env={**env, "PYTHONUNBUFFERED": "1"}, program=manage)
     url = pages.line("stdout", "development server at ").split()[-1]
     request = urllib.request.Request(url, b"item=tea")
@@ -100,3 +102,64 @@ def test_django(platform: LocalPlatform, tmp_path: pathlib.Path, run: Run, varia
     pages.signal(signal.SIGINT)
     worker.signal(signal.SIGTERM)
     assert worker.end()[0] == 0
+
+
+def fetch(url: str, body: Any = None) -> Tuple[int, Any]:
+    """Status and JSON of a page; ``body`` is posted as JSON."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=GUARD) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_workspace_agent(tmp_path: pathlib.Path, run: Run) -> None:
+    """With ``sekuire dev``: all its fields of work, its page, the policy, a pause, and the end by a command."""
+    pytest.importorskip("cattrs")
+    shutil.copytree(EXAMPLES / "workspace_agent", tmp_path, dirs_exist_ok=True)
+    dev = run(
+        "dev", "--port", "0", "--policy", "policy.json", "--show-logs", "--", sys.executable, "-m", "agent",
+        env={"PORT": "0"},
+    )  # fmt: skip
+    page = dev.line("stdout", "health and tasks on ").split()[-1]
+    dev.line("stderr", "my-agent connected")
+    settings = dict(line.split("=", 1) for line in (tmp_path / ".env").read_text().splitlines() if "=" in line)
+    with SekuireClient(
+        api_base_url=settings["SEKUIRE_API_URL"], api_key=settings["SEKUIRE_API_KEY"], agent_id="my-agent"
+    ) as client:
+        document = client.call("documents.create", {"title": "The plan", "text": "On Monday."}, wait=GUARD)
+        sheet = client.call("sheets.create", {"columns": ["name", "email"]}, wait=GUARD)
+        rows = [["Ada", "ada@example.com"], ["Grace", "grace@example.com"]]
+        client.call("sheets.append", {"sheet_id": sheet["sheet_id"], "rows": rows}, wait=GUARD)
+        letter = {"document_id": document["document_id"], "sheet_id": sheet["sheet_id"]}
+        assert client.call("mail.merge", letter, wait=GUARD) == {"sent": 2}
+        with pytest.raises(TaskFailed, match="policy_denied"):
+            client.call("mail.send", {"to": "eve@elsewhere.net", "subject": "Hello"}, wait=GUARD)
+
+        assert fetch(f"{page}/tasks/mail.list", {}) == (200, {"output": [
+            {"subject": "The plan", "to": "ada@example.com"}, {"subject": "The plan", "to": "grace@example.com"},
+        ]})  # fmt: skip
+        status, problem = fetch(f"{page}/tasks/documents.read", {"document_id": "none"})
+        assert (status, problem["error"]["code"]) == (422, "no_such_document")
+        assert fetch(f"{page}/tasks/{problem['task_id']}")[1]["status"] == "failed"
+        assert fetch(f"{page}/tasks/unknown")[0] == 404
+        status, health = fetch(f"{page}/health")
+        assert (status, health["state"], health["failed"]) == (200, "connected", 2)
+
+        [installation] = client.installations()
+        client.pause(installation["installation_id"], "maintenance")
+        assert until(lambda: fetch(f"{page}/health")[1]["state"] == "paused")
+        assert fetch(f"{page}/health")[0] == 503
+        client.terminate(installation["installation_id"], "the day is over")
+    dev.line("stdout", "terminate: the day is over")
+    assert dev.end()[0] == 0
+
+
+def test_workspace_agent_has_tests(tmp_path: pathlib.Path) -> None:
+    """Its own tests pass where a user has copied it to."""
+    pytest.importorskip("cattrs")
+    shutil.copytree(EXAMPLES / "workspace_agent", tmp_path, dirs_exist_ok=True)
+    assert "5 passed" in command(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", env={})

@@ -18,9 +18,11 @@ from sekuire import ProcessExecutor, RemoteExecutor, SekuireSDK, TaskRegistry, W
 from sekuire.contrib.flask import Sekuire, tasks_of
 from sekuire.errors import ConfigurationError
 from sekuire.local import LocalPlatform
+from sekuire.testing import submitted
 
 from ..cli.conftest import POSIX_ONLY, Process, Run
 from ..conftest import AGENT
+from ..health.asking import ask, free_port
 from ..support.waiting import GUARD, until
 
 #: A public key as a policy's are; nobody has the private one.
@@ -350,15 +352,17 @@ def test_the_command_drains_on_sigterm(
     run: Run,
     variables: Dict[str, str],
 ) -> None:
-    """flask sekuire worker loads the factory, works, keeps its liveness file, and ends what runs before it ends."""
+    """flask sekuire worker loads the factory, works, shows that it lives, and ends what runs before it ends."""
+    port = free_port()
     alive = tmp_path / "alive"
     process = flask_run(
-        tmp_path, run, "worker", "--max-workers", "1", "--liveness-file", str(alive),
+        tmp_path, run, "worker", "--max-workers", "1", "--liveness-file", str(alive), "--http", str(port),
         env={**variables, "SHOP_SEKUIRE_TASK_TIMEOUT": "20.5"},
     )  # fmt: skip
     task_id = platform.submit("greet", {"name": "Ada", "until": "go"}, agent_id=AGENT)
     until(lambda: platform.progress(task_id))
     assert alive.read_text() == f"{process.popen.pid}\n"
+    assert ask(("127.0.0.1", port), "/readyz")[0] == 200
     process.signal(signal.SIGTERM)
     (tmp_path / "go").touch()
     code, _, err = process.end()
@@ -373,11 +377,12 @@ def test_the_command_drains_on_sigterm(
 @POSIX_ONLY
 def test_the_command_with_wrong_settings(tmp_path: Path, run: Run, variables: Dict[str, str]) -> None:
     """One line and exit code 2."""
-    env = {**variables, "SHOP_SEKUIRE_MAX_WORKERS": "0"}
-    code, out, err = flask_run(tmp_path, run, "worker", env=env).end()
-    assert (code, out) == (2, "")
-    assert "flask sekuire worker: error: app.config['SEKUIRE_MAX_WORKERS']: must be" in err
-    assert "Traceback" not in err
+    for name in ("MAX_WORKERS", "WORKER_HTTP"):
+        env = {**variables, f"SHOP_SEKUIRE_{name}": "0" if name == "MAX_WORKERS" else "x"}
+        code, out, err = flask_run(tmp_path, run, "worker", env=env).end()
+        assert (code, out) == (2, "")
+        assert f"flask sekuire worker: error: app.config['SEKUIRE_{name}']: must be" in err
+        assert "Traceback" not in err
 
 
 @pytest.mark.slow
@@ -448,3 +453,75 @@ def test_nothing_is_imported_by_the_library() -> None:
     """Who does not use Flask does not pay for it."""
     code = "import sekuire, sys; sys.exit('flask' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=GUARD).returncode == 0
+
+
+# -- submitting -------------------------------------------------------------------------------------------------------
+
+
+def test_submitting_from_a_view(platform: LocalPlatform, app: flask.Flask) -> None:
+    """With the API key of the application that handles the request, over connections that stay open."""
+    sekuire = Sekuire(app)
+    app.config["SEKUIRE_API_KEY"] = platform.api_key
+    other = flask.Flask("other")
+    other.config.update({**app.config, "SEKUIRE_AGENT_ID": "other-agent"})
+    sekuire.init_app(other)
+
+    def order() -> Any:
+        handle = sekuire.submit("confirm", {"order": 7}, trace_id="t-1", **flask.request.args)
+        return {"task_id": handle.id, "status": handle.status()}
+
+    for one in (app, other):
+        one.add_url_rule("/", view_func=order, methods=["POST"])
+    for one, agent_id in ((app, AGENT), (app, AGENT), (other, "other-agent")):
+        answer = one.test_client().post("/").json
+        task = platform.task(answer["task_id"])
+        assert (task["capability"], task["input"], task["agent_id"], task["trace_id"]) == (
+            "confirm", {"order": 7}, agent_id, "t-1",
+        )  # fmt: skip
+        assert answer["status"] == "queued"
+    answer = app.test_client().post("/?agent_id=third&idempotency_key=k").json
+    assert platform.task(answer["task_id"])["agent_id"] == "third"
+    assert app.test_client().post("/?agent_id=third&idempotency_key=k").json == answer
+
+
+def test_submitting_from_a_handler(platform: LocalPlatform, app: flask.Flask) -> None:
+    """Its application context is enough."""
+    sekuire = Sekuire(app)
+    app.config["SEKUIRE_API_KEY"] = platform.api_key
+
+    @sekuire.task("outer")
+    def outer(ctx: Any, input: Any) -> Any:
+        return sekuire.submit("inner", input).result(GUARD)
+
+    sekuire.task("inner")(lambda ctx, input: input + 1)
+    assert outputs(platform, sekuire.create_worker(app), ("outer", 1)) == [2]
+
+
+def test_a_submission_that_cannot_be(app: flask.Flask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is missing is named, with the key of app.config."""
+    for name in ("SEKUIRE_API_KEY", "SEKUIRE_AGENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    sekuire = Sekuire(app)
+    with pytest.raises(ConfigurationError, match=r"^Sekuire.submit: needs an application context"):
+        sekuire.submit("confirm")
+    with app.app_context():
+        with pytest.raises(ConfigurationError, match=r"^app.config\['SEKUIRE_API_KEY'\]: is required to submit tasks"):
+            sekuire.submit("confirm")
+        app.config["SEKUIRE_API_KEY"] = "sk_live_x"
+        with pytest.raises(ConfigurationError, match=r"^app: call init_app\(app\) first"):
+            Sekuire().submit("confirm")
+        with pytest.raises(ConfigurationError, match=r"unknown field of a task; use delay \(seconds\)"):
+            sekuire.submit("confirm", delay_ms=1)
+        app.config["SEKUIRE_AGENT_ID"] = None
+        with pytest.raises(ConfigurationError, match=r"^app.config\['SEKUIRE_AGENT_ID'\]: is required"):
+            sekuire.submit("confirm")
+
+
+def test_submissions_of_a_test(app: flask.Flask) -> None:
+    """Recorded, and run by the application's own worker, in its context."""
+    sekuire = Sekuire(app)
+    app.config["SEKUIRE_API_KEY"] = "sk_live_x"
+    sekuire.task("greet")(lambda ctx, input: f"{flask.current_app.name} greets {input}")
+    with submitted(run=sekuire.create_worker(app)) as tasks, app.app_context():
+        assert sekuire.submit("greet", "Ada").result() == "shop greets Ada"
+    assert [(task.capability, task.agent_id) for task in tasks] == [("greet", AGENT)]

@@ -18,6 +18,6 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .handlers import middleware, task, tasks
-from .submit import submit_on_commit
+from .submit import OnCommitHandle, submit_on_commit
 
-__all__ = ["middleware", "submit_on_commit", "task", "tasks"]
+__all__ = ["OnCommitHandle", "middleware", "submit_on_commit", "task", "tasks"]

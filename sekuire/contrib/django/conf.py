@@ -6,7 +6,7 @@ from typing import Any, Mapping
 
 from django.conf import settings
 
-from ..._internal.logs import get_logger
+from ..._internal.logs import enable_loggers, get_logger
 from ...errors import ConfigurationError
 from ...sdk import SekuireSDK
 from ...worker.worker import Worker
@@ -38,6 +38,7 @@ def make_worker(sdk: SekuireSDK, **options: Any) -> Worker:
     :raises ConfigurationError: a setting is wrong, or a handler cannot be declared.
     """
     handlers.discover()
+    enable_loggers()  # LOGGING may have disabled those of modules that the settings import.
     found = read()
     worker = found.worker(sdk, **options)
     if found.runs_elsewhere(**options):

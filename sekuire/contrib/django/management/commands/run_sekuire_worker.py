@@ -10,6 +10,7 @@ from typing import Any, List
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 
+from sekuire.config import shown_address
 from sekuire.contrib.django import conf
 from sekuire.errors import SekuireError
 from sekuire.service import runner
@@ -42,12 +43,11 @@ class Command(BaseCommand):
 
     def _run(self, options: Any) -> int:
         changed = {name: options[name] for name in ("max_workers", "stop_when_idle")}
+        changed["health"] = options["http"]
 
         def make() -> Worker:
-            sdk = conf.read().sdk()
-            worker = conf.make_worker(sdk, **{name: value for name, value in changed.items() if value is not None})
-            sdk.start()
-            return worker
+            options = {name: value for name, value in changed.items() if value is not None}
+            return conf.make_worker(conf.read().sdk(), **options)
 
         return runner.run(make, self._report, options["liveness_file"])
 
@@ -81,6 +81,10 @@ def _arguments(options: Any) -> List[str]:
     for key in ("settings", "pythonpath", "verbosity", "max_workers", "liveness_file"):
         if options.get(key) is not None:
             line.append(f"--{key.replace('_', '-')}={options[key]}")
+    if options.get("http") is not None:
+        # A program that calls this command may give either form.
+        given = options["http"]
+        line.append(f"--http={given if isinstance(given, str) else shown_address(given)}")
     for key in ("traceback", "no_color", "force_color", "skip_checks"):
         if options.get(key):
             line.append(f"--{key.replace('_', '-')}")
