@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from typing import Any, Dict, List, Optional
 
-from . import floors, goals, measuring, payloads, report
+from . import floors, goals, measuring, payloads, pictures, report
 from . import worker as worker_module
 from .process import Child, ChildError, Message
 from .report import Spread, cells, number, table
@@ -113,7 +113,7 @@ def _show_ratios(raw: Message, workers: Dict[int, List[Message]]) -> None:
     imports = raw["imports"]
     if imports:
         base = statistics.median(imports["import requests"])
-        for statement in ("import sekuire", "from sekuire import SekuireSDK"):
+        for statement in measuring.IMPORTS[1:]:
             of_each = Spread.of([value / base for value in imports[statement]])
             rows.append([f"{statement} ÷ import requests", *cells(of_each, "{:.2f}".format)])
     print()
@@ -168,6 +168,10 @@ def _parse(arguments: Optional[List[str]]) -> Any:
     parser.add_argument("--tasks", type=int, help="tasks a round and worker, instead of a time")
     parser.add_argument("--goals", action="store_true", help="one table: each goal and what is measured of it")
     parser.add_argument("--long", type=int, metavar="N", help="tasks run to see memory stand still (with --goals)")
+    parser.add_argument(
+        "--plot", nargs="?", const="docs/_static", metavar="DIRECTORY",
+        help="measure and write the plots of docs/performance.md there (default: docs/_static); needs matplotlib",
+    )  # fmt: skip
     parser.add_argument("--options", default="{}", metavar="JSON", help="more options of create_worker")
     return parser.parse_args(arguments)
 
@@ -182,7 +186,9 @@ def main(arguments: Optional[List[str]] = None) -> int:
     facts = report.facts()
     found: List[goals.Goal] = []
     try:
-        if options.goals:
+        if options.plot:
+            raw = pictures.measure(plan)
+        elif options.goals:
             found, raw = goals.measure(plan, options.long or (100_000 if options.quick else 1_000_000))
         else:
             raw = measure(plan, has_worker, options.options)
@@ -192,7 +198,10 @@ def main(arguments: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         return 130
     raw = {"facts": facts, "plan": plan._asdict(), **raw}
-    if options.goals:
+    if options.plot:
+        for path in pictures.draw(raw, options.plot):
+            print(f"wrote {path}")
+    elif options.goals:
         print("  ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
         goals.show(found)
     else:

@@ -128,10 +128,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 1
     print("  ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
     show(raw, options.threads)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"facts": facts, **raw}, file, indent=1)
-            file.write("\n")
+    report.save(options.json, facts, raw)
     return 0
 
 

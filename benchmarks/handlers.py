@@ -99,6 +99,10 @@ def plain(ctx: TaskContext, input: Dict[str, Any]) -> Dict[str, Any]:
     return _RESULT
 
 
+def sharing(ctx: TaskContext, input: Dict[str, Any], *, shared: int) -> Dict[str, Any]:
+    return _RESULT
+
+
 async def later(ctx: TaskContext, input: Dict[str, Any]) -> Dict[str, Any]:
     return _RESULT
 

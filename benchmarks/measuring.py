@@ -11,7 +11,8 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 
 from .process import Child, ChildError, Message, busy, wanted
 
-IMPORTS = ("import requests", "import sekuire", "from sekuire import SekuireSDK")
+NAMES = "from sekuire import SekuireSDK, create_worker"
+IMPORTS = ("import requests", "import sekuire", NAMES)
 
 
 class Plan(NamedTuple):
@@ -64,9 +65,8 @@ def throughput(platform: Child, child: Child, order: Message) -> Message:
     }
 
 
-def worker(platform: Child, port: int, threads: int, plan: Plan, options: str, handlers: int = 1) -> Message:
-    arguments = ("--port", str(port), "--threads", str(threads), "--handlers", str(handlers), "--options", options)
-    with Child("worker", *arguments) as child:
+def worker(platform: Child, port: int, threads: int, plan: Plan, options: str, *more: str) -> Message:
+    with Child("worker", "--port", str(port), "--threads", str(threads), "--options", options, *more) as child:
         child.receive()
         platform.ask("feed", seconds=plan.warm_up_seconds)
         figures = throughput(platform, child, order(plan))

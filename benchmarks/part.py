@@ -13,13 +13,17 @@ import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import sekuire
 from sekuire import CallNext, TaskContext, TaskRegistry, Worker
+from sekuire._internal import instrumentation
 from sekuire.handlers.outcome import run as run_handler
+from sekuire.health.meter import Meter
 from sekuire.wire.models import Task
 from sekuire.wire.protocol import completion_head
+from sekuire.worker.answers import measure
+from sekuire.worker.records import Record
 
 from . import handlers, payloads
 from .process import Message, hear, say, usage
@@ -53,11 +57,48 @@ def _handler(name: str) -> Setup:
     return lambda worker: worker.on_task(payloads.CAPABILITY, getattr(handlers, name)) and None
 
 
-def _opentelemetry(worker: Worker) -> None:
-    from sekuire.contrib.opentelemetry import tracing
+def _opentelemetry(sampled: Optional[float] = None, *, measures: bool = False) -> Setup:
+    """Instrument, with an SDK if ``sampled`` says which part of the traces it keeps. What it keeps is discarded."""
 
+    def set_up(worker: Worker) -> None:
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+        from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+
+        from sekuire.contrib.opentelemetry import instrument
+
+        class Discarding(SpanExporter):
+            def export(self, spans: Any) -> SpanExportResult:
+                return SpanExportResult.SUCCESS
+
+        _plain(worker)
+        tracers = None
+        if sampled is not None:
+            tracers = TracerProvider(sampler=TraceIdRatioBased(sampled))
+            tracers.add_span_processor(BatchSpanProcessor(Discarding()))
+        instrument(
+            tracer_provider=tracers, meter_provider=MeterProvider([InMemoryMetricReader()]) if measures else None
+        )
+
+    return set_up
+
+
+def _resource(scope: str) -> Setup:
+    def shared() -> Iterator[int]:
+        yield 1
+
+    def set_up(worker: Worker) -> None:
+        worker.on_task(payloads.CAPABILITY, handlers.sharing)
+        worker.resource(shared, scope=scope)
+
+    return set_up
+
+
+def _health(worker: Worker) -> None:
     _plain(worker)
-    worker.middleware(tracing())
+    worker.reconfigure(health=("127.0.0.1", 0))
 
 
 #: What is measured, by name: a label, and what sets the worker up.
@@ -70,8 +111,14 @@ PARTS: Dict[str, Any] = {
     "dataclass": ("input: a dataclass with 8 lines (cattrs)", _handler("dataclass_in")),
     "typeddict": ("input: the same as TypedDicts (cattrs)", _handler("typed_dict_in")),
     "pydantic": ("input: the same as a pydantic model", _handler("pydantic_in")),
+    "resource": ("a resource of the worker", _resource("worker")),
+    "resource-task": ("a resource of the task", _resource("task")),
     "result": ("result: a dataclass", _handler("dataclass_out")),
-    "opentelemetry": ("OpenTelemetry, without an SDK", _opentelemetry),
+    "opentelemetry": ("OpenTelemetry, without an SDK", _opentelemetry()),
+    "traces-dropped": ("OpenTelemetry, no trace is sampled", _opentelemetry(0.0)),
+    "traces": ("OpenTelemetry, traces", _opentelemetry(1.0)),
+    "traces-metrics": ("OpenTelemetry, traces and metrics", _opentelemetry(1.0, measures=True)),
+    "health": ("health and metrics", _health),
     "threads": ("executor=ThreadPoolExecutor(1)", _plain),
     "processes": ("executor=ProcessExecutor(1)", _plain),
 }
@@ -82,21 +129,36 @@ def alone(part: str, seconds: float, repeats: int = 7) -> List[float]:
     worker = sekuire.create_worker(agent_id=payloads.AGENT_ID, runtime_token=payloads.RUNTIME_TOKEN)
     PARTS[part][1](worker)
     worker.handlers.freeze()
+    for resource in worker.handlers.resources:
+        if worker.handlers.opened is not None:
+            worker.handlers.opened.get(resource.name)
     entry = worker.handlers.find(payloads.CAPABILITY)
     assert entry is not None
     task = Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY, input=payloads.task_input())
     context = TaskContext(task)
+    meter = Meter([payloads.CAPABILITY]) if worker.config.health is not None else None
+    sink: Any = None  # Nothing is sent.
+    record = Record(task, entry, sink, task.task_id)
 
     def run() -> None:
         began = time.monotonic()
-        completion = run_handler(entry, context, task.input, began=began, expose_errors=True, scrub=str)
+        completion = run_handler(entry, context, task.input, began=began, expose_errors=True)
         if completion.failure is not None:
             raise RuntimeError(completion.failure.message)
         completion_head(completion)
+        # As at the end of each task, where a worker with metrics counts it.
+        if meter is not None:
+            record.began = began
+            measure(meter, record, completion, None, False)
 
     timer = timeit.Timer(run, timer=time.process_time)
     number = max(1, int(seconds / repeats / max(timer.timeit(20) / 20, 1e-7)))
-    return [took * 1e6 / number for took in timer.repeat(repeats, number)]
+    try:
+        found = timer.repeat(repeats, number)
+    finally:
+        # The next part is measured in this process too.
+        instrumentation.install(None)
+    return [took * 1e6 / number for took in found]
 
 
 def _executor(part: str, stack: ExitStack) -> Any:

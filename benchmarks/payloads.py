@@ -10,6 +10,8 @@ WORKSPACE_ID = "workspace-benchmark"
 INSTALLATION_ID = "installation-benchmark"
 #: Known to both sides; the platform refuses a call without it.
 RUNTIME_TOKEN = "benchmark-runtime-token-0123456789abcdef"
+#: The same for who submits tasks.
+API_KEY = "sk_live_benchmark0123456789abcdef"
 CAPABILITY = "bench.noop"
 
 #: Size of a task's input and of a result, in bytes of compact JSON.

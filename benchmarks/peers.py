@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
 import socket
 import statistics
@@ -169,10 +168,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     print("  ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
     show(rounds, options.threads, options.tasks)
     print(f"\ntook {time.monotonic() - begun:.0f} s")
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"facts": facts, "rounds": rounds}, file, indent=1)
-            file.write("\n")
+    report.save(options.json, facts, {"rounds": rounds})
     return 0
 
 

@@ -1,12 +1,16 @@
 """A platform so cheap that what is measured is its client: one process, one thread, HTTP written by hand.
 
 It keeps the part of the contract that a worker meets: bootstrap, refresh, heartbeat, the task stream, completions.
+For who submits tasks it takes them and says how far they are; no worker gets them.
 It holds no database and forgets everything at its end; the real local platform is ``sekuire.local``.
 
 On standard input it takes JSON lines, and answers each with one:
 
 ``{"op": "feed", "tasks": N | "seconds": S, "rate": R?, "capability": C?}``
-    sends tasks as fast as the streams' ``max_in_flight`` allows, or ``rate`` a second; answers when all are completed
+    sends tasks as fast as the streams' ``max_in_flight`` allows, or ``rate`` a second; answers when all are completed;
+    with ``"early": true`` also where no stream is open yet
+``{"op": "hold"}``, ``{"op": "let_go"}``
+    from now on submitted tasks are open; completes all of them, and those that are submitted later at once
 ``{"op": "usage"}``
     its clock and its CPU time, the open streams and all counts
 """
@@ -32,6 +36,9 @@ _READ = 256 * 1024
 _COMMENT_NS = 10 * 10**9
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _BEARER = re.compile(rb"\r\nauthorization: *bearer " + re.escape(payloads.RUNTIME_TOKEN.encode()), re.IGNORECASE)
+_KEY = re.compile(rb"\r\nx-api-key: *" + re.escape(payloads.API_KEY.encode()), re.IGNORECASE)
+_WAIT = re.compile(rb"(?:^|&)wait_ms=(\d+)")
+_IDS = re.compile(rb"(?:^|&)ids=([^&]+)")
 _PREFIX = b"/api/v1"
 _ACCEPTED = b'{"status":"accepted"}'
 _REASONS = {
@@ -105,6 +112,12 @@ class Platform:
         self._date_until = 0.0
         self._date = b""
         self._counts = {"heartbeats": 0, "conflicts": 0, "refused": 0, "lost_streams": 0, "connections": 0, "echoes": 0}
+        self._counts.update({"submits": 0, "polls": 0, "most_waiting": 0})
+        #: Submitted tasks with a number up to this are complete; None: all are.
+        self._completed_up_to: Optional[int] = None
+        #: Questions for a task that are answered when it is complete: whose, its number, and until when.
+        self._waiting: List[Tuple[_Connection, int, int]] = []
+        self._output = payloads.compact(payloads.result()).encode()
         self._routes: Dict[bytes, Callable[[], Tuple[int, Message]]] = {
             b"bootstrap": lambda: (201, self._grant()),
             b"recover": lambda: (201, self._grant()),
@@ -134,6 +147,8 @@ class Platform:
                 if self._feed is not None:
                     self._pump(self._feed)
                 self._keep_alive()
+                if self._waiting:
+                    self._answer_waiting()
         finally:
             for key in list(self._selector.get_map().values()):
                 if isinstance(key.data, _Connection):
@@ -197,8 +212,9 @@ class Platform:
         ends = []
         if self._streams:
             ends.append(self._comment_ns)
+        ends += [until_ns for _, _, until_ns in self._waiting]
         feed = self._feed
-        if feed is not None and feed.remaining:
+        if feed is not None and feed.remaining and self._streams:
             ends.append(feed.until_ns)
             if feed.interval_ns and any(stream.unfinished < stream.max_in_flight for stream in self._streams):
                 ends.append(feed.due_ns)
@@ -210,6 +226,49 @@ class Platform:
             self._comment_ns = now + _COMMENT_NS
             for stream in list(self._streams):
                 self._send_chunk(stream, b":\n\n")
+
+    # -- submitted tasks ----------------------------------------------------------------------------------------------
+
+    def _submit(self, body: bytes) -> Tuple[int, bytes]:
+        task = json.loads(body)
+        if not isinstance(task, dict) or not task.get("agent_id") or not task.get("capability"):
+            return 400, b'{"error":"bad_request","message":"the body is not a task"}'
+        self._counts["submits"] += 1
+        task_id = payloads.task_id(self._counts["submits"]).encode()
+        return 201, b'{"task_id":"%b","status":"queued","attempt":0,' % task_id + body[1:]
+
+    def _ask(self, connection: _Connection, task_id: bytes, query: bytes) -> None:
+        self._counts["polls"] += 1
+        number = _number_of(task_id)
+        wait = _WAIT.search(query)
+        if wait is None or self._is_complete(number):
+            self._answer(connection, 200, self._describe(number, self._output))
+        else:
+            self._waiting.append((connection, number, time.monotonic_ns() + int(wait.group(1)) * 10**6))
+            self._counts["most_waiting"] = max(self._counts["most_waiting"], len(self._waiting))
+
+    def _ask_for_many(self, query: bytes) -> bytes:
+        self._counts["polls"] += 1
+        ids = _IDS.search(query)
+        found = [] if ids is None else [self._describe(_number_of(one)) for one in ids.group(1).split(b",")]
+        return b'{"tasks":[' + b",".join(found) + b'],"next_before":null}'
+
+    def _describe(self, number: int, output: Optional[bytes] = None) -> bytes:
+        status = b"completed" if self._is_complete(number) else b"queued"
+        rest = b',"output":' + output if output is not None else b""
+        return b'{"task_id":"%b","status":"%b"%b}' % (payloads.task_id(number).encode(), status, rest)
+
+    def _is_complete(self, number: int) -> bool:
+        return self._completed_up_to is None or number <= self._completed_up_to
+
+    def _answer_waiting(self) -> None:
+        now = time.monotonic_ns()
+        waiting, self._waiting = self._waiting, []
+        for connection, number, until_ns in waiting:
+            if self._is_complete(number) or now >= until_ns:
+                self._answer(connection, 200, self._describe(number, self._output))
+            else:
+                self._waiting.append((connection, number, until_ns))
 
     # -- orders -------------------------------------------------------------------------------------------------------
 
@@ -224,9 +283,12 @@ class Platform:
             order: Message = json.loads(line)
             if order["op"] == "usage":
                 say({**usage(), **self._counts, "streams": len(self._streams), "in_flight": len(self._in_flight)})
+            elif order["op"] in ("hold", "let_go"):
+                self._completed_up_to = self._counts["submits"] if order["op"] == "hold" else None
+                say({"submits": self._counts["submits"]})
             elif order["op"] != "feed":
                 say({"error": f"no such order: {order['op']}"})
-            elif not self._streams or self._feed is not None or self._in_flight:
+            elif not (self._streams or order.get("early")) or self._feed is not None or self._in_flight:
                 say({"error": "cannot feed: no stream is open, or tasks are still on their way"})
             else:
                 self._feed = _Feed(order)
@@ -292,6 +354,15 @@ class Platform:
             if authorised:
                 self._open_stream(connection, query)
                 return
+        elif path == _PREFIX + b"/tasks" and _KEY.search(head) is not None:
+            if method == b"POST":
+                self._answer(connection, *self._submit(body))
+            else:
+                self._answer(connection, 200, self._ask_for_many(query))
+            return
+        elif path.startswith(_PREFIX + b"/tasks/") and method == b"GET" and _KEY.search(head) is not None:
+            self._ask(connection, path[len(_PREFIX) + 7 :], query)
+            return
         elif path.endswith(b"/policy") and method == b"GET" and authorised:
             self._answer(connection, 200, json.dumps(payloads.policy()).encode())
             return
@@ -390,6 +461,10 @@ class Platform:
         if self._feed is not None and not self._streams:
             self._feed = None
             say({"error": "the stream was closed while tasks were on their way"})
+
+
+def _number_of(task_id: bytes) -> int:
+    return int(task_id[-12:], 16)
 
 
 def _in_an_hour() -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from .process import Message
 
@@ -92,6 +93,14 @@ def facts() -> Dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+def save(path: Optional[str], known: Mapping[str, str], found: Mapping[str, object]) -> None:
+    """Write raw figures, with the :func:`facts` that are known, to a file, if one is named."""
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"facts": known, **found}, file, indent=1)
+            file.write("\n")
 
 
 def _cores() -> int:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import timeit
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
@@ -206,6 +206,89 @@ def _audit_batch(port: int) -> Stage:
     return Stage("audit: encoding one event, in a batch (its thread)", lambda: encode(batch), 50, in_task=False)
 
 
+class _Here(Executor):
+    """Run each call at once, in the thread that submits it."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: "Future[Any]" = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+class _Accepting:
+    """Stand for a lease that is held, and for what delivers results: it accepts them, and sends nothing."""
+
+    can_release = False
+    code = None
+    on_room: Callable[[], None] = staticmethod(lambda: None)
+
+    def is_held(self) -> bool:
+        return True
+
+    def has_room(self) -> bool:
+        return True
+
+    def accept(self, completion: Any) -> "_Accepting":
+        return self
+
+    def redelivered(self, task_id: str, attempt: int) -> bool:
+        return False
+
+    def progress(self, context: Any, fraction: float, message: Optional[str]) -> None:
+        pass
+
+    def post(self, report: Any) -> None:
+        pass
+
+    keep = enqueue = post
+
+
+def _dispatch(port: int) -> Stage:
+    made = importlib.import_module("sekuire.worker.dispatch").Dispatcher
+    asking = importlib.import_module("sekuire.worker.approvals").Approvals
+    task = importlib.import_module("sekuire.wire.models").Task
+    timer = importlib.import_module("sekuire._internal.threads").Timer()
+    settings = {"agent_id": payloads.AGENT_ID, "runtime_token": payloads.RUNTIME_TOKEN, "executor": _Here()}
+    config = importlib.import_module("sekuire").WorkerConfig(**settings)
+    registry = importlib.import_module("sekuire").TaskRegistry()
+    registry.task(payloads.CAPABILITY, lambda ctx, input: None)
+    registry.freeze(None)
+    questions = importlib.import_module("sekuire.worker.questions").Questions(config, None, timer=timer)
+    here = _Accepting()
+    dispatcher = made(config, registry, here, timer=timer, lease=here, approvals=asking(config, questions))
+
+    def run() -> None:
+        for number in range(_MANY):
+            dispatcher.submit(task(task_id=str(number), capability=payloads.CAPABILITY))
+
+    return Stage("dispatch, handler, answer in one thread; no resource, nothing asked", run, _MANY, in_task=False)
+
+
+def _cancel(port: int) -> Stage:
+    """All that a task does so that it alone can be cancelled, and would not do otherwise; and some that it would."""
+    models = importlib.import_module("sekuire.wire.models")
+    control_of = importlib.import_module("sekuire.handlers.context").TaskControl
+    task = models.Task(task_id=payloads.task_id(1), capability=payloads.CAPABILITY)
+    loop: Any = object()
+    lock = threading.Lock()
+    known: Dict[str, Any] = {}
+
+    def run() -> None:
+        for _ in range(_MANY):
+            # Of every task: what holds the cancel, and where it is found by its id.
+            control = control_of(task)
+            with lock:
+                known[task.task_id] = control
+            # Of a coroutine: what cancels it. Of a handler that looks: one look.
+            control.attach_loop(loop, _nothing)
+            control.reason()
+            control.detach_loop()
+            with lock:
+                known.pop(task.task_id)
+
+    return Stage("what lets one task be cancelled, at most", run, _MANY, in_task=False)
+
+
 def _executor_reference(port: int) -> Stage:
     executor = ThreadPoolExecutor(1)
 
@@ -254,9 +337,11 @@ _MAKERS: Dict[str, Maker] = {
     "target": _completion_target,
     "post": _post,
     "outbox": _outbox,
+    "cancel": _cancel,
     "audit-note": _audit_note,
     "audit-log": _audit_log_call,
     "audit-batch": _audit_batch,
+    "dispatch": _dispatch,
     "executor-reference": _executor_reference,
     "wake-reference": _wake_reference,
 }

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from . import payloads
 from .process import hear, say, usage
@@ -39,6 +39,22 @@ def _gateway(port: int) -> Dict[str, Any]:
     return {"credentials_store": store, "policy_gateway": gateway, "policy_required": True}
 
 
+def _trace() -> None:
+    """Instrument this process with OpenTelemetry's SDK, which keeps each span and exports none."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    from sekuire.contrib.opentelemetry import instrument
+
+    class Nowhere(SpanExporter):
+        def export(self, spans: Any) -> Any:
+            return SpanExportResult.SUCCESS
+
+    provider = TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(Nowhere()))
+    instrument(tracer_provider=provider)
+
+
 def _stats(worker: Any) -> Dict[str, int]:
     stats = worker.stats()
     names = (
@@ -63,6 +79,9 @@ def main(arguments: Optional[List[str]] = None) -> None:
     parser.add_argument("--handlers", type=int, default=1, help="capabilities registered")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="more options of create_worker")
     parser.add_argument("--policy", action="store_true", help="with a policy gateway")
+    parser.add_argument("--features", action="store_true", help="with a resource, and with health and metrics")
+    parser.add_argument("--tracing", action="store_true", help="with OpenTelemetry's SDK")
+    parser.add_argument("--compute", type=float, default=0.0, metavar="MS", help="CPU time that the handler uses")
     options = parser.parse_args(arguments)
 
     # As in a service that has set up its logging: warnings are shown, and what is below is not formatted.
@@ -80,6 +99,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             "capabilities": [payloads.CAPABILITY],
             "max_workers": options.threads,
             **options.options,
+            **({"health": ("127.0.0.1", 0)} if options.features else {}),
             **(_gateway(options.port) if options.policy else {}),
         }
     )
@@ -97,7 +117,24 @@ def main(arguments: Optional[List[str]] = None) -> None:
             latencies.append(clock() - document["sent_ns"])
         return result
 
-    worker.on_task(payloads.CAPABILITY, handle)
+    def compute(context: Any, document: Dict[str, Any]) -> Dict[str, Any]:
+        end = time.thread_time() + options.compute / 1e3
+        while time.thread_time() < end:
+            sum(range(200))
+        return result
+
+    def pool() -> Iterator[List[int]]:
+        yield []
+
+    def handle_with_pool(context: Any, document: Dict[str, Any], *, pool: List[int]) -> Dict[str, Any]:
+        return handle(context, document)
+
+    if options.tracing:
+        _trace()
+    if options.features:
+        worker.resource(pool)
+    chosen = compute if options.compute else handle_with_pool if options.features else handle
+    worker.on_task(payloads.CAPABILITY, chosen)
     for number in range(1, options.handlers):
         worker.on_task(f"bench.other-{number}", lambda context, document: None)
     worker.start(block=False)
