@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import inspect
 import json
 import logging
 import threading
@@ -277,11 +278,13 @@ def see_life(canary: Canary, one: Any) -> None:
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first verdict of a Beacon that cannot be reached is not waited for."""
-    from sekuire import beacon
+    from sekuire import beacon, sdk
 
-    monkeypatch.setattr(beacon, "START_TIMEOUT", 0.3)
+    for start in (beacon.LeaseKeeper.start, sdk.SekuireSDK.start):
+        monkeypatch.setattr(inspect.unwrap(start), "__defaults__", (0.3,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failures_of_the_platform(failure: str, canary: Canary) -> None:
     """Whatever the platform answers, even one that echoes requests, no token is seen."""
@@ -292,6 +295,7 @@ def test_failures_of_the_platform(failure: str, canary: Canary) -> None:
             canary.seen.clear()
 
 
+@pytest.mark.slow
 def test_failures_after_a_good_login(canary: Canary) -> None:
     """After a login that succeeded, failures of stream, heartbeat and refresh show no token either."""
     for status in (401, 403, 500):
@@ -308,6 +312,7 @@ def test_failures_after_a_good_login(canary: Canary) -> None:
         canary.seen.clear()
 
 
+@pytest.mark.slow
 def test_failures_of_the_network(canary: Canary, certificates: Certificates) -> None:
     """A refused connection, a wrong certificate and a server that speaks no TLS show no token."""
     given = GIVEN["all"]

@@ -14,6 +14,7 @@ _PREFIX = "/api/v1"
 _PATHS: Tuple[Tuple[str, "re.Pattern[str]"], ...] = tuple(
     (name, re.compile(_PREFIX + path + r"\Z"))
     for name, path in (
+        ("tasks", "/tasks"),
         ("stream", "/tasks/stream"),
         ("complete", "/tasks/[^/]+/complete"),
         ("release", "/tasks/[^/]+/release"),

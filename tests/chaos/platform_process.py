@@ -42,6 +42,8 @@ def _do(platform: LocalPlatform, op: str, asked: Dict[str, Any]) -> Dict[str, An
             return {"tasks": platform._store._connection().execute(query).fetchall()}
     if op == "install_token":
         return {"token": platform.create_install_token(asked["agent_id"], asked["max_uses"])}
+    if op == "api_key":
+        return {"key": platform.api_key}
     if op == "policy_key":
         return {"workspace_id": platform.workspace_id, "key": platform.policy_public_key}
     if op == "installations":

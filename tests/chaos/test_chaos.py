@@ -280,7 +280,8 @@ class TestPages:
         assert endpoint_of(COMPLETION) == "complete"
         assert endpoint_of("/api/v1/installations/i/heartbeat") == "heartbeat"
         assert endpoint_of("/api/v1/tasks/stream") == "stream"
-        assert endpoint_of("/api/v1/tasks") is None
+        assert endpoint_of("/api/v1/tasks") == "tasks"
+        assert endpoint_of("/api/v1/tasks/t") is None
 
 
 # -- the proxy --------------------------------------------------------------------------------------------------------

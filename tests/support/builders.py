@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sekuire import TaskContext
+from sekuire import TaskContext, TaskRegistry
 from sekuire.config import WorkerConfig
 from sekuire.wire.models import Completion, Task
 
@@ -21,6 +21,14 @@ def config_of(**options: Any) -> WorkerConfig:
 def task_of(task_id: str = "t1", capability: str = "echo", **fields: Any) -> Task:
     """Return a task as the platform delivers it."""
     return Task(task_id=task_id, capability=capability, **fields)
+
+
+def tasks_of(**handlers: Any) -> TaskRegistry:
+    """Return a registry of these handlers, by their capabilities."""
+    tasks = TaskRegistry()
+    for name, handler in handlers.items():
+        tasks.task(name, handler)
+    return tasks
 
 
 def context_of(task_id: str = "t1", capability: str = "echo", **fields: Any) -> TaskContext:

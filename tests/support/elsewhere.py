@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import dataclasses
 import logging
 import os
+import pathlib
 import signal
 import sys
 import threading
@@ -13,6 +16,7 @@ from typing import Any, Dict, List
 
 from sekuire import TaskContext, TaskError, TaskRegistry
 from sekuire.executors.process import send_message
+from sekuire.logging import IDS, TaskFilter
 
 GUARD = 180.0
 
@@ -69,6 +73,8 @@ def fail(ctx: TaskContext, input: str) -> Any:
     ctx.raise_if_cancelled()
     if input == "own":
         raise TaskError("own", "said", retryable=True, details={"x": 1})
+    if input == "wrapped":
+        raise RuntimeError("wrapped") from TaskError("own", "said", retryable=True, details={"x": 1})
     if input == "odd":
         raise Odd(1, 2)
     if input == "exit":
@@ -80,7 +86,11 @@ def fail(ctx: TaskContext, input: str) -> Any:
     if input == "interrupt":
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
+        if hasattr(signal, "SIGHUP"):
+            os.kill(os.getpid(), signal.SIGHUP)
         return "still here"
+    if input == "ctrl-c":
+        raise KeyboardInterrupt
     raise ValueError("plain")
 
 
@@ -102,6 +112,18 @@ def hang(ctx: TaskContext, input: Any) -> Any:
     if input["until"] == "gone":
         return until_gone(input["path"])
     return until_gone("")
+
+
+@tasks.task("sleep")
+async def sleep(ctx: TaskContext, input: Any) -> None:
+    """Writes its process's number, then sleeps until it is cancelled, and writes why."""
+    note(input["path"])
+    try:
+        await asyncio.sleep(GUARD)
+    except asyncio.CancelledError:
+        with open(input["path"], "a", encoding="utf-8") as file:
+            file.write(f"{ctx.cancel_reason}\n")
+        raise
 
 
 @tasks.task("progress")
@@ -230,3 +252,39 @@ def send_beside_results(size: int) -> bytes:
     if threading.active_count() < 4:
         threading.Thread(target=send, daemon=True).start()
     return b"r" * size
+
+
+def ids_of_record(ctx: Any, input: Any) -> Any:
+    """The ids that a record of another package has in this process."""
+    record = logging.makeLogRecord({})
+    TaskFilter().filter(record)
+    return {name: getattr(record, name) for name in IDS}
+
+
+def ask_for_approval(ctx: TaskContext, input: Dict[str, Any]) -> Any:
+    decision = ctx.require_approval("pay", {"amount": input["amount"]}, timeout=GUARD)
+    return [decision.status, decision.decided_by, type(ctx).__name__]
+
+
+async def ask_for_approvals(ctx: TaskContext, input: Any) -> Any:
+    asked = [ctx.require_approval_async("pay", {"n": n}, timeout=GUARD) for n in range(2)]
+    return [decision.status for decision in await asyncio.gather(*asked)]
+
+
+def ask_for_tools(ctx: TaskContext, input: Any) -> str:
+    ctx.policy.enforce_tool("search")
+    ctx.policy.enforce_tool("search", details={"query": "x"})
+    return "used"
+
+
+def current_trace(ctx: TaskContext, input: Any) -> List[str]:
+    """Return the ids of the current span of OpenTelemetry."""
+    from opentelemetry import trace  # Only here: most tests that use this module do without.
+
+    span = trace.get_current_span().get_span_context()
+    return [f"{span.trace_id:032x}", f"{span.span_id:016x}"]
+
+
+def write_at_exit(path: str) -> None:
+    """Write a file when the interpreter of this process ends."""
+    atexit.register(lambda: pathlib.Path(path).write_text("ended"))

@@ -60,9 +60,12 @@ _NAMES = (
     (re.compile(r"/installations/recover$"), "recover"),
     (re.compile(r"/refresh$"), "refresh"),
     (re.compile(r"/heartbeat$"), "heartbeat"),
+    (re.compile(r"/installations/[^/]+/capabilities$"), "capabilities"),
     (re.compile(r"/tasks/stream$"), "stream"),
     (re.compile(r"/complete$"), "complete"),
     (re.compile(r"/release$"), "release"),
+    (re.compile(r"/tasks/[^/]+/approvals$"), "approvals"),
+    (re.compile(r"/tasks/[^/]+/approvals/[^/]+$"), "approval"),
     (re.compile(r"/progress$"), "progress"),
     (re.compile(r"/workspaces/[^/]+/policy$"), "policy"),
     (re.compile(r"/logs$"), "logs"),
@@ -214,7 +217,7 @@ class Scripted:
             return 201, grant()
         if request.name == "refresh":
             return 200, grant("rt-refreshed")
-        if request.name in ("policy", "unknown"):
+        if request.name in ("policy", "capabilities", "unknown"):
             return 404, {"error": "not_found", "message": "no such path"}
         return 200, {}
 

@@ -145,6 +145,9 @@ class Measure:
                 if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.endswith("__"):
                     continue
                 owner = node.value
+                if isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "cast":
+                    # To a type checker it is another object.
+                    owner = owner.args[1]
                 if node.attr in NAMEDTUPLE or (isinstance(owner, ast.Name) and owner.id in {*modules, "self", "cls"}):
                     continue
                 if isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super":
