@@ -36,11 +36,12 @@ def postgres(directory: pathlib.Path) -> Iterator[Dict[str, Any]]:
         [program("initdb"), "--auth=trust", "--username=tester", "--no-sync", "--pgdata", data],
         check=True, cwd=directory, stdout=subprocess.DEVNULL, timeout=GUARD, **options,
     )  # fmt: skip
-    command = [program("postgres"), "-D", data, "-k", str(directory), "-h", "", "-F"]
+    command = [program("postgres"), "-D", data, "-k", str(directory), "-h", "", "-F", "-c", "lc_messages=C"]
     with open(directory / "postgres.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log, **options)
         try:
-            until((directory / ".s.PGSQL.5432").exists, GUARD)
+            # The socket is there before the server accepts anybody.
+            until(lambda: "ready to accept connections" in (directory / "postgres.log").read_text("utf-8"), GUARD)
             yield {"HOST": str(directory), "NAME": "postgres", "USER": "tester"}
         finally:
             process.send_signal(signal.SIGINT)

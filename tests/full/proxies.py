@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from typing import Iterator, List
 
@@ -158,7 +159,7 @@ def haproxy(directory: pathlib.Path, target: int) -> Iterator[Proxy]:
 
 SQUID = """\
 http_port 127.0.0.1:{port}
-http_access allow all
+{access}
 cache deny all
 memory_cache_shared off
 access_log none
@@ -171,13 +172,72 @@ shutdown_lifetime 0 seconds
 """
 
 
+#: The helper that checks passwords, where Debian has it.
+BASIC_AUTH = "/usr/lib/squid/basic_ncsa_auth"
+STRICT = """\
+auth_param basic program {helper} {passwords}
+acl known proxy_auth REQUIRED
+acl forbidden dstdomain forbidden.invalid
+http_access deny forbidden
+http_access allow known
+http_access deny all"""
+
+
 @contextlib.contextmanager
-def squid(directory: pathlib.Path) -> Iterator[Proxy]:
-    """Squid as a forward proxy for everybody on this machine."""
+def squid(directory: pathlib.Path, *, login: str = "") -> Iterator[Proxy]:
+    """Squid as a forward proxy for everybody on this machine, or for ``USER:PASSWORD`` and not for all hosts."""
     port = free_port()
     file = directory / "squid.conf"
-    file.write_text(SQUID.format(port=port))
-    # Its shared memory has the name of the service, over all of the machine.
-    command = [program("squid"), "-N", "-d1", "-n", f"test{os.getpid()}port{port}", "-f", str(file)]
-    with contextlib.closing(Proxy(command, port, directory / "squid.log")) as one:
+    # Its helper is another user, who may not enter the folders of root's tests.
+    with tempfile.NamedTemporaryFile("w") as passwords:
+        access = "http_access allow all"
+        if login:
+            user, _, password = login.partition(":")
+            command = ["openssl", "passwd", "-apr1", password]
+            passwords.write(f"{user}:{subprocess.check_output(command, text=True, timeout=GUARD)}")
+            passwords.flush()
+            os.chmod(passwords.name, 0o644)
+            access = STRICT.format(helper=BASIC_AUTH, passwords=passwords.name)
+        file.write_text(SQUID.format(port=port, access=access))
+        # Its shared memory has the name of the service, over all of the machine.
+        command = [program("squid"), "-N", "-d1", "-n", f"test{os.getpid()}port{port}", "-f", str(file)]
+        with contextlib.closing(Proxy(command, port, directory / "squid.log")) as one:
+            yield one
+
+
+@contextlib.contextmanager
+def microsocks(directory: pathlib.Path, *, login: str = "") -> Iterator[Proxy]:
+    """A SOCKS5 proxy, for everybody on this machine or for ``USER:PASSWORD``."""
+    port = free_port()
+    user, _, password = login.partition(":")
+    command = [program("microsocks"), "-i", "127.0.0.1", "-p", str(port)]
+    with contextlib.closing(
+        Proxy([*command, *(("-u", user, "-P", password) if login else ())], port, directory / "microsocks.log")
+    ) as one:
+        yield one
+
+
+STUNNEL = """\
+foreground = yes
+pid =
+syslog = no
+debug = warning
+socket = l:TCP_NODELAY=1
+socket = r:TCP_NODELAY=1
+[proxy]
+accept = 127.0.0.1:{port}
+connect = 127.0.0.1:{target}
+cert = {certificate}
+key = {key}
+"""
+
+
+@contextlib.contextmanager
+def stunnel(directory: pathlib.Path, target: int, certificate: str) -> Iterator[Proxy]:
+    """stunnel, which makes an HTTP proxy on the port ``target`` an HTTPS proxy."""
+    port = free_port()
+    file = directory / "stunnel.conf"
+    key = certificate.replace(".pem", ".key")
+    file.write_text(STUNNEL.format(port=port, target=target, certificate=certificate, key=key))
+    with contextlib.closing(Proxy([program("stunnel4"), str(file)], port, directory / "stunnel.log")) as one:
         yield one

@@ -15,6 +15,7 @@ from sekuire.executors.remote import is_remote
 
 from ..conftest import AGENT
 from ..support import elsewhere
+from ..support.cancelling import CUTS, STATES_OF_EXECUTORS, check_cancel
 from ..support.waiting import GUARD, until
 
 pytestmark = [
@@ -114,7 +115,44 @@ def test_a_cancellation_reaches_the_cluster(
         task_id = platform.submit("hang", {"path": str(path), "until": "cancelled"}, AGENT)
         until(lambda: path.exists() and path.read_text())
         platform.command(platform.installations()[0]["installation_id"], "terminate", "enough")
-        assert platform.wait(task_id, GUARD)["error"]["code"] == "cancelled"
+        assert platform.wait(task_id, GUARD)["error"]["code"] == "worker_terminated"
         assert worker.wait(GUARD)
     assert path.read_text().split()[1] == "cancelled"
     assert events_of(client) == 0
+
+
+def test_one_task_is_cancelled_in_each_state(make_platform: Any, worker_of: Make, tmp_path: pathlib.Path) -> None:
+    """Also while the stream is cut, and where it waits in a cluster of one thread: it has one result each time."""
+    from distributed import Client, LocalCluster
+
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        for state in STATES_OF_EXECUTORS:
+            for cut in CUTS:
+                directory = tmp_path / state / cut
+                directory.mkdir(parents=True)
+                check_cancel(make_platform(), worker_of, directory, state, cut, executor=client.get_executor())
+        until(lambda: events_of(client) == 0)
+
+
+def test_a_pause_holds_what_waits_in_the_cluster(
+    platform: Any, worker_of: Make, client: Any, tmp_path: pathlib.Path
+) -> None:
+    """What its four threads have not begun is answered worker_paused at once and never begins; what runs goes on."""
+    worker = worker_of(platform, executor=client.get_executor(), max_workers=7)
+    worker.include(elsewhere.tasks)
+    paths = [tmp_path / f"{number}" for number in range(7)]
+    with worker:
+        tasks = [platform.submit("hang", {"path": str(path), "until": "gone"}, AGENT) for path in paths]
+        until(lambda: sum(path.exists() for path in paths) == 4 and worker.stats().running == 7)
+        begun = {one for one, path in zip(tasks, paths) if path.exists()}
+        platform.command(platform.installations()[0]["installation_id"], "pause")
+        for one in set(tasks) - begun:
+            assert platform.wait(one, GUARD)["error"]["code"] == "worker_paused"
+        assert {platform.task(one)["status"] for one in begun} == {"assigned"}
+        for path in paths:
+            path.unlink(missing_ok=True)
+        for one in begun:
+            assert platform.wait(one, GUARD)["output"] == "let go"
+        until(lambda: events_of(client) == 0)
+    assert not any(path.exists() for path in paths)

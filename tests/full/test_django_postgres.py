@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from typing import Any, Dict, Iterator
+from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
 
@@ -17,13 +17,15 @@ from sekuire.local import LocalPlatform
 from ..cli.conftest import Run
 from ..cli.conftest import run as run
 from ..conftest import AGENT
-from ..support.waiting import GUARD
+from ..support.waiting import GUARD, until
 from .postgres import postgres
 
 pytestmark = pytest.mark.full
 
 TASKS = """
-from django.db import connection
+import asyncio
+from asgiref.sync import sync_to_async
+from django.db import connection, transaction
 from sekuire.contrib.django import task
 
 @task("backend")
@@ -42,7 +44,29 @@ def backends(ctx, input):
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
         return cursor.fetchone()[0]
+
+@task("async_backend")
+async def async_backend(ctx, input):
+    first, second = await asyncio.gather(sync_to_async(backend)(ctx, input), sync_to_async(backend)(ctx, input))
+    assert first == second
+    return first
+
+@task("async_kill")
+async def async_kill(ctx, input):
+    own = await sync_to_async(backend)(ctx, None)
+    await sync_to_async(kill)(ctx, own)
+
+@task("async_transaction")
+async def async_transaction(ctx, input):
+    await sync_to_async(transaction.set_autocommit)(False)
+    return await sync_to_async(backend)(ctx, input)
+
+@task("async_thread")
+async def async_thread(ctx, input):
+    return await asyncio.to_thread(backend, ctx, input)
 """
+
+ASYNC = ["async_backend", "async_transaction", "async_thread"]
 
 
 @pytest.fixture(scope="module")
@@ -120,5 +144,44 @@ def test_a_pool(worker: Any, platform: LocalPlatform) -> None:
     worker("--max-workers", "8", OPTIONS={"pool": {"min_size": 1, "max_size": 2}})
     tasks = [platform.submit("backend", None, agent_id=AGENT) for _ in range(40)]
     found = [platform.wait(task, timeout=GUARD)["output"] for task in tasks]
+    assert len(set(found)) <= 2
+    assert ask(platform, "backends") <= 2
+
+
+def run_together(platform: LocalPlatform, names: List[str]) -> List[Any]:
+    """What the handlers return whose tasks are there at once."""
+    tasks = [platform.submit(name, None, agent_id=AGENT) for name in names]
+    return [platform.wait(task, timeout=GUARD)["output"] for task in tasks]
+
+
+@pytest.mark.parametrize("age", [0, None])
+def test_async_handlers(worker: Any, platform: LocalPlatform, age: Optional[int]) -> None:
+    """Each task of an async handler has a connection of its own, whatever CONN_MAX_AGE says; none is left behind."""
+    worker("--max-workers", "8", CONN_MAX_AGE=age)
+    found = run_together(platform, 20 * ASYNC)
+    assert None not in found
+    assert len(set(found)) == 60
+    # A server ends the process of a connection a moment after that is closed. The one that asks is left.
+    until(lambda: ask(platform, "backends") == 1)
+
+
+def test_async_handlers_whose_connection_breaks(worker: Any, platform: LocalPlatform) -> None:
+    """It costs that task, and no other one."""
+    worker("--max-workers", "4", CONN_MAX_AGE=None)
+    tasks = [platform.submit(name, None, agent_id=AGENT) for name in 10 * ["async_backend", "async_kill"]]
+    done = [platform.wait(task, timeout=GUARD)["status"] for task in tasks]
+    assert done == 10 * ["completed", "failed"]
+    until(lambda: ask(platform, "backends") == 1)
+
+
+def test_async_handlers_on_a_pool(worker: Any, platform: LocalPlatform) -> None:
+    """They wait for the pool's connections, and give each back, with nothing open in it."""
+    import django
+
+    if django.VERSION < (5, 1):
+        pytest.skip("Django has pools since 5.1")
+    worker("--max-workers", "8", OPTIONS={"pool": {"min_size": 1, "max_size": 2}})
+    found = run_together(platform, 20 * ASYNC)
+    assert None not in found
     assert len(set(found)) <= 2
     assert ask(platform, "backends") <= 2

@@ -1,4 +1,4 @@
-"""A worker behind real proxies: nginx, haproxy, squid."""
+"""A worker behind real proxies: nginx, haproxy, squid, microsocks, and stunnel before squid."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import contextlib
 import logging
 import pathlib
 import threading
+import time
 from typing import Any, Callable, Counter, Iterator, List
 
 import pytest
 
+from sekuire.config import ConnectionConfig
+from sekuire.errors import TransportError
 from sekuire.local import LocalPlatform
+from sekuire.transport.http import HttpClient
 
 from ..conftest import AGENT
 from ..support.servers import Certificates
 from ..support.waiting import GUARD, client_threads, until
-from .proxies import Nginx, haproxy, squid
+from .proxies import Nginx, haproxy, microsocks, squid, stunnel
 
 pytestmark = pytest.mark.full
 
@@ -77,6 +81,18 @@ def check_command(platform: LocalPlatform, worker: Any) -> None:
     until(worker.is_paused)
     platform.command(installation, "resume")
     until(lambda: not worker.is_paused())
+
+
+def check_through_a_reload(platform: LocalPlatform, runs: Counter[int], worker: Any, front: Nginx) -> None:
+    """Tasks and a command arrive, and tasks do so after ``front`` is reloaded and the stream is opened again."""
+    tasks = submit(platform, 0)
+    check_delivered(platform, runs, tasks)
+    check_command(platform, worker)
+    reconnects = worker.stats().reconnects
+    front.reload()
+    until(lambda: worker.stats().reconnects > reconnects)
+    tasks += submit(platform, len(tasks))
+    check_delivered(platform, runs, tasks)
 
 
 @contextlib.contextmanager
@@ -185,13 +201,115 @@ def test_squid_and_tls(platform: LocalPlatform, worker_at: Make, runs: Counter[i
     ):
         url = f"https://localhost:{front.port}"
         worker = worker_at(url, proxies={"https": proxy.url}, verify=certificates.ca)
+        check_through_a_reload(platform, runs, worker, front)
+        worker.stop()
+    assert worker.stats().undelivered == 0
+
+
+LOGIN = "worker:hunter2/x"
+IN_URL = "worker:hunter2%2Fx@"
+
+
+def problem(url: str, proxy: str) -> str:
+    """What is said of a call through ``proxy``, which does not show its password."""
+    http = HttpClient(ConnectionConfig(api_base_url=url, proxies={"https": proxy}))
+    with pytest.raises(TransportError) as caught:
+        http.request("GET", "/x")
+    http.close()
+    assert "hunter2" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_microsocks(platform: LocalPlatform, worker_at: Make, runs: Counter[int], tmp_path: pathlib.Path) -> None:
+    """Calls and the stream through a SOCKS5 proxy, without TLS."""
+    with microsocks(tmp_path) as proxy:
+        worker = worker_at(platform.url, proxies={"http": proxy.url.replace("http", "socks5")})
         tasks = submit(platform, 0)
         check_delivered(platform, runs, tasks)
         check_command(platform, worker)
-        reconnects = worker.stats().reconnects
+        worker.stop()
+    assert worker.stats().undelivered == 0
+
+
+def test_microsocks_and_tls(
+    platform: LocalPlatform, worker_at: Make, runs: Counter[int], tmp_path: pathlib.Path
+) -> None:
+    """A SOCKS5 proxy with a password, which resolves the name, before nginx with TLS."""
+    certificates = Certificates(str(tmp_path))
+    (tmp_path / "nginx").mkdir()
+    with (
+        microsocks(tmp_path, login=LOGIN) as proxy,
+        nginx_for(platform, tmp_path / "nginx", buffering=False, certificate=certificates.server) as front,
+    ):
+        address = f"socks5h://{IN_URL}127.0.0.1:{proxy.port}"
+        worker = worker_at(f"https://localhost:{front.port}", proxies={"https": address}, verify=certificates.ca)
+        check_through_a_reload(platform, runs, worker, front)
+        worker.stop()
+    assert worker.stats().undelivered == 0
+
+
+def test_what_microsocks_says(tmp_path: pathlib.Path) -> None:
+    """A missing and a wrong password, a refusal and an unknown name are said in words."""
+    with microsocks(tmp_path, login=LOGIN) as proxy:
+        url = f"socks5h://127.0.0.1:{proxy.port}"
+        assert "asks for a user and a password" in problem("https://platform.invalid", url)
+        wrong = url.replace("//", "//worker:hunter2@")
+        assert "rejected its user and password" in problem("https://platform.invalid", wrong)
+        right = url.replace("//", f"//{IN_URL}")
+        assert "was refused a connection to 127.0.0.1:1;" in problem("https://127.0.0.1:1", right)
+        assert "cannot connect to platform.invalid:443 (" in problem("https://platform.invalid", right)
+        assert "socks5h:// for a SOCKS proxy" in problem("https://platform.invalid", proxy.url)
+
+
+def test_stunnel_before_squid(
+    platform: LocalPlatform, worker_at: Make, runs: Counter[int], tmp_path: pathlib.Path
+) -> None:
+    """An HTTPS proxy: TLS to nginx within TLS to the proxy. The stream stays open past the read timeout."""
+    certificates = Certificates(str(tmp_path))
+    for name in ("nginx", "squid"):
+        (tmp_path / name).mkdir()
+    with (
+        squid(tmp_path / "squid") as inner,
+        stunnel(tmp_path, inner.port, certificates.server) as proxy,
+        nginx_for(platform, tmp_path / "nginx", buffering=False, certificate=certificates.server) as front,
+    ):
+        address = f"https://localhost:{proxy.port}"
+        options = {"proxies": {"https": address}, "verify": certificates.ca, "read_timeout": 4.0}
+        worker = worker_at(f"https://localhost:{front.port}", **options)
+        tasks = submit(platform, 0)
+        check_delivered(platform, runs, tasks)
+        check_command(platform, worker)
+        heartbeats = platform.count("heartbeat", 200)
+        # Longer than the read timeout; the platform's comments come every 15 s.
+        time.sleep(6.0)
+        assert worker.stats().reconnects == 0
+        assert platform.count("heartbeat", 200) >= heartbeats
         front.reload()
-        until(lambda: worker.stats().reconnects > reconnects)
+        until(lambda: worker.stats().reconnects > 0)
         tasks += submit(platform, len(tasks))
         check_delivered(platform, runs, tasks)
         worker.stop()
+        assert "does not speak TLS" in problem("https://platform.invalid", f"https://127.0.0.1:{inner.port}")
+        assert "https:// for an HTTP proxy" in problem("https://platform.invalid", proxy.url)
+        assert "with the proxy" in problem("https://platform.invalid", address)
     assert worker.stats().undelivered == 0
+
+
+def test_what_squid_says(tmp_path: pathlib.Path) -> None:
+    """A missing and a wrong password (407), a rule (403), a refusal and an unknown name are said in words."""
+    with squid(tmp_path, login=LOGIN) as proxy:
+        right = proxy.url.replace("//", f"//{IN_URL}")
+        assert "asks for a user and a password (407)" in problem("https://platform.invalid", proxy.url)
+        wrong = proxy.url.replace("//", "//worker:hunter2@")
+        assert "rejected its user and password (407)" in problem("https://platform.invalid", wrong)
+        assert "does not allow connections to forbidden.invalid:443 (403)" in problem(
+            "https://forbidden.invalid", right
+        )
+        assert "was refused a connection to 127.0.0.1:1;" in problem("https://127.0.0.1:1", right)
+        # Which of the two depends on squid's version.
+        unknown = problem("https://platform.invalid", right)
+        assert "cannot resolve the name of" in unknown or "that the proxy can resolve and reach it" in unknown
+        # It waits for the end of a line.
+        assert "check that it is a SOCKS proxy" in problem(
+            "https://platform.invalid", f"socks4a://127.0.0.1:{proxy.port}"
+        )

@@ -1,4 +1,4 @@
-"""The recipes of docs/running.md, with the programs that they name."""
+"""The recipes of docs/running.md and docs/gevent.md, with the programs that they name."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from ..support.waiting import GUARD, until
 pytestmark = pytest.mark.full
 
 PAGE = "docs/running.md"
+PAGES = (PAGE, "docs/gevent.md")
 
 
 @pytest.fixture
 def directory(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A directory with the page's files."""
-    for block in blocks(PAGE):
-        if "file" in block.marks:
-            (tmp_path / block.marks["file"]).write_text(block.text, encoding="utf-8")
+    """A directory with the pages' files."""
+    for page in PAGES:
+        for block in blocks(page):
+            if "file" in block.marks:
+                (tmp_path / block.marks["file"]).write_text(block.text, encoding="utf-8")
     return tmp_path
 
 
@@ -127,23 +129,46 @@ def test_cron(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[st
     assert [platform.task(task)["output"] for task in tasks] == [2 * number for number in range(20)]
 
 
-def test_gunicorn(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[str, str]) -> None:
-    """Each forked process has a worker of its own, in one installation, and drains it at the end."""
+#: A handler for `jobs.py` that takes a while, and writes a file when it has begun.
+SLOW_HANDLER = """
+@tasks.task("slow")
+def slow(ctx, path):
+    import time
+    open(path, "w").close()
+    time.sleep(1.5)
+    return "done"
+"""
+
+
+def check_web_server(platform: LocalPlatform, command: List[str], directory: pathlib.Path, environ: Any) -> None:
+    """Each of its two processes has a worker of its own, in one installation, and drains it at the end."""
+    jobs = directory / "jobs.py"
+    jobs.write_text(jobs.read_text(encoding="utf-8").replace("\ndef start_sdk", SLOW_HANDLER + "\ndef start_sdk"))
+    with running(command, directory, environ, signal.SIGTERM):
+        until(lambda: len(platform.streams()) == 2, GUARD)
+        assert sorted(double(platform, number) for number in range(8)) == list(range(0, 16, 2))
+        has_begun = directory / "has-begun"
+        slow = platform.submit("slow", str(has_begun), agent_id=AGENT)
+        until(has_begun.exists)
+    assert platform.task(slow)["output"] == "done"
+    assert last_heartbeat(platform)["status"] == "stopped"
+    assert platform.streams() == []
+
+
+@pytest.mark.parametrize("kind", ["sync", "gthread", "gevent", "gevent, patched first"])
+def test_gunicorn(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[str, str], kind: str) -> None:
+    """The recipe works with each kind of web worker; with gevent's also if it is patched as late as gunicorn does."""
+    kind, _, is_first = kind.partition(", ")
+    if is_first:
+        config = directory / "gunicorn.conf.py"
+        config.write_text(f"from gevent import monkey\nmonkey.patch_all()\n{config.read_text(encoding='utf-8')}")
     bind = f"127.0.0.1:{free_port()}"
-    command = ["gunicorn", "--config", "gunicorn.conf.py", "--bind", bind, "web:application"]
-    with running(command, directory, environ, signal.SIGTERM):
-        until(lambda: len(platform.streams()) == 2, GUARD)
-        assert sorted(double(platform, number) for number in range(8)) == list(range(0, 16, 2))
-    assert last_heartbeat(platform)["status"] == "stopped"
-    assert platform.streams() == []
+    command = ["gunicorn", "--config", "gunicorn.conf.py", "-k", kind, "--bind", bind, "web:application"]
+    check_web_server(platform, command, directory, environ)
 
 
-def test_uwsgi(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [[], ["--lazy-apps"]], ids=["postfork", "lazy-apps"])
+def test_uwsgi(platform: LocalPlatform, directory: pathlib.Path, environ: Dict[str, str], options: List[str]) -> None:
     """As gunicorn, with uWSGI's own hook after the fork."""
-    command = ["uwsgi", "--ini", "uwsgi.ini", "--http-socket", f"127.0.0.1:{free_port()}", "--die-on-term"]
-    command += ["--virtualenv", sys.prefix]
-    with running(command, directory, environ, signal.SIGTERM):
-        until(lambda: len(platform.streams()) == 2, GUARD)
-        assert sorted(double(platform, number) for number in range(8)) == list(range(0, 16, 2))
-    assert last_heartbeat(platform)["status"] == "stopped"
-    assert platform.streams() == []
+    command = ["uwsgi", "--ini", "uwsgi.ini", "--http-socket", f"127.0.0.1:{free_port()}", *options]
+    check_web_server(platform, [*command, "--virtualenv", sys.prefix], directory, environ)
