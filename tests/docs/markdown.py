@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import re
-from typing import Dict, Iterator, List, NamedTuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    *sorted(str(path.relative_to(ROOT)).replace("\\", "/") for path in (ROOT / "docs").rglob("*.md")),
 ]
 
 _FENCE = re.compile(r"(`{3,})(.*)")
@@ -71,6 +71,16 @@ def table(page: str, heading: str) -> List[List[str]]:
         elif rows:
             break
     return rows[2:]
+
+
+def listed(page: str, heading: str) -> List[Tuple[str, str, str]]:
+    """Return the definition list below a heading: name, the rest of the term, and the text in one line.
+
+    A term is a name in backquotes with its anchor. The text is the definition in one line.
+    """
+    section = re.split(rf"^## {re.escape(heading)}$", read(page), flags=re.MULTILINE)[1].partition("\n## ")[0]
+    found = re.findall(r"^`(\w+)`\{#[\w-]+\}(.*)\n: ((?:.+\n?)+)", section, flags=re.MULTILINE)
+    return [(name, rest.strip(), " ".join(text.split())) for name, rest, text in found]
 
 
 def links(page: str) -> List[str]:

@@ -54,6 +54,9 @@ def names() -> Iterator[Dict[str, Any]]:
     with testing.Workbench() as bench:
         worker = bench.worker()
         worker.include(tasks)
+        client = sekuire.SekuireClient(
+            api_base_url=bench.platform.url, api_key=bench.platform.api_key, agent_id="support-agent"
+        )
         yield {
             **{name: getattr(sekuire, name) for name in sekuire.__all__},
             **{name: getattr(errors, name) for name in errors.__all__},
@@ -61,9 +64,11 @@ def names() -> Iterator[Dict[str, Any]]:
             "Secret": secret.Secret,
             "tasks": tasks,
             "worker": worker,
+            "client": client,
             "enforcer": sekuire.PolicyEnforcer(policy),
             "platform": bench.platform,
         }
+        client.close()
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,20 @@ import sys
 import pytest
 
 from ..support.waiting import GUARD
-from .markdown import read
+from .markdown import PAGES, read
 
-#: Import paths that are promised beside those that docs/reference.md lists.
+#: Import paths that are promised beside those that docs/reference/ lists.
 PROMISED = [
     "sekuire.worker.Worker", "sekuire.worker.create_worker",
     "sekuire.executors.ProcessExecutor", "sekuire.executors.RemoteExecutor", "sekuire.executors.RemoteTaskContext",
     "sekuire.handlers.TaskContext", "sekuire.handlers.TaskRegistry", "sekuire.handlers.Handler",
 ]  # fmt: skip
-LISTED = re.findall(r"^\.\. auto(?:class|function|data):: (sekuire\.[\w.]+)", read("docs/reference.md"), re.M)
+LISTED = [
+    path
+    for page in PAGES
+    if page.startswith("docs/reference/")
+    for path in re.findall(r"^\.\. auto(?:class|function|data):: (sekuire\.[\w.]+)", read(page), re.M)
+]
 
 
 @pytest.mark.parametrize("path", sorted({*PROMISED, *LISTED}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, List
+from typing import Any, Dict, Iterator, List, Set
 
 import attrs
 import pytest
@@ -12,7 +12,8 @@ from sekuire import cli, config, errors
 from sekuire.secret import Secret
 from sekuire.wire import protocol
 
-from .markdown import PAGES, ROOT, links, read, table
+from . import diagrams
+from .markdown import PAGES, ROOT, links, listed, read, table
 
 OWNERS = {
     "Connection": config.ConnectionConfig,
@@ -20,38 +21,60 @@ OWNERS = {
     "Worker": config.WorkerConfig,
     "Beacon": config.BeaconConfig,
     "SDK": config.SDKConfig,
+    "Client": config.ClientConfig,
+    "Policy trust": config.PolicyTrust,
     "Policy client": config.PolicyClientConfig,
 }
 
 
 @pytest.mark.parametrize("heading", OWNERS)
 def test_options_are_listed_with_their_defaults(heading: str) -> None:
-    """Each table of docs/configuration.md lists the options that its class adds, in their order, with the defaults."""
+    """Each section of docs/configuration.md lists the options that its class adds, in order, with the defaults."""
     owner = OWNERS[heading]
-    inherited = {field.name: field.default for base in owner.__mro__[1:-1] for field in attrs.fields(base)}
+    inherited = {
+        field.name: field.default for base in owner.__mro__[1:-1] if attrs.has(base) for field in attrs.fields(base)
+    }
     own = [field for field in attrs.fields(owner) if inherited.get(field.name, owner) != field.default]
-    rows = table("docs/configuration.md", heading)
-    assert [row[0] for row in rows] == [f"`{field.name}`" for field in own]
-    assert [row[1] for row in rows] == [default_of(field) for field in own]
+    found = [(name, default) for name, default, _ in listed("docs/configuration.md", heading)]
+    assert found == [(field.name, default_of(field)) for field in own]
 
 
 def default_of(field: Any) -> str:
     if field.default is attrs.NOTHING:
-        return "required"
+        return "(required)"
     if isinstance(field.default, int) and field.default >= config.MIB:
-        return f"`{field.default // config.MIB} MiB`"
+        return f"(default `{field.default // config.MIB} MiB`)"
     assert not isinstance(field.default, Secret)
-    return f"`{field.default!r}`"
+    return f"(default `{field.default!r}`)"
+
+
+def test_each_option_has_an_anchor() -> None:
+    """``configuration.html#max-workers`` leads to ``max_workers``; an anchor of a later section names its section."""
+    found = re.findall(r"^`(\w+)`\{#([\w-]+)\}", read("docs/configuration.md"), flags=re.MULTILINE)
+    anchors = [anchor for _, anchor in found]
+    assert len(found) > 50
+    assert len(set(anchors)) == len(anchors)
+    assert [name for name, anchor in found if not anchor.endswith(name.lower().replace("_", "-"))] == []
+    assert ("max_workers", "max-workers") in found
 
 
 def test_environment_variables_are_listed() -> None:
     """docs/configuration.md lists the variables that from_env() reads, and docs/protocol.md all of the contract's."""
-    rows = table("docs/configuration.md", "Environment variables")
-    wanted = {variable: f"`{option}`" for option, variable in config.ENVIRONMENT.items()}
-    wanted[config.CREDENTIALS_FILE_VARIABLE] = "the path of a `RuntimeCredentialsStore`"
-    wanted[config.OUTBOX_VARIABLE] = "`outbox` of the SDK's workers"
-    wanted[config.POLICY_KEYS_VARIABLE] = "`trusted_policy_keys`, separated by commas"
-    assert {row[0].strip("`"): row[1] for row in rows} == wanted
+    rows = listed("docs/configuration.md", "Environment variables")
+
+    def option(name: str) -> str:
+        return f"[`{name}`](#{name.replace('_', '-')})"
+
+    wanted = {variable: f"{option(name)}." for name, variable in config.ENVIRONMENT.items()}
+    wanted[config.CREDENTIALS_FILE_VARIABLE] = "The path of a `RuntimeCredentialsStore`."
+    wanted[config.OUTBOX_VARIABLE] = f"{option('outbox')} of the SDK's workers."
+    wanted[config.POLICY_KEYS_VARIABLE] = f"{option('trusted_policy_keys')}, separated by commas."
+    wanted[config.HEALTH_STATUS_VARIABLE] = (
+        "Show [`/status`](observability.md#who-sees-what) to other machines too; a boolean variable."
+    )
+    booleans = config.BOOLEAN_ENVIRONMENT.items()
+    wanted.update({variable: f"{option(name)}; a boolean variable." for name, variable in booleans})
+    assert {name: text for name, _, text in rows} == wanted
     assert set(wanted) <= set(re.findall(r"SEKUIRE_[A-Z_]+", read("docs/protocol.md")))
 
 
@@ -70,6 +93,49 @@ def test_endpoints_are_listed() -> None:
         assert path[len(protocol.API_PREFIX) :] in text
 
 
+#: The mark that says where something of the contract is from.
+_PROVENANCE = re.compile(r"\b(doc|sdk|ours|our reading)\b", re.IGNORECASE)
+
+
+def sections(page: str) -> Dict[str, str]:
+    """The text below each heading of a page, up to the next one, without code blocks."""
+    text = re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL)
+    parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def without_provenance(text: str) -> Iterator[str]:
+    """What does not say where it is from. A list or a table may say it as a whole, in the sentence before it."""
+    is_introduced = False
+    for block in filter(None, re.split(r"\n{2,}", text.strip())):
+        found = [block]
+        if block.startswith("|"):
+            head, _, *rows = block.splitlines()
+            found = [] if is_introduced or _PROVENANCE.search(head) else rows
+        elif block.startswith("- "):
+            found = [] if is_introduced else re.split(r"^- ", block, flags=re.MULTILINE)[1:]
+        yield from (one for one in found if not _PROVENANCE.search(one))
+        is_introduced = bool(_PROVENANCE.search(block)) and block.endswith(":")
+
+
+def test_the_contract_says_where_it_is_from() -> None:
+    """Each paragraph, list and table of docs/protocol.md carries its provenance: doc, sdk or ours."""
+    named = sections("docs/protocol.md")
+    del named["Protocol"], named["What is implemented"]
+    found = {heading: list(without_provenance(text)) for heading, text in named.items()}
+    assert {heading: blocks for heading, blocks in found.items() if blocks} == {}
+
+
+def test_what_is_not_implemented_is_not_there() -> None:
+    """What docs/protocol.md lists as missing is missing: no path, no variable and no failure code of it exists."""
+    missing = set(re.findall(r"`([^`]+)`", sections("docs/protocol.md")["Not implemented yet"]))
+    paths = {name.rpartition(" ")[2] for name in missing if "/" in name} - {"/tasks"}
+    assert missing
+    assert not {protocol.API_PREFIX + path for path in paths} & set(protocol.DEFAULT_ENDPOINTS.values())
+    assert not missing & set(config.KNOWN_VARIABLES)
+    assert not missing & set(protocol.RETRYABLE)
+
+
 def test_errors_are_listed() -> None:
     """docs/concepts.md explains every error."""
     rows = table("docs/concepts.md", "Errors")
@@ -86,6 +152,22 @@ def test_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert sections == named != []
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_whose_library_it_is(page: str) -> None:
+    """The first lines say that this is not Sekuire's own library, and how to run it beside another ``sekuire``."""
+    first = read(page).partition("\n## ")[0].partition("```")[0]
+    assert len(first.splitlines()) < 20
+    for words in ("community library", "not made by Sekuire", "not `sekuire-sdk`", "`python -m sekuire`"):
+        assert words in " ".join(first.split())
+
+
+def anchors(text: str) -> Set[str]:
+    """Return what a link to a page may name: its headings as the builder writes them, and its own anchors."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    return slugs | set(re.findall(r"\{#([\w-]+)\}", text)) | set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     """Relative links name files that exist, and headings that they have."""
@@ -95,15 +177,16 @@ def test_links_lead_somewhere(page: str) -> None:
         if "://" in link:
             continue
         target = (ROOT / page).parent / path if path else ROOT / page
-        if not target.is_file():
+        if not target.is_file() or (heading and heading not in anchors(target.read_text(encoding="utf-8"))):
             broken.append(link)
-        elif heading:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            if heading not in [title.lower().replace(" ", "-") for title in titles]:
-                broken.append(link)
     assert broken == []
 
 
 def test_readme_has_the_commands_that_ci_runs() -> None:
     """README.md marks exactly the two commands that .ci/run takes from it."""
     assert re.findall(r"^<!-- ci: (\w+) -->\n```sh\n", read("README.md"), flags=re.MULTILINE) == ["main", "tests"]
+
+
+def test_diagrams_are_drawn_from_their_sources() -> None:
+    """Each picture was drawn from the present text of its diagram."""
+    assert diagrams.outdated() == []
