@@ -62,24 +62,34 @@ def modules() -> Set[str]:
     return {str(path.relative_to(ROOT)).replace("\\", "/") for path in (ROOT / "sekuire").rglob("*.py")}
 
 
+def files_of_the_dashboard() -> Set[str]:
+    """Its templates, style sheets and scripts, without which it cannot be served."""
+    folder = ROOT / "sekuire/local/ui"
+    files = [*(folder / "static").rglob("*"), *(folder / "templates").rglob("*")]
+    return {str(path.relative_to(ROOT)).replace("\\", "/") for path in files if path.is_file()}
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     """Every module, the marker for type checkers, metadata; no tests, no benchmarks."""
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == modules() | {"sekuire/py.typed", "pytest_sekuire.py"}
+    assert names == modules() | files_of_the_dashboard() | {"sekuire/py.typed", "pytest_sekuire.py"}
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
 
 
 EXTRAS = {
-    "cli": {"rich"},
-    "local": {"sekuire[cli]", "flask", "cheroot", "blake3", "cryptography", "rfc8785"},
+    "cli": {"jsonschema", "rich"},
+    "local": {"sekuire[cli]", "flask", "werkzeug", "cheroot", "blake3", "cryptography", "rfc8785"},
     "testing": {"sekuire[local]", "pytest"},
+    "socks": {"PySocks"},
     "reload": {"watchfiles"},
-    "flask": {"flask"},
+    "flask": {"flask", "werkzeug"},
     "django": {"django"},
     "typed": {"cattrs"},
     "dask": {"distributed"},
     "opentelemetry": {"opentelemetry-api"},
+    "manifest": {"PyYAML"},
+    "metrics": {"prometheus-client"},
     "policy": {"blake3", "cryptography", "idna", "limits[redis]", "rfc8785"},
 }
 
@@ -97,7 +107,9 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     extras: Dict[str, Set[str]] = {name: set() for name in metadata.get_all("Provides-Extra")}
     for one in needs:
         if "extra==" in one:
-            extras[one.split("extra==")[1].strip("\"'")].add(re.split("[><=!;]", one)[0])
+            # Versions of setuptools differ in the dash or underscore of a name.
+            name = re.split("[><=!;]", one)[0].replace("prometheus_client", "prometheus-client")
+            extras[one.split("extra==")[1].strip("\"'")].add(name)
     assert extras == EXTRAS
     entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
     assert "[console_scripts]\nsekuire = sekuire.cli:main" in entry_points
