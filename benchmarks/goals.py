@@ -16,7 +16,7 @@ import tempfile
 from contextlib import ExitStack
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from . import local, measuring, peer, peers, report, started
+from . import local, measuring, peer, peers, report, servers, started
 from .measuring import Plan
 from .process import Child, ChildError, Message
 from .report import Spread, cells, number, table
@@ -117,8 +117,9 @@ def _has(module: str) -> bool:
 def _peers(plan: Plan) -> Tuple[List[Dict[str, Message]], str]:
     """The rounds beside the peers, or why there are none."""
     absent = [kind for kind in peer.KINDS if peer.version(kind) is None]
-    if absent or shutil.which("redis-server") is None:
-        return [], f"not measured: no {', '.join(absent or ['redis-server'])}"
+    absent += [name for name in ("redis", "postgres") if not servers.is_installed(name)]
+    if absent:
+        return [], f"not measured: no {', '.join(absent)}"
     _progress("the peers")
     return peers.measure(list(peer.KINDS), plan.rounds, 8, _PEER_TASKS), ""
 

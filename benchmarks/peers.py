@@ -1,73 +1,27 @@
-"""The second command: ``python -m benchmarks.peers`` measures the worker beside dramatiq, Celery, RQ and huey.
+"""Measure the worker beside its peers: ``python -m benchmarks.peers``.
 
-All run the same handler on the same input with the same number of threads in one process; the peers on a Redis that
-this command starts, the worker on the benchmarks' platform. Each round runs all of them, one after the other, in fresh
-processes; ratios are formed within a round.
+All run the same handler on the same input with the same number of threads in one process: the peers on a Redis or a
+PostgreSQL that this command starts, the worker on the benchmarks' platform. Each round runs all of them, one after the
+other, in fresh processes. Ratios are formed within a round.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import Dict, List, Optional
 
-from . import measuring, peer, report
+from . import measuring, peer, report, servers
 from .process import Child, ChildError, Message
 from .report import Spread, cells, number, table
 
 OURS = "sekuire"
 
 
-class Server(NamedTuple):
-    """A Redis that listens on the loopback interface only and keeps nothing on disk."""
-
-    url: str
-    pid: int
-
-
-@contextlib.contextmanager
-def redis_server() -> Iterator[Server]:
-    """A Redis of its own, ended with the block.
-
-    :raises ChildError: it is not installed, or does not answer.
-    """
-    program = shutil.which("redis-server")
-    if program is None:
-        raise ChildError("there is no redis-server on the path; on Debian: apt-get install redis-server")
-    with tempfile.TemporaryDirectory(prefix="sekuire-peers-") as directory:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir", directory]
-        process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            _wait_for(port, process)
-            yield Server(f"redis://127.0.0.1:{port}/0", process.pid)
-        finally:
-            process.terminate()
-            process.wait(10.0)
-
-
-def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + 10.0
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0) as connection:
-            connection.sendall(b"PING\r\n")
-            if connection.recv(16).startswith(b"+PONG"):
-                return
-        time.sleep(0.02)
-    raise ChildError("redis-server did not answer")
-
-
-def _measure_peer(server: Server, kind: str, results: bool, threads: int, tasks: int) -> Message:
-    arguments = [kind, "--redis", server.url, "--redis-pid", str(server.pid)]
+def _measure_peer(server: servers.Server, kind: str, results: bool, threads: int, tasks: int) -> Message:
+    arguments = [kind, "--server", server.url, "--server-pid", str(server.pid)]
     arguments += ["--threads", str(threads), "--tasks", str(tasks), *(["--results"] if results else [])]
     with Child("peer", *arguments) as child:
         child.receive(timeout=120.0)
@@ -82,33 +36,30 @@ def _measure_ours(platform: Child, port: int, threads: int, tasks: int) -> Messa
 
 
 def label(kind: str, results: bool) -> str:
-    """The name of a row."""
+    """Return the name of a row."""
     return kind if kind == OURS else f"{kind}, {'results stored' if results else 'no results'}"
 
 
-def variants(kinds: List[str]) -> Dict[str, List[bool]]:
-    """Each kind with the ways in which it can be measured."""
-    return {kind: [False, True] if peer.KINDS[kind][1] else [True] for kind in kinds}
-
-
 def measure(kinds: List[str], rounds: int, threads: int, tasks: int) -> List[Dict[str, Message]]:
-    """The figures of each round by row."""
+    """Return the figures of each round by row."""
     found: List[Dict[str, Message]] = []
-    with redis_server() as server, Child("platform") as platform:
+    with Child("platform") as platform:
         port = platform.receive()["port"]
         for turn in range(rounds):
             if sys.stderr.isatty():
                 print(f"... round {turn + 1} of {rounds}", file=sys.stderr)
             figures = {OURS: _measure_ours(platform, port, threads, tasks)}
-            for kind, ways in variants(kinds).items():
-                for results in ways:
-                    figures[label(kind, results)] = _measure_peer(server, kind, results, threads, tasks)
+            for kind in kinds:
+                for results in peer.KINDS[kind].results:
+                    # A server of its own each time: an idle one does nothing, and nobody finds another's tasks.
+                    with servers.start(peer.KINDS[kind].server) as server:
+                        figures[label(kind, results)] = _measure_peer(server, kind, results, threads, tasks)
             found.append(figures)
     return found
 
 
 def best_of(rounds: List[Dict[str, Message]]) -> str:
-    """The peer with the highest rate: by the median of all rounds, not by its luckiest one."""
+    """Return the peer with the highest rate, by the median of all rounds."""
     peers = [name for name in rounds[0] if name != OURS]
     return max(peers, key=lambda name: statistics.median(one[name]["per_second"] for one in rounds))
 
