@@ -497,19 +497,15 @@ class Application:
 
     def _complete(self, task_id: str) -> flask.Response:
         body: Any = None
-        status = 500
         try:
             identity = self._runtime(draining=True)
             body = _body()
             check_completion(task_id, body)
-            done = self._store.complete(identity, task_id, flask.request.headers.get("Idempotency-Key"), body)
-            status = done.status
-        except (Refusal, HTTPException) as error:
-            status = (error.status if isinstance(error, Refusal) else error.code) or 500
+            done = self._hub.complete(identity, task_id, flask.request.headers.get("Idempotency-Key"), body)
+        except BaseException as error:
+            code = error.code if isinstance(error, HTTPException) else 500
+            self._record.completion(task_id, error.status if isinstance(error, Refusal) else code or 500, body)
             raise
-        finally:
-            self._record.completion(task_id, status, body)
-        self._hub.completed(identity, task_id, done)
         if done.final or done.retry_in is not None:
             self._record.note(
                 "end", task_id=task_id, capability=done.capability, agent_id=done.agent_id, attempt=done.attempt,
@@ -524,8 +520,7 @@ class Application:
         given = attempt(body)
         if given is None:
             raise invalid("attempt must be an integer from 1")
-        agent_id = self._store.release(identity, task_id, worker_id, given)
-        self._hub.released(identity, task_id, worker_id, given, agent_id)
+        self._hub.release(identity, task_id, worker_id, given)
         return _answer({"task_id": task_id, "attempt": given})
 
     def _progress(self, task_id: str) -> flask.Response:

@@ -913,6 +913,8 @@ class Store:
             gets none of these, and a worker that failed a task does not get it again.
         :param refused: the tasks that this stream has released.
         """
+        if paused and left_to_others is None:
+            return None
         now = self._clock()
         where = ["agent_id = ?", "status = 'queued'", "available_at <= ?"]
         where.append("(expires_at IS NULL OR expires_at > ? OR failures > 0)")
@@ -930,13 +932,16 @@ class Store:
         if refused:
             where.append(f"task_id NOT IN ({_marks(refused)})")
             values += refused
-        # One query for each capability: an index in order of age answers it, however long the queue is.
+        # One query for each capability: an index in order of age answers it, however long the queue is. It is named,
+        # because SQLite would choose one that has the finished tasks too.
         names: Tuple[Optional[str], ...] = (None,) if capabilities is None else tuple(capabilities)
+        index = "tasks_queued" if capabilities is None else "tasks_queued_by_capability"
         rows = []
         with self._transaction() as db:
             for name in names:
                 row = db.execute(
-                    "SELECT seq, task_id, attempt, next_attempt, worker_id, installation_id, data FROM tasks"
+                    "SELECT seq, task_id, attempt, next_attempt, worker_id, installation_id, data"
+                    f" FROM tasks INDEXED BY {index}"
                     f" WHERE {' AND '.join(where)}{'' if name is None else ' AND capability = ?'} ORDER BY seq LIMIT 1",
                     values if name is None else [*values, name],
                 ).fetchone()
@@ -972,7 +977,10 @@ class Store:
         with self._lock:
             row = (
                 self._connection()
-                .execute("SELECT 1 FROM tasks WHERE agent_id = ? AND status = 'queued' LIMIT 1", (agent_id,))
+                .execute(
+                    "SELECT 1 FROM tasks INDEXED BY tasks_queued WHERE agent_id = ? AND status = 'queued' LIMIT 1",
+                    (agent_id,),
+                )
                 .fetchone()
             )
         return row is not None

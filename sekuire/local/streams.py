@@ -22,6 +22,7 @@ from typing import (
     FrozenSet,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
@@ -341,9 +342,16 @@ class Hub:
             if task_id is not None and not served[capability] and not served[None]:
                 self._record.note("waiting", agent_id=agent_id, capability=capability, task_id=task_id)
 
-    def completed(self, identity: Identity, task_id: str, done: Completed) -> None:
-        """Handle a result, whether the first or not: its worker has room again."""
+    def complete(self, identity: Identity, task_id: str, key: Optional[str], body: Mapping[str, Any]) -> Completed:
+        """Accept a result. Its worker has room again, whether it was the first result or not.
+
+        :raises Refusal: see :meth:`Store.complete`.
+        """
+        # In one turn: requests that wait for the interpreter at each statement of SQLite cost more than they gain.
         with self._lock:
+            done = self._store.complete(identity, task_id, key, body)
+            # Whoever waits for the task's end finds its completion recorded.
+            self._record.completion(task_id, done.status, body)
             stream = self._streams.get((identity.installation_id, done.worker_id))
             if stream is not None:
                 stream.in_flight.discard((task_id, done.attempt))
@@ -352,6 +360,7 @@ class Hub:
                 self._offer_later(done.retry_in, done.agent_id, done.capability)
         if done.final:
             self._finish([task_id])
+        return done
 
     def cancel(self, task_id: str, reason: Optional[str]) -> None:
         """Cancel a task: end it if it is queued, else notify its worker.
@@ -382,9 +391,13 @@ class Hub:
         """End the queued tasks whose time to begin has passed."""
         self._finish(self._store.expire())
 
-    def released(self, identity: Identity, task_id: str, worker_id: str, attempt: int, agent_id: str) -> None:
-        """Handle a task that its worker has released. A cancelled one has ended."""
+    def release(self, identity: Identity, task_id: str, worker_id: str, attempt: int) -> None:
+        """Queue a task again that its worker has not begun. A cancelled one ends.
+
+        :raises Refusal: see :meth:`Store.release`.
+        """
         with self._lock:
+            agent_id = self._store.release(identity, task_id, worker_id, attempt)
             stream = self._streams.get((identity.installation_id, worker_id))
             if stream is not None:
                 stream.in_flight.discard((task_id, attempt))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Dict, Optional
+from typing import Any, Dict, FrozenSet, List, Optional
 
 import pytest
 
@@ -191,3 +191,26 @@ def test_the_key_of_a_submission_is_forgotten_after_a_day(store: Store, clock: C
     second = store.submit_once("k", "a", task_of("c", fields))
     assert second[1]
     assert second[0] != first[0]
+
+
+@pytest.mark.parametrize("capabilities", [None, frozenset({"c"})])
+def test_a_claim_does_not_read_finished_tasks(store: Store, capabilities: Optional[FrozenSet[str]]) -> None:
+    """What a claim costs does not grow with the tasks that have ended, whatever other indexes there are."""
+    identity = _install(store)
+
+    def steps_of_a_claim() -> int:
+        steps: List[None] = []
+        store.submit("a", task_of("c", {"input": 1}))
+        with store.transaction() as db:
+            db.set_progress_handler(lambda: steps.append(None), 1)
+        claim = _claim(store, identity, capabilities=capabilities)
+        with store.transaction() as db:
+            db.set_progress_handler(None, 1)
+        assert claim is not None
+        store.complete(identity, claim.task_id, None, {"status": "completed", "output": 1})
+        return len(steps)
+
+    first = steps_of_a_claim()
+    for _ in range(200):
+        last = steps_of_a_claim()
+    assert last < first + 50
