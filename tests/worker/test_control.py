@@ -239,12 +239,14 @@ def test_callbacks_in_order_and_failing_ones(
 @pytest.mark.parametrize("kind", protocol.COMMANDS)
 def test_every_command_of_the_contract(platform: Any, worker_of: Make, kind: str) -> None:
     """The local platform sends each type of command, and a worker carries it out and announces it."""
-    worker = worker_of(platform)
+    worker = worker_of(platform, heartbeat_interval=1000.0)
     worker.on_task("echo", lambda ctx, input: input)
     announced: List[str] = []
     worker.on_command(lambda command: announced.append(command.type))
     with worker:
         assert worker.wait_until_connected(GUARD)
+        # The answer to a heartbeat under way would name the desired state before the stream brings the command.
+        until(lambda: worker.stats().last_heartbeat_at)
         platform.command(platform.installations()[0]["installation_id"], kind)
         until(lambda: announced == [kind])
 
