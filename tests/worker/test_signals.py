@@ -489,7 +489,8 @@ if child == 0:
         try:
             call()
         except Exception as error:
-            print(type(error).__name__, error, flush=True)
+            # One write: a print() is several here, and a thread of the parent may log between them.
+            sys.stdout.write(f"{type(error).__name__} {error}\\n")
     sys.exit(0)
 assert os.waitpid(child, 0)[1] == 0
 print("running:", worker.is_running(), worker.is_connected(), flush=True)
